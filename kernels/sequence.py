@@ -1,0 +1,167 @@
+"""Masked reduction of token values to sequences, padded or packed, and its backward."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .token_logprobs import MASKED_TARGET, find_sequence
+
+BLOCK_TOKENS = 1024
+
+
+@triton.jit(do_not_specialize=["seq_len", "num_rows", "num_sequences"])
+def sequence_kernel(
+    targets_ptr,
+    logps_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    cu_seqlens_ptr,
+    sequence_logps_ptr,
+    token_counts_ptr,
+    sequence_entropy_ptr,
+    sequence_mean_logits_ptr,
+    seq_len: tl.int64,
+    num_rows: tl.int64,
+    num_sequences: tl.int64,
+    PACKED: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (sequences,). One program reads its sequence's tokens (16 bytes each) and adds them up in fp64.
+
+    Writes the sequence's log-probability (sum, or mean with AVERAGE), its number of completion tokens, and the means
+    of entropy and mean logit over them; all 0 where there is none. Offsets that do not partition the rows give NaN.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    first = sequence * seq_len
+    last = first + seq_len
+    is_bad = sequence < 0
+    if PACKED:
+        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        last = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+        is_bad = (first < 0) | (last < first) | (last > num_rows)
+        is_bad = is_bad | ((sequence == 0) & (first != 0))
+        is_bad = is_bad | ((sequence == num_sequences - 1) & (last != num_rows))
+        first = tl.maximum(first, 0)
+        last = tl.minimum(last, num_rows)
+
+    logps = tl.zeros([BLOCK], tl.float64)
+    entropy = tl.zeros([BLOCK], tl.float64)
+    mean_logits = tl.zeros([BLOCK], tl.float64)
+    count = tl.zeros([BLOCK], tl.int64)
+    for start in range(first, last, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        target = tl.load(targets_ptr + rows, mask=rows < last, other=MASKED_TARGET)
+        is_token = target != MASKED_TARGET
+        logps += tl.load(logps_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
+        entropy += tl.load(entropy_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
+        mean_logits += tl.load(mean_logits_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
+        count += is_token.to(tl.int64)
+
+    tokens = tl.sum(count, axis=0)
+    divisor = tl.maximum(tokens, 1).to(tl.float64)
+    logp = tl.sum(logps, axis=0)
+    if AVERAGE:
+        logp = logp / divisor
+    tl.store(sequence_logps_ptr + sequence, tl.where(is_bad, float("nan"), logp))
+    tl.store(token_counts_ptr + sequence, tokens)
+    tl.store(sequence_entropy_ptr + sequence, tl.sum(entropy, axis=0) / divisor)
+    tl.store(sequence_mean_logits_ptr + sequence, tl.sum(mean_logits, axis=0) / divisor)
+
+
+@triton.jit(do_not_specialize=["seq_len", "num_rows", "num_sequences", "search_steps", "num_incoming"])
+def sequence_backward_kernel(
+    targets_ptr,
+    cu_seqlens_ptr,
+    token_counts_ptr,
+    head_grads_ptr,
+    incoming_ptr,
+    token_grads_ptr,
+    seq_len: tl.int64,
+    num_rows: tl.int64,
+    num_sequences: tl.int64,
+    search_steps: tl.int32,
+    num_incoming: tl.int64,
+    PACKED: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    HAS_HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (rows / BLOCK,). token_grads[row] = incoming[s mod num_incoming] head_grads[s] (/ n_s), 0 where masked.
+
+    The incoming gradient is one number, one per pair, or one per sequence; sequence s of B belongs to entry s mod
+    num_incoming in each case.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < num_rows
+    target = tl.load(targets_ptr + rows, mask=inside, other=MASKED_TARGET)
+    sequence = rows // seq_len
+    if PACKED:
+        sequence = find_sequence(cu_seqlens_ptr, rows, num_sequences, search_steps)
+    is_token = target != MASKED_TARGET
+    grad = tl.load(incoming_ptr + sequence % num_incoming, mask=is_token, other=0.0).to(tl.float64)
+    if HAS_HEAD:
+        grad = grad * tl.load(head_grads_ptr + sequence, mask=is_token, other=0.0)
+    if AVERAGE:
+        grad = grad / tl.maximum(tl.load(token_counts_ptr + sequence, mask=is_token, other=1), 1)
+    tl.store(token_grads_ptr + rows, tl.where(is_token, grad, 0.0), mask=inside)
+
+
+def forward(
+    targets: torch.Tensor,
+    logps: torch.Tensor,
+    entropy: torch.Tensor,
+    mean_logits: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    outputs: tuple[torch.Tensor, ...],
+    *,
+    seq_len: int,
+    average: bool,
+) -> None:
+    """Fill ``outputs``: sequence log-probabilities (fp64), token counts (int64), mean entropy, mean logit, each [B]."""
+    sequence_kernel[(outputs[0].numel(),)](
+        targets,
+        logps,
+        entropy,
+        mean_logits,
+        cu_seqlens if cu_seqlens is not None else targets,
+        *outputs,
+        seq_len=seq_len,
+        num_rows=targets.numel(),
+        num_sequences=outputs[0].numel(),
+        PACKED=cu_seqlens is not None,
+        AVERAGE=average,
+        BLOCK=BLOCK_TOKENS,
+    )
+
+
+def backward(
+    targets: torch.Tensor,
+    token_counts: torch.Tensor,
+    head_grads: torch.Tensor | None,
+    incoming: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    token_grads: torch.Tensor,
+    *,
+    seq_len: int,
+    average: bool,
+) -> None:
+    """Fill ``token_grads`` [rows] from d loss / d sequence log-probability = incoming * head_grads."""
+    num_sequences = token_counts.numel()
+    sequence_backward_kernel[(triton.cdiv(targets.numel(), BLOCK_TOKENS),)](
+        targets,
+        cu_seqlens if cu_seqlens is not None else targets,
+        token_counts,
+        head_grads if head_grads is not None else token_counts,
+        incoming,
+        token_grads,
+        seq_len=seq_len,
+        num_rows=targets.numel(),
+        num_sequences=num_sequences,
+        search_steps=(num_sequences + 1).bit_length(),
+        num_incoming=incoming.numel(),
+        PACKED=cu_seqlens is not None,
+        AVERAGE=average,
+        HAS_HEAD=head_grads is not None,
+        BLOCK=BLOCK_TOKENS,
+    )

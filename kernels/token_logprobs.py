@@ -1,0 +1,655 @@
+"""One row of logits -> the log-probability of its target, its entropy and mean logit; and the gradient back.
+
+Logits are [B, T, V] with any batch and row stride, or packed [N, V] (then B = 1, T = N); row b * T + t is position t
+of sequence b. With x the logits, scale a, soft cap c and temperature tau,
+
+    z = factor * u,   u = c tanh(a x / c), factor = 1 / tau   (soft cap)
+                      u = x,               factor = a / tau   (none)
+
+Everything is measured from the row's largest u, so the size of the logits never enters an exponent's rounding:
+
+    log p = factor (u_target - u_max) - log_sum,   log_sum = log sum_v exp(factor (u_v - u_max))
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..layout import INVALID, MASKED
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MASKED_TARGET = tl.constexpr(MASKED)
+INVALID_TARGET = tl.constexpr(INVALID)
+
+# A thread loads 16 bytes at a time and has two such loads in flight before it uses the first.
+VECTOR_BYTES = 16
+BLOCK_BYTES = 8192
+NUM_WARPS = 8
+# Blocks of columns per backward program: enough to pay for its scalars, few enough that few rows still fill a GPU.
+BACKWARD_BLOCKS = 4
+# A row is split over several programs where there are fewer rows than this per multiprocessor, over at most MAX_SPLITS.
+ROWS_PER_MULTIPROCESSOR = 2
+MAX_SPLITS = 64
+
+
+@triton.jit
+def find_sequence(cu_seqlens_ptr, row, num_sequences, search_steps):
+    """The packed sequence holding ``row`` (a scalar or a block of rows): the last s with cu_seqlens[s] <= row."""
+    low = row * 0
+    high = low + num_sequences
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        right = tl.load(cu_seqlens_ptr + middle) <= row
+        low = tl.where(right, middle, low)
+        high = tl.where(right, high, middle)
+    return low
+
+
+@triton.jit
+def tanh(x):
+    """tanh to a few ulp: a continued fraction near zero, where 1 - exp(-2|x|) cancels; one division for both."""
+    x2 = x * x
+    e = tl.exp(-2.0 * tl.abs(x))
+    near = tl.abs(x) < 0.5
+    numerator = tl.where(near, x * (2027025.0 + x2 * (270270.0 + x2 * (6930.0 + x2 * 36.0))), 1.0 - e)
+    denominator = tl.where(near, 2027025.0 + x2 * (945945.0 + x2 * (51975.0 + x2 * (630.0 + x2))), 1.0 + e)
+    ratio = numerator / denominator
+    return tl.where((x < 0) & (near == 0), -ratio, ratio)
+
+
+@triton.jit
+def cap(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """u of the module's docstring."""
+    if HAS_SOFTCAP:
+        x = softcap * tanh(x * (scale / softcap))
+    return x
+
+
+@triton.jit
+def tile_columns(ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """[LANES, VEC] columns of a block, VEC of them in one thread: side by side for one 16-byte access where rows are
+    ALIGNED, else LANES apart, so that neighbouring threads access neighbouring columns.
+    """
+    lane = tl.arange(0, LANES)[:, None]
+    vec = tl.arange(0, VEC)[None, :]
+    if ALIGNED:
+        columns = lane * VEC + vec
+    else:
+        columns = vec * LANES + lane
+    return columns
+
+
+@triton.jit
+def fold(running_max, running_sum, running_weighted, u, log2_factor):
+    """Fold a [LANES, VEC] tile of u into each lane's max, sum of exp(factor (u - max)), and that sum weighted by u - max.
+
+    A lane's VEC columns lie in one thread, so the loop over a row moves nothing between threads.
+    """
+    new_max = tl.maximum(running_max, tl.max(u, axis=1))
+    # -inf logits are legal: a lane that has seen nothing else must not compute -inf - -inf
+    origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+    distance = u - tl.expand_dims(origin, 1)
+    exps = tl.exp2(distance * log2_factor)
+    step = tl.where(running_sum > 0, running_max - origin, 0.0)
+    rescale = tl.exp2(step * log2_factor)
+    # the finite floor turns 0 * -inf into 0; exps is 0 long before it
+    tile_weighted = tl.sum(exps * tl.maximum(distance, -1e30), axis=1)
+    new_weighted = (running_weighted + running_sum * step) * rescale + tile_weighted
+    new_sum = running_sum * rescale + tl.sum(exps, axis=1)
+    return new_max, new_sum, new_weighted
+
+
+@triton.jit
+def merge(maxima, sums, weighted, log2_factor):
+    """Merge partial results of ``fold`` into the row's."""
+    row_max = tl.max(maxima, axis=0)
+    origin = tl.where(row_max == float("-inf"), 0.0, row_max)
+    step = tl.where(sums > 0, maxima - origin, 0.0)
+    rescale = tl.exp2(step * log2_factor)
+    row_sum = tl.sum(sums * rescale, axis=0)
+    row_weighted = tl.sum((weighted + sums * step) * rescale, axis=0)
+    return row_max, row_sum, row_weighted
+
+
+@triton.jit
+def store_row(
+    logits_row_ptr,
+    target,
+    row,
+    row_max,
+    row_sum,
+    row_weighted,
+    row_total,
+    logps_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    vocab_size,
+    scale,
+    softcap,
+    factor,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    log_sum = tl.log(row_sum)
+    is_token = target >= 0
+    x_target = tl.load(logits_row_ptr + tl.maximum(target, 0), mask=is_token, other=0.0).to(factor.dtype)
+    u_target = cap(x_target, scale, softcap, HAS_SOFTCAP)
+    logp = tl.where(is_token, factor * (u_target - row_max) - log_sum, float("nan"))
+    tl.store(logps_ptr + row, logp)
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
+    tl.store(entropy_ptr + row, log_sum - factor * (row_weighted / row_sum))
+    tl.store(mean_logits_ptr + row, factor * (row_total / vocab_size))
+
+
+@triton.jit
+def store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr):
+    tl.store(logps_ptr + row, 0.0)
+    tl.store(row_max_ptr + row, 0.0)
+    tl.store(log_sum_ptr + row, 0.0)
+    tl.store(entropy_ptr + row, 0.0)
+    tl.store(mean_logits_ptr + row, 0.0)
+
+
+# Nothing here is specialised on a length or a stride: one compiled kernel serves every batch of a model. What changes
+# the code is a compile-time constant, derived from the arguments by the launcher.
+FORWARD_RUNTIME = [
+    "seq_len",
+    "num_sequences",
+    "search_steps",
+    "vocab_size",
+    "splits",
+    "blocks_per_split",
+    "logits_batch_stride",
+    "logits_row_stride",
+    "labels_batch_stride",
+    "labels_row_stride",
+    "ignore_index",
+]
+
+
+@triton.jit(do_not_specialize=FORWARD_RUNTIME)
+def token_logprobs_kernel(
+    logits_ptr,
+    labels_ptr,
+    cu_seqlens_ptr,
+    targets_ptr,
+    logps_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    partials_ptr,
+    seq_len: tl.int64,
+    num_sequences: tl.int64,
+    search_steps: tl.int32,
+    vocab_size: tl.int32,
+    splits: tl.int64,
+    blocks_per_split: tl.int32,
+    logits_batch_stride: tl.int64,
+    logits_row_stride: tl.int64,
+    labels_batch_stride: tl.int64,
+    labels_row_stride: tl.int64,
+    ignore_index: tl.int64,
+    scale: tl.float64,
+    softcap: tl.float64,
+    factor: tl.float64,
+    SHIFT: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Grid: (rows * splits,). One program reads one row, or one of ``splits`` ranges of its columns.
+
+    Reads each logit of a completion token once (itemsize bytes), none of another row; writes five numbers per row, or
+    with SPLIT four partial results per program, which ``combine_splits_kernel`` merges.
+    """
+    scale = tl.full([], scale, COMPUTE)
+    softcap = tl.full([], softcap, COMPUTE)
+    factor = tl.full([], factor, COMPUTE)
+    log2_factor = factor * LOG2_E
+
+    program = tl.program_id(0).to(tl.int64)
+    row = program // splits
+    split = program % splits
+    batch = row // seq_len
+    position = row % seq_len
+
+    # which token this row predicts
+    label_position = position + SHIFT
+    end = seq_len + batch * 0
+    if PACKED and SHIFT:
+        sequence = find_sequence(cu_seqlens_ptr, position, num_sequences, search_steps)
+        end = tl.minimum(end, tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64))
+    label_ptr = labels_ptr + batch * labels_batch_stride + label_position * labels_row_stride
+    label = tl.load(label_ptr, mask=label_position < end, other=0).to(tl.int64)
+    is_masked = (label_position >= end) | (label == ignore_index)
+    is_valid = (label >= 0) & (label < vocab_size)
+    target = tl.where(is_masked, MASKED_TARGET, tl.where(is_valid, label, INVALID_TARGET))
+    if split == 0:
+        tl.store(targets_ptr + row, target.to(tl.int32))
+    if is_masked:
+        if not SPLIT:
+            store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr)
+        return
+
+    row_offset = batch * logits_batch_stride + position * logits_row_stride
+    first = (split * blocks_per_split).to(tl.int32) * (LANES * VEC)
+    last = tl.minimum(first + blocks_per_split * (LANES * VEC), vocab_size)
+    if ALIGNED:
+        row_offset = tl.multiple_of(row_offset, VEC)
+        last = tl.multiple_of(last, VEC)
+    last_full = first + (last - first) // (LANES * VEC) * (LANES * VEC)
+    row_ptr = logits_ptr + row_offset
+    tile = tile_columns(ALIGNED, LANES, VEC)
+    lane_max = tl.full([LANES], float("-inf"), COMPUTE)
+    lane_sum = tl.zeros([LANES], COMPUTE)
+    lane_weighted = tl.zeros([LANES], COMPUTE)
+    lane_total = tl.zeros([LANES], COMPUTE)
+
+    for start in range(first, last_full, LANES * VEC):
+        u = cap(tl.load(row_ptr + start + tile).to(COMPUTE), scale, softcap, HAS_SOFTCAP)
+        lane_max, lane_sum, lane_weighted = fold(lane_max, lane_sum, lane_weighted, u, log2_factor)
+        lane_total += tl.sum(u, axis=1)
+    inside = last_full + tile < last
+    u = cap(tl.load(row_ptr + last_full + tile, mask=inside, other=0.0).to(COMPUTE), scale, softcap, HAS_SOFTCAP)
+    lane_total += tl.sum(u, axis=1)
+    u = tl.where(inside, u, float("-inf"))
+    lane_max, lane_sum, lane_weighted = fold(lane_max, lane_sum, lane_weighted, u, log2_factor)
+
+    row_max, row_sum, row_weighted = merge(lane_max, lane_sum, lane_weighted, log2_factor)
+    row_total = tl.sum(lane_total, axis=0)
+    if SPLIT:
+        partial_ptr = partials_ptr + program * 4
+        tl.store(partial_ptr, row_max)
+        tl.store(partial_ptr + 1, row_sum)
+        tl.store(partial_ptr + 2, row_weighted)
+        tl.store(partial_ptr + 3, row_total)
+    else:
+        store_row(
+            row_ptr,
+            target,
+            row,
+            row_max,
+            row_sum,
+            row_weighted,
+            row_total,
+            logps_ptr,
+            row_max_ptr,
+            log_sum_ptr,
+            entropy_ptr,
+            mean_logits_ptr,
+            vocab_size,
+            scale,
+            softcap,
+            factor,
+            HAS_SOFTCAP,
+        )
+
+
+@triton.jit(
+    do_not_specialize=["seq_len", "vocab_size", "splits", "logits_batch_stride", "logits_row_stride"],
+)
+def combine_splits_kernel(
+    logits_ptr,
+    targets_ptr,
+    logps_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    partials_ptr,
+    seq_len: tl.int64,
+    vocab_size: tl.int32,
+    splits: tl.int64,
+    logits_batch_stride: tl.int64,
+    logits_row_stride: tl.int64,
+    scale: tl.float64,
+    softcap: tl.float64,
+    factor: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Grid: (rows,). One program merges a row's ``splits`` partial results and reads its target's logit."""
+    scale = tl.full([], scale, COMPUTE)
+    softcap = tl.full([], softcap, COMPUTE)
+    factor = tl.full([], factor, COMPUTE)
+
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    if target == MASKED_TARGET:
+        store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr)
+        return
+
+    split = tl.arange(0, BLOCK_SPLITS)
+    partial_ptr = partials_ptr + (row * splits + split) * 4
+    maxima = tl.load(partial_ptr, mask=split < splits, other=float("-inf"))
+    sums = tl.load(partial_ptr + 1, mask=split < splits, other=0.0)
+    weighted = tl.load(partial_ptr + 2, mask=split < splits, other=0.0)
+    totals = tl.load(partial_ptr + 3, mask=split < splits, other=0.0)
+    row_max, row_sum, row_weighted = merge(maxima, sums, weighted, factor * LOG2_E)
+    store_row(
+        logits_ptr + (row // seq_len) * logits_batch_stride + (row % seq_len) * logits_row_stride,
+        target,
+        row,
+        row_max,
+        row_sum,
+        row_weighted,
+        tl.sum(totals, axis=0),
+        logps_ptr,
+        row_max_ptr,
+        log_sum_ptr,
+        entropy_ptr,
+        mean_logits_ptr,
+        vocab_size,
+        scale,
+        softcap,
+        factor,
+        HAS_SOFTCAP,
+    )
+
+
+@triton.jit
+def store_gradient(
+    logits_row_ptr,
+    grad_row_ptr,
+    columns,
+    target,
+    row_max,
+    log2_sum,
+    coefficient,
+    last,
+    scale,
+    softcap,
+    log2_factor,
+    HAS_SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """coefficient (onehot - p) times the soft cap's derivative, for one tile of columns."""
+    if MASK:
+        x = tl.load(logits_row_ptr + columns, mask=columns < last, other=0.0).to(coefficient.dtype)
+    else:
+        x = tl.load(logits_row_ptr + columns).to(coefficient.dtype)
+    if HAS_SOFTCAP:
+        capped = tanh(x * (scale / softcap))
+        p = tl.exp2((softcap * capped - row_max) * log2_factor - log2_sum)
+        slope = coefficient * (1.0 - capped * capped)
+    else:
+        p = tl.exp2((x - row_max) * log2_factor - log2_sum)
+        slope = coefficient
+    grad = (slope * (tl.where(columns == target, 1.0, 0.0) - p)).to(grad_row_ptr.dtype.element_ty)
+    if MASK:
+        tl.store(grad_row_ptr + columns, grad, mask=columns < last)
+    else:
+        tl.store(grad_row_ptr + columns, grad)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "seq_len",
+        "vocab_size",
+        "chunks",
+        "logits_batch_stride",
+        "logits_row_stride",
+        "grad_batch_stride",
+        "grad_row_stride",
+    ],
+)
+def token_logprobs_backward_kernel(
+    logits_ptr,
+    grad_ptr,
+    targets_ptr,
+    token_grads_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    seq_len: tl.int64,
+    vocab_size: tl.int32,
+    chunks: tl.int64,
+    logits_batch_stride: tl.int64,
+    logits_row_stride: tl.int64,
+    grad_batch_stride: tl.int64,
+    grad_row_stride: tl.int64,
+    scale: tl.float64,
+    softcap: tl.float64,
+    factor: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Grid: (rows * chunks,). One program writes the gradient of one chunk of BLOCKS tiles of a row's columns.
+
+    Reads each logit of a completion token once and writes each gradient once (2 * itemsize bytes per logit); a row
+    whose token gradient is zero, masked rows among them, is written as zeros and not read. ``grad_ptr`` may be
+    ``logits_ptr``: a program reads a tile before it writes it, and no other program touches it.
+    """
+    scale = tl.full([], scale, COMPUTE)
+    softcap = tl.full([], softcap, COMPUTE)
+    factor = tl.full([], factor, COMPUTE)
+
+    program = tl.program_id(0).to(tl.int64)
+    row = program // chunks
+    first = ((program % chunks) * (BLOCKS * LANES * VEC)).to(tl.int32)
+    last = tl.minimum(first + BLOCKS * LANES * VEC, vocab_size)
+    logits_offset = (row // seq_len) * logits_batch_stride + (row % seq_len) * logits_row_stride
+    grad_offset = (row // seq_len) * grad_batch_stride + (row % seq_len) * grad_row_stride
+    if ALIGNED:
+        logits_offset = tl.multiple_of(logits_offset, VEC)
+        grad_offset = tl.multiple_of(grad_offset, VEC)
+        last = tl.multiple_of(last, VEC)
+    last_full = first + (last - first) // (LANES * VEC) * (LANES * VEC)
+    logits_row_ptr = logits_ptr + logits_offset
+    grad_row_ptr = grad_ptr + grad_offset
+    tile = tile_columns(ALIGNED, LANES, VEC)
+
+    target = tl.load(targets_ptr + row)
+    token_grad = tl.load(token_grads_ptr + row)
+    if target == INVALID_TARGET:
+        token_grad = token_grad * float("nan")
+    if (token_grad == 0) | (target == MASKED_TARGET):
+        zeros = tl.zeros([LANES, VEC], grad_ptr.dtype.element_ty)
+        for start in range(first, last_full, LANES * VEC):
+            tl.store(grad_row_ptr + start + tile, zeros)
+        if last_full < last:
+            tl.store(grad_row_ptr + last_full + tile, zeros, mask=last_full + tile < last)
+        return
+
+    row_max = tl.load(row_max_ptr + row)
+    log2_sum = tl.load(log_sum_ptr + row) * LOG2_E
+    log2_factor = factor * LOG2_E
+    # d z / d x without the soft cap's own derivative
+    coefficient = token_grad * (factor * scale if HAS_SOFTCAP else factor)
+    for start in range(first, last_full, LANES * VEC):
+        store_gradient(
+            logits_row_ptr,
+            grad_row_ptr,
+            start + tile,
+            target,
+            row_max,
+            log2_sum,
+            coefficient,
+            last,
+            scale,
+            softcap,
+            log2_factor,
+            HAS_SOFTCAP,
+            False,
+        )
+    if last_full < last:
+        store_gradient(
+            logits_row_ptr,
+            grad_row_ptr,
+            last_full + tile,
+            target,
+            row_max,
+            log2_sum,
+            coefficient,
+            last,
+            scale,
+            softcap,
+            log2_factor,
+            HAS_SOFTCAP,
+            True,
+        )
+
+
+def _row_view(logits: torch.Tensor) -> tuple[int, int, int]:
+    """(T, batch stride, row stride) of logits [B, T, V] or [N, V]; a stride nobody uses is 0."""
+    seq_len = logits.shape[-2]
+    batch_stride = logits.stride(0) if logits.ndim == 3 and logits.shape[0] > 1 else 0
+    return seq_len, batch_stride, logits.stride(-2) if seq_len > 1 else 0
+
+
+def _compute_dtype(logits: torch.Tensor) -> tl.dtype:
+    return tl.float64 if logits.dtype == torch.float64 else tl.float32
+
+
+def _tile(vocab_size: int, itemsize: int) -> tuple[int, int]:
+    """(LANES, VEC): one block of columns, not much wider than the vocabulary."""
+    vec = VECTOR_BYTES // itemsize
+    block = min(BLOCK_BYTES // itemsize, max(triton.next_power_of_2(vocab_size), 32 * vec))
+    return block // vec, vec
+
+
+def _is_aligned(vec: int, *lengths: int) -> bool:
+    """Whether every row starts and ends between 16-byte accesses."""
+    return all(length % vec == 0 for length in lengths)
+
+
+def _num_warps(lanes: int) -> int:
+    return min(NUM_WARPS, max(1, lanes // 32))
+
+
+def _factor(scale: float, softcap: float | None, temperature: float) -> float:
+    return (1.0 if softcap is not None else scale) / temperature
+
+
+def forward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    outputs: tuple[torch.Tensor, ...],
+    *,
+    ignore_index: int,
+    shift: bool,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    multiprocessors: int,
+) -> None:
+    """Fill ``outputs``: targets (int32), logps, row_max, log_sum, entropy, mean_logits, each [rows]."""
+    targets, *stats = outputs
+    seq_len, batch_stride, row_stride = _row_view(logits)
+    rows, vocab_size = targets.numel(), logits.shape[-1]
+    lanes, vec = _tile(vocab_size, logits.element_size())
+
+    blocks = triton.cdiv(vocab_size, lanes * vec)
+    splits, blocks_per_split, partials = 1, blocks, targets
+    if 0 < rows < ROWS_PER_MULTIPROCESSOR * multiprocessors and blocks > 1:
+        wanted = min(triton.cdiv(2 * ROWS_PER_MULTIPROCESSOR * multiprocessors, rows), MAX_SPLITS)
+        blocks_per_split = triton.cdiv(blocks, wanted)
+        splits = triton.cdiv(blocks, blocks_per_split)
+        partials = stats[0].new_empty(rows, splits, 4)
+
+    transform = {
+        "scale": scale,
+        "softcap": softcap if softcap is not None else 1.0,
+        "factor": _factor(scale, softcap, temperature),
+        "HAS_SOFTCAP": softcap is not None,
+        "COMPUTE": _compute_dtype(logits),
+    }
+    token_logprobs_kernel[(rows * splits,)](
+        logits,
+        labels,
+        cu_seqlens if cu_seqlens is not None else labels,
+        targets,
+        *stats,
+        partials,
+        seq_len=seq_len,
+        num_sequences=cu_seqlens.numel() - 1 if cu_seqlens is not None else 0,
+        search_steps=cu_seqlens.numel().bit_length() if cu_seqlens is not None else 0,
+        vocab_size=vocab_size,
+        splits=splits,
+        blocks_per_split=blocks_per_split,
+        logits_batch_stride=batch_stride,
+        logits_row_stride=row_stride,
+        labels_batch_stride=labels.stride(0) if labels.ndim == 2 else 0,
+        labels_row_stride=labels.stride(-1),
+        ignore_index=ignore_index,
+        SHIFT=int(shift),
+        PACKED=cu_seqlens is not None,
+        SPLIT=splits > 1,
+        ALIGNED=_is_aligned(vec, vocab_size, batch_stride, row_stride),
+        LANES=lanes,
+        VEC=vec,
+        num_warps=_num_warps(lanes),
+        **transform,
+    )
+    if splits > 1:
+        combine_splits_kernel[(rows,)](
+            logits,
+            targets,
+            *stats,
+            partials,
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            splits=splits,
+            logits_batch_stride=batch_stride,
+            logits_row_stride=row_stride,
+            BLOCK_SPLITS=MAX_SPLITS,
+            num_warps=1,
+            **transform,
+        )
+
+
+def backward(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    targets: torch.Tensor,
+    token_grads: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    """Fill ``grad``, shaped as ``logits`` and possibly the same tensor, from token_grads = d loss / d logps [rows]."""
+    seq_len, batch_stride, row_stride = _row_view(logits)
+    _, grad_batch_stride, grad_row_stride = _row_view(grad)
+    vocab_size = logits.shape[-1]
+    lanes, vec = _tile(vocab_size, logits.element_size())
+    chunks = triton.cdiv(vocab_size, BACKWARD_BLOCKS * lanes * vec)
+    token_logprobs_backward_kernel[(targets.numel() * chunks,)](
+        logits,
+        grad,
+        targets,
+        token_grads,
+        row_max,
+        log_sum,
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        chunks=chunks,
+        logits_batch_stride=batch_stride,
+        logits_row_stride=row_stride,
+        grad_batch_stride=grad_batch_stride,
+        grad_row_stride=grad_row_stride,
+        scale=scale,
+        softcap=softcap if softcap is not None else 1.0,
+        factor=_factor(scale, softcap, temperature),
+        HAS_SOFTCAP=softcap is not None,
+        ALIGNED=_is_aligned(vec, vocab_size, batch_stride, row_stride, grad_batch_stride, grad_row_stride),
+        LANES=lanes,
+        VEC=vec,
+        BLOCKS=BACKWARD_BLOCKS,
+        COMPUTE=_compute_dtype(logits),
+        num_warps=_num_warps(lanes),
+    )

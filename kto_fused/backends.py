@@ -1,0 +1,83 @@
+"""Triton or PyTorch: decided here, once per call."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("triton", "torch")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def resolve(backend: str | None, device: torch.device) -> str:
+    """The backend for tensors on ``device``: the one asked for, or Triton on a GPU and PyTorch elsewhere.
+
+    Raises ``ValueError`` for a backend that does not exist or cannot run there.
+    """
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend must be one of {list(BACKENDS)} or None, got {backend!r}")
+    if device.type == "mps":
+        raise ValueError("logits are on mps, which has no float64; move them to the cpu")
+    on_gpu = device.type in ("cuda", "xpu")
+    if backend is None:
+        return "triton" if on_gpu and _has_triton() else "torch"
+    if backend == "triton" and not _has_triton():
+        raise ValueError("backend='triton' needs the package triton, which cannot be imported here")
+    if backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' needs a GPU, got tensors on {device.type}; its kernels run on a CPU only for tests, "
+            "under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported)"
+        )
+    return backend
+
+
+def may_read(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at a tensor's values: on a CPU, or where KTO_FUSED_VALIDATE=1 lets the host wait."""
+    return tensor.device.type == "cpu" or os.environ.get("KTO_FUSED_VALIDATE") == "1"
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's GPU the current one: Triton launches there."""
+    if tensor.device.type in ("cuda", "xpu"):
+        return getattr(torch, tensor.device.type).device(tensor.device)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a GPU runs side by side, at the least; 0 where there is none to fill."""
+    if device.type not in ("cuda", "xpu"):
+        return 0
+    properties = getattr(torch, device.type).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
+def opaque(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Decorate a function of tensors and plain values: ``torch.compile`` sees one operator, eager calls it directly.
+
+    ``fake`` says what it returns for tensors without data. The operator is ``torch.ops.kto_fused.<name>``, and the
+    decorated function's ``op``.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        op = torch.library.custom_op(f"kto_fused::{function.__name__.strip('_')}", function, mutates_args=mutates_args)
+        op.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args):
+            return op(*args) if torch.compiler.is_compiling() else function(*args)
+
+        call.op = op
+        return call
+
+    return decorate

@@ -1,0 +1,251 @@
+"""Every argument is checked here, at the call, from shapes, dtypes and numbers alone: no check waits for a GPU."""
+
+import math
+
+import torch
+
+from .backends import may_read
+from .losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+A_FLOAT = "float16, bfloat16, float32 or float64"
+DEFAULT_GAMMA = 0.5
+
+
+def _shape(tensor: torch.Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {kind}, got {value.dtype}")
+    return value
+
+
+def same_device(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but {like_name} is on {like.device}: expected the same device")
+
+
+def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def number(name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value <= above or value < at_least:
+        bound = f"> {above:g}" if above > -math.inf else f">= {at_least:g}" if at_least > -math.inf else "finite"
+        raise ValueError(f"{name} must be a number {bound}, got {value}")
+
+
+def logits_and_labels(
+    name: str, logits: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Check logits, labels and offsets against each other. Returns logits [B, T, V] or [N, V], labels, and B."""
+    tensor(name, logits, FLOAT_DTYPES, A_FLOAT)
+    tensor("labels", labels, INTEGER_DTYPES, "integer token ids")
+    same_device("labels", labels, name, logits)
+    if cu_seqlens is None:
+        if logits.ndim != 3:
+            raise ValueError(
+                f"{name} must be [B, T, V], got shape {_shape(logits)}; packed logits [N, V] need cu_seqlens"
+            )
+    else:
+        tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 offsets")
+        same_device("cu_seqlens", cu_seqlens, name, logits)
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+            raise ValueError(f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {_shape(cu_seqlens)}")
+        if logits.ndim == 3 and logits.shape[0] == 1:
+            logits = logits[0]
+        if logits.ndim != 2:
+            raise ValueError(f"{name} must be [N, V] or [1, N, V] with cu_seqlens, got shape {_shape(logits)}")
+        if labels.ndim == 2 and labels.shape[0] == 1:
+            labels = labels[0]
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {_shape(labels)}, expected {list(logits.shape[:-1])} to match {name} {_shape(logits)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name} has an empty vocabulary: shape {_shape(logits)}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(logits.stride())}")
+    num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if num_sequences == 0:
+        raise ValueError(f"{name} must hold at least one sequence, got shape {_shape(logits)}")
+    return logits, labels, num_sequences
+
+
+def inplace(name: str, logits: torch.Tensor) -> None:
+    """Whether the gradient may be written over the logits."""
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            f"inplace_backward=True overwrites {name}, which is a leaf tensor: expected the output of an operation"
+        )
+    spans = sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1)
+    reach = 1
+    for stride, size in spans:
+        if stride < reach:
+            raise ValueError(
+                f"inplace_backward=True overwrites {name}, whose elements share memory: "
+                f"shape {_shape(logits)}, strides {list(logits.stride())}"
+            )
+        reach = stride * (size - 1) + reach
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def logit_options(
+    ignore_index: object,
+    shift: object,
+    average_log_prob: object,
+    temperature: object,
+    logit_scale: object,
+    logit_softcap: object,
+    inplace_backward: object,
+) -> None:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    flag("shift", shift)
+    flag("average_log_prob", average_log_prob)
+    flag("inplace_backward", inplace_backward)
+    number("temperature", temperature, above=0)
+    number("logit_scale", logit_scale, above=0)
+    if logit_softcap is not None:
+        number("logit_softcap", logit_softcap, above=0)
+
+
+def per_sequence(
+    name: str, value: torch.Tensor, dtypes: tuple[torch.dtype, ...], kind: str, num_sequences: int, like: torch.Tensor
+) -> None:
+    """A [B] tensor beside logits or log-probabilities ``like``."""
+    tensor(name, value, dtypes, kind)
+    if value.shape != (num_sequences,):
+        raise ValueError(f"{name} has shape {_shape(value)}, expected [{num_sequences}], one per sequence")
+    same_device(name, value, "the policy", like)
+
+
+def logps(policy_logps: torch.Tensor, ref_logps: torch.Tensor | None) -> None:
+    tensor("policy_logps", policy_logps, FLOAT_DTYPES, A_FLOAT)
+    if policy_logps.ndim != 1 or policy_logps.numel() == 0:
+        raise ValueError(f"policy_logps must be [B] with B >= 1, got shape {_shape(policy_logps)}")
+    if ref_logps is not None:
+        per_sequence("ref_logps", ref_logps, FLOAT_DTYPES, A_FLOAT, policy_logps.numel(), policy_logps)
+
+
+def reference(logits: torch.Tensor, ref_logits: object, ref_logps: object, loss_type: str) -> None:
+    """Exactly one of ``ref_logits`` and ``ref_logps``, or none where the loss has no reference."""
+    given = [name for name, value in (("ref_logits", ref_logits), ("ref_logps", ref_logps)) if value is not None]
+    if loss_type in REFERENCE_FREE:
+        if given:
+            raise ValueError(f"loss_type={loss_type!r} has no reference model, but {' and '.join(given)} came")
+        return
+    if len(given) != 1:
+        came = "both" if given else "neither"
+        raise ValueError(f"expected exactly one of ref_logits and ref_logps, got {came}")
+    if ref_logits is not None:
+        tensor("ref_logits", ref_logits, FLOAT_DTYPES, A_FLOAT)
+        if ref_logits.shape != logits.shape:
+            raise ValueError(
+                f"ref_logits has shape {_shape(ref_logits)}, expected policy_logits' shape {_shape(logits)}"
+            )
+        same_device("ref_logits", ref_logits, "policy_logits", logits)
+
+
+def kto_options(
+    loss_type: object,
+    beta: object,
+    desirable_weight: object,
+    undesirable_weight: object,
+    reference_point: object,
+    reduction: object,
+    device: torch.device,
+) -> None:
+    choice("loss_type", loss_type, KTO_LOSS_TYPES)
+    choice("reduction", reduction, REDUCTIONS)
+    number("beta", beta, above=0)
+    number("desirable_weight", desirable_weight, at_least=0)
+    number("undesirable_weight", undesirable_weight, at_least=0)
+    if isinstance(reference_point, torch.Tensor):
+        tensor("reference_point", reference_point, FLOAT_DTYPES, A_FLOAT)
+        if reference_point.numel() != 1:
+            raise ValueError(f"reference_point must be a scalar, got shape {_shape(reference_point)}")
+        if reference_point.device != device:
+            raise ValueError(f"reference_point is on {reference_point.device}, expected the policy's device {device}")
+    elif _is_number(reference_point):
+        number("reference_point", reference_point)
+    elif reference_point != "batch_mean":
+        raise ValueError(f"reference_point must be a number, a scalar tensor or 'batch_mean', got {reference_point!r}")
+    if loss_type == "apo_zero_unpaired":
+        is_default = isinstance(reference_point, str) or (_is_number(reference_point) and reference_point == 0)
+        if not is_default:
+            raise ValueError(f"loss_type='apo_zero_unpaired' fixes reference_point at 0, got {reference_point!r}")
+
+
+def desirable(value: torch.Tensor, num_sequences: int, like: torch.Tensor) -> None:
+    per_sequence("desirable", value, (torch.bool, *INTEGER_DTYPES), "bool (or 0/1 integers)", num_sequences, like)
+    if value.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(value):
+        wrong = value[(value != 0) & (value != 1)]
+        if len(wrong):
+            raise ValueError(f"desirable must hold 0 or 1, got {wrong[0].item()}")
+
+
+def dpo_options(loss_type: object, beta: object, label_smoothing: object, gamma: object, reduction: object) -> None:
+    choice("loss_type", loss_type, DPO_LOSS_TYPES)
+    choice("reduction", reduction, REDUCTIONS)
+    number("beta", beta, above=0)
+    number("label_smoothing", label_smoothing)
+    number("gamma", gamma)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
+    if label_smoothing and loss_type not in WITH_LABEL_SMOOTHING:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} has no meaning for loss_type={loss_type!r}; "
+            f"it belongs to {list(WITH_LABEL_SMOOTHING)}"
+        )
+    if gamma != DEFAULT_GAMMA and loss_type != "simpo":
+        raise ValueError(f"gamma={gamma} has no meaning for loss_type={loss_type!r}; it belongs to 'simpo'")
+
+
+def pairs(num_sequences: int) -> None:
+    if num_sequences % 2:
+        raise ValueError(
+            f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple of 2"
+        )
+
+
+def pair_logps(
+    ref_logps: torch.Tensor | None,
+    token_counts: torch.Tensor | None,
+    loss_type: str,
+    average_log_prob: object,
+    policy_logps: torch.Tensor,
+) -> None:
+    """A reference unless the loss has none; lengths where ``ipo`` and ``simpo`` get summed log-probabilities."""
+    flag("average_log_prob", average_log_prob)
+    if (ref_logps is None) != (loss_type in REFERENCE_FREE):
+        expected = "None" if loss_type in REFERENCE_FREE else "log-probabilities [B]"
+        raise ValueError(f"ref_logps must be {expected} for loss_type={loss_type!r}, got {type(ref_logps).__name__}")
+    needs_counts = loss_type in LENGTH_AVERAGED and not average_log_prob
+    if token_counts is None and needs_counts:
+        raise ValueError(
+            f"loss_type={loss_type!r} works on length-averaged log-probabilities: pass token_counts [B], "
+            "or average_log_prob=True if the log-probabilities are averages already"
+        )
+    if token_counts is not None:
+        if not needs_counts:
+            raise ValueError(
+                f"token_counts has no meaning for loss_type={loss_type!r} with average_log_prob={average_log_prob}"
+            )
+        per_sequence("token_counts", token_counts, INTEGER_DTYPES, "integers", policy_logps.numel(), policy_logps)

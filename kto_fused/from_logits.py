@@ -1,0 +1,321 @@
+"""autograd.Functions: logits in. The engine turns logits into log-probabilities and d loss / d log-probability back
+into d loss / d logits; it knows no loss.
+
+Forward:   logits --row kernel--> token log-probabilities --sequence kernel--> [B] --loss head--> loss and its gradient
+Backward:  incoming x head's gradient --sequence kernel--> token gradients --row kernel--> d logits
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import torch_backend
+from .backends import multiprocessors, on_device, opaque
+from .layout import check_contents
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """How logits and labels become log-probabilities, and how the gradient is written; validated by the caller."""
+
+    ignore_index: int = -100
+    shift: bool = True
+    average_log_prob: bool = False
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    inplace_backward: bool = False
+    backend: str = "torch"
+
+
+# ---- operators ----------------------------------------------------------------------------------------------------
+
+
+def _row_outputs(logits, *_) -> tuple[torch.Tensor, ...]:
+    rows = logits.shape[:-1].numel()
+    dtype = torch_backend.compute_dtype(logits)
+    return logits.new_empty(rows, dtype=torch.int32), *(logits.new_empty(rows, dtype=dtype) for _ in range(5))
+
+
+@opaque(fake=_row_outputs)
+def _token_logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: Optional[torch.Tensor],
+    ignore_index: int,
+    shift: bool,
+    scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(targets, logps, row_max, log_sum, entropy, mean_logits), each [rows]."""
+    check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=logits.shape[-1])
+    options = {
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "scale": scale,
+        "softcap": softcap,
+        "temperature": temperature,
+    }
+    if backend == "torch":
+        return torch_backend.token_logprobs(logits, labels, cu_seqlens, **options)
+    from .kernels import token_logprobs
+
+    outputs = _row_outputs(logits)
+    with on_device(logits):
+        token_logprobs.forward(
+            logits, labels, cu_seqlens, outputs, multiprocessors=multiprocessors(logits.device), **options
+        )
+    return outputs
+
+
+@opaque(fake=lambda logits, grad, *_: None, mutates_args=("grad",))
+def _token_logprobs_backward(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    targets: torch.Tensor,
+    token_grads: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    backend: str,
+) -> None:
+    options = {"scale": scale, "softcap": softcap, "temperature": temperature}
+    if backend == "torch":
+        torch_backend.token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, **options)
+        return
+    from .kernels import token_logprobs
+
+    with on_device(logits):
+        token_logprobs.backward(logits, grad, targets, token_grads, row_max, log_sum, **options)
+
+
+@opaque(fake=lambda logits, *_: None, mutates_args=("logits",))
+def _token_logprobs_backward_inplace(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    token_grads: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    backend: str,
+) -> None:
+    _token_logprobs_backward.__wrapped__(
+        logits, logits, targets, token_grads, row_max, log_sum, scale, softcap, temperature, backend
+    )
+
+
+def _sequence_outputs(targets, logps, entropy, mean_logits, cu_seqlens, num_sequences, *_) -> tuple[torch.Tensor, ...]:
+    return (
+        logps.new_empty(num_sequences, dtype=torch.float64),
+        logps.new_empty(num_sequences, dtype=torch.int64),
+        logps.new_empty(num_sequences),
+        logps.new_empty(num_sequences),
+    )
+
+
+@opaque(fake=_sequence_outputs)
+def _sequence_sums(
+    targets: torch.Tensor,
+    logps: torch.Tensor,
+    entropy: torch.Tensor,
+    mean_logits: torch.Tensor,
+    cu_seqlens: Optional[torch.Tensor],
+    num_sequences: int,
+    average: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probabilities, token counts, mean entropy, mean logit) of each sequence, each [B]."""
+    if backend == "torch":
+        return torch_backend.sequence_sums(
+            targets, logps, entropy, mean_logits, cu_seqlens, num_sequences=num_sequences, average=average
+        )
+    from .kernels import sequence
+
+    outputs = _sequence_outputs(targets, logps, entropy, mean_logits, cu_seqlens, num_sequences)
+    with on_device(logps):
+        sequence.forward(
+            targets,
+            logps,
+            entropy,
+            mean_logits,
+            cu_seqlens,
+            outputs,
+            seq_len=targets.numel() // num_sequences,
+            average=average,
+        )
+    return outputs
+
+
+def _token_grads(targets, token_counts, head_grads, incoming, cu_seqlens, average, dtype, backend) -> torch.Tensor:
+    return targets.new_empty(targets.shape, dtype=dtype)
+
+
+@opaque(fake=_token_grads)
+def _sequence_backward(
+    targets: torch.Tensor,
+    token_counts: torch.Tensor,
+    head_grads: Optional[torch.Tensor],
+    incoming: torch.Tensor,
+    cu_seqlens: Optional[torch.Tensor],
+    average: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    """d loss / d token log-probability [rows], in the dtype that the row kernel computes in."""
+    token_grads = targets.new_empty(targets.shape, dtype=dtype)
+    if backend == "torch":
+        torch_backend.sequence_backward(
+            targets, token_counts, head_grads, incoming, cu_seqlens, token_grads, average=average
+        )
+        return token_grads
+    from .kernels import sequence
+
+    with on_device(targets):
+        sequence.backward(
+            targets,
+            token_counts,
+            head_grads,
+            incoming.contiguous(),
+            cu_seqlens,
+            token_grads,
+            seq_len=targets.numel() // token_counts.numel(),
+            average=average,
+        )
+    return token_grads
+
+
+# ---- engine -------------------------------------------------------------------------------------------------------
+
+
+def _engine_forward(logits, labels, cu_seqlens, options: LogitOptions) -> tuple[torch.Tensor, ...]:
+    return _token_logprobs(
+        logits,
+        labels,
+        cu_seqlens,
+        options.ignore_index,
+        options.shift,
+        options.logit_scale,
+        options.logit_softcap,
+        options.temperature,
+        options.backend,
+    )
+
+
+def _engine_sequences(rows, cu_seqlens, num_sequences: int, options: LogitOptions) -> tuple[torch.Tensor, ...]:
+    targets, logps, _, _, entropy, mean_logits = rows
+    return _sequence_sums(
+        targets,
+        logps,
+        entropy,
+        mean_logits,
+        cu_seqlens,
+        num_sequences,
+        options.average_log_prob,
+        options.backend,
+    )
+
+
+def _engine_backward(logits, targets, token_grads, row_max, log_sum, options: LogitOptions) -> torch.Tensor:
+    transform = options.logit_scale, options.logit_softcap, options.temperature, options.backend
+    if not options.inplace_backward:
+        grad = logits.new_empty(logits.shape)
+        _token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, *transform)
+        return grad
+    grad = logits.detach()  # the same storage and version counter, without the graph
+    _token_logprobs_backward_inplace(grad, targets, token_grads, row_max, log_sum, *transform)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(grad)  # whoever saved these logits must not read gradients
+    return grad
+
+
+class TokenLogps(torch.autograd.Function):
+    """[B, T] (or [N]) token log-probabilities, 0 where masked."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, cu_seqlens, options):
+        targets, logps, row_max, log_sum, _, _ = _engine_forward(logits, labels, cu_seqlens, options)
+        ctx.save_for_backward(logits, targets, row_max, log_sum)
+        ctx.options = options
+        return logps.view(labels.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming):
+        logits, targets, row_max, log_sum = ctx.saved_tensors
+        grad = _engine_backward(logits, targets, incoming.reshape(-1).contiguous(), row_max, log_sum, ctx.options)
+        return grad, None, None, None
+
+
+class SequenceLogps(torch.autograd.Function):
+    """[B] sequence log-probabilities in fp64."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, cu_seqlens, num_sequences, options):
+        rows = _engine_forward(logits, labels, cu_seqlens, options)
+        logps, token_counts, _, _ = _engine_sequences(rows, cu_seqlens, num_sequences, options)
+        targets, _, row_max, log_sum, _, _ = rows
+        ctx.save_for_backward(logits, targets, row_max, log_sum, token_counts, cu_seqlens)
+        ctx.options = options
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming):
+        logits, targets, row_max, log_sum, token_counts, cu_seqlens = ctx.saved_tensors
+        options = ctx.options
+        token_grads = _sequence_backward(
+            targets,
+            token_counts,
+            None,
+            incoming,
+            cu_seqlens,
+            options.average_log_prob,
+            row_max.dtype,
+            options.backend,
+        )
+        return _engine_backward(logits, targets, token_grads, row_max, log_sum, options), None, None, None, None
+
+
+class LossFromLogits(torch.autograd.Function):
+    """``(loss, logps, token_counts, entropy, mean_logits, *reported)``: the engine, then a loss head.
+
+    The head gives its gradient by the [B] log-probabilities in the forward; backward only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors):
+        rows = _engine_forward(logits, labels, cu_seqlens, options)
+        logps, token_counts, entropy, mean_logits = _engine_sequences(rows, cu_seqlens, num_sequences, options)
+        loss, head_grads, *reported = head(logps, token_counts, *head_tensors)
+        targets, _, row_max, log_sum, _, _ = rows
+        ctx.save_for_backward(logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens)
+        ctx.options = options
+        ctx.num_head_tensors = len(head_tensors)
+        ctx.mark_non_differentiable(logps, token_counts, entropy, mean_logits, *reported)
+        return loss, logps, token_counts, entropy, mean_logits, *reported
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming, *_):
+        logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens = ctx.saved_tensors
+        options = ctx.options
+        token_grads = _sequence_backward(
+            targets,
+            token_counts,
+            head_grads,
+            incoming,
+            cu_seqlens,
+            options.average_log_prob,
+            row_max.dtype,
+            options.backend,
+        )
+        grad = _engine_backward(logits, targets, token_grads, row_max, log_sum, options)
+        return grad, None, None, None, None, None, *(None for _ in range(ctx.num_head_tensors))

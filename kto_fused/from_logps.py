@@ -1,0 +1,25 @@
+"""autograd.Function: sequence log-probabilities in, loss out."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .heads import scale_grads
+
+
+class LossFromLogps(torch.autograd.Function):
+    """``(loss, *reported)`` of a loss head on [B] log-probabilities; backward scales the head's own gradient."""
+
+    @staticmethod
+    def forward(ctx, logps, head, token_counts, *head_tensors):
+        loss, grads, *reported = head(logps, token_counts, *head_tensors)
+        ctx.save_for_backward(grads)
+        ctx.dtype = logps.dtype
+        ctx.num_head_tensors = len(head_tensors)
+        ctx.mark_non_differentiable(*reported)
+        return loss, *reported
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming, *_):
+        (grads,) = ctx.saved_tensors
+        return scale_grads(grads, incoming).to(ctx.dtype), None, None, *(None for _ in range(ctx.num_head_tensors))

@@ -1,0 +1,521 @@
+"""The public functions: check, choose a backend, call. What they compute stands in ``losses.py`` and ``from_logits.py``.
+
+Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in nats.
+"""
+
+import torch
+
+from . import backends, checks
+from .from_logits import LogitOptions, LossFromLogits, SequenceLogps, TokenLogps
+from .from_logps import LossFromLogps
+from .heads import DPOHead, KTOHead
+from .losses import LENGTH_AVERAGED
+from .metrics import LossMetrics
+
+
+def fused_kto_loss(
+    policy_logits: torch.Tensor,
+    labels: torch.Tensor,
+    desirable: torch.Tensor,
+    *,
+    ref_logits: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    reference_point: torch.Tensor | float | str = "batch_mean",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+    reduction: str = "mean",
+    average_log_prob: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """KTO loss (Ethayarajh et al. 2024, arXiv 2402.01306) straight from logits.
+
+    With L_s the log-probability of sequence s's completion, r_s = L_s - Lref_s, z0 the reference point, e_s = +1
+    (desirable) or -1, w_s the class weight and q_s = sigma(e_s beta (r_s - z0)):
+
+        kto: w_s (1 - q_s)    kto_squared: w_s (1 - q_s)^2    apo_zero_unpaired: kto with z0 = 0
+
+    Args:
+        policy_logits: [B, T, V] float16, bfloat16, float32 or float64, any strides with a contiguous last dimension;
+            [N, V] or [1, N, V] with ``cu_seqlens``. Half precision and float32 compute in float32.
+        labels: [B, T] (or [N]) integer token ids; ``ignore_index`` at prompt and padding positions.
+        desirable: [B] bool, or integers 0 and 1.
+        ref_logits: the reference model's logits, shaped as ``policy_logits``; never receives a gradient.
+        ref_logps: [B] the reference's log-probabilities instead, summed, or averaged with ``average_log_prob``:
+            ``sequence_logps`` of its logits. Exactly one of the two.
+        reference_point: z0 in nats, a number or a scalar tensor (``kto_reference_point``), or ``"batch_mean"``: the
+            batch's mean log-ratio. Never receives a gradient.
+        beta: strength of the pull towards the reference, > 0.
+        desirable_weight, undesirable_weight: class weights, >= 0 (``kto_class_weights``).
+        loss_type: ``kto``, ``kto_squared`` or ``apo_zero_unpaired``.
+        reduction: ``mean`` over all sequences, ``sum``, or ``none`` ([B]).
+        average_log_prob: L_s is the mean over completion tokens instead of the sum.
+        cu_seqlens: [B+1] int32, the packed sequences' offsets from 0 to N.
+        ignore_index: the label of a position that is not part of a completion.
+        shift: position t predicts ``labels[:, t + 1]``, as in Hugging Face models; else ``labels[:, t]``. A shift never
+            crosses from one packed sequence to the next.
+        temperature, logit_scale, logit_softcap: z = softcap tanh(scale x / softcap) / temperature, for the policy and
+            for ``ref_logits``.
+        inplace_backward: write the gradient over ``policy_logits`` and save a tensor of its size. Whoever else saved
+            those logits gets autograd's error. Refused for a leaf tensor.
+        backend: ``triton``, ``torch``, or None for the faster one on the tensors' device.
+
+    Returns:
+        The loss (float32; float64 for float64 logits) and ``LossMetrics``.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, device, dtype or value is not as above; the message names it.
+        IndexError: a label outside [0, V), on a CPU. On a GPU its sequence's log-probability is NaN, unless
+            ``KTO_FUSED_VALIDATE=1`` checks labels there too.
+        RuntimeError: from autograd, for a second derivative.
+
+    >>> import torch, kto_fused
+    >>> logits = torch.randn(2, 5, 11, requires_grad=True)
+    >>> labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 7, 8, -100, -100]])
+    >>> loss, metrics = kto_fused.fused_kto_loss(
+    ...     logits, labels, torch.tensor([True, False]), ref_logits=logits.detach(), reference_point=0.0
+    ... )
+    >>> loss.item(), metrics.token_counts.tolist()
+    (0.5, [3, 2])
+    """
+    logits, labels, num_sequences = checks.logits_and_labels("policy_logits", policy_logits, labels, cu_seqlens)
+    checks.kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits.device)
+    checks.desirable(desirable, num_sequences, logits)
+    options = _logit_options(
+        "policy_logits",
+        policy_logits,
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=average_log_prob,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    ref_logps = _reference_logps(
+        policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences, options, loss_type
+    )
+    head, z0 = _kto_head(
+        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits, options.backend
+    )
+    loss, logps, token_counts, entropy, mean_logits, rewards, z0 = LossFromLogits.apply(
+        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps, desirable, z0
+    )
+    return loss, LossMetrics(
+        logps=logps,
+        ref_logps=ref_logps,
+        rewards=rewards,
+        desirable=desirable.bool(),
+        paired=False,
+        reference_point=z0,
+        token_counts=token_counts,
+        entropy=entropy,
+        mean_logits=mean_logits,
+    )
+
+
+def fused_dpo_loss(
+    policy_logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ref_logits: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    gamma: float = checks.DEFAULT_GAMMA,
+    reduction: str = "mean",
+    average_log_prob: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """DPO loss (Rafailov et al. 2023, arXiv 2305.18290) and its relatives straight from logits.
+
+    The batch holds the chosen sequences in its first half and the rejected ones in its second: pair i is rows i and
+    i + B/2. With r_w, r_l their log-ratios, h = r_w - r_l and s the label smoothing, ``loss_type`` is one of
+
+        sigmoid     -(1-s) log sigma(beta h) - s log sigma(-beta h)
+        robust      [-(1-s) log sigma(beta h) + s log sigma(-beta h)] / (1 - 2s)
+        hinge       max(0, 1 - beta h)
+        ipo         (h - 1 / (2 beta))^2, log-ratios divided by their lengths
+        simpo       sigmoid of beta h - gamma, log-probabilities divided by their lengths, no reference
+        apo_zero    [1 - sigma(beta r_w)] + sigma(beta r_l)
+        apo_down    sigma(beta r_w) + [1 - sigma(beta h)]
+
+    Args:
+        beta: strength of the pull towards the reference, > 0.
+        label_smoothing: s in [0, 0.5), the assumed share of flipped pairs; for ``sigmoid``, ``robust``, ``simpo``.
+        gamma: SimPO's target margin in nats; for ``simpo``.
+        reduction: ``mean`` over all pairs, ``sum``, or ``none`` ([B/2]).
+        ref_logits, ref_logps: the reference, exactly one of them; neither for ``simpo``.
+
+    All other arguments, the return value and the errors are those of ``fused_kto_loss``; an odd batch is a
+    ``ValueError``. ``metrics.desirable`` is True for the chosen half.
+
+    >>> import torch, kto_fused
+    >>> logits = torch.randn(2, 5, 11, requires_grad=True)
+    >>> labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 7, 8, -100, -100]])
+    >>> loss, metrics = kto_fused.fused_dpo_loss(logits, labels, ref_logits=logits.detach())
+    >>> round(loss.item(), 4), metrics.rewards.tolist()
+    (0.6931, [0.0, 0.0])
+    """
+    logits, labels, num_sequences = checks.logits_and_labels("policy_logits", policy_logits, labels, cu_seqlens)
+    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
+    checks.pairs(num_sequences)
+    options = _logit_options(
+        "policy_logits",
+        policy_logits,
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=average_log_prob,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    ref_logps = _reference_logps(
+        policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences, options, loss_type
+    )
+    head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, logits, options.backend)
+    loss, logps, token_counts, entropy, mean_logits, rewards = LossFromLogits.apply(
+        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps
+    )
+    return loss, LossMetrics(
+        logps=logps,
+        ref_logps=ref_logps,
+        rewards=rewards,
+        desirable=chosen_half(logps),
+        paired=True,
+        token_counts=token_counts,
+        entropy=entropy,
+        mean_logits=mean_logits,
+    )
+
+
+def token_logps(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Log-probability of each position's target, log softmax(z)_target. Differentiable in ``logits``.
+
+    Arguments and errors as in ``fused_kto_loss``.
+
+    Returns:
+        [B, T] (or [N]) in nats, float32 (float64 for float64 logits); 0 where the position predicts nothing. With
+        ``shift``, entry t belongs to ``labels[:, t + 1]``.
+
+    >>> import torch, kto_fused
+    >>> kto_fused.token_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
+    tensor([[0.2500, 0.2500, 1.0000]])
+    """
+    checked_logits, labels, _ = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
+    options = _logit_options(
+        "logits",
+        logits,
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=False,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    return TokenLogps.apply(checked_logits, labels, cu_seqlens, options)
+
+
+def sequence_logps(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    average_log_prob: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Log-probability L_s of each sequence's completion. Differentiable in ``logits``.
+
+    Under ``torch.no_grad()`` this is the ``ref_logps`` of the losses.
+
+    Arguments and errors as in ``fused_kto_loss``.
+
+    Returns:
+        [B] in nats, the sum over completion tokens or their mean with ``average_log_prob``; 0 for a sequence without
+        any. Always float64: a sum of thousands of tokens in float32 would lose more than a reward is worth.
+
+    >>> import torch, kto_fused
+    >>> kto_fused.sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
+    tensor([0.0625], dtype=torch.float64)
+    """
+    checked_logits, labels, num_sequences = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
+    options = _logit_options(
+        "logits",
+        logits,
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=average_log_prob,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    return SequenceLogps.apply(checked_logits, labels, cu_seqlens, num_sequences, options)
+
+
+def kto_loss_from_logps(
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    desirable: torch.Tensor,
+    *,
+    reference_point: torch.Tensor | float | str = "batch_mean",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """KTO loss of sequence log-probabilities already at hand. Differentiable in ``policy_logps``.
+
+    Args:
+        policy_logps, ref_logps: [B] floating-point, in nats, both sums or both means.
+
+    The formula and the other arguments are those of ``fused_kto_loss``; the loss is float64 for float64
+    ``policy_logps``, else float32. Raises ``ValueError`` and ``TypeError`` as there.
+
+    >>> import torch, kto_fused
+    >>> logps = torch.tensor([-10.0, -12.0], requires_grad=True)
+    >>> loss, _ = kto_fused.kto_loss_from_logps(
+    ...     logps, torch.tensor([-10.0, -12.0]), torch.tensor([True, False]), reference_point=0.0
+    ... )
+    >>> loss.backward(); logps.grad
+    tensor([-0.0125,  0.0125])
+    """
+    checks.logps(policy_logps, ref_logps)
+    checks.kto_options(
+        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps.device
+    )
+    checks.desirable(desirable, policy_logps.numel(), policy_logps)
+    backend = backends.resolve(backend, policy_logps.device)
+    head, z0 = _kto_head(
+        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps, backend
+    )
+    ref_logps = ref_logps.detach()
+    loss, rewards, z0 = LossFromLogps.apply(policy_logps, head, None, ref_logps, desirable, z0)
+    return loss, LossMetrics(
+        logps=policy_logps.detach(),
+        ref_logps=ref_logps,
+        rewards=rewards,
+        desirable=desirable.bool(),
+        paired=False,
+        reference_point=z0,
+    )
+
+
+def dpo_loss_from_logps(
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    gamma: float = checks.DEFAULT_GAMMA,
+    reduction: str = "mean",
+    average_log_prob: bool = False,
+    token_counts: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """DPO-family loss of sequence log-probabilities already at hand. Differentiable in ``policy_logps``.
+
+    Args:
+        policy_logps: [B] floating-point, in nats, chosen then rejected.
+        ref_logps: [B] likewise; None for ``simpo``.
+        average_log_prob: both are means over completion tokens, not sums.
+        token_counts: [B] integers, the completions' lengths; for ``ipo`` and ``simpo`` on sums, which divide by them.
+
+    The formulas and the other arguments are those of ``fused_dpo_loss``; the loss is float64 for float64
+    ``policy_logps``, else float32. Raises ``ValueError`` and ``TypeError`` as there.
+
+    >>> import torch, kto_fused
+    >>> loss, metrics = kto_fused.dpo_loss_from_logps(torch.tensor([-9.0, -12.0]), torch.tensor([-10.0, -12.0]))
+    >>> round(loss.item(), 4)
+    0.6444
+    """
+    checks.logps(policy_logps, ref_logps)
+    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
+    checks.pairs(policy_logps.numel())
+    checks.pair_logps(ref_logps, token_counts, loss_type, average_log_prob, policy_logps)
+    backend = backends.resolve(backend, policy_logps.device)
+    head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, policy_logps, backend)
+    ref_logps = None if ref_logps is None else ref_logps.detach()
+    loss, rewards = LossFromLogps.apply(policy_logps, head, token_counts, ref_logps)
+    return loss, LossMetrics(
+        logps=policy_logps.detach(),
+        ref_logps=ref_logps,
+        rewards=rewards,
+        desirable=chosen_half(policy_logps),
+        paired=True,
+        token_counts=token_counts,
+    )
+
+
+def kto_reference_point(
+    policy_kl_logps: torch.Tensor,
+    ref_kl_logps: torch.Tensor,
+    *,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> torch.Tensor:
+    """The KTO paper's reference point: z0 = max(0, mean_i [log pi(y_j | x_i) - log pi_ref(y_j | x_i)]), j = i + 1 mod m.
+
+    The log-probabilities are those of mismatched pairs: each prompt with the next prompt's completion. Where
+    ``torch.distributed`` is initialised, the mean is over all ranks of ``process_group`` (None: all ranks), so every
+    rank must call.
+
+    Args:
+        policy_kl_logps, ref_kl_logps: [m] floating-point, in nats; a rank's m may be 0.
+
+    Returns:
+        A float64 scalar without a gradient; NaN where no rank holds a pair.
+
+    Raises:
+        ValueError, TypeError: shapes or devices that do not agree, or a dtype that is not floating-point.
+
+    >>> import torch, kto_fused
+    >>> kto_fused.kto_reference_point(torch.tensor([-5.0, -6.0]), torch.tensor([-6.0, -6.0]))
+    tensor(0.5000, dtype=torch.float64)
+    """
+    checks.tensor("policy_kl_logps", policy_kl_logps, checks.FLOAT_DTYPES, checks.A_FLOAT)
+    if policy_kl_logps.ndim != 1:
+        raise ValueError(f"policy_kl_logps must be [m], got shape {list(policy_kl_logps.shape)}")
+    checks.per_sequence(
+        "ref_kl_logps",
+        ref_kl_logps,
+        checks.FLOAT_DTYPES,
+        checks.A_FLOAT,
+        policy_kl_logps.numel(),
+        policy_kl_logps,
+    )
+    log_ratios = policy_kl_logps.detach().double() - ref_kl_logps.detach().double()
+    sum_and_count = torch.stack([log_ratios.sum(), torch.full_like(log_ratios.sum(), log_ratios.numel())])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sum_and_count, group=process_group)
+    return (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
+
+
+def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, float]:
+    """(desirable_weight, undesirable_weight) for data with ``n_desirable`` and ``n_undesirable`` examples.
+
+    The KTO paper advises lambda_D n_D / (lambda_U n_U) in [1, 4/3]. Within it both weights are 1; outside, the rarer
+    side's weight is raised to the nearer bound.
+
+    Raises:
+        ValueError, TypeError: a count that is not a positive number.
+
+    >>> import kto_fused
+    >>> kto_fused.kto_class_weights(100, 1000), kto_fused.kto_class_weights(1000, 300)
+    ((10.0, 1.0), (1.0, 2.5))
+    """
+    checks.number("n_desirable", n_desirable, above=0)
+    checks.number("n_undesirable", n_undesirable, above=0)
+    ratio = n_desirable / n_undesirable
+    return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
+
+
+def chosen_half(logps: torch.Tensor) -> torch.Tensor:
+    """[B] bool: True for the first half of a batch of pairs."""
+    return torch.arange(logps.numel(), device=logps.device) < logps.numel() // 2
+
+
+def loss_dtype(like: torch.Tensor) -> torch.dtype:
+    """float64 losses for float64 logits or log-probabilities, else float32."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _logit_options(name: str, logits: torch.Tensor, *, backend: str | None, **options) -> LogitOptions:
+    checks.logit_options(**options)
+    if options["inplace_backward"]:
+        checks.inplace(name, logits)
+    return LogitOptions(backend=backends.resolve(backend, logits.device), **options)
+
+
+def _reference_logps(
+    policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences: int, options: LogitOptions, loss_type: str
+) -> torch.Tensor | None:
+    checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
+    if ref_logits is not None:
+        ref_logits, _, _ = checks.logits_and_labels("ref_logits", ref_logits.detach(), labels, cu_seqlens)
+        return SequenceLogps.apply(ref_logits, labels, cu_seqlens, num_sequences, options)
+    if ref_logps is None:
+        return None
+    checks.per_sequence("ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, num_sequences, policy_logits)
+    return ref_logps.detach()
+
+
+def _kto_head(
+    loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, like: torch.Tensor, backend: str
+) -> tuple[KTOHead, torch.Tensor | None]:
+    """The head, and its reference point where that is a tensor."""
+    z0 = None
+    if loss_type == "apo_zero_unpaired":
+        reference_point = 0.0
+    elif isinstance(reference_point, torch.Tensor):
+        z0, reference_point = reference_point.detach(), None
+    elif reference_point == "batch_mean":
+        reference_point = None
+    head = KTOHead(
+        loss_type=loss_type,
+        beta=float(beta),
+        desirable_weight=float(desirable_weight),
+        undesirable_weight=float(undesirable_weight),
+        reference_point=None if reference_point is None else float(reference_point),
+        reduction=reduction,
+        loss_dtype=loss_dtype(like),
+        backend=backend,
+    )
+    return head, z0
+
+
+def _dpo_head(
+    loss_type, beta, label_smoothing, gamma, average_log_prob: bool, reduction, like: torch.Tensor, backend: str
+) -> DPOHead:
+    return DPOHead(
+        loss_type=loss_type,
+        beta=float(beta),
+        label_smoothing=float(label_smoothing),
+        gamma=float(gamma),
+        divide_by_length=loss_type in LENGTH_AVERAGED and not average_log_prob,
+        reduction=reduction,
+        loss_dtype=loss_dtype(like),
+        backend=backend,
+    )

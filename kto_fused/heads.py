@@ -1,0 +1,249 @@
+"""Loss heads: sequence log-probabilities -> (loss, d loss / d log-probabilities, what to report). No vocabulary here.
+
+A head is a callable ``head(logps, token_counts, *tensors)`` on [B] fp64 log-probabilities; its numbers are fixed when
+it is made, its tensors come with the call. It returns ``(loss, grads, *reported)``, all detached.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from .backends import on_device, opaque
+from .losses import dpo_losses, kto_losses, reduce
+
+
+@dataclass(frozen=True)
+class KTOHead:
+    """``head(logps, token_counts, ref_logps, desirable, z0) -> (loss, grads, rewards, reference_point)``.
+
+    ``z0`` is a scalar tensor or None; None takes ``reference_point``: a number, or None for the batch's mean log-ratio.
+    """
+
+    loss_type: str
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    reference_point: float | None
+    reduction: str
+    loss_dtype: torch.dtype
+    backend: str
+
+    def __call__(self, logps, token_counts, ref_logps, desirable, z0) -> tuple[torch.Tensor, ...]:
+        if self.backend == "triton":
+            return _kto_triton(
+                logps,
+                ref_logps,
+                desirable,
+                z0,
+                self.reference_point,
+                self.loss_type,
+                self.beta,
+                self.desirable_weight,
+                self.undesirable_weight,
+                self.reduction,
+                self.loss_dtype,
+            )
+        ref_logps = ref_logps.double()
+        log_ratios = logps.double() - ref_logps
+        if z0 is not None:
+            z0 = z0.to(torch.float64, copy=True).reshape(())
+        elif self.reference_point is not None:
+            z0 = log_ratios.new_full((), self.reference_point)
+        else:
+            z0 = log_ratios.mean()
+
+        def loss(logps: torch.Tensor) -> torch.Tensor:
+            return kto_losses(
+                logps - ref_logps,
+                desirable.bool(),
+                z0,
+                loss_type=self.loss_type,
+                beta=self.beta,
+                desirable_weight=self.desirable_weight,
+                undesirable_weight=self.undesirable_weight,
+            )
+
+        value, grads = value_and_grads(loss, logps.double(), self.reduction, self.loss_dtype)
+        return value, grads, self.beta * log_ratios, z0
+
+
+@dataclass(frozen=True)
+class DPOHead:
+    """``head(logps, token_counts, ref_logps) -> (loss, grads, rewards)``; the first half chosen, the second rejected.
+
+    ``divide_by_length`` divides each side's log-ratio by its ``token_counts`` (``ipo`` and ``simpo`` on sums).
+    """
+
+    loss_type: str
+    beta: float
+    label_smoothing: float
+    gamma: float
+    divide_by_length: bool
+    reduction: str
+    loss_dtype: torch.dtype
+    backend: str
+
+    def __call__(self, logps, token_counts, ref_logps) -> tuple[torch.Tensor, ...]:
+        if not self.divide_by_length:
+            token_counts = None
+        if self.backend == "triton":
+            return _dpo_triton(
+                logps,
+                ref_logps,
+                token_counts,
+                self.loss_type,
+                self.beta,
+                self.label_smoothing,
+                self.gamma,
+                self.reduction,
+                self.loss_dtype,
+            )
+
+        def loss(logps: torch.Tensor) -> torch.Tensor:
+            chosen, rejected = pair_scores(logps, ref_logps, token_counts).chunk(2)
+            return dpo_losses(
+                chosen,
+                rejected,
+                loss_type=self.loss_type,
+                beta=self.beta,
+                label_smoothing=self.label_smoothing,
+                gamma=self.gamma,
+            )
+
+        logps = logps.double()
+        value, grads = value_and_grads(loss, logps, self.reduction, self.loss_dtype)
+        return value, grads, pair_rewards(logps, ref_logps, token_counts, self.loss_type, self.beta)
+
+
+def pair_scores(logps, ref_logps, token_counts) -> torch.Tensor:
+    """What a pair loss compares: log-ratios (log-probabilities without a reference), divided by length if asked. [B]"""
+    scores = logps if ref_logps is None else logps - ref_logps
+    return scores if token_counts is None else scores / token_counts.clamp(min=1)
+
+
+def pair_rewards(logps, ref_logps, token_counts, loss_type: str, beta: float) -> torch.Tensor:
+    """beta times the log-ratio of whole sequences; ``simpo`` defines its reward by the length-averaged one. [B]"""
+    return beta * pair_scores(logps, ref_logps, token_counts if loss_type == "simpo" else None)
+
+
+def value_and_grads(
+    losses: Callable[[torch.Tensor], torch.Tensor], logps: torch.Tensor, reduction: str, loss_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reduced loss and its gradient by each sequence's log-probability, for any formula.
+
+    With ``none`` the gradient of the sum serves: no two sequences' or pairs' losses share a log-probability.
+    """
+
+    def total(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value = reduce(losses(logps), reduction)
+        return value.sum(), value
+
+    grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
+    return value.to(loss_dtype), grads
+
+
+def scale_grads(grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:
+    """Chain rule for a loss of [], [B/2] or [B]: sequence s belongs to incoming entry s mod their number. [B]"""
+    return (grads.view(-1, incoming.numel()) * incoming.reshape(1, -1)).view(-1)
+
+
+def _loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
+    return (num_losses,) if reduction == "none" else ()
+
+
+def _kto_outputs(logps, ref_logps, desirable, z0, reference_point, loss_type, beta, dw, uw, reduction, loss_dtype):
+    size = logps.shape[0]
+    return (
+        logps.new_empty(_loss_shape(size, reduction), dtype=loss_dtype),
+        logps.new_empty(size, dtype=torch.float64),
+        logps.new_empty(size, dtype=torch.float64),
+        logps.new_empty((), dtype=torch.float64),
+    )
+
+
+@opaque(fake=_kto_outputs)
+def _kto_triton(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    desirable: torch.Tensor,
+    z0: Optional[torch.Tensor],
+    reference_point: Optional[float],
+    loss_type: str,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    reduction: str,
+    loss_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from .kernels import kto
+
+    outputs = _kto_outputs(
+        logps,
+        ref_logps,
+        desirable,
+        z0,
+        reference_point,
+        loss_type,
+        beta,
+        desirable_weight,
+        undesirable_weight,
+        reduction,
+        loss_dtype,
+    )
+    with on_device(logps):
+        kto.forward(
+            logps,
+            ref_logps,
+            desirable.view(torch.uint8) if desirable.dtype == torch.bool else desirable,
+            z0 if z0 is not None else reference_point,
+            outputs,
+            loss_type=loss_type,
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            reduction=reduction,
+        )
+    return outputs
+
+
+def _dpo_outputs(logps, ref_logps, token_counts, loss_type, beta, label_smoothing, gamma, reduction, loss_dtype):
+    size = logps.shape[0]
+    return (
+        logps.new_empty(_loss_shape(size // 2, reduction), dtype=loss_dtype),
+        logps.new_empty(size, dtype=torch.float64),
+        logps.new_empty(size, dtype=torch.float64),
+    )
+
+
+@opaque(fake=_dpo_outputs)
+def _dpo_triton(
+    logps: torch.Tensor,
+    ref_logps: Optional[torch.Tensor],
+    token_counts: Optional[torch.Tensor],
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    gamma: float,
+    reduction: str,
+    loss_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from .kernels import dpo
+
+    outputs = _dpo_outputs(
+        logps, ref_logps, token_counts, loss_type, beta, label_smoothing, gamma, reduction, loss_dtype
+    )
+    with on_device(logps):
+        dpo.forward(
+            logps,
+            ref_logps,
+            token_counts,
+            outputs,
+            loss_type=loss_type,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            gamma=gamma,
+            reduction=reduction,
+        )
+    return outputs

@@ -1,0 +1,56 @@
+"""The losses as ``torch.nn.Module``: keyword arguments held once, tensors at each call."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .functional import fused_dpo_loss, fused_kto_loss
+from .metrics import LossMetrics
+
+
+class _LossModule(torch.nn.Module):
+    function: Callable[..., tuple[torch.Tensor, LossMetrics]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = [p.name for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__} has no option {name!r}, expected one of {known}")
+        self.options = options
+
+    def forward(self, *tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, LossMetrics]:
+        return self.function(*tensors, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class FusedKTOLoss(_LossModule):
+    """``fused_kto_loss`` with some of its keyword arguments held; those given at a call win.
+
+    Raises ``TypeError`` for an argument that ``fused_kto_loss`` does not have; values are checked at each call.
+
+    >>> import torch, kto_fused
+    >>> kto_loss = kto_fused.FusedKTOLoss(beta=0.2, desirable_weight=1.33)
+    >>> logits, labels = torch.randn(2, 5, 11), torch.randint(11, (2, 5))
+    >>> loss, metrics = kto_loss(logits, labels, torch.tensor([True, False]), ref_logits=logits, reference_point=0.0)
+    """
+
+    function = staticmethod(fused_kto_loss)
+
+
+class FusedDPOLoss(_LossModule):
+    """``fused_dpo_loss`` with some of its keyword arguments held; those given at a call win.
+
+    Raises ``TypeError`` for an argument that ``fused_dpo_loss`` does not have; values are checked at each call.
+
+    >>> import torch, kto_fused
+    >>> dpo_loss = kto_fused.FusedDPOLoss(beta=0.2, loss_type="ipo")
+    >>> logits, labels = torch.randn(2, 5, 11), torch.randint(11, (2, 5))
+    >>> loss, metrics = dpo_loss(logits, labels, ref_logits=logits)
+    """
+
+    function = staticmethod(fused_dpo_loss)

@@ -1,0 +1,253 @@
+"""The plain PyTorch twin of every public function: same arguments, same returns, autograd's own backward.
+
+These are the definitions the fused paths are tested against. They build the whole log-softmax, several times the memory
+of the logits. float64 logits compute in float64 throughout. ``inplace_backward`` and ``backend`` say how a result is
+computed, not what it is: here they are checked and change nothing.
+"""
+
+import torch
+
+from . import backends, checks
+from .functional import chosen_half, kto_class_weights, kto_reference_point, loss_dtype
+from .heads import pair_rewards, pair_scores
+from .layout import check_contents
+from .losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
+from .metrics import LossMetrics
+
+__all__ = [
+    "dpo_loss",
+    "dpo_loss_from_logps",
+    "kto_class_weights",
+    "kto_loss",
+    "kto_loss_from_logps",
+    "kto_reference_point",
+    "sequence_logps",
+    "token_logps",
+]
+
+
+def token_logps(logits, labels, **engine):
+    """Twin of ``kto_fused.token_logps``."""
+    return _tokens("logits", logits, labels, **engine)[0]
+
+
+def sequence_logps(logits, labels, **engine):
+    """Twin of ``kto_fused.sequence_logps``."""
+    return _sequences("logits", logits, labels, **engine)[0]
+
+
+def kto_loss(
+    policy_logits,
+    labels,
+    desirable,
+    *,
+    ref_logits=None,
+    ref_logps=None,
+    reference_point="batch_mean",
+    beta=0.1,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+    loss_type="kto",
+    reduction="mean",
+    **engine,
+):
+    """Twin of ``kto_fused.fused_kto_loss``."""
+    logps, counts, entropy, mean_logits = _sequences("policy_logits", policy_logits, labels, **engine)
+    checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
+    if ref_logits is not None:
+        ref_logps = sequence_logps(ref_logits.detach(), labels, **engine)
+    loss, metrics = kto_loss_from_logps(
+        logps,
+        ref_logps,
+        desirable,
+        reference_point=reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        reduction=reduction,
+    )
+    metrics.token_counts, metrics.entropy, metrics.mean_logits = counts, entropy, mean_logits
+    return loss.to(loss_dtype(policy_logits)), metrics
+
+
+def dpo_loss(
+    policy_logits,
+    labels,
+    *,
+    ref_logits=None,
+    ref_logps=None,
+    beta=0.1,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    gamma=checks.DEFAULT_GAMMA,
+    reduction="mean",
+    average_log_prob=False,
+    **engine,
+):
+    """Twin of ``kto_fused.fused_dpo_loss``."""
+    engine["average_log_prob"] = average_log_prob
+    logps, counts, entropy, mean_logits = _sequences("policy_logits", policy_logits, labels, **engine)
+    checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
+    if ref_logits is not None:
+        ref_logps = sequence_logps(ref_logits.detach(), labels, **engine)
+    loss, metrics = dpo_loss_from_logps(
+        logps,
+        ref_logps,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        reduction=reduction,
+        average_log_prob=average_log_prob,
+        token_counts=counts if loss_type in LENGTH_AVERAGED and not average_log_prob else None,
+    )
+    metrics.token_counts, metrics.entropy, metrics.mean_logits = counts, entropy, mean_logits
+    return loss.to(loss_dtype(policy_logits)), metrics
+
+
+def kto_loss_from_logps(
+    policy_logps,
+    ref_logps,
+    desirable,
+    *,
+    reference_point="batch_mean",
+    beta=0.1,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+    loss_type="kto",
+    reduction="mean",
+    backend=None,
+):
+    """Twin of ``kto_fused.kto_loss_from_logps``."""
+    checks.logps(policy_logps, ref_logps)
+    checks.kto_options(
+        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps.device
+    )
+    checks.desirable(desirable, policy_logps.numel(), policy_logps)
+    backends.resolve(backend, policy_logps.device)
+    desirable = desirable.bool()
+    log_ratios = policy_logps.double() - ref_logps.detach().double()
+    if loss_type == "apo_zero_unpaired":
+        reference_point = 0.0
+    elif isinstance(reference_point, str):
+        reference_point = log_ratios.mean()
+    z0 = torch.as_tensor(reference_point, dtype=torch.float64, device=policy_logps.device).detach().reshape(())
+    losses = kto_losses(
+        log_ratios,
+        desirable,
+        z0,
+        loss_type=loss_type,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
+    return reduce(losses, reduction).to(loss_dtype(policy_logps)), LossMetrics(
+        logps=policy_logps.detach(),
+        ref_logps=ref_logps.detach(),
+        rewards=beta * log_ratios.detach(),
+        desirable=desirable,
+        paired=False,
+        reference_point=z0,
+    )
+
+
+def dpo_loss_from_logps(
+    policy_logps,
+    ref_logps=None,
+    *,
+    beta=0.1,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    gamma=checks.DEFAULT_GAMMA,
+    reduction="mean",
+    average_log_prob=False,
+    token_counts=None,
+    backend=None,
+):
+    """Twin of ``kto_fused.dpo_loss_from_logps``."""
+    checks.logps(policy_logps, ref_logps)
+    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
+    checks.pairs(policy_logps.numel())
+    checks.pair_logps(ref_logps, token_counts, loss_type, average_log_prob, policy_logps)
+    backends.resolve(backend, policy_logps.device)
+    logps = policy_logps.double()
+    reference = None if ref_logps is None else ref_logps.detach().double()
+    chosen, rejected = pair_scores(logps, reference, token_counts).chunk(2)
+    losses = dpo_losses(chosen, rejected, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
+    return reduce(losses, reduction).to(loss_dtype(policy_logps)), LossMetrics(
+        logps=policy_logps.detach(),
+        ref_logps=None if ref_logps is None else ref_logps.detach(),
+        rewards=pair_rewards(logps.detach(), reference, token_counts, loss_type, beta),
+        desirable=chosen_half(policy_logps),
+        paired=True,
+        token_counts=token_counts,
+    )
+
+
+def _tokens(
+    name,
+    logits,
+    labels,
+    *,
+    cu_seqlens=None,
+    ignore_index=-100,
+    shift=True,
+    temperature=1.0,
+    logit_scale=1.0,
+    logit_softcap=None,
+    inplace_backward=False,
+    backend=None,
+):
+    """(log-probability, entropy, mean logit, whether it is a completion token) of each position, [B, T] or [N]."""
+    checks.logit_options(ignore_index, shift, False, temperature, logit_scale, logit_softcap, inplace_backward)
+    backends.resolve(backend, checks.tensor(name, logits, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
+    if inplace_backward:
+        checks.inplace(name, logits)
+    logits, labels, _ = checks.logits_and_labels(name, logits, labels, cu_seqlens)
+    check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=logits.shape[-1])
+
+    targets = labels.long()
+    if shift:
+        targets = torch.cat([targets[..., 1:], torch.full_like(targets[..., :1], ignore_index)], dim=-1)
+        if cu_seqlens is not None:
+            last_rows = cu_seqlens[1:].long() - 1
+            targets[last_rows[cu_seqlens.diff() > 0]] = ignore_index
+    is_token = targets != ignore_index
+    is_known = (targets >= 0) & (targets < logits.shape[-1])
+
+    z = (logits if logits.dtype == torch.float64 else logits.float()) * logit_scale
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    z = z / temperature
+    # masked rows may hold anything, and 0 times the gradient of a NaN is a NaN
+    z = z.masked_fill(~is_token[..., None], 0.0)
+    log_p = z.log_softmax(-1)
+    logps = log_p.gather(-1, targets.where(is_known, 0)[..., None])[..., 0]
+    logps = logps.where(is_known, torch.nan).where(is_token, 0.0)
+    with torch.no_grad():
+        p = log_p.exp()
+        entropy = -(p * log_p).where(p != 0, 0.0).sum(-1).where(is_token, 0.0)
+        mean_logits = z.mean(-1)
+    return logps, entropy, mean_logits, is_token
+
+
+def _sequences(name, logits, labels, *, average_log_prob=False, cu_seqlens=None, **options):
+    """(log-probability in float64, token count, mean entropy, mean logit) of each sequence, [B]."""
+    checks.flag("average_log_prob", average_log_prob)
+    logps, entropy, mean_logits, is_token = _tokens(name, logits, labels, cu_seqlens=cu_seqlens, **options)
+
+    def per_sequence(values):
+        if cu_seqlens is None:
+            return values.sum(-1)
+        return torch.stack([part.sum() for part in values.split(cu_seqlens.diff().tolist())])
+
+    counts = per_sequence(is_token.long())
+    divisor = counts.clamp(min=1)
+    sums = per_sequence(logps.double())
+    return (
+        sums / divisor if average_log_prob else sums,
+        counts,
+        (per_sequence(entropy.double()) / divisor).to(entropy.dtype),
+        (per_sequence(mean_logits.double()) / divisor).to(mean_logits.dtype),
+    )

@@ -1,0 +1,216 @@
+"""The vocabulary-sized work in PyTorch, a few rows at a time: for CPUs, and GPUs without Triton.
+
+Completion rows are visited in blocks small enough for the processor's cache, through one scratch buffer each way, so
+the extra memory does not depend on the batch. What each number means is said in ``kernels/token_logprobs.py``.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from .heads import scale_grads
+from .layout import INVALID, MASKED, row_sequences, row_targets
+
+# Bytes of one scratch buffer in the compute dtype; at most three are alive.
+BLOCK_BYTES = 2 * 2**20
+
+
+def compute_dtype(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _strided_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of any batch and row stride as one 2-D view, and the index in it of each row b * T + t."""
+    batch_size, (seq_len, vocab_size) = (logits.shape[0] if logits.ndim == 3 else 1), logits.shape[-2:]
+    batch_stride = logits.stride(0) if batch_size > 1 else 0
+    row_stride = logits.stride(-2) if seq_len > 1 else 0
+    step = math.gcd(batch_stride, row_stride) or 1
+    offsets = torch.arange(batch_size)[:, None] * (batch_stride // step) + torch.arange(seq_len) * (row_stride // step)
+    num_views = (max(batch_size - 1, 0) * batch_stride + max(seq_len - 1, 0) * row_stride) // step + 1
+    view = logits.as_strided((num_views, vocab_size), (step, 1))
+    return view, offsets.flatten().to(logits.device)
+
+
+class _Rows:
+    """Selected rows of strided logits, read and written block by block."""
+
+    def __init__(self, logits: torch.Tensor, rows: torch.Tensor):
+        self.view, offsets = _strided_rows(logits)
+        self.offsets = offsets[rows]
+
+    def block(self, start: int, stop: int) -> torch.Tensor | None:
+        """The rows as a view, where they lie side by side."""
+        first, last = self.offsets[start].item(), self.offsets[stop - 1].item()
+        return self.view[first : last + 1] if last - first == stop - 1 - start else None
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        block = self.block(start, stop)
+        return self.view[self.offsets[start:stop]] if block is None else block
+
+    def write(self, start: int, stop: int, values: torch.Tensor) -> None:
+        block = self.block(start, stop)
+        if block is None:
+            self.view[self.offsets[start:stop]] = values.to(self.view.dtype)
+        elif block.data_ptr() != values.data_ptr():
+            block.copy_(values)
+
+    def zero(self) -> None:
+        self.view.index_fill_(0, self.offsets, 0)
+
+
+def _blocks(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    size = max(1, BLOCK_BYTES // (vocab_size * dtype.itemsize))
+    for start in range(0, num_rows, size):
+        yield start, min(start + size, num_rows)
+
+
+def _factor(scale: float, softcap: float | None, temperature: float) -> float:
+    return (1.0 if softcap is not None else scale) / temperature
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    ignore_index: int,
+    shift: bool,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> tuple[torch.Tensor, ...]:
+    """(targets, logps, row_max, log_sum, entropy, mean_logits), each [rows]."""
+    vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
+    factor = _factor(scale, softcap, temperature)
+    targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
+    tokens = (targets != MASKED).nonzero().flatten()
+    token_targets = targets[tokens]
+    rows = _Rows(logits, tokens)
+    results = torch.zeros(5, len(tokens), dtype=dtype, device=logits.device)
+    scratch = None
+    for start, stop in _blocks(len(tokens), vocab_size, dtype):
+        if scratch is None:
+            scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
+        u, exps = scratch[:, : stop - start]
+        logps, row_max, log_sum, entropy, mean_logits = results[:, start:stop]
+
+        x = rows.read(start, stop)
+        if softcap is not None:
+            x = torch.mul(u.copy_(x), scale / softcap, out=u).tanh_().mul_(softcap)
+        row_max.copy_(x.amax(1))
+        torch.mul(x.sum(1, dtype=dtype), factor / vocab_size, out=mean_logits)
+        # -inf logits are legal: a row of them must give NaN by -inf - -inf here and nowhere else
+        if x.dtype == dtype:
+            torch.sub(x, row_max[:, None], out=u)
+        else:
+            u.copy_(x).sub_(row_max[:, None])
+        if factor == 1.0:
+            torch.exp(u, out=exps)
+        else:
+            torch.mul(u, factor, out=exps).exp_()
+        row_sum = exps.sum(1)
+        torch.log(row_sum, out=log_sum)
+        target = token_targets[start:stop]
+        logps.copy_(u.gather(1, target.clamp(min=0)[:, None])[:, 0].mul_(factor).sub_(log_sum))
+        logps[target == INVALID] = math.nan
+        # the finite floor turns 0 * -inf into 0; exps is 0 long before it
+        weighted = exps.mul_(u.clamp_(min=-1e30)).sum(1)
+        torch.sub(log_sum, weighted.div_(row_sum).mul_(factor), out=entropy)
+    outputs = torch.zeros(5, targets.numel(), dtype=dtype, device=logits.device).index_copy_(1, tokens, results)
+    return targets.int(), *(output.clone() for output in outputs)
+
+
+def token_logprobs_backward(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    targets: torch.Tensor,
+    token_grads: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    """Fill ``grad``, shaped as ``logits`` and possibly the same tensor, from token_grads = d loss / d logps [rows]."""
+    vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
+    factor = _factor(scale, softcap, temperature)
+    token_grads = torch.where(targets == INVALID, math.nan, token_grads)
+    is_needed = (targets != MASKED) & (token_grads != 0)
+    _Rows(grad, (~is_needed).nonzero().flatten()).zero()
+    tokens = is_needed.nonzero().flatten()
+    rows, grad_rows = _Rows(logits, tokens), _Rows(grad, tokens)
+    # d z / d x without the soft cap's own derivative
+    coefficients = (token_grads * (factor if softcap is None else factor * scale))[tokens]
+    p_scale = coefficients / log_sum[tokens].exp()
+    token_max, token_targets = row_max[tokens, None], targets[tokens].long().clamp_(min=0)
+    scratch = None
+    for start, stop in _blocks(len(tokens), vocab_size, dtype):
+        if scratch is None:
+            scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
+        x = rows.read(start, stop)
+        result = grad_rows.block(start, stop) if grad.dtype == dtype else None
+        if result is None:
+            result = scratch[0, : stop - start]
+        slope = None
+        if softcap is not None:
+            slope = scratch[1, : stop - start]
+            torch.mul(slope.copy_(x), scale / softcap, out=slope).tanh_()
+            torch.mul(slope, softcap, out=result).sub_(token_max[start:stop])
+            slope.square_().neg_().add_(1)
+        elif x.dtype == dtype:
+            torch.sub(x, token_max[start:stop], out=result)
+        else:
+            result.copy_(x).sub_(token_max[start:stop])
+        if factor != 1.0:
+            result.mul_(factor)
+        result.exp_().mul_(-p_scale[start:stop, None])
+        result.scatter_add_(1, token_targets[start:stop, None], coefficients[start:stop, None])
+        if slope is not None:
+            result.mul_(slope)
+        grad_rows.write(start, stop, result)
+
+
+def sequence_sums(
+    targets: torch.Tensor,
+    logps: torch.Tensor,
+    entropy: torch.Tensor,
+    mean_logits: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    num_sequences: int,
+    average: bool,
+) -> tuple[torch.Tensor, ...]:
+    """(log-probabilities, token counts, mean entropy, mean logit) of each sequence, each [B]."""
+    values = torch.stack([logps.double(), entropy.double(), mean_logits.double(), (targets != MASKED).double()])
+    if cu_seqlens is None:
+        sums = values.view(4, num_sequences, -1).sum(2)
+    else:
+        sums = torch.segment_reduce(values.T.contiguous(), "sum", lengths=cu_seqlens.diff().long(), axis=0).T
+    counts = sums[3]
+    means = sums[:3] / counts.clamp(min=1)
+    logps = (means if average else sums)[0].clone()
+    return logps, counts.long(), *(mean.to(entropy.dtype, copy=True) for mean in means[1:])
+
+
+def sequence_backward(
+    targets: torch.Tensor,
+    token_counts: torch.Tensor,
+    head_grads: torch.Tensor | None,
+    incoming: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    token_grads: torch.Tensor,
+    *,
+    average: bool,
+) -> None:
+    """Fill ``token_grads`` [rows] from d loss / d sequence log-probability = incoming * head_grads."""
+    grads = incoming.double() if head_grads is None else scale_grads(head_grads, incoming)
+    if average:
+        grads = grads / token_counts.clamp(min=1)
+    num_rows, num_sequences = targets.numel(), token_counts.numel()
+    if cu_seqlens is None:
+        row_grads = grads[:, None].expand(num_sequences, num_rows // num_sequences).flatten()
+    else:
+        row_grads = grads[row_sequences(cu_seqlens, num_rows)]
+    token_grads.copy_(torch.where(targets == MASKED, 0.0, row_grads))

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="kto-fused",
+    version="0.1.0",
+    description="Fused KTO and DPO losses for PyTorch: exact, in a fraction of the memory",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # kernels/ holds Triton alone and installs inside the package: a top-level `kernels` is somebody else's
+    packages=["kto_fused", "kto_fused.kernels"],
+    package_dir={"kto_fused": "kto_fused", "kto_fused.kernels": "kernels"},
+    package_data={"kto_fused": ["py.typed", "data/*.jsonl"]},
+    install_requires=[
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
+        "transformers>=4.56",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "numpy", "ruff"],
+        "demo": ["matplotlib"],
+        "bench": ["matplotlib", "trl==1.16.0", "liger-kernel==0.8.5"],
+    },
+    entry_points={"console_scripts": ["kto-fused = kto_fused.cli:main"]},
+)

@@ -1,0 +1,157 @@
+"""Compile every kernel for one GPU, on a machine without one, and print what the compiler made of it as JSON.
+
+Usage: python ahead_of_time.py {sm_80,sm_90,sm_100,gfx942}
+
+The public functions run on CPU tensors with Triton's driver replaced: each launch compiles exactly what it would on
+the GPU and does nothing else. Results are therefore garbage here; only the compiler's output is looked at.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import kto_fused
+from kto_fused import backends, from_logits
+from kto_fused.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REDUCTIONS, REFERENCE_FREE
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+launched: dict[str, JITFunction] = {}
+
+
+class CompileOnlyDriver:
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(kernel: JITFunction, grid: object):
+    launched[kernel.fn.__name__] = kernel
+    return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=True, **kwargs)
+
+
+def prepare(target: GPUTarget) -> None:
+    driver.set_active(CompileOnlyDriver(target))
+    JITFunction.__getitem__ = compile_only
+    backends.resolve = lambda backend, device: "triton"
+    # a GPU of 132 multiprocessors, so that few rows are split
+    from_logits.multiprocessors = lambda device: 132
+
+
+def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: bool = False, **options: object) -> None:
+    """Forward and backward of a loss whose memory is never touched."""
+    logits, labels = torch.empty(batch, seq_len, vocab, dtype=dtype), torch.zeros(batch, seq_len, dtype=torch.long)
+    if packed:
+        options["cu_seqlens"] = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32)
+        logits, labels = logits.view(-1, vocab), labels.view(-1)
+    logits.requires_grad_()
+    loss, _ = kto_fused.fused_kto_loss(
+        logits, labels, torch.ones(batch, dtype=torch.bool), ref_logps=torch.zeros(batch), **options
+    )
+    loss.sum().backward()
+
+
+def nvidia_report(cubin: bytes) -> dict[str, object]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([NVIDIA_TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
+        )
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    loads = re.findall(r"\bLDG\.[\w.]+", sass)
+    return {
+        "registers": resources["REG"],
+        "stack": resources["STACK"],
+        "local": resources["LOCAL"],
+        "shared": resources["SHARED"],
+        "loads": {kind: loads.count(kind) for kind in sorted(set(loads))},
+        "stores": sorted(set(re.findall(r"\bSTG\.[\w.]+", sass))),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+    }
+
+
+def report() -> list[dict[str, object]]:
+    entries = []
+    for name, kernel in launched.items():
+        for compiled in kernel.device_caches[0][0].values():
+            entry: dict[str, object] = {"kernel": name, "variant": variant(compiled)}
+            if "cubin" in compiled.asm:
+                entry.update(nvidia_report(compiled.asm["cubin"]))
+            entries.append(entry)
+    return entries
+
+
+def variant(compiled: object) -> str:
+    source = compiled.src
+    names = source.fn.arg_names
+    constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
+    pointers = [kind for kind in source.signature.values() if str(kind).startswith("*")]
+    return f"{pointers[0]} " + " ".join(f"{name}={value}" for name, value in constants.items())
+
+
+def launch_everything() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        launch(dtype, 2, 300, 32000)  # a program per row
+        launch(dtype, 2, 3, 32000, logit_softcap=30.0, packed=True, average_log_prob=True)  # rows split
+        launch(dtype, 2, 3, 1001, logit_softcap=30.0)  # rows that 16-byte loads cannot reach
+    logps = torch.zeros(4)
+    for loss_type, reduction in itertools.product(KTO_LOSS_TYPES, REDUCTIONS):
+        desirable = torch.ones(4, dtype=torch.bool)
+        for z0 in (0.0, "batch_mean") if loss_type == "apo_zero_unpaired" else (0.5, torch.zeros(()), "batch_mean"):
+            kto_fused.kto_loss_from_logps(
+                logps, logps, desirable, loss_type=loss_type, reduction=reduction, reference_point=z0
+            )
+    for loss_type, reduction in itertools.product(DPO_LOSS_TYPES, REDUCTIONS):
+        kto_fused.dpo_loss_from_logps(
+            logps,
+            None if loss_type in REFERENCE_FREE else logps,
+            loss_type=loss_type,
+            reduction=reduction,
+            token_counts=torch.ones(4, dtype=torch.long) if loss_type in LENGTH_AVERAGED else None,
+        )
+
+
+def variants_per_length(dtype: torch.dtype, vocab: int) -> dict[str, int]:
+    """How many times each kernel is compiled for batches of many shapes, 2^31 logits and more among them."""
+    for kernel in launched.values():
+        kernel.device_caches.clear()
+    for batch, seq_len in ((1, 300), (2, 1024), (16, 17), (3, 1000), (5, 14_000)):
+        launch(dtype, batch, seq_len, vocab)
+    return {name: len(kernel.device_caches[0][0]) for name, kernel in launched.items() if 0 in kernel.device_caches}
+
+
+def main(target: str) -> None:
+    prepare(TARGETS[target])
+    launch_everything()
+    kernels = report()
+    lengths = {str(vocab): variants_per_length(torch.bfloat16, vocab) for vocab in (32000, 50257)}
+    print(json.dumps({"target": target, "kernels": kernels, "variants_per_length": lengths}, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
