@@ -72,16 +72,12 @@ def tile_columns(ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     """
     lane = tl.arange(0, LANES)[:, None]
     vec = tl.arange(0, VEC)[None, :]
-    if ALIGNED:
-        columns = lane * VEC + vec
-    else:
-        columns = vec * LANES + lane
-    return columns
+    return lane * VEC + vec if ALIGNED else vec * LANES + lane
 
 
 @triton.jit
 def fold(running_max, running_sum, running_weighted, u, log2_factor):
-    """Fold a [LANES, VEC] tile of u into each lane's max, sum of exp(factor (u - max)), and that sum weighted by u - max.
+    """Fold a [LANES, VEC] tile of u into each lane's max, sum of exp(factor (u - max)) and that weighted by u - max.
 
     A lane's VEC columns lie in one thread, so the loop over a row moves nothing between threads.
     """
@@ -373,7 +369,7 @@ def store_gradient(
 ):
     """coefficient (onehot - p) times the soft cap's derivative, for one tile of columns."""
     if MASK:
-        x = tl.load(logits_row_ptr + columns, mask=columns < last, other=0.0).to(coefficient.dtype)
+        x = tl.load(logits_row_ptr + columns, mask=columns < last, other=float("-inf")).to(coefficient.dtype)
     else:
         x = tl.load(logits_row_ptr + columns).to(coefficient.dtype)
     if HAS_SOFTCAP:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import torch_backend
 from .backends import multiprocessors, on_device, opaque
+from .first_derivative import first_derivative_only
 from .layout import check_contents
 
 
@@ -247,7 +247,7 @@ class TokenLogps(torch.autograd.Function):
         return logps.view(labels.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, incoming):
         logits, targets, row_max, log_sum = ctx.saved_tensors
         grad = _engine_backward(logits, targets, incoming.reshape(-1).contiguous(), row_max, log_sum, ctx.options)
@@ -267,7 +267,7 @@ class SequenceLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, incoming):
         logits, targets, row_max, log_sum, token_counts, cu_seqlens = ctx.saved_tensors
         options = ctx.options
@@ -303,7 +303,7 @@ class LossFromLogits(torch.autograd.Function):
         return loss, logps, token_counts, entropy, mean_logits, *reported
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, incoming, *_):
         logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens = ctx.saved_tensors
         options = ctx.options

@@ -1,8 +1,8 @@
 """autograd.Function: sequence log-probabilities in, loss out."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .first_derivative import first_derivative_only
 from .heads import scale_grads
 
 
@@ -19,7 +19,7 @@ class LossFromLogps(torch.autograd.Function):
         return loss, *reported
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, incoming, *_):
         (grads,) = ctx.saved_tensors
         return scale_grads(grads, incoming).to(ctx.dtype), None, None, *(None for _ in range(ctx.num_head_tensors))

@@ -1,4 +1,4 @@
-"""The public functions: check, choose a backend, call. What they compute stands in ``losses.py`` and ``from_logits.py``.
+"""The public functions: check, choose a backend, call. What they compute is in ``losses.py`` and ``from_logits.py``.
 
 Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in nats.
 """
@@ -396,7 +396,7 @@ def kto_reference_point(
     *,
     process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> torch.Tensor:
-    """The KTO paper's reference point: z0 = max(0, mean_i [log pi(y_j | x_i) - log pi_ref(y_j | x_i)]), j = i + 1 mod m.
+    """The KTO paper's reference point: z0 = max(0, mean_i [log pi(y_j | x_i) - log pi_ref(y_j | x_i)]), j = i+1 mod m.
 
     The log-probabilities are those of mismatched pairs: each prompt with the next prompt's completion. Where
     ``torch.distributed`` is initialised, the mean is over all ranks of ``process_group`` (None: all ranks), so every

@@ -34,7 +34,10 @@ def kto_losses(
     et al. 2024, arXiv 2408.06266) is ``kto`` with z0 = 0.
     """
     sign = torch.where(desirable, 1.0, -1.0).to(log_ratios.dtype)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(log_ratios.dtype)
+    # full precision: a Python number in torch.where would be rounded to float32 first
+    weight = torch.where(
+        desirable, log_ratios.new_full((), desirable_weight), log_ratios.new_full((), undesirable_weight)
+    )
     one_minus_q = torch.sigmoid(-sign * beta * (log_ratios - reference_point))
     if loss_type == "kto_squared":
         return weight * one_minus_q**2

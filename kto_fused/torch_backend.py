@@ -22,14 +22,17 @@ def compute_dtype(logits: torch.Tensor) -> torch.dtype:
 
 def _strided_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of any batch and row stride as one 2-D view, and the index in it of each row b * T + t."""
-    batch_size, (seq_len, vocab_size) = (logits.shape[0] if logits.ndim == 3 else 1), logits.shape[-2:]
+    seq_len, vocab_size = logits.shape[-2:]
+    batch_size = logits.shape[0] if logits.ndim == 3 else 1
+    if batch_size * seq_len == 0:
+        return logits.reshape(0, vocab_size), torch.empty(0, dtype=torch.long, device=logits.device)
     batch_stride = logits.stride(0) if batch_size > 1 else 0
     row_stride = logits.stride(-2) if seq_len > 1 else 0
     step = math.gcd(batch_stride, row_stride) or 1
-    offsets = torch.arange(batch_size)[:, None] * (batch_stride // step) + torch.arange(seq_len) * (row_stride // step)
-    num_views = (max(batch_size - 1, 0) * batch_stride + max(seq_len - 1, 0) * row_stride) // step + 1
-    view = logits.as_strided((num_views, vocab_size), (step, 1))
-    return view, offsets.flatten().to(logits.device)
+    starts = torch.arange(batch_size)[:, None] * (batch_stride // step)
+    offsets = (starts + torch.arange(seq_len) * (row_stride // step)).flatten()
+    view = logits.as_strided((int(offsets[-1]) + 1, vocab_size), (step, 1))
+    return view, offsets.to(logits.device)
 
 
 class _Rows:
@@ -41,8 +44,11 @@ class _Rows:
 
     def block(self, start: int, stop: int) -> torch.Tensor | None:
         """The rows as a view, where they lie side by side."""
-        first, last = self.offsets[start].item(), self.offsets[stop - 1].item()
-        return self.view[first : last + 1] if last - first == stop - 1 - start else None
+        offsets = self.offsets[start:stop]
+        if not (offsets.diff() == 1).all():
+            return None
+        first = int(offsets[0])
+        return self.view[first : first + stop - start]
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         block = self.block(start, stop)

@@ -1,0 +1,34 @@
+"""A hand-written backward that refuses to be differentiated again, rather than to count as a constant."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, anchor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "the fused losses have no second derivative; kto_fused.reference has, by autograd's own backward"
+        )
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """Decorate the ``backward`` of an autograd.Function. Unlike ``once_differentiable`` it raises whatever the incoming
+    gradient: under ``create_graph=True`` a penalty on the gradient must not silently lose its own gradient.
+    """
+
+    @functools.wraps(backward)
+    def call(ctx, *incoming):
+        with torch.no_grad():
+            grad, *others = backward(ctx, *incoming)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad = _Refuse.apply(grad, torch.zeros((), requires_grad=True))
+        return grad, *others
+
+    return call

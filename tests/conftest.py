@@ -1,0 +1,36 @@
+"""Without a GPU the Triton kernels run under Triton's interpreter, which must be chosen before Triton is imported."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("kto-fused", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("kto-fused")
+
+# (backend, device): both engines on this machine, and on its GPU where there is one
+ENGINES = (
+    [("torch", "cpu"), ("triton", "cuda"), ("torch", "cuda")] if HAS_GPU else [("torch", "cpu"), ("triton", "cpu")]
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        metafunc.parametrize("engine", ENGINES, ids=["-".join(engine) for engine in ENGINES])
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New memory holds NaN, so an output that a kernel forgets to write is seen; nondeterministic operators raise."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

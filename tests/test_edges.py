@@ -1,0 +1,353 @@
+"""Inputs at the edges of what is legal, and just past them."""
+
+import math
+
+import pytest
+import torch
+from cases import assert_close, assert_same_gradient, check_against_twin, make_case, run
+
+import kto_fused
+from kto_fused import fused_dpo_loss, fused_kto_loss
+from kto_fused.layout import INVALID
+
+MASKED = -100
+by_function = pytest.mark.parametrize("function", [fused_kto_loss, fused_dpo_loss], ids=["kto", "dpo"])
+
+
+def case_on(engine, **options):
+    return make_case(device=engine[1], backend=engine[0], **options)
+
+
+@by_function
+@pytest.mark.parametrize("average_log_prob", [False, True])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("empty", ["one sequence", "the whole batch"])
+def test_sequences_without_completion_tokens(engine, function, average_log_prob, packed, empty):
+    case = case_on(engine, average_log_prob=average_log_prob, packed=packed, dtype=torch.float64)
+    if empty == "one sequence" and not packed:
+        case.labels[1] = MASKED
+    elif empty == "the whole batch":
+        case.labels[:] = MASKED
+    loss, metrics, grad = run(function, case)
+    assert loss.isfinite().all()
+    assert metrics.logps[metrics.token_counts == 0].eq(0).all()
+    if empty == "the whole batch":
+        assert metrics.token_counts.eq(0).all()
+        assert torch.equal(grad, torch.zeros_like(grad))
+    check_against_twin(function, case)
+
+
+@by_function
+def test_a_sequence_of_one_position_predicts_nothing_when_shifted(engine, function):
+    case = case_on(engine, seq_len=1)
+    case.labels[:] = 3
+    loss, metrics, grad = run(function, case)
+    assert metrics.token_counts.eq(0).all()
+    assert grad.eq(0).all()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_no_positions_at_all(engine, packed):
+    case = case_on(engine, dtype=torch.float64)
+    shape = (0,) if packed else (4, 0)
+    logits = torch.empty(*shape, 7, dtype=torch.float64, device=engine[1], requires_grad=True)
+    labels = torch.empty(shape, dtype=torch.long, device=engine[1])
+    offsets = torch.zeros(5, dtype=torch.int32, device=engine[1]) if packed else None
+    ref_logps = torch.zeros(4, device=engine[1])
+    loss, metrics = fused_kto_loss(
+        logits, labels, case.desirable, ref_logps=ref_logps, cu_seqlens=offsets, backend=engine[0]
+    )
+    loss.backward()
+    assert loss.item() == 0.5
+    assert logits.grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("desirable", [True, False])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_batches_of_one_class(engine, batch, desirable):
+    case = case_on(engine, batch=batch, dtype=torch.float64)
+    case.desirable[:] = desirable
+    check_against_twin(fused_kto_loss, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
+def test_huge_logits(engine, dtype, offset):
+    case = case_on(engine, dtype=dtype, std=1.0, reduction="none", beta=0.01)
+    exact = {"logits": case.logits.double() + offset, "ref_logits": case.ref_logits.double() + offset}
+    case.logits, case.ref_logits = (exact[name].to(dtype) for name in ("logits", "ref_logits"))
+    check_against_twin(fused_kto_loss, case)  # no worse than around zero: everything is relative to the row's maximum
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_from_minus_to_plus_ten_thousand(engine, dtype):
+    logits = make_case(dtype=dtype, std=1.0, device=engine[1]).logits
+    logits += torch.where(torch.arange(logits.shape[-1], device=engine[1]) % 2 == 0, 1e4, -1e4)
+    labels = torch.randint(logits.shape[-1], logits.shape[:-1], device=engine[1])
+    fused, plain = logits.requires_grad_(), logits.detach().to(torch.float64, copy=True).requires_grad_()
+    actual = kto_fused.sequence_logps(fused, labels, backend=engine[0])
+    expected = kto_fused.reference.sequence_logps(plain, labels)
+    assert_close(actual, expected, 1e-7, "logps")
+    actual.sum().backward()
+    expected.sum().backward()
+    assert_same_gradient(fused.grad, plain.grad)
+
+
+@by_function
+def test_banned_tokens_are_legal(engine, function):
+    case = case_on(engine, dtype=torch.float64)
+    case.logits[..., ::3] = -math.inf
+    case.logits[0, 2, 5:] = -math.inf
+    case.labels = torch.where(case.labels >= 0, case.labels // 3 * 3 + 1, case.labels)
+    case.labels[0, 3] = 1
+    loss, metrics, grad = run(function, case)
+    assert loss.isfinite().all()
+    assert metrics.entropy.isfinite().all()
+    assert grad.isfinite().all()
+    assert grad[..., ::3].eq(0).all()
+    check_against_twin(function, case)
+
+
+def test_a_banned_target_has_log_probability_minus_infinity(engine):
+    logits = torch.zeros(1, 2, 4, device=engine[1])
+    logits[0, 0, 2] = -math.inf
+    labels = torch.tensor([[MASKED, 2]], device=engine[1])
+    logps = kto_fused.token_logps(logits, labels, backend=engine[0])
+    assert logps.tolist() == [[-math.inf, 0.0]]
+
+
+@by_function
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nan_and_infinite_logits_give_a_nan_loss(engine, function, poison):
+    for vocab in (7, 300):
+        case = case_on(engine, vocab=vocab, seq_len=3)
+        case.labels[:] = 1
+        case.logits[1, 0, vocab - 2] = poison
+        loss, metrics, _ = run(function, case)
+        assert loss.isnan()
+        assert metrics.logps.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("loss_type", ["kto", "kto_squared", "apo_zero_unpaired"])
+def test_kto_saturates_without_overflow(engine, sign, loss_type):
+    logps = torch.tensor([1e5 * sign, 1e5 * sign], dtype=torch.float64, device=engine[1], requires_grad=True)
+    options = {"reduction": "none", "loss_type": loss_type, "backend": engine[0]}
+    if loss_type != "apo_zero_unpaired":
+        options["reference_point"] = 0.0
+    desirable = torch.tensor([True, False], device=engine[1])
+    loss, _ = kto_fused.kto_loss_from_logps(logps, torch.zeros_like(logps), desirable, **options)
+    loss.sum().backward()
+    assert loss.tolist() == ([0.0, 1.0] if sign > 0 else [1.0, 0.0])
+    assert logps.grad.abs().tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("loss_type", kto_fused.losses.DPO_LOSS_TYPES)
+@pytest.mark.parametrize("ratio", [1e5, -1e5])
+def test_dpo_is_finite_for_huge_log_ratios(engine, loss_type, ratio):
+    logps = torch.tensor([ratio, 0.0], dtype=torch.float64, device=engine[1], requires_grad=True)
+    ref_logps = None if loss_type == "simpo" else torch.zeros_like(logps)
+    options = {"loss_type": loss_type, "average_log_prob": True}
+    loss, _ = kto_fused.dpo_loss_from_logps(logps, ref_logps, backend=engine[0], **options)
+    expected, _ = kto_fused.reference.dpo_loss_from_logps(logps.detach(), ref_logps, **options)
+    loss.backward()
+    assert_close(loss, expected, 1e-12, "loss")
+    assert logps.grad.isfinite().all()
+
+
+def test_the_last_token_of_the_vocabulary(engine):
+    for vocab in (1, 8, 127, 1000):
+        case = case_on(engine, vocab=vocab, dtype=torch.float64, seq_len=3)
+        case.labels[:] = vocab - 1
+        check_against_twin(fused_kto_loss, case)
+
+
+@pytest.mark.parametrize("bad", ["V", -7])
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_label_outside_the_vocabulary(engine, bad, shift, monkeypatch):
+    case = case_on(engine, vocab=9, shift=shift)
+    case.labels[:] = 1
+    case.labels[2, 3] = 9 if bad == "V" else bad
+    message = rf"labels\[2, 3\] is {case.labels[2, 3].item()}: expected a token id in \[0, 9\)"
+    if engine[1] == "cuda":
+        loss, metrics, grad = run(fused_kto_loss, case)
+        assert loss.isnan()
+        assert metrics.logps.isnan().tolist() == [False, False, True, False]
+        monkeypatch.setenv("KTO_FUSED_VALIDATE", "1")
+    with pytest.raises(IndexError, match=message):
+        run(fused_kto_loss, case)
+
+
+def test_unchecked_labels_and_offsets_give_nan(engine, monkeypatch):
+    """What a GPU does without waiting: NaN for that sequence, and no read outside the row."""
+    monkeypatch.setattr(kto_fused.from_logits, "check_contents", lambda *args, **kwargs: None)
+    case = case_on(engine, vocab=9)
+    case.labels[:] = 1
+    case.labels[2, 3] = 10**9
+    case.labels[3, 2] = -7
+    tokens = kto_fused.token_logps(case.logits, case.labels, backend=engine[0])
+    assert tokens.isnan().nonzero().tolist() == [[2, 2], [3, 1]]
+    _, metrics, grad = run(fused_kto_loss, case, reference_point=0.0, reduction="none")
+    assert metrics.logps.isnan().tolist() == [False, False, True, True]
+    assert grad.isfinite().all(-1).all(-1).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("offsets", [[1, 3, 6], [0, 3, 5], [0, 7, 6], [0, 3, 9]])
+def test_packed_offsets_that_do_not_partition_the_rows(engine, offsets, monkeypatch):
+    logits = torch.zeros(6, 4, device=engine[1])
+    labels = torch.ones(6, dtype=torch.long, device=engine[1])
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=engine[1])
+    if engine[0] == "triton":
+        monkeypatch.setattr(kto_fused.from_logits, "check_contents", lambda *args, **kwargs: None)
+        assert kto_fused.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, backend="triton").isnan().any()
+        monkeypatch.undo()
+    monkeypatch.setenv("KTO_FUSED_VALIDATE", "1")
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 6"):
+        kto_fused.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, backend=engine[0])
+
+
+@by_function
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_masked_rows_are_never_read(engine, function, packed):
+    case = case_on(engine, packed=packed, dtype=torch.bfloat16)
+    expected = run(function, case)
+    targets = kto_fused.layout.row_targets(
+        case.labels, case.options.get("cu_seqlens"), ignore_index=MASKED, shift=True, vocab_size=case.logits.shape[-1]
+    )
+    masked = targets == kto_fused.layout.MASKED
+    assert masked.any()
+    assert INVALID not in targets
+    for poison in (math.nan, -math.inf, math.inf):
+        case.logits[masked] = poison
+        case.ref_logits[masked] = poison
+        loss, metrics, grad = run(function, case)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(grad, expected[2])
+        assert torch.equal(metrics.entropy, expected[1].entropy)
+
+
+@by_function
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_results_repeat_bit_for_bit(engine, function, inplace_backward):
+    case = case_on(engine, dtype=torch.float32, vocab=1000)
+    first = run(function, case, inplace_backward=inplace_backward)
+    for _ in range(3):
+        again = run(function, case, inplace_backward=inplace_backward)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1].logps, again[1].logps)
+        assert torch.equal(first[2], again[2])
+
+
+def test_few_rows_are_split_over_several_programs(monkeypatch):
+    """The combined result is the unsplit one's, to rounding, for every way to split."""
+    from conftest import HAS_GPU
+
+    engine = ("triton", "cuda" if HAS_GPU else "cpu")
+    for vocab in (2**13 + 5, 20_000):
+        case = case_on(engine, batch=2, seq_len=3, vocab=vocab, dtype=torch.float64, logit_softcap=9.0)
+        case.labels[0] = 5
+        for multiprocessors in (0, 4, 132):
+            monkeypatch.setattr(kto_fused.from_logits, "multiprocessors", lambda device, n=multiprocessors: n)
+            check_against_twin(fused_kto_loss, case)
+
+
+def test_rows_beyond_2_to_the_31_logits(engine):
+    """Memory that nobody touches costs nothing: two far rows of 4 GiB of bfloat16."""
+    far = 2**31 + 64
+    torch.use_deterministic_algorithms(False)  # which would fill it
+    memory = torch.empty(far + 400, dtype=torch.bfloat16, device=engine[1])
+    logits = memory.as_strided((2, 3, 100), (far, 100, 1))
+    logits.copy_(torch.randn(2, 3, 100) * 3)
+    labels = torch.tensor([[MASKED, 4, 5], [MASKED, 99, 0]], device=engine[1])
+    desirable = torch.tensor([True, False], device=engine[1])
+    options = {"ref_logps": torch.zeros(2, device=engine[1]), "reference_point": 0.0}
+    near = logits.clone().requires_grad_()
+    expected, _ = fused_kto_loss(near, labels, desirable, backend=engine[0], **options)
+    expected.backward()
+    # a non-leaf that shares the far memory, so that the gradient is written there too
+    source = torch.zeros((), dtype=torch.bfloat16, device=engine[1], requires_grad=True)
+    policy = AddZero.apply(source, logits)
+    actual, _ = fused_kto_loss(policy, labels, desirable, inplace_backward=True, backend=engine[0], **options)
+    actual.backward()
+    assert torch.equal(actual, expected)
+    assert torch.equal(logits, near.grad)
+
+
+class AddZero(torch.autograd.Function):
+    """Makes a tensor the output of an operation without moving it."""
+
+    @staticmethod
+    def forward(ctx, source, values):
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.sum(), None
+
+
+@pytest.mark.parametrize("rows", [65_536 + 10, 200_000])
+def test_more_rows_than_a_grid_dimension_holds(engine, rows):
+    if engine == ("triton", "cpu"):
+        pytest.skip("the interpreter needs a minute for so many programs; test_ahead_of_time.py looks at the grid")
+    labels = torch.full((1, rows), MASKED, device=engine[1])
+    labels[0, -1] = 1
+    logits = torch.tensor([0.0, 1.0], device=engine[1]).repeat(1, rows, 1)
+    logps = kto_fused.token_logps(logits, labels, backend=engine[0])
+    assert_close(logps[0, -2], torch.tensor(-math.log1p(math.exp(-1)), device=engine[1]), 1e-6, "last row")
+    assert logps.count_nonzero() == 1
+
+
+class TestInPlace:
+    def logits(self, engine):
+        source = torch.randn(2, 4, 11, device=engine[1], requires_grad=True)
+        return source, source * 1
+
+    def loss(self, logits, engine, **options):
+        labels = torch.ones(logits.shape[:2], dtype=torch.long, device=engine[1])
+        desirable = torch.tensor([True, False], device=engine[1])
+        ref_logps = torch.zeros(2, device=engine[1])
+        return fused_kto_loss(
+            logits, labels, desirable, ref_logps=ref_logps, inplace_backward=True, backend=engine[0], **options
+        )[0]
+
+    def test_the_gradient_takes_the_logits_memory(self, engine):
+        source, logits = self.logits(engine)
+        address, version = logits.data_ptr(), logits._version
+        seen = []
+        logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+        self.loss(logits, engine).backward()
+        assert seen == [address]
+        assert logits._version > version
+        assert source.grad.isfinite().all()
+
+    def test_another_user_of_the_logits_gets_autograds_error(self, engine):
+        _, logits = self.logits(engine)
+        square = logits.square().sum()  # saves the logits
+        self.loss(logits, engine).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square.backward()
+
+    def test_a_second_backward_gets_autograds_error(self, engine):
+        _, logits = self.logits(engine)
+        loss = self.loss(logits, engine)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_a_view_of_the_logits_is_protected_too(self, engine):
+        source, logits = self.logits(engine)
+        square = logits[:, 0].square().sum()
+        self.loss(logits[:, 1:], engine).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square.backward()
+
+    def test_a_leaf_is_refused(self, engine):
+        leaf = torch.randn(2, 4, 11, device=engine[1], requires_grad=True)
+        with pytest.raises(ValueError, match="policy_logits, which is a leaf"):
+            self.loss(leaf, engine)
+
+    def test_evaluation_needs_no_graph(self, engine):
+        logits = torch.randn(2, 4, 11, device=engine[1])
+        before = logits.clone()
+        self.loss(logits, engine)
+        assert torch.equal(logits, before)
