@@ -95,9 +95,10 @@ def sequence_backward_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     target = tl.load(targets_ptr + rows, mask=inside, other=MASKED_TARGET)
-    sequence = rows // seq_len
     if PACKED:
         sequence = find_sequence(cu_seqlens_ptr, rows, num_sequences, search_steps)
+    else:
+        sequence = rows // seq_len
     is_token = target != MASKED_TARGET
     grad = tl.load(incoming_ptr + sequence % num_incoming, mask=is_token, other=0.0).to(tl.float64)
     if HAS_HEAD:

@@ -299,6 +299,7 @@ class LossFromLogits(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens)
         ctx.options = options
         ctx.num_head_tensors = len(head_tensors)
+        ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
         ctx.mark_non_differentiable(logps, token_counts, entropy, mean_logits, *reported)
         return loss, logps, token_counts, entropy, mean_logits, *reported
 

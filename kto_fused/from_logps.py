@@ -15,6 +15,7 @@ class LossFromLogps(torch.autograd.Function):
         ctx.save_for_backward(grads)
         ctx.dtype = logps.dtype
         ctx.num_head_tensors = len(head_tensors)
+        ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
         ctx.mark_non_differentiable(*reported)
         return loss, *reported
 

@@ -115,7 +115,6 @@ def fused_kto_loss(
         ref_logps=ref_logps,
         rewards=rewards,
         desirable=desirable.bool(),
-        paired=False,
         reference_point=z0,
         token_counts=token_counts,
         entropy=entropy,
@@ -165,7 +164,7 @@ def fused_dpo_loss(
         ref_logits, ref_logps: the reference, exactly one of them; neither for ``simpo``.
 
     All other arguments, the return value and the errors are those of ``fused_kto_loss``; an odd batch is a
-    ``ValueError``. ``metrics.desirable`` is True for the chosen half.
+    ``ValueError``.
 
     >>> import torch, kto_fused
     >>> logits = torch.randn(2, 5, 11, requires_grad=True)
@@ -200,8 +199,6 @@ def fused_dpo_loss(
         logps=logps,
         ref_logps=ref_logps,
         rewards=rewards,
-        desirable=chosen_half(logps),
-        paired=True,
         token_counts=token_counts,
         entropy=entropy,
         mean_logits=mean_logits,
@@ -338,7 +335,6 @@ def kto_loss_from_logps(
         ref_logps=ref_logps,
         rewards=rewards,
         desirable=desirable.bool(),
-        paired=False,
         reference_point=z0,
     )
 
@@ -384,8 +380,6 @@ def dpo_loss_from_logps(
         logps=policy_logps.detach(),
         ref_logps=ref_logps,
         rewards=rewards,
-        desirable=chosen_half(policy_logps),
-        paired=True,
         token_counts=token_counts,
     )
 
@@ -450,11 +444,6 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
     checks.number("n_undesirable", n_undesirable, above=0)
     ratio = n_desirable / n_undesirable
     return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
-
-
-def chosen_half(logps: torch.Tensor) -> torch.Tensor:
-    """[B] bool: True for the first half of a batch of pairs."""
-    return torch.arange(logps.numel(), device=logps.device) < logps.numel() // 2
 
 
 def loss_dtype(like: torch.Tensor) -> torch.dtype:

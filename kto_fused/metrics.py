@@ -11,15 +11,15 @@ class LossMetrics:
 
     ``logps`` and ``ref_logps`` are [B] log-probabilities in nats (sums, or means with ``average_log_prob``),
     ``rewards`` [B] is beta times their difference, ``reference_point`` is KTO's z0 in nats (None for pairs).
-    ``desirable`` [B] tells desirable or chosen sequences from the others. From logits there are also ``token_counts``
-    [B], and ``entropy`` and ``mean_logits`` [B], means over each sequence's completion tokens (0 where it has none).
+    ``desirable`` [B] is KTO's argument; None for pairs, whose first half is chosen and second rejected. From logits
+    there are also ``token_counts`` [B], and ``entropy`` and ``mean_logits`` [B], means over each sequence's completion
+    tokens (0 where it has none).
     """
 
     logps: torch.Tensor
     ref_logps: torch.Tensor | None
     rewards: torch.Tensor
-    desirable: torch.Tensor
-    paired: bool
+    desirable: torch.Tensor | None = None
     reference_point: torch.Tensor | None = None
     token_counts: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
@@ -38,7 +38,10 @@ class LossMetrics:
         >>> {name: round(value.item(), 3) for name, value in metrics.summary().items()}["rewards/margins"]
         0.1
         """
-        sides = {"chosen": self.desirable, "rejected": ~self.desirable}
+        chosen = self.desirable
+        if chosen is None:
+            chosen = torch.arange(self.rewards.numel(), device=self.rewards.device) < self.rewards.numel() // 2
+        sides = {"chosen": chosen, "rejected": ~chosen}
         summary = {}
         for side, members in sides.items():
             summary[f"rewards/{side}"] = _mean(self.rewards, members)
@@ -46,9 +49,9 @@ class LossMetrics:
             if self.mean_logits is not None:
                 summary[f"logits/{side}"] = _mean(self.mean_logits, members * self.token_counts)
         summary["rewards/margins"] = summary["rewards/chosen"] - summary["rewards/rejected"]
-        if self.paired:
-            chosen, rejected = self.rewards.chunk(2)
-            summary["rewards/accuracies"] = (chosen > rejected).double().mean()
+        if self.desirable is None:
+            of_chosen, of_rejected = self.rewards.chunk(2)
+            summary["rewards/accuracies"] = (of_chosen > of_rejected).double().mean()
         if self.reference_point is not None:
             summary["kl"] = self.reference_point
         if self.entropy is not None:

@@ -8,7 +8,7 @@ computed, not what it is: here they are checked and change nothing.
 import torch
 
 from . import backends, checks
-from .functional import chosen_half, kto_class_weights, kto_reference_point, loss_dtype
+from .functional import kto_class_weights, kto_reference_point, loss_dtype
 from .heads import pair_rewards, pair_scores
 from .layout import check_contents
 from .losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
@@ -147,7 +147,6 @@ def kto_loss_from_logps(
         ref_logps=ref_logps.detach(),
         rewards=beta * log_ratios.detach(),
         desirable=desirable,
-        paired=False,
         reference_point=z0,
     )
 
@@ -179,8 +178,6 @@ def dpo_loss_from_logps(
         logps=policy_logps.detach(),
         ref_logps=None if ref_logps is None else ref_logps.detach(),
         rewards=pair_rewards(logps.detach(), reference, token_counts, loss_type, beta),
-        desirable=chosen_half(policy_logps),
-        paired=True,
         token_counts=token_counts,
     )
 

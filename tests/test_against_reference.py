@@ -238,8 +238,6 @@ def test_summary_by_hand():
         logps=torch.tensor([-1.0, -2.0, -6.0, -4.0]),
         ref_logps=torch.zeros(4),
         rewards=torch.tensor([1.0, -1.0, 0.0, 2.0]),
-        desirable=torch.tensor([True, True, False, False]),
-        paired=True,
         token_counts=torch.tensor([1, 3, 2, 0]),
         entropy=torch.tensor([2.0, 1.0, 0.5, torch.nan]),
         mean_logits=torch.tensor([4.0, 0.0, 3.0, torch.nan]),

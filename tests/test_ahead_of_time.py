@@ -1,0 +1,95 @@
+"""Every kernel compiled for real GPUs, on any machine, and what the compiler made of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ahead_of_time.py")
+NVIDIA = ["sm_80", "sm_90", "sm_100"]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """One subprocess per target, side by side: the interpreter must be off where kernels are compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    processes = {
+        target: subprocess.Popen(
+            [sys.executable, str(SCRIPT), target],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for target in (*NVIDIA, "gfx942")
+    }
+    results = {}
+    for target, process in processes.items():
+        output, errors = process.communicate()
+        assert process.returncode == 0, f"{target}: {errors}"
+        results[target] = json.loads(output)
+    return results
+
+
+def kernels(report, prefix: str = "") -> list[dict]:
+    return [entry for entry in report["kernels"] if entry["kernel"].startswith(prefix)]
+
+
+@pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
+def test_every_kernel_compiles(reports, target):
+    compiled = {entry["kernel"] for entry in kernels(reports[target])}
+    assert compiled == {
+        "token_logprobs_kernel",
+        "combine_splits_kernel",
+        "token_logprobs_backward_kernel",
+        "sequence_kernel",
+        "sequence_backward_kernel",
+        "kto_kernel",
+        "dpo_kernel",
+    }
+
+
+def test_no_spills_on_sm_90(reports):
+    for entry in kernels(reports["sm_90"]):
+        assert (entry["stack"], entry["local"], entry["spills"]) == (0, 0, 0), entry
+
+
+def test_row_kernels_read_and_write_16_bytes_at_a_time_on_sm_90(reports):
+    """In every dtype, wherever rows are aligned: no narrower access to logits or gradients."""
+    narrow = {"*bf16": "U16", "*fp16": "U16"}
+    for entry in kernels(reports["sm_90"], "token_logprobs"):
+        if "ALIGNED=True" not in entry["variant"]:
+            continue
+        assert entry["loads"]["LDG.E.128"] >= 2, entry
+        dtype = entry["variant"].split()[0]
+        if dtype in narrow:
+            # one narrow load at the most: the target's logit
+            assert sum(n for kind, n in entry["loads"].items() if narrow[dtype] in kind) <= 1, entry
+        if "backward" in entry["kernel"]:
+            assert entry["stores"] == ["STG.E.128"], entry
+
+
+def test_row_kernels_leave_room_for_four_blocks_per_multiprocessor(reports):
+    """65,536 registers over 4 blocks of 256 threads are 64 each; what training uses stays within."""
+    for entry in kernels(reports["sm_90"], "token_logprobs"):
+        if "ALIGNED=True" in entry["variant"] and "COMPUTE=fp32" in entry["variant"]:
+            assert entry["registers"] <= 64, entry
+
+
+def test_one_compiled_kernel_serves_every_length(reports):
+    for target in NVIDIA:
+        for vocab, variants in reports[target]["variants_per_length"].items():
+            assert set(variants.values()) == {1}, (target, vocab, variants)
+    # Triton addresses tensors over 2 GiB differently on AMD: one more kernel there, but no more
+    for vocab, variants in reports["gfx942"]["variants_per_length"].items():
+        assert max(variants.values()) <= 2, (vocab, variants)
+
+
+def test_grids_use_the_one_dimension_that_holds_2_to_the_31_programs(reports):
+    for target in (*NVIDIA, "gfx942"):
+        grids = reports[target]["grids"]
+        assert max(grid[0] for grid in grids) > 65_535
+        assert all(len(grid) == 1 and grid[0] < 2**31 for grid in grids)
