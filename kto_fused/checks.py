@@ -42,9 +42,10 @@ def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def number(name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
     if not _is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value <= above or value < at_least:
-        bound = f"> {above:g}" if above > -math.inf else f">= {at_least:g}" if at_least > -math.inf else "finite"
-        raise ValueError(f"{name} must be a number {bound}, got {value}")
+    # comparisons alone: torch.compile follows them where it cannot follow math.isfinite; a NaN fails them all
+    if not (above < value < math.inf and value >= at_least):
+        bound = f" > {above:g}" if above > -math.inf else f" >= {at_least:g}" if at_least > -math.inf else ""
+        raise ValueError(f"{name} must be a finite number{bound}, got {value}")
 
 
 def logits_and_labels(

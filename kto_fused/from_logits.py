@@ -5,6 +5,7 @@ Forward:   logits --row kernel--> token log-probabilities --sequence kernel--> [
 Backward:  incoming x head's gradient --sequence kernel--> token gradients --row kernel--> d logits
 """
 
+import math
 from dataclasses import dataclass
 from typing import Optional
 
@@ -34,7 +35,7 @@ class LogitOptions:
 
 
 def _row_outputs(logits, *_) -> tuple[torch.Tensor, ...]:
-    rows = logits.shape[:-1].numel()
+    rows = math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic length
     dtype = torch_backend.compute_dtype(logits)
     return logits.new_empty(rows, dtype=torch.int32), *(logits.new_empty(rows, dtype=dtype) for _ in range(5))
 

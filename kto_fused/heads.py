@@ -140,8 +140,15 @@ def value_and_grads(
         value = reduce(losses(logps), reduction)
         return value.sum(), value
 
-    grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
-    return value.to(loss_dtype), grads
+    if torch.compiler.is_compiling():  # which traces torch.func, but no torch.autograd.grad
+        grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
+    else:
+        # hooks around the loss (checkpointing, offloading) are for what its own backward saves, not for this one's
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            logps = logps.detach().requires_grad_()
+            value_sum, value = total(logps)
+            (grads,) = torch.autograd.grad(value_sum, logps)
+    return value.detach().to(loss_dtype), grads
 
 
 def scale_grads(grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:
