@@ -6,11 +6,11 @@ import pytest
 import torch
 from cases import make_case
 from conftest import HAS_GPU
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import kto_fused
 from kto_fused import checks, from_logits, fused_dpo_loss, fused_kto_loss, layout
+from kto_fused.measure import peak_bytes
 
 interpreted = pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
 MIB = 2**20
@@ -173,18 +173,6 @@ def test_the_host_never_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def allocation_peak(step) -> int:
-    """Most bytes held at once by what ``step`` allocates on the CPU, temporaries inside operators included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("shape", [(2, 192, 32768), (1, 40, 262144), (64, 300, 512)], ids=str)
 @pytest.mark.parametrize("inplace_backward", [False, True])
@@ -201,7 +189,7 @@ def test_the_torch_backend_holds_64_mib_beside_the_gradient(dtype, shape, inplac
         torch.autograd.grad(loss, policy)
 
     gradient = 0 if inplace_backward else logits.numel() * logits.element_size()
-    assert allocation_peak(step) <= gradient + 64 * MIB
+    assert peak_bytes(step, torch.device("cpu")) <= gradient + 64 * MIB
 
 
 def test_the_torch_backend_holds_less_than_half_of_eager():
@@ -217,4 +205,4 @@ def test_the_torch_backend_holds_less_than_half_of_eager():
         logps = kto_fused.sequence_logps(logits, labels, backend="torch").sum()
         torch.autograd.grad(logps, logits)
 
-    assert allocation_peak(fused) < allocation_peak(eager) / 2
+    assert peak_bytes(fused, torch.device("cpu")) < peak_bytes(eager, torch.device("cpu")) / 2

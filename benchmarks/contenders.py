@@ -1,0 +1,120 @@
+"""The same loss computed by everyone: this package, its plain twin, what users write by hand, and TRL's kernel."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import kto_fused
+from kto_fused import reference
+
+BETA = 0.1
+
+
+@dataclass
+class Problem:
+    """Policy logits of B sequences whose first half is prompt, and the reference's log-probabilities."""
+
+    loss: str
+    logits: torch.Tensor
+    labels: torch.Tensor
+    desirable: torch.Tensor
+    ref_logps: torch.Tensor
+
+    @property
+    def completion_logits(self) -> int:
+        """How many logits any exact implementation must read."""
+        return int((self.labels[:, 1:] != -100).sum()) * self.logits.shape[-1]
+
+
+def make_problem(
+    loss: str, batch: int, seq_len: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Problem:
+    torch.manual_seed(seed)
+    logits = (torch.randn(batch, seq_len, vocab, device=device, dtype=dtype)).mul_(3)
+    labels = torch.randint(vocab, (batch, seq_len), device=device)
+    labels[:, : seq_len // 2] = -100
+    desirable = torch.arange(batch, device=device) % 2 == 0
+    ref_logps = kto_fused.sequence_logps(logits, labels) + torch.linspace(-5, 5, batch, device=device)
+    return Problem(loss, logits, labels, desirable, ref_logps)
+
+
+# A contender maps (logits, problem) to (loss, sequence log-probabilities).
+Contender = Callable[[torch.Tensor, Problem], tuple[torch.Tensor, torch.Tensor]]
+
+
+def fused(logits: torch.Tensor, problem: Problem, inplace_backward: bool = False):
+    options = {"ref_logps": problem.ref_logps, "beta": BETA, "inplace_backward": inplace_backward}
+    if problem.loss == "kto":
+        options["reference_point"] = 0.0
+        loss, metrics = kto_fused.fused_kto_loss(logits, problem.labels, problem.desirable, **options)
+    else:
+        loss, metrics = kto_fused.fused_dpo_loss(logits, problem.labels, **options)
+    return loss, metrics.logps
+
+
+def fused_in_place(logits: torch.Tensor, problem: Problem):
+    return fused(logits, problem, inplace_backward=True)
+
+
+def plain_twin(logits: torch.Tensor, problem: Problem):
+    options = {"ref_logps": problem.ref_logps, "beta": BETA}
+    if problem.loss == "kto":
+        options["reference_point"] = 0.0
+        loss, metrics = reference.kto_loss(logits, problem.labels, problem.desirable, **options)
+    else:
+        loss, metrics = reference.dpo_loss(logits, problem.labels, **options)
+    return loss, metrics.logps
+
+
+def from_token_logps(token_logps: torch.Tensor, mask: torch.Tensor, problem: Problem):
+    logps = (token_logps * mask).sum(-1)
+    ratios = logps - problem.ref_logps.to(logps.dtype)
+    if problem.loss == "kto":
+        sign = torch.where(problem.desirable, 1.0, -1.0)
+        return (1 - torch.sigmoid(sign * BETA * ratios)).mean(), logps
+    chosen, rejected = ratios.chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean(), logps
+
+
+def eager(logits: torch.Tensor, problem: Problem):
+    """log_softmax, gather, mask: the loss as most training loops have it."""
+    targets = problem.labels[:, 1:]
+    mask = targets != -100
+    log_p = logits[:, :-1].float().log_softmax(-1)
+    token_logps = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return from_token_logps(token_logps, mask, problem)
+
+
+def trl_kernel(logits: torch.Tensor, problem: Problem):
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    targets = problem.labels[:, 1:]
+    mask = targets != -100
+    token_logps, _ = selective_log_softmax_and_entropy(logits[:, :-1], targets.clamp(min=0), row_mask=mask)
+    return from_token_logps(token_logps, mask, problem)
+
+
+def has_trl() -> bool:
+    try:
+        import trl.trainer.utils  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def contenders(device: torch.device) -> dict[str, Contender]:
+    """Who can run on this device."""
+    found: dict[str, Contender] = {
+        "kto-fused": fused,
+        "kto-fused, in place": fused_in_place,
+        "reference": plain_twin,
+        "eager log_softmax": eager,
+    }
+    if device.type != "cpu" or shutil.which("g++") or shutil.which("clang++"):
+        found["torch.compile of eager"] = torch.compile(eager)
+    if device.type == "cuda" and has_trl():
+        found["TRL kernel"] = trl_kernel
+    return found

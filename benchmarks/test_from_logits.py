@@ -1,0 +1,66 @@
+"""KTO and DPO from logits, forward, backward and both: ``pytest benchmarks/``."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from contenders import contenders, make_problem
+
+from kto_fused.measure import synchronize
+
+# (B, T, V, dtype): a CPU run of everything ends within five minutes
+SIZE = (8, 2048, 128256, torch.bfloat16) if DEVICE.type == "cuda" else (4, 128, 32000, torch.float32)
+CONTENDERS = contenders(DEVICE)
+ROUNDS = {"rounds": 5, "warmup_rounds": 1}
+
+
+@pytest.fixture(scope="module", params=["kto", "dpo"])
+def problem(request):
+    return make_problem(request.param, *SIZE, DEVICE)
+
+
+def leaf(problem, name: str) -> torch.Tensor:
+    """Logits that need a gradient; not a leaf where the gradient is to overwrite them."""
+    logits = problem.logits.detach().requires_grad_()
+    return logits.clone() if "in place" in name else logits
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_forward(benchmark, problem, name):
+    benchmark.group = f"{problem.loss} forward"
+
+    def forward(logits):
+        CONTENDERS[name](logits, problem)
+        synchronize(DEVICE)
+
+    benchmark.pedantic(forward, setup=lambda: ((leaf(problem, name),), {}), **ROUNDS)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_backward(benchmark, problem, name):
+    benchmark.group = f"{problem.loss} backward"
+
+    def setup():
+        logits = leaf(problem, name)
+        loss, _ = CONTENDERS[name](logits, problem)
+        synchronize(DEVICE)
+        return (loss, logits), {}
+
+    def backward(loss, logits):
+        (grad,) = torch.autograd.grad(loss, logits)
+        synchronize(DEVICE)
+        return grad
+
+    grad = benchmark.pedantic(backward, setup=setup, **ROUNDS)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_forward_and_backward(benchmark, problem, name):
+    benchmark.group = f"{problem.loss} forward and backward"
+
+    def both(logits):
+        loss, _ = CONTENDERS[name](logits, problem)
+        torch.autograd.grad(loss, logits)
+        synchronize(DEVICE)
+
+    benchmark.pedantic(both, setup=lambda: ((leaf(problem, name),), {}), **ROUNDS)

@@ -1,0 +1,81 @@
+"""What is installed: `kernels` lives inside the package, and nowhere else."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    environment = {"PYTHONPATH": str(path)} if path else {}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**__import__("os").environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
+    subprocess.run(pip, check=True, cwd=folder)
+    return next(folder.glob("kto_fused-*.whl"))
+
+
+def test_the_wheel_holds_kernels_inside_the_package_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"kto_fused", f"kto_fused-{version()}.dist-info"}
+    sources = {f"kto_fused/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    sources |= {f"kto_fused/{path.name}" for path in (ROOT / "kto_fused").glob("*.py")}
+    assert sources <= set(names)
+    assert {"kto_fused/py.typed", "kto_fused/data/feedback.jsonl"} <= set(names)
+
+
+def test_an_installed_wheel_imports_its_own_kernels(wheel, tmp_path):
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(pip, check=True)
+    code = "import kto_fused.kernels.token_logprobs as m, kto_fused; print(m.__file__); print(kto_fused.__version__)"
+    module, installed = python(code, cwd=tmp_path, path=site).splitlines()
+    assert Path(module) == site / "kto_fused" / "kernels" / "token_logprobs.py"
+    assert installed == version()
+
+
+def test_the_folder_imports_cleanly_under_either_name():
+    """A Python started in the repository root sees the folder as a top-level `kernels`."""
+    code = "import sys, {0}; print({0}.__file__); assert 'torch' not in sys.modules and 'triton' not in sys.modules"
+    assert Path(python(code.format("kernels"), cwd=ROOT)) == ROOT / "kernels" / "__init__.py"
+
+
+def test_the_version_stands_in_both_places_alike():
+    assert f'version="{version()}"' in (ROOT / "setup.py").read_text()
+
+
+def test_importing_the_package_does_not_import_triton_or_transformers(tmp_path):
+    code = "import sys, kto_fused; print([m for m in ('triton', 'transformers', 'matplotlib') if m in sys.modules])"
+    assert python(code, cwd=tmp_path) == "[]"
+
+
+def version() -> str:
+    import kto_fused
+
+    return kto_fused.__version__
