@@ -41,6 +41,12 @@ def make_problem(
     return Problem(loss, logits, labels, desirable, ref_logps)
 
 
+def policy_logits(problem: Problem, name: str) -> torch.Tensor:
+    """Logits that need a gradient; not a leaf where the contender's gradient overwrites them."""
+    logits = problem.logits.detach().requires_grad_()
+    return logits.clone() if "in place" in name else logits
+
+
 # A contender maps (logits, problem) to (loss, sequence log-probabilities).
 Contender = Callable[[torch.Tensor, Problem], tuple[torch.Tensor, torch.Tensor]]
 

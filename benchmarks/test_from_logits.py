@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE
-from contenders import contenders, make_problem
+from contenders import contenders, make_problem, policy_logits
 
 from kto_fused.measure import synchronize
 
@@ -18,12 +18,6 @@ def problem(request):
     return make_problem(request.param, *SIZE, DEVICE)
 
 
-def leaf(problem, name: str) -> torch.Tensor:
-    """Logits that need a gradient; not a leaf where the gradient is to overwrite them."""
-    logits = problem.logits.detach().requires_grad_()
-    return logits.clone() if "in place" in name else logits
-
-
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_forward(benchmark, problem, name):
     benchmark.group = f"{problem.loss} forward"
@@ -32,7 +26,7 @@ def test_forward(benchmark, problem, name):
         CONTENDERS[name](logits, problem)
         synchronize(DEVICE)
 
-    benchmark.pedantic(forward, setup=lambda: ((leaf(problem, name),), {}), **ROUNDS)
+    benchmark.pedantic(forward, setup=lambda: ((policy_logits(problem, name),), {}), **ROUNDS)
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
@@ -40,7 +34,7 @@ def test_backward(benchmark, problem, name):
     benchmark.group = f"{problem.loss} backward"
 
     def setup():
-        logits = leaf(problem, name)
+        logits = policy_logits(problem, name)
         loss, _ = CONTENDERS[name](logits, problem)
         synchronize(DEVICE)
         return (loss, logits), {}
@@ -63,4 +57,4 @@ def test_forward_and_backward(benchmark, problem, name):
         torch.autograd.grad(loss, logits)
         synchronize(DEVICE)
 
-    benchmark.pedantic(both, setup=lambda: ((leaf(problem, name),), {}), **ROUNDS)
+    benchmark.pedantic(both, setup=lambda: ((policy_logits(problem, name),), {}), **ROUNDS)
