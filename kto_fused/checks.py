@@ -50,8 +50,11 @@ def number(name: str, value: object, *, above: float = -math.inf, at_least: floa
 
 def logits_and_labels(
     name: str, logits: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Check logits, labels and offsets against each other. Returns logits [B, T, V] or [N, V], labels, and B."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+    """Check logits, labels and offsets against each other.
+
+    Returns logits [B, T, V] or [N, V], labels [B, T] or [N], contiguous offsets, and B.
+    """
     tensor(name, logits, FLOAT_DTYPES, A_FLOAT)
     tensor("labels", labels, INTEGER_DTYPES, "integer token ids")
     same_device("labels", labels, name, logits)
@@ -82,7 +85,7 @@ def logits_and_labels(
     num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if num_sequences == 0:
         raise ValueError(f"{name} must hold at least one sequence, got shape {_shape(logits)}")
-    return logits, labels, num_sequences
+    return logits, labels, None if cu_seqlens is None else cu_seqlens.contiguous(), num_sequences
 
 
 def inplace(name: str, logits: torch.Tensor) -> None:

@@ -25,6 +25,8 @@ def first_derivative_only(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def call(ctx, *incoming):
+        if incoming[0] is None:  # nothing depends on the loss
+            return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             grad, *others = backward(ctx, *incoming)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

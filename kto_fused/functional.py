@@ -86,7 +86,9 @@ def fused_kto_loss(
     >>> loss.item(), metrics.token_counts.tolist()
     (0.5, [3, 2])
     """
-    logits, labels, num_sequences = checks.logits_and_labels("policy_logits", policy_logits, labels, cu_seqlens)
+    logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels(
+        "policy_logits", policy_logits, labels, cu_seqlens
+    )
     checks.kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits.device)
     checks.desirable(desirable, num_sequences, logits)
     options = _logit_options(
@@ -173,7 +175,9 @@ def fused_dpo_loss(
     >>> round(loss.item(), 4), metrics.rewards.tolist()
     (0.6931, [0.0, 0.0])
     """
-    logits, labels, num_sequences = checks.logits_and_labels("policy_logits", policy_logits, labels, cu_seqlens)
+    logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels(
+        "policy_logits", policy_logits, labels, cu_seqlens
+    )
     checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
     checks.pairs(num_sequences)
     options = _logit_options(
@@ -230,7 +234,7 @@ def token_logps(
     >>> kto_fused.token_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
     tensor([[0.2500, 0.2500, 1.0000]])
     """
-    checked_logits, labels, _ = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
+    checked_logits, labels, cu_seqlens, _ = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
     options = _logit_options(
         "logits",
         logits,
@@ -274,7 +278,7 @@ def sequence_logps(
     >>> kto_fused.sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
     tensor([0.0625], dtype=torch.float64)
     """
-    checked_logits, labels, num_sequences = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
+    checked_logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
     options = _logit_options(
         "logits",
         logits,
@@ -463,7 +467,7 @@ def _reference_logps(
 ) -> torch.Tensor | None:
     checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
     if ref_logits is not None:
-        ref_logits, _, _ = checks.logits_and_labels("ref_logits", ref_logits.detach(), labels, cu_seqlens)
+        ref_logits, *_ = checks.logits_and_labels("ref_logits", ref_logits.detach(), labels, cu_seqlens)
         return SequenceLogps.apply(ref_logits, labels, cu_seqlens, num_sequences, options)
     if ref_logps is None:
         return None

@@ -201,9 +201,9 @@ def _kto_triton(
     )
     with on_device(logps):
         kto.forward(
-            logps,
-            ref_logps,
-            desirable.view(torch.uint8) if desirable.dtype == torch.bool else desirable,
+            logps.contiguous(),
+            ref_logps.contiguous(),
+            (desirable.view(torch.uint8) if desirable.dtype == torch.bool else desirable).contiguous(),
             z0 if z0 is not None else reference_point,
             outputs,
             loss_type=loss_type,
@@ -243,9 +243,9 @@ def _dpo_triton(
     )
     with on_device(logps):
         dpo.forward(
-            logps,
-            ref_logps,
-            token_counts,
+            logps.contiguous(),
+            None if ref_logps is None else ref_logps.contiguous(),
+            None if token_counts is None else token_counts.contiguous(),
             outputs,
             loss_type=loss_type,
             beta=beta,

@@ -201,7 +201,7 @@ def _tokens(
     backends.resolve(backend, checks.tensor(name, logits, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
     if inplace_backward:
         checks.inplace(name, logits)
-    logits, labels, _ = checks.logits_and_labels(name, logits, labels, cu_seqlens)
+    logits, labels, cu_seqlens, _ = checks.logits_and_labels(name, logits, labels, cu_seqlens)
     check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=logits.shape[-1])
 
     targets = labels.long()

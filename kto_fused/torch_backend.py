@@ -123,8 +123,8 @@ def token_logprobs(
             u.clamp_(min=-1e30)  # turns 0 * -inf into 0; exps is 0 long before it
         weighted = exps.mul_(u).sum(1)
         torch.sub(log_sum, weighted.div_(row_sum).mul_(factor), out=entropy)
-    outputs = torch.zeros(5, targets.numel(), dtype=dtype, device=logits.device).index_copy_(1, tokens, results)
-    return targets.int(), *(output.clone() for output in outputs)
+    per_row = (logits.new_zeros(targets.numel(), dtype=dtype) for _ in results)
+    return targets.int(), *(row.index_copy_(0, tokens, result) for row, result in zip(per_row, results, strict=True))
 
 
 def token_logprobs_backward(
@@ -170,7 +170,8 @@ def token_logprobs_backward(
         else:
             result.copy_(x).sub_(token_max[start:stop])
         result.mul_(factor * LOG2_E).exp2_().mul_(-p_scale[start:stop, None])
-        result.scatter_add_(1, token_targets[start:stop, None], coefficients[start:stop, None])
+        target = token_targets[start:stop, None]
+        result.scatter_(1, target, result.gather(1, target) + coefficients[start:stop, None])
         if slope is not None:
             result.mul_(slope)
         grad_rows.write(start, stop, result)

@@ -218,6 +218,46 @@ def test_dpo_from_logps(engine, loss_type, average_log_prob):
     assert_close(fused.grad, plain.grad, 1e-12, "gradient")
 
 
+def spread(values: torch.Tensor) -> torch.Tensor:
+    """The same values, every third element of a larger tensor."""
+    others = ~values if values.dtype == torch.bool else values + 1
+    return torch.stack([values, others, others], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["kto", "dpo"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_per_sequence_tensors_may_be_strided(engine, function, packed):
+    case = make_case(dtype=torch.float64, packed=packed, **on(engine))
+    ref_logps = torch.arange(4.0, device=engine[1])
+    expected = run(function, case, ref_logps=ref_logps)
+    case.desirable, case.labels = spread(case.desirable), spread(case.labels)
+    if packed:
+        case = case.with_options(cu_seqlens=spread(case.options["cu_seqlens"]))
+    actual = run(function, case, ref_logps=spread(ref_logps))
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[2], expected[2])
+
+
+@pytest.mark.parametrize("loss", ["kto", "ipo"])
+def test_log_probabilities_may_be_strided(engine, loss):
+    policy, ref = torch.randn(2, 6, device=engine[1])
+    results = []
+    for change in (torch.clone, spread):
+        logps = policy.clone().requires_grad_()
+        if loss == "kto":
+            desirable = change(torch.arange(6, device=engine[1]) % 3 == 0)
+            value, _ = kto_fused.kto_loss_from_logps(change(logps), change(ref), desirable, backend=engine[0])
+        else:
+            counts = change(torch.arange(6, device=engine[1]) + 1)
+            value, _ = kto_fused.dpo_loss_from_logps(
+                change(logps), change(ref), loss_type="ipo", token_counts=counts, backend=engine[0]
+            )
+        value.backward()
+        results.append((value, logps.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 @by_function
 def test_summaries_agree(engine, function):
     case = make_case(dtype=torch.float64, **on(engine))

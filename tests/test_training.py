@@ -7,7 +7,7 @@ from conftest import HAS_GPU
 from torch.utils.checkpoint import checkpoint
 
 import kto_fused
-from kto_fused import backends, fused_dpo_loss, fused_kto_loss, reference
+from kto_fused import from_logits, fused_dpo_loss, fused_kto_loss, heads, reference
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
@@ -18,20 +18,25 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def head_and_inputs(packed: bool = False, dtype: torch.dtype = torch.float32):
+def head_and_inputs(packed: bool = False, dtype: torch.dtype = torch.float32, device: str = DEVICE):
     """A projection to logits, hidden states, and the rest of a loss's arguments."""
-    case = make_case(seq_len=6, vocab=64, device=DEVICE, packed=packed, seed=2)
-    head = torch.nn.Linear(16, 64, device=DEVICE, dtype=dtype)
-    hidden = torch.randn(*case.labels.shape, 16, device=DEVICE, dtype=dtype)
+    case = make_case(seq_len=6, vocab=64, device=device, packed=packed, seed=2)
+    head = torch.nn.Linear(16, 64, device=device, dtype=dtype)
+    hidden = torch.randn(*case.labels.shape, 16, device=device, dtype=dtype)
     return head, hidden, case
 
 
 @pytest.mark.parametrize("inplace_backward", [False, True])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("loss", ["kto", "dpo"])
-def test_compiles_as_one_graph_and_gives_the_same_numbers(loss, packed, inplace_backward):
-    head, hidden, case = head_and_inputs(packed)
-    options = {"ref_logits": case.ref_logits, "inplace_backward": inplace_backward, **case.options}
+def test_compiles_as_one_graph_and_gives_the_same_numbers(engine, loss, packed, inplace_backward):
+    head, hidden, case = head_and_inputs(packed, device=engine[1])
+    options = {
+        "ref_logits": case.ref_logits,
+        "inplace_backward": inplace_backward,
+        "backend": engine[0],
+        **case.options,
+    }
 
     def step(hidden, labels, desirable):
         logits = head(hidden)
@@ -70,24 +75,27 @@ def test_compiled_batches_of_many_lengths_share_one_graph():
     assert len(compilations) == 1
 
 
-def test_the_operators_are_well_formed():
+def test_the_operators_are_well_formed(engine):
     """Schemas, fake implementations and aliasing of everything that torch.compile sees as one operator."""
-    case = make_case(batch=2, seq_len=3, vocab=8, device=DEVICE)
-    backend = backends.resolve(None, case.logits.device)
-    engine = kto_fused.from_logits
-    transform = (1.5, 4.0, 0.7, backend)
+    backend, device = engine
+    case = make_case(batch=2, seq_len=3, vocab=8, device=device)
     check = torch.library.opcheck
-    rows_arguments = (case.logits, case.labels, None, -100, True, *transform)
-    check(engine._token_logprobs.op, rows_arguments)
-    targets, logps, row_max, log_sum, entropy, mean_logits = engine._token_logprobs(*rows_arguments)
-    sums_arguments = (targets, logps, entropy, mean_logits, None, 2, False, backend)
-    check(engine._sequence_sums.op, sums_arguments)
-    sequences, counts, _, _ = engine._sequence_sums(*sums_arguments)
-    one = torch.ones((), device=DEVICE)
-    check(engine._sequence_backward.op, (targets, counts, sequences, one, None, False, torch.float32, backend))
+    transform = (1.5, 4.0, 0.7, backend)
+    of_rows = (case.logits, case.labels, None, -100, True, *transform)
+    check(from_logits._token_logprobs.op, of_rows)
+    targets, logps, row_max, log_sum, entropy, mean_logits = from_logits._token_logprobs(*of_rows)
+    of_sequences = (targets, logps, entropy, mean_logits, None, 2, False, backend)
+    check(from_logits._sequence_sums.op, of_sequences)
+    sequences, counts, _, _ = from_logits._sequence_sums(*of_sequences)
+    one = torch.ones((), device=device)
+    check(from_logits._sequence_backward.op, (targets, counts, sequences, one, None, False, torch.float32, backend))
     gradient = (targets, logps, row_max, log_sum, *transform)
-    check(engine._token_logprobs_backward.op, (case.logits, torch.empty_like(case.logits), *gradient))
-    check(engine._token_logprobs_backward_inplace.op, (case.logits.clone(), *gradient))
+    check(from_logits._token_logprobs_backward.op, (case.logits, torch.empty_like(case.logits), *gradient))
+    check(from_logits._token_logprobs_backward_inplace.op, (case.logits.clone(), *gradient))
+    if backend == "triton":
+        of_kto = (sequences, sequences - 1, case.desirable, None, 0.5, "kto", 0.1, 1.0, 1.0, "mean", torch.float32)
+        check(heads._kto_triton.op, of_kto)
+        check(heads._dpo_triton.op, (sequences, None, counts, "simpo", 0.1, 0.0, 0.5, "none", torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
