@@ -2,21 +2,14 @@
 
 import contextlib
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 
 import torch
 
 BACKENDS = ("triton", "torch")
-
-
-@functools.cache
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve(backend: str | None, device: torch.device) -> str:
@@ -30,9 +23,9 @@ def resolve(backend: str | None, device: torch.device) -> str:
         raise ValueError("logits are on mps, which has no float64; move them to the cpu")
     on_gpu = device.type in ("cuda", "xpu")
     if backend is None:
-        return "triton" if on_gpu and _has_triton() else "torch"
-    if backend == "triton" and not _has_triton():
-        raise ValueError("backend='triton' needs the package triton, which cannot be imported here")
+        return "triton" if on_gpu and HAS_TRITON else "torch"
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend='triton' needs the package triton, which is not installed")
     if backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend='triton' needs a GPU, got tensors on {device.type}; its kernels run on a CPU only for tests, "

@@ -1,7 +1,8 @@
 """Loss heads: sequence log-probabilities -> (loss, d loss / d log-probabilities, what to report). No vocabulary here.
 
 A head is a callable ``head(logps, token_counts, *tensors)`` on [B] fp64 log-probabilities; its numbers are fixed when
-it is made, its tensors come with the call. It returns ``(loss, grads, *reported)``, all detached.
+it is made, its tensors come with the call. It returns ``(loss, grads, *reported)``, all detached. (Heads compare by
+identity: torch.compile of PyTorch 2.11 hashes an object before its fields are set.)
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from .backends import on_device, opaque
 from .losses import dpo_losses, kto_losses, reduce
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KTOHead:
     """``head(logps, token_counts, ref_logps, desirable, z0) -> (loss, grads, rewards, reference_point)``.
 
@@ -69,7 +70,7 @@ class KTOHead:
         return value, grads, self.beta * log_ratios, z0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DPOHead:
     """``head(logps, token_counts, ref_logps) -> (loss, grads, rewards)``; the first half chosen, the second rejected.
 
