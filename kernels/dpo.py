@@ -9,7 +9,11 @@ from .kto import BLOCK_SEQUENCES, sigmoid
 
 @triton.jit
 def log_sigmoid(x):
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+    e = tl.exp(-tl.abs(x))
+    # log1p(e): what rounding takes from 1 + e is given back by the quotient
+    one_plus_e = 1.0 + e
+    log1p = tl.where(one_plus_e == 1.0, e, tl.log(one_plus_e) * (e / tl.maximum(one_plus_e - 1.0, 1e-300)))
+    return tl.minimum(x, 0.0) - log1p
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

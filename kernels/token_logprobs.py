@@ -86,9 +86,9 @@ def fold(running_max, running_sum, running_weighted, u, log2_factor):
     origin = tl.where(new_max == float("-inf"), 0.0, new_max)
     distance = u - tl.expand_dims(origin, 1)
     exps = tl.exp2(distance * log2_factor)
-    step = tl.where(running_sum > 0, running_max - origin, 0.0)
+    # the finite floor, here and below, turns 0 * -inf into 0; every factor beside it is 0 long before
+    step = tl.where(running_sum > 0, tl.maximum(running_max - origin, -1e30), 0.0)
     rescale = tl.exp2(step * log2_factor)
-    # the finite floor turns 0 * -inf into 0; exps is 0 long before it
     tile_weighted = tl.sum(exps * tl.maximum(distance, -1e30), axis=1)
     new_weighted = (running_weighted + running_sum * step) * rescale + tile_weighted
     new_sum = running_sum * rescale + tl.sum(exps, axis=1)
@@ -100,7 +100,7 @@ def merge(maxima, sums, weighted, log2_factor):
     """Merge partial results of ``fold`` into the row's."""
     row_max = tl.max(maxima, axis=0)
     origin = tl.where(row_max == float("-inf"), 0.0, row_max)
-    step = tl.where(sums > 0, maxima - origin, 0.0)
+    step = tl.where(sums > 0, tl.maximum(maxima - origin, -1e30), 0.0)
     rescale = tl.exp2(step * log2_factor)
     row_sum = tl.sum(sums * rescale, axis=0)
     row_weighted = tl.sum((weighted + sums * step) * rescale, axis=0)
@@ -524,10 +524,6 @@ def _num_warps(lanes: int) -> int:
     return min(NUM_WARPS, max(1, lanes // 32))
 
 
-def _factor(scale: float, softcap: float | None, temperature: float) -> float:
-    return (1.0 if softcap is not None else scale) / temperature
-
-
 def forward(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -538,7 +534,7 @@ def forward(
     shift: bool,
     scale: float,
     softcap: float | None,
-    temperature: float,
+    factor: float,
     multiprocessors: int,
 ) -> None:
     """Fill ``outputs``: targets (int32), logps, row_max, log_sum, entropy, mean_logits, each [rows]."""
@@ -558,7 +554,7 @@ def forward(
     transform = {
         "scale": scale,
         "softcap": softcap if softcap is not None else 1.0,
-        "factor": _factor(scale, softcap, temperature),
+        "factor": factor,
         "HAS_SOFTCAP": softcap is not None,
         "COMPUTE": _compute_dtype(logits),
     }
@@ -616,7 +612,7 @@ def backward(
     *,
     scale: float,
     softcap: float | None,
-    temperature: float,
+    factor: float,
 ) -> None:
     """Fill ``grad``, shaped as ``logits`` and possibly the same tensor, from token_grads = d loss / d logps [rows]."""
     seq_len, batch_stride, row_stride = _row_view(logits)
@@ -640,7 +636,7 @@ def backward(
         grad_row_stride=grad_row_stride,
         scale=scale,
         softcap=softcap if softcap is not None else 1.0,
-        factor=_factor(scale, softcap, temperature),
+        factor=factor,
         HAS_SOFTCAP=softcap is not None,
         ALIGNED=_is_aligned(vec, vocab_size, batch_stride, row_stride, grad_batch_stride, grad_row_stride),
         LANES=lanes,

@@ -1,6 +1,7 @@
 """Every argument is checked here, at the call, from shapes, dtypes and numbers alone: no check waits for a GPU."""
 
 import math
+import numbers
 
 import torch
 
@@ -18,7 +19,7 @@ def _shape(tensor: torch.Tensor) -> list[int]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str) -> torch.Tensor:
@@ -69,11 +70,11 @@ def logits_and_labels(
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
             raise ValueError(f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {_shape(cu_seqlens)}")
         if logits.ndim == 3 and logits.shape[0] == 1:
-            logits = logits[0]
+            logits = logits.squeeze(0)  # a view whose backward is one
         if logits.ndim != 2:
             raise ValueError(f"{name} must be [N, V] or [1, N, V] with cu_seqlens, got shape {_shape(logits)}")
         if labels.ndim == 2 and labels.shape[0] == 1:
-            labels = labels[0]
+            labels = labels.squeeze(0)
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels has shape {_shape(labels)}, expected {list(logits.shape[:-1])} to match {name} {_shape(logits)}"
@@ -89,10 +90,12 @@ def logits_and_labels(
 
 
 def inplace(name: str, logits: torch.Tensor) -> None:
-    """Whether the gradient may be written over the logits."""
-    if logits.requires_grad and logits.is_leaf:
+    """Refuse to write the gradient over a leaf, or a view of one, or over elements that share memory."""
+    owners = [logits] if logits._base is None else [logits, logits._base]
+    if any(owner.is_leaf and owner.requires_grad for owner in owners):
         raise ValueError(
-            f"inplace_backward=True overwrites {name}, which is a leaf tensor: expected the output of an operation"
+            f"inplace_backward=True overwrites {name}, which is a leaf tensor or a view of one: "
+            "expected the output of an operation"
         )
     spans = sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1)
     reach = 1
@@ -189,7 +192,7 @@ def kto_options(
             raise ValueError(f"reference_point is on {reference_point.device}, expected the policy's device {device}")
     elif _is_number(reference_point):
         number("reference_point", reference_point)
-    elif reference_point != "batch_mean":
+    elif not (isinstance(reference_point, str) and reference_point == "batch_mean"):
         raise ValueError(f"reference_point must be a number, a scalar tensor or 'batch_mean', got {reference_point!r}")
     if loss_type == "apo_zero_unpaired":
         is_default = isinstance(reference_point, str) or (_is_number(reference_point) and reference_point == 0)

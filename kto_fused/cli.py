@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 
@@ -35,7 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     from . import demo  # transformers takes seconds to import: not for --help
 
-    assert set(options) <= {field.name for field in fields(demo.Settings)}
     try:
         demo.run(demo.Settings(**options))
     except (demo.DemoError, demo.feedback.FeedbackError) as error:

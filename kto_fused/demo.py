@@ -81,7 +81,8 @@ def run(settings: Settings) -> dict:
     torch.manual_seed(settings.seed)
     tokenizer, model = load(settings.model, examples)
     model.to(device)
-    tokens = feedback.tokenize(examples, tokenizer, min(MAX_LENGTH, model.config.max_position_embeddings))
+    max_length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    tokens = feedback.tokenize(examples, tokenizer, max_length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{len(examples)} examples, {parameters / 1e6:.1f}M parameters, vocabulary {model.config.vocab_size}, {device}"
@@ -114,10 +115,12 @@ def check(settings: Settings) -> torch.device:
         raise DemoError(f"--steps must be at least 1, got {settings.steps}")
     if not 0 < settings.beta < math.inf:
         raise DemoError(f"--beta must be a finite number > 0, got {settings.beta}")
+    if not 0 <= settings.seed < 2**63:
+        raise DemoError(f"--seed must lie in [0, 2^63), got {settings.seed}")
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
         backends.resolve(settings.backend, device)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise DemoError(f"--device {name}, --backend {settings.backend}: {str(error).splitlines()[0]}") from error
@@ -231,7 +234,7 @@ def train(
     model: PreTrainedModel, tokens: Sequence[Tokens], settings: Settings, path: LossPath, device: torch.device
 ) -> list[dict[str, float]]:
     """KTO for ``settings.steps``; a line of metrics per step is returned, some are printed."""
-    ref = copy.deepcopy(model).requires_grad_(False)
+    ref = copy.deepcopy(model).eval().requires_grad_(False)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     weights = class_weights(tokens)
@@ -255,10 +258,11 @@ def compare(
     plain = LossPath("reference", reference.kto_loss, reference.sequence_logps, {})
     steps = batches(tokens, settings.batch_size, settings.steps, settings.seed)[:COMPARED_STEPS]
     weights = class_weights(tokens)
-    ref = copy.deepcopy(start).requires_grad_(False)
+    ref = copy.deepcopy(start).eval().requires_grad_(False)
     runs = {}
     for path in (plain, fused):
         model = copy.deepcopy(start).train()
+        torch.manual_seed(settings.seed)  # dropout, where the model has it, drops the same
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         losses, gradients, times = [], [], []
         for examples in tqdm(steps, desc=path.name, leave=False):
@@ -327,10 +331,13 @@ def curve_plotter() -> Callable[[list[dict[str, float]], Path], None]:
 
 def write(out: Path, metrics: dict, plot: Callable) -> None:
     """Both files or neither: written beside their place, then moved there."""
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
-        draft = Path(scratch)
-        (draft / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        plot(metrics["steps"], draft / "curves.png")
-        for name in ("metrics.json", "curves.png"):
-            os.replace(draft / name, out / name)
+    try:
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            draft = Path(scratch)
+            (draft / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+            plot(metrics["steps"], draft / "curves.png")
+            for name in ("metrics.json", "curves.png"):
+                os.replace(draft / name, out / name)
+    except OSError as error:
+        raise DemoError(f"--out {out}: the results cannot be written: {error.strerror}") from error
     print(f"\nWrote {out / 'metrics.json'} and {out / 'curves.png'}")

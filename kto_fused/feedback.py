@@ -52,7 +52,9 @@ def read(path: Path) -> list[Example]:
         FeedbackError: the file cannot be read, a line is not JSON or lacks a field, or there is no example of a kind.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # not splitlines(): JSON strings may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise FeedbackError(f"{path}: cannot be read as text: {error}") from error
     examples = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -76,9 +78,19 @@ def _parse(line: str, where: str) -> Example:
             raise FeedbackError(f"{where}: the field {field!r} is missing")
         if not isinstance(record[field], kind):
             raise FeedbackError(f"{where}: {field!r} must be {kind.__name__}, got {record[field]!r}")
+        if kind is str and not _is_text(record[field]):
+            raise FeedbackError(f"{where}: {field!r} holds half a surrogate pair, which is no text")
     if not record["completion"]:
         raise FeedbackError(f"{where}: 'completion' is empty")
     return Example(record["prompt"], record["completion"], record["label"])
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:

@@ -7,14 +7,14 @@ Backward:  incoming x head's gradient --sequence kernel--> token gradients --row
 
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
 from . import torch_backend
 from .backends import multiprocessors, on_device, opaque
 from .first_derivative import first_derivative_only
-from .layout import check_contents
+from .layout import check_contents, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,18 @@ class LogitOptions:
     inplace_backward: bool = False
     backend: str = "torch"
 
+    @property
+    def factor(self) -> float:
+        """z = factor * u, with u = softcap tanh(scale x / softcap), or the logits x themselves without a soft cap."""
+        return (1.0 if self.logit_softcap is not None else self.logit_scale) / self.temperature
+
 
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
-def _row_outputs(logits, *_) -> tuple[torch.Tensor, ...]:
+def _row_outputs(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     rows = math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic length
-    dtype = torch_backend.compute_dtype(logits)
+    dtype = compute_dtype(logits)
     return logits.new_empty(rows, dtype=torch.int32), *(logits.new_empty(rows, dtype=dtype) for _ in range(5))
 
 
@@ -49,7 +54,7 @@ def _token_logprobs(
     shift: bool,
     scale: float,
     softcap: Optional[float],
-    temperature: float,
+    factor: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(targets, logps, row_max, log_sum, entropy, mean_logits), each [rows]."""
@@ -59,7 +64,7 @@ def _token_logprobs(
         "shift": shift,
         "scale": scale,
         "softcap": softcap,
-        "temperature": temperature,
+        "factor": factor,
     }
     if backend == "torch":
         return torch_backend.token_logprobs(logits, labels, cu_seqlens, **options)
@@ -83,10 +88,10 @@ def _token_logprobs_backward(
     log_sum: torch.Tensor,
     scale: float,
     softcap: Optional[float],
-    temperature: float,
+    factor: float,
     backend: str,
 ) -> None:
-    options = {"scale": scale, "softcap": softcap, "temperature": temperature}
+    options = {"scale": scale, "softcap": softcap, "factor": factor}
     if backend == "torch":
         torch_backend.token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, **options)
         return
@@ -105,15 +110,23 @@ def _token_logprobs_backward_inplace(
     log_sum: torch.Tensor,
     scale: float,
     softcap: Optional[float],
-    temperature: float,
+    factor: float,
     backend: str,
 ) -> None:
     _token_logprobs_backward.__wrapped__(
-        logits, logits, targets, token_grads, row_max, log_sum, scale, softcap, temperature, backend
+        logits, logits, targets, token_grads, row_max, log_sum, scale, softcap, factor, backend
     )
 
 
-def _sequence_outputs(targets, logps, entropy, mean_logits, cu_seqlens, num_sequences, *_) -> tuple[torch.Tensor, ...]:
+def _sequence_outputs(
+    targets: torch.Tensor,
+    logps: torch.Tensor,
+    entropy: torch.Tensor,
+    mean_logits: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    num_sequences: int,
+    *_: Any,
+) -> tuple[torch.Tensor, ...]:
     return (
         logps.new_empty(num_sequences, dtype=torch.float64),
         logps.new_empty(num_sequences, dtype=torch.int64),
@@ -155,7 +168,8 @@ def _sequence_sums(
     return outputs
 
 
-def _token_grads(targets, token_counts, head_grads, incoming, cu_seqlens, average, dtype, backend) -> torch.Tensor:
+def _token_grads(targets: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    *_, dtype, _ = arguments
     return targets.new_empty(targets.shape, dtype=dtype)
 
 
@@ -196,7 +210,9 @@ def _sequence_backward(
 # ---- engine -------------------------------------------------------------------------------------------------------
 
 
-def _engine_forward(logits, labels, cu_seqlens, options: LogitOptions) -> tuple[torch.Tensor, ...]:
+def _engine_forward(
+    logits: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, options: LogitOptions
+) -> tuple[torch.Tensor, ...]:
     return _token_logprobs(
         logits,
         labels,
@@ -205,12 +221,14 @@ def _engine_forward(logits, labels, cu_seqlens, options: LogitOptions) -> tuple[
         options.shift,
         options.logit_scale,
         options.logit_softcap,
-        options.temperature,
+        options.factor,
         options.backend,
     )
 
 
-def _engine_sequences(rows, cu_seqlens, num_sequences: int, options: LogitOptions) -> tuple[torch.Tensor, ...]:
+def _engine_sequences(
+    rows: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor | None, num_sequences: int, options: LogitOptions
+) -> tuple[torch.Tensor, ...]:
     targets, logps, _, _, entropy, mean_logits = rows
     return _sequence_sums(
         targets,
@@ -224,12 +242,23 @@ def _engine_sequences(rows, cu_seqlens, num_sequences: int, options: LogitOption
     )
 
 
-def _engine_backward(logits, targets, token_grads, row_max, log_sum, options: LogitOptions) -> torch.Tensor:
-    transform = options.logit_scale, options.logit_softcap, options.temperature, options.backend
+def _engine_backward(
+    ctx: Any,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    token_grads: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+) -> torch.Tensor:
+    options: LogitOptions = ctx.options
+    transform = options.logit_scale, options.logit_softcap, options.factor, options.backend
     if not options.inplace_backward:
         grad = logits.new_empty(logits.shape)
         _token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, *transform)
         return grad
+    if getattr(ctx, "is_overwritten", False):
+        raise RuntimeError("inplace_backward=True has overwritten the logits: there is no second backward")
+    ctx.is_overwritten = True
     grad = logits.detach()  # the same storage and version counter, without the graph
     _token_logprobs_backward_inplace(grad, targets, token_grads, row_max, log_sum, *transform)
     if not torch.compiler.is_compiling():
@@ -251,7 +280,7 @@ class TokenLogps(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, incoming):
         logits, targets, row_max, log_sum = ctx.saved_tensors
-        grad = _engine_backward(logits, targets, incoming.reshape(-1).contiguous(), row_max, log_sum, ctx.options)
+        grad = _engine_backward(ctx, logits, targets, incoming.reshape(-1).contiguous(), row_max, log_sum)
         return grad, None, None, None
 
 
@@ -282,7 +311,7 @@ class SequenceLogps(torch.autograd.Function):
             row_max.dtype,
             options.backend,
         )
-        return _engine_backward(logits, targets, token_grads, row_max, log_sum, options), None, None, None, None
+        return _engine_backward(ctx, logits, targets, token_grads, row_max, log_sum), None, None, None, None
 
 
 class LossFromLogits(torch.autograd.Function):
@@ -319,5 +348,5 @@ class LossFromLogits(torch.autograd.Function):
             row_max.dtype,
             options.backend,
         )
-        grad = _engine_backward(logits, targets, token_grads, row_max, log_sum, options)
+        grad = _engine_backward(ctx, logits, targets, token_grads, row_max, log_sum)
         return grad, None, None, None, None, None, *(None for _ in range(ctx.num_head_tensors))

@@ -9,6 +9,7 @@ from . import backends, checks
 from .from_logits import LogitOptions, LossFromLogits, SequenceLogps, TokenLogps
 from .from_logps import LossFromLogps
 from .heads import DPOHead, KTOHead
+from .layout import compute_dtype
 from .losses import LENGTH_AVERAGED
 from .metrics import LossMetrics
 
@@ -63,7 +64,7 @@ def fused_kto_loss(
         shift: position t predicts ``labels[:, t + 1]``, as in Hugging Face models; else ``labels[:, t]``. A shift never
             crosses from one packed sequence to the next.
         temperature, logit_scale, logit_softcap: z = softcap tanh(scale x / softcap) / temperature, for the policy and
-            for ``ref_logits``.
+            for ``ref_logits``. A soft cap makes even an infinite logit finite; without one, +inf gives a NaN loss.
         inplace_backward: write the gradient over ``policy_logits`` and save a tensor of its size. Whoever else saved
             those logits gets autograd's error. Refused for a leaf tensor.
         backend: ``triton``, ``torch``, or None for the faster one on the tensors' device.
@@ -116,7 +117,7 @@ def fused_kto_loss(
         logps=logps,
         ref_logps=ref_logps,
         rewards=rewards,
-        desirable=desirable.bool(),
+        desirable=desirable == 1 if desirable.dtype != torch.bool else desirable,
         reference_point=z0,
         token_counts=token_counts,
         entropy=entropy,
@@ -338,7 +339,7 @@ def kto_loss_from_logps(
         logps=policy_logps.detach(),
         ref_logps=ref_logps,
         rewards=rewards,
-        desirable=desirable.bool(),
+        desirable=desirable == 1 if desirable.dtype != torch.bool else desirable,
         reference_point=z0,
     )
 
@@ -450,11 +451,6 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
     return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
 
 
-def loss_dtype(like: torch.Tensor) -> torch.dtype:
-    """float64 losses for float64 logits or log-probabilities, else float32."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 def _logit_options(name: str, logits: torch.Tensor, *, backend: str | None, **options) -> LogitOptions:
     checks.logit_options(**options)
     if options["inplace_backward"]:
@@ -463,7 +459,14 @@ def _logit_options(name: str, logits: torch.Tensor, *, backend: str | None, **op
 
 
 def _reference_logps(
-    policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences: int, options: LogitOptions, loss_type: str
+    policy_logits: torch.Tensor,
+    ref_logits: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    num_sequences: int,
+    options: LogitOptions,
+    loss_type: str,
 ) -> torch.Tensor | None:
     checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
     if ref_logits is not None:
@@ -476,7 +479,14 @@ def _reference_logps(
 
 
 def _kto_head(
-    loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, like: torch.Tensor, backend: str
+    loss_type: str,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    reference_point: torch.Tensor | float | str,
+    reduction: str,
+    like: torch.Tensor,
+    backend: str,
 ) -> tuple[KTOHead, torch.Tensor | None]:
     """The head, and its reference point where that is a tensor."""
     z0 = None
@@ -493,14 +503,21 @@ def _kto_head(
         undesirable_weight=float(undesirable_weight),
         reference_point=None if reference_point is None else float(reference_point),
         reduction=reduction,
-        loss_dtype=loss_dtype(like),
+        loss_dtype=compute_dtype(like),
         backend=backend,
     )
     return head, z0
 
 
 def _dpo_head(
-    loss_type, beta, label_smoothing, gamma, average_log_prob: bool, reduction, like: torch.Tensor, backend: str
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    gamma: float,
+    average_log_prob: bool,
+    reduction: str,
+    like: torch.Tensor,
+    backend: str,
 ) -> DPOHead:
     return DPOHead(
         loss_type=loss_type,
@@ -509,6 +526,6 @@ def _dpo_head(
         gamma=float(gamma),
         divide_by_length=loss_type in LENGTH_AVERAGED and not average_log_prob,
         reduction=reduction,
-        loss_dtype=loss_dtype(like),
+        loss_dtype=compute_dtype(like),
         backend=backend,
     )

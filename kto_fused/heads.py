@@ -5,9 +5,10 @@ it is made, its tensors come with the call. It returns ``(loss, grads, *reported
 identity: torch.compile of PyTorch 2.11 hashes an object before its fields are set.)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -31,7 +32,14 @@ class KTOHead:
     loss_dtype: torch.dtype
     backend: str
 
-    def __call__(self, logps, token_counts, ref_logps, desirable, z0) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self,
+        logps: torch.Tensor,
+        token_counts: torch.Tensor | None,
+        ref_logps: torch.Tensor,
+        desirable: torch.Tensor,
+        z0: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
         if self.backend == "triton":
             return _kto_triton(
                 logps,
@@ -58,7 +66,7 @@ class KTOHead:
         def loss(logps: torch.Tensor) -> torch.Tensor:
             return kto_losses(
                 logps - ref_logps,
-                desirable.bool(),
+                desirable,
                 z0,
                 loss_type=self.loss_type,
                 beta=self.beta,
@@ -86,7 +94,9 @@ class DPOHead:
     loss_dtype: torch.dtype
     backend: str
 
-    def __call__(self, logps, token_counts, ref_logps) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         if not self.divide_by_length:
             token_counts = None
         if self.backend == "triton":
@@ -118,13 +128,19 @@ class DPOHead:
         return value, grads, pair_rewards(logps, ref_logps, token_counts, self.loss_type, self.beta)
 
 
-def pair_scores(logps, ref_logps, token_counts) -> torch.Tensor:
+def pair_scores(logps: torch.Tensor, ref_logps: torch.Tensor | None, token_counts: torch.Tensor | None) -> torch.Tensor:
     """What a pair loss compares: log-ratios (log-probabilities without a reference), divided by length if asked. [B]"""
     scores = logps if ref_logps is None else logps - ref_logps
     return scores if token_counts is None else scores / token_counts.clamp(min=1)
 
 
-def pair_rewards(logps, ref_logps, token_counts, loss_type: str, beta: float) -> torch.Tensor:
+def pair_rewards(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    token_counts: torch.Tensor | None,
+    loss_type: str,
+    beta: float,
+) -> torch.Tensor:
     """beta times the log-ratio of whole sequences; ``simpo`` defines its reward by the length-averaged one. [B]"""
     return beta * pair_scores(logps, ref_logps, token_counts if loss_type == "simpo" else None)
 
@@ -143,6 +159,8 @@ def value_and_grads(
 
     if torch.compiler.is_compiling():  # which traces torch.func, but no torch.autograd.grad
         grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
+    elif torch.is_inference_mode_enabled():  # where nobody can ask for the gradient
+        value, grads = reduce(losses(logps), reduction), torch.full_like(logps, math.nan)
     else:
         # hooks around the loss (checkpointing, offloading) are for what its own backward saves, not for this one's
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
@@ -161,7 +179,8 @@ def _loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
     return (num_losses,) if reduction == "none" else ()
 
 
-def _kto_outputs(logps, ref_logps, desirable, z0, reference_point, loss_type, beta, dw, uw, reduction, loss_dtype):
+def _kto_outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    *_, reduction, loss_dtype = arguments
     size = logps.shape[0]
     return (
         logps.new_empty(_loss_shape(size, reduction), dtype=loss_dtype),
@@ -187,19 +206,7 @@ def _kto_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from .kernels import kto
 
-    outputs = _kto_outputs(
-        logps,
-        ref_logps,
-        desirable,
-        z0,
-        reference_point,
-        loss_type,
-        beta,
-        desirable_weight,
-        undesirable_weight,
-        reduction,
-        loss_dtype,
-    )
+    outputs = _kto_outputs(logps, reduction, loss_dtype)
     with on_device(logps):
         kto.forward(
             logps.contiguous(),
@@ -216,7 +223,8 @@ def _kto_triton(
     return outputs
 
 
-def _dpo_outputs(logps, ref_logps, token_counts, loss_type, beta, label_smoothing, gamma, reduction, loss_dtype):
+def _dpo_outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    *_, reduction, loss_dtype = arguments
     size = logps.shape[0]
     return (
         logps.new_empty(_loss_shape(size // 2, reduction), dtype=loss_dtype),
@@ -239,9 +247,7 @@ def _dpo_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .kernels import dpo
 
-    outputs = _dpo_outputs(
-        logps, ref_logps, token_counts, loss_type, beta, label_smoothing, gamma, reduction, loss_dtype
-    )
+    outputs = _dpo_outputs(logps, reduction, loss_dtype)
     with on_device(logps):
         dpo.forward(
             logps.contiguous(),

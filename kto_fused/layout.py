@@ -9,6 +9,11 @@ MASKED = -1  # prompt, padding, or nothing left to predict: log-probability 0, g
 INVALID = -2  # a label outside the vocabulary: log-probability NaN
 
 
+def compute_dtype(values: torch.Tensor) -> torch.dtype:
+    """What logits or log-probabilities are computed in, and their loss given in: float64 for float64, else float32."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
 def row_sequences(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
     """The sequence of each packed row. [B+1] -> [N]"""
     rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)

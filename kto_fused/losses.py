@@ -4,6 +4,8 @@ r_s = L_s - Lref_s is a sequence's log-ratio in nats, sigma the logistic functio
 take these formulas' gradients by autograd; the Triton kernels write value and gradient out.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -27,17 +29,18 @@ def kto_losses(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> torch.Tensor:
-    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) of log-ratios r. [B] -> [B]
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) of log-ratios r; ``desirable`` is 1 or 0, else NaN. [B] -> [B]
 
     With e = +1 for desirable and -1 for undesirable, w the class weight, z0 the reference point and
     q = sigma(e beta (r - z0)):  ``kto`` w (1 - q);  ``kto_squared`` w (1 - q)^2;  ``apo_zero_unpaired`` (D'Oosterlinck
     et al. 2024, arXiv 2408.06266) is ``kto`` with z0 = 0.
     """
-    sign = torch.where(desirable, 1.0, -1.0).to(log_ratios.dtype)
-    # full precision: a Python number in torch.where would be rounded to float32 first
-    weight = torch.where(
-        desirable, log_ratios.new_full((), desirable_weight), log_ratios.new_full((), undesirable_weight)
+    sign = torch.where(desirable == 1, 1.0, -1.0).to(log_ratios.dtype)
+    # tensors of the right dtype: torch.where would round Python numbers to float32 first
+    of_desirable, of_undesirable, of_neither = (
+        log_ratios.new_full((), weight) for weight in (desirable_weight, undesirable_weight, math.nan)
     )
+    weight = torch.where(desirable == 1, of_desirable, torch.where(desirable == 0, of_undesirable, of_neither))
     one_minus_q = torch.sigmoid(-sign * beta * (log_ratios - reference_point))
     if loss_type == "kto_squared":
         return weight * one_minus_q**2

@@ -21,13 +21,14 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Most bytes held at once by what ``step`` allocates on ``device``, temporaries inside operators included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        memory = getattr(torch, device.type)
+        memory.synchronize(device)
+        memory.reset_peak_memory_stats(device)
+        before = memory.memory_allocated(device)
         step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        memory.synchronize(device)
+        return memory.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

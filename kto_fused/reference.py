@@ -5,12 +5,14 @@ of the logits. float64 logits compute in float64 throughout. ``inplace_backward`
 computed, not what it is: here they are checked and change nothing.
 """
 
+from typing import Any
+
 import torch
 
 from . import backends, checks
-from .functional import kto_class_weights, kto_reference_point, loss_dtype
+from .functional import kto_class_weights, kto_reference_point
 from .heads import pair_rewards, pair_scores
-from .layout import check_contents
+from .layout import check_contents, compute_dtype
 from .losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
 from .metrics import LossMetrics
 
@@ -26,36 +28,36 @@ __all__ = [
 ]
 
 
-def token_logps(logits, labels, **engine):
+def token_logps(logits: torch.Tensor, labels: torch.Tensor, **engine: Any) -> torch.Tensor:
     """Twin of ``kto_fused.token_logps``."""
     return _tokens("logits", logits, labels, **engine)[0]
 
 
-def sequence_logps(logits, labels, **engine):
+def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, **engine: Any) -> torch.Tensor:
     """Twin of ``kto_fused.sequence_logps``."""
     return _sequences("logits", logits, labels, **engine)[0]
 
 
 def kto_loss(
-    policy_logits,
-    labels,
-    desirable,
+    policy_logits: torch.Tensor,
+    labels: torch.Tensor,
+    desirable: torch.Tensor,
     *,
-    ref_logits=None,
-    ref_logps=None,
-    reference_point="batch_mean",
-    beta=0.1,
-    desirable_weight=1.0,
-    undesirable_weight=1.0,
-    loss_type="kto",
-    reduction="mean",
-    **engine,
-):
+    ref_logits: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    reference_point: torch.Tensor | float | str = "batch_mean",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+    reduction: str = "mean",
+    **engine: Any,
+) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_kto_loss``."""
     logps, counts, entropy, mean_logits = _sequences("policy_logits", policy_logits, labels, **engine)
     checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
     if ref_logits is not None:
-        ref_logps = sequence_logps(ref_logits.detach(), labels, **engine)
+        ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
     loss, metrics = kto_loss_from_logps(
         logps,
         ref_logps,
@@ -68,29 +70,29 @@ def kto_loss(
         reduction=reduction,
     )
     metrics.token_counts, metrics.entropy, metrics.mean_logits = counts, entropy, mean_logits
-    return loss.to(loss_dtype(policy_logits)), metrics
+    return loss.to(compute_dtype(policy_logits)), metrics
 
 
 def dpo_loss(
-    policy_logits,
-    labels,
+    policy_logits: torch.Tensor,
+    labels: torch.Tensor,
     *,
-    ref_logits=None,
-    ref_logps=None,
-    beta=0.1,
-    loss_type="sigmoid",
-    label_smoothing=0.0,
-    gamma=checks.DEFAULT_GAMMA,
-    reduction="mean",
-    average_log_prob=False,
-    **engine,
-):
+    ref_logits: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    gamma: float = checks.DEFAULT_GAMMA,
+    reduction: str = "mean",
+    average_log_prob: bool = False,
+    **engine: Any,
+) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_dpo_loss``."""
     engine["average_log_prob"] = average_log_prob
     logps, counts, entropy, mean_logits = _sequences("policy_logits", policy_logits, labels, **engine)
     checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
     if ref_logits is not None:
-        ref_logps = sequence_logps(ref_logits.detach(), labels, **engine)
+        ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
     loss, metrics = dpo_loss_from_logps(
         logps,
         ref_logps,
@@ -103,22 +105,22 @@ def dpo_loss(
         token_counts=counts if loss_type in LENGTH_AVERAGED and not average_log_prob else None,
     )
     metrics.token_counts, metrics.entropy, metrics.mean_logits = counts, entropy, mean_logits
-    return loss.to(loss_dtype(policy_logits)), metrics
+    return loss.to(compute_dtype(policy_logits)), metrics
 
 
 def kto_loss_from_logps(
-    policy_logps,
-    ref_logps,
-    desirable,
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    desirable: torch.Tensor,
     *,
-    reference_point="batch_mean",
-    beta=0.1,
-    desirable_weight=1.0,
-    undesirable_weight=1.0,
-    loss_type="kto",
-    reduction="mean",
-    backend=None,
-):
+    reference_point: torch.Tensor | float | str = "batch_mean",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.kto_loss_from_logps``."""
     checks.logps(policy_logps, ref_logps)
     checks.kto_options(
@@ -126,7 +128,6 @@ def kto_loss_from_logps(
     )
     checks.desirable(desirable, policy_logps.numel(), policy_logps)
     backends.resolve(backend, policy_logps.device)
-    desirable = desirable.bool()
     log_ratios = policy_logps.double() - ref_logps.detach().double()
     if loss_type == "apo_zero_unpaired":
         reference_point = 0.0
@@ -142,28 +143,28 @@ def kto_loss_from_logps(
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
-    return reduce(losses, reduction).to(loss_dtype(policy_logps)), LossMetrics(
+    return reduce(losses, reduction).to(compute_dtype(policy_logps)), LossMetrics(
         logps=policy_logps.detach(),
         ref_logps=ref_logps.detach(),
         rewards=beta * log_ratios.detach(),
-        desirable=desirable,
+        desirable=desirable == 1,
         reference_point=z0,
     )
 
 
 def dpo_loss_from_logps(
-    policy_logps,
-    ref_logps=None,
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor | None = None,
     *,
-    beta=0.1,
-    loss_type="sigmoid",
-    label_smoothing=0.0,
-    gamma=checks.DEFAULT_GAMMA,
-    reduction="mean",
-    average_log_prob=False,
-    token_counts=None,
-    backend=None,
-):
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    gamma: float = checks.DEFAULT_GAMMA,
+    reduction: str = "mean",
+    average_log_prob: bool = False,
+    token_counts: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.dpo_loss_from_logps``."""
     checks.logps(policy_logps, ref_logps)
     checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
@@ -174,7 +175,7 @@ def dpo_loss_from_logps(
     reference = None if ref_logps is None else ref_logps.detach().double()
     chosen, rejected = pair_scores(logps, reference, token_counts).chunk(2)
     losses = dpo_losses(chosen, rejected, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
-    return reduce(losses, reduction).to(loss_dtype(policy_logps)), LossMetrics(
+    return reduce(losses, reduction).to(compute_dtype(policy_logps)), LossMetrics(
         logps=policy_logps.detach(),
         ref_logps=None if ref_logps is None else ref_logps.detach(),
         rewards=pair_rewards(logps.detach(), reference, token_counts, loss_type, beta),
@@ -183,19 +184,19 @@ def dpo_loss_from_logps(
 
 
 def _tokens(
-    name,
-    logits,
-    labels,
+    name: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
     *,
-    cu_seqlens=None,
-    ignore_index=-100,
-    shift=True,
-    temperature=1.0,
-    logit_scale=1.0,
-    logit_softcap=None,
-    inplace_backward=False,
-    backend=None,
-):
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, ...]:
     """(log-probability, entropy, mean logit, whether it is a completion token) of each position, [B, T] or [N]."""
     checks.logit_options(ignore_index, shift, False, temperature, logit_scale, logit_softcap, inplace_backward)
     backends.resolve(backend, checks.tensor(name, logits, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
@@ -229,12 +230,20 @@ def _tokens(
     return logps, entropy, mean_logits, is_token
 
 
-def _sequences(name, logits, labels, *, average_log_prob=False, cu_seqlens=None, **options):
+def _sequences(
+    name: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    average_log_prob: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
     """(log-probability in float64, token count, mean entropy, mean logit) of each sequence, [B]."""
     checks.flag("average_log_prob", average_log_prob)
     logps, entropy, mean_logits, is_token = _tokens(name, logits, labels, cu_seqlens=cu_seqlens, **options)
 
-    def per_sequence(values):
+    def per_sequence(values: torch.Tensor) -> torch.Tensor:
         if cu_seqlens is None:
             return values.sum(-1)
         return torch.stack([part.sum() for part in values.split(cu_seqlens.diff().tolist())])

@@ -1,7 +1,7 @@
 """The vocabulary-sized work in PyTorch, a few rows at a time: for CPUs, and GPUs without Triton.
 
-Completion rows are visited in blocks small enough for the processor's cache, through one scratch buffer each way, so
-the extra memory does not depend on the batch. What each number means is said in ``kernels/token_logprobs.py``.
+Completion rows are visited in blocks small enough for the processor's cache, through two scratch buffers, so that the
+extra memory is theirs and about a hundred bytes per position. What each number means is said in ``kernels/token_logprobs.py``.
 """
 
 import math
@@ -10,16 +10,12 @@ from collections.abc import Iterator
 import torch
 
 from .heads import scale_grads
-from .layout import INVALID, MASKED, row_sequences, row_targets
+from .layout import INVALID, MASKED, compute_dtype, row_sequences, row_targets
 
 # Bytes of one scratch buffer in the compute dtype; at most three are alive.
 BLOCK_BYTES = 2 * 2**20
 # exp2 costs a quarter of exp in PyTorch on some processors, and is as exact
 LOG2_E = 1.4426950408889634
-
-
-def compute_dtype(logits: torch.Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _strided_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,10 +69,6 @@ def _blocks(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Iterator[tupl
         yield start, min(start + size, num_rows)
 
 
-def _factor(scale: float, softcap: float | None, temperature: float) -> float:
-    return (1.0 if softcap is not None else scale) / temperature
-
-
 def token_logprobs(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -86,11 +78,10 @@ def token_logprobs(
     shift: bool,
     scale: float,
     softcap: float | None,
-    temperature: float,
+    factor: float,
 ) -> tuple[torch.Tensor, ...]:
     """(targets, logps, row_max, log_sum, entropy, mean_logits), each [rows]."""
     vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
-    factor = _factor(scale, softcap, temperature)
     targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
     tokens = (targets != MASKED).nonzero().flatten()
     token_targets = targets[tokens]
@@ -137,11 +128,10 @@ def token_logprobs_backward(
     *,
     scale: float,
     softcap: float | None,
-    temperature: float,
+    factor: float,
 ) -> None:
     """Fill ``grad``, shaped as ``logits`` and possibly the same tensor, from token_grads = d loss / d logps [rows]."""
     vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
-    factor = _factor(scale, softcap, temperature)
     token_grads = torch.where(targets == INVALID, math.nan, token_grads)
     is_needed = (targets != MASKED) & (token_grads != 0)
     _Rows(grad, (~is_needed).nonzero().flatten()).zero()
@@ -188,15 +178,18 @@ def sequence_sums(
     average: bool,
 ) -> tuple[torch.Tensor, ...]:
     """(log-probabilities, token counts, mean entropy, mean logit) of each sequence, each [B]."""
-    values = torch.stack([logps.double(), entropy.double(), mean_logits.double(), (targets != MASKED).double()])
-    if cu_seqlens is None:
-        sums = values.view(4, num_sequences, -1).sum(2)
-    else:
-        sums = torch.segment_reduce(values.T.contiguous(), "sum", lengths=cu_seqlens.diff().long(), axis=0).T
-    counts = sums[3]
-    means = sums[:3] / counts.clamp(min=1)
-    logps = (means if average else sums)[0].clone()
-    return logps, counts.long(), *(mean.to(entropy.dtype, copy=True) for mean in means[1:])
+    lengths = None if cu_seqlens is None else cu_seqlens.diff().long()
+
+    def add_up(values: torch.Tensor) -> torch.Tensor:
+        if lengths is None:
+            return values.view(num_sequences, -1).sum(1, dtype=torch.float64)
+        return torch.segment_reduce(values.double(), "sum", lengths=lengths)
+
+    counts = add_up(targets != MASKED)
+    divisor = counts.clamp(min=1)
+    sums = add_up(logps)
+    means = (add_up(values).div_(divisor).to(values.dtype, copy=True) for values in (entropy, mean_logits))
+    return sums.div_(divisor) if average else sums, counts.long(), *means
 
 
 def sequence_backward(

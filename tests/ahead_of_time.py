@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -138,13 +139,22 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
         )
 
 
-def variants_per_length(dtype: torch.dtype, vocab: int) -> dict[str, int]:
-    """How many times each kernel is compiled for batches of many shapes, 2^31 logits and more among them."""
+def variants_per_length(dtype: torch.dtype, vocab: int) -> dict[str, dict[str, int]]:
+    """How many times each kernel is compiled for batches of many lengths, 2^31 logits and more among them."""
     for kernel in launched.values():
         kernel.device_caches.clear()
-    for batch, seq_len in ((1, 300), (2, 1024), (16, 17), (3, 1000), (5, 14_001)):
-        launch(dtype, batch, seq_len, vocab)
-    return {name: len(kernel.device_caches[0][0]) for name, kernel in launched.items() if 0 in kernel.device_caches}
+    counts, before = {}, Counter()
+    lengths = {
+        "many rows": [(1, 300), (2, 1024), (16, 17), (3, 1000), (5, 14_001)],
+        "few rows": [(1, 2), (2, 16), (7, 11)],
+    }
+    for name, shapes in lengths.items():
+        for batch, seq_len in shapes:
+            launch(dtype, batch, seq_len, vocab)
+        compiled = Counter({name: len(kernel.device_caches[0][0]) for name, kernel in launched.items()})
+        counts[name] = dict(compiled - before)
+        before = compiled
+    return counts
 
 
 def main(target: str) -> None:

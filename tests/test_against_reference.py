@@ -160,7 +160,7 @@ def test_expanded_logits_are_read_but_not_overwritten(engine):
     (grad,), (expected,) = (torch.autograd.grad(x.sum(), row) for x in (fused, plain))
     assert_close(grad, expected, 1e-12, "gradient")
     with pytest.raises(ValueError, match="share memory"):
-        kto_fused.token_logps(row.expand(3, 4, 50), labels, inplace_backward=True, backend=engine[0])
+        kto_fused.token_logps((row * 1).expand(3, 4, 50), labels, inplace_backward=True, backend=engine[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -315,13 +315,14 @@ def test_modules_hold_the_keyword_arguments(module):
 
 
 def test_twins_have_the_same_arguments():
-    """Swapping a name for its twin's must never be a TypeError."""
+    """Swapping a name for its twin's must never be a TypeError, nor change a default."""
     import inspect
 
     from kto_fused.reference import _sequences, _tokens
 
-    def keywords(*functions) -> set[str]:
-        return {p.name for f in functions for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    def keywords(*functions) -> dict[str, object]:
+        parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     engine, sequences = keywords(_tokens), keywords(_tokens, _sequences)
     assert keywords(fused_kto_loss) == keywords(reference.kto_loss) | sequences

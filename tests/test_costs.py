@@ -174,7 +174,7 @@ def test_the_host_never_waits():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "fp32", "fp64"])
-@pytest.mark.parametrize("shape", [(2, 192, 32768), (1, 40, 262144), (64, 300, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 192, 32768), (1, 40, 262144), (64, 300, 512), (512, 512, 8)], ids=str)
 @pytest.mark.parametrize("inplace_backward", [False, True])
 def test_the_torch_backend_holds_64_mib_beside_the_gradient(dtype, shape, inplace_backward):
     torch.use_deterministic_algorithms(False)  # its fill operators would be counted

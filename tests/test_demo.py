@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,10 @@ BROKEN = {
         "line 1: 'label' must be bool, got 'yes'",
     ),
     "an empty completion": (GOOD + '{"prompt": "p", "completion": "", "label": true}', "line 3: 'completion' is empty"),
+    "half a character": (
+        GOOD + '{"prompt": "p", "completion": "\\ud800", "label": true}',
+        "line 3: 'completion' holds half a surrogate pair",
+    ),
     "a list": (GOOD + "\n[1]", "line 4: expected an object"),
     "an empty file": ("", "feedback.jsonl: holds no examples"),
     "one class": ('{"prompt": "p", "completion": "c", "label": true}', "holds no undesirable example (label false)"),
@@ -133,6 +138,17 @@ def test_a_feedback_file_that_cannot_be_used(capsys, tmp_path, name):
     assert message in fails(capsys, tmp_path, "--data", str(path))
 
 
+def test_line_separators_inside_a_string_are_text(tmp_path):
+    path = tmp_path / "feedback.jsonl"
+    path.write_text(GOOD.replace('"d"', '"one\u2028two\u0085three"'), encoding="utf-8")
+    assert feedback.read(path)[1].completion == "one\u2028two\u0085three"
+
+
+def test_every_flag_is_a_setting():
+    flags = {action.dest for action in cli.parser()._subparsers._group_actions[0].choices["demo"]._actions}
+    assert flags - {"help"} == {field.name for field in fields(demo.Settings)}
+
+
 def test_a_feedback_file_that_is_not_there(capsys, tmp_path):
     assert "missing.jsonl: cannot be read" in fails(capsys, tmp_path, "--data", str(tmp_path / "missing.jsonl"))
 
@@ -146,6 +162,8 @@ def test_a_feedback_file_that_is_not_there(capsys, tmp_path):
         (["--beta", "0"], "--beta must be a finite number > 0, got 0.0"),
         (["--beta", "nan"], "--beta must be a finite number > 0, got nan"),
         (["--device", "warp"], "--device warp"),
+        (["--device", "meta"], "--device meta"),
+        (["--seed", str(2**70)], "--seed must lie in [0, 2^63)"),
         (["--model", "no/such/model"], "--model no/such/model cannot be loaded"),
     ],
 )

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import assert_close, assert_same_gradient, check_against_twin, make_case, run
+from cases import assert_close, assert_same_gradient, check_against_twin, make_case, run, truth
 
 import kto_fused
 from kto_fused import fused_dpo_loss, fused_kto_loss
@@ -114,6 +114,48 @@ def test_a_banned_target_has_log_probability_minus_infinity(engine):
     labels = torch.tensor([[MASKED, 2]], device=engine[1])
     logps = kto_fused.token_logps(logits, labels, backend=engine[0])
     assert logps.tolist() == [[-math.inf, 0.0]]
+
+
+@by_function
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_banned_with_the_smallest_number(engine, function, dtype):
+    case = case_on(engine, vocab=3000, dtype=dtype, seq_len=3)
+    case.logits[..., :2000] = torch.finfo(dtype).min
+    case.labels = torch.where(case.labels >= 0, case.labels % 1000 + 2000, case.labels)
+    case.labels[0, 1] = 2500
+    _, metrics, grad = run(function, case)
+    _, expected, _ = truth(function, case)
+    assert_close(metrics.entropy, expected.entropy, 1e-5, "entropy")
+    assert_close(metrics.logps, expected.logps, 1e-5, "logps")
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_labels_that_nobody_may_read_give_nan(engine, compiled, monkeypatch):
+    """-1 is no 0: where values are not checked, a sequence that is neither kind has no loss."""
+    monkeypatch.setattr(kto_fused.checks, "may_read", lambda tensor: False)
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    function = torch.compile(kto_fused.kto_loss_from_logps) if compiled else kto_fused.kto_loss_from_logps
+    logps, desirable = torch.randn(4, device=engine[1]), torch.tensor([1, -1, 0, 2], device=engine[1])
+    loss, metrics = function(logps, logps + 1, desirable, reference_point=0.0, reduction="none", backend=engine[0])
+    assert loss.isnan().tolist() == [False, True, False, True]
+    assert metrics.desirable.tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation(engine, mode):
+    case = case_on(engine)
+    expected = run(fused_kto_loss, case)[0]
+    with mode():
+        logits = case.logits.clone()
+        for function in (fused_kto_loss, kto_fused.reference.kto_loss):
+            loss, metrics = function(
+                logits, case.labels, case.desirable, ref_logits=case.ref_logits.clone(), backend=engine[0]
+            )
+            weight = 50  # as `run` weighs it
+            assert_close(loss * weight, expected * weight, 1e-5, "loss")
+            assert metrics.summary()["kl"].isfinite()
 
 
 @by_function
@@ -251,12 +293,14 @@ def test_few_rows_are_split_over_several_programs(monkeypatch):
             check_against_twin(fused_kto_loss, case)
 
 
-def test_rows_beyond_2_to_the_31_logits(engine):
-    """Memory that nobody touches costs nothing: two far rows of 4 GiB of bfloat16."""
-    far = 2**31 + 64
+@pytest.mark.parametrize(
+    "strides", [(2**31 + 64, 100, 1), (100, 2**30 + 128, 1)], ids=["between sequences", "between positions"]
+)
+def test_rows_beyond_2_to_the_31_logits(engine, strides):
+    """Memory that nobody touches costs nothing: rows far apart in 4 GiB of bfloat16."""
     torch.use_deterministic_algorithms(False)  # which would fill it
-    memory = torch.empty(far + 400, dtype=torch.bfloat16, device=engine[1])
-    logits = memory.as_strided((2, 3, 100), (far, 100, 1))
+    memory = torch.empty(strides[0] + 2 * strides[1] + 100, dtype=torch.bfloat16, device=engine[1])
+    logits = memory.as_strided((2, 3, 100), strides)
     logits.copy_(torch.randn(2, 3, 100) * 3)
     labels = torch.tensor([[MASKED, 4, 5], [MASKED, 99, 0]], device=engine[1])
     desirable = torch.tensor([True, False], device=engine[1])
@@ -340,6 +384,35 @@ class TestInPlace:
         self.loss(logits[:, 1:], engine).backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             square.backward()
+
+    def test_packed_logits_in_a_batch_of_one_are_overwritten_too(self, engine):
+        """The shape Hugging Face models return: no copy on the way there, none on the way back."""
+        source = torch.randn(1, 8, 11, device=engine[1], requires_grad=True)
+        logits = source * 1
+        seen = []
+        logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+        labels = torch.ones(1, 8, dtype=torch.long, device=engine[1])
+        offsets = torch.tensor([0, 3, 8], dtype=torch.int32, device=engine[1])
+        options = {"cu_seqlens": offsets, "inplace_backward": True, "backend": engine[0]}
+        kto_fused.sequence_logps(logits, labels, **options).sum().backward()
+        assert seen == [logits.data_ptr()]
+        plain = source.detach().requires_grad_()
+        kto_fused.reference.sequence_logps(plain, labels, cu_seqlens=offsets).sum().backward()
+        assert_same_gradient(source.grad, plain.grad)
+
+    def test_a_second_backward_raises_where_hooks_hide_the_version(self, engine):
+        _, logits = self.logits(engine)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+            loss = self.loss(logits, engine)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="no second backward"):
+            loss.backward()
+
+    @pytest.mark.parametrize("view", [lambda x: x.view(2, 4, 11), lambda x: x[:, :-1]], ids=["view", "slice"])
+    def test_a_view_of_a_leaf_is_refused(self, engine, view):
+        leaf = torch.randn(2, 4, 11, device=engine[1], requires_grad=True)
+        with pytest.raises(ValueError, match="a view of one"):
+            self.loss(view(leaf), engine)
 
     def test_a_leaf_is_refused(self, engine):
         leaf = torch.randn(2, 4, 11, device=engine[1], requires_grad=True)

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import make_case
@@ -161,6 +162,11 @@ KTO_ERRORS = {
         ValueError,
         "reference_point must be a finite number",
     ),
+    "an array as reference_point": (
+        {"reference_point": np.array([0.1, 0.2])},
+        ValueError,
+        "reference_point must be a number, a scalar tensor or 'batch_mean', got array([0.1, 0.2])",
+    ),
     "a vector reference_point": (
         {"reference_point": torch.zeros(4)},
         ValueError,
@@ -170,6 +176,21 @@ KTO_ERRORS = {
         {"loss_type": "apo_zero_unpaired", "reference_point": 0.5},
         ValueError,
         "loss_type='apo_zero_unpaired' fixes reference_point at 0, got 0.5",
+    ),
+    "ref_logits of integers": (
+        {"ref_logps": ..., "ref_logits": LOGITS.long()},
+        TypeError,
+        f"ref_logits must be {FLOATS}, got torch.int64",
+    ),
+    "strided ref_logits": (
+        {"ref_logps": ..., "ref_logits": torch.zeros(B, V, T).transpose(1, 2)},
+        ValueError,
+        "ref_logits must be contiguous in its last dimension",
+    ),
+    "ref_logits on another device": (
+        {"ref_logps": ..., "ref_logits": LOGITS.to("meta")},
+        ValueError,
+        "ref_logits is on meta, but policy_logits is on cpu",
     ),
     # names: the valid ones are listed
     "unknown loss_type": (
@@ -293,6 +314,19 @@ LOGPS_ERRORS = {
         ValueError,
         "token_counts has no meaning for loss_type='sigmoid' with average_log_prob=False",
     ),
+    "float lengths": (
+        {"loss_type": "ipo", "token_counts": torch.ones(4)},
+        TypeError,
+        "token_counts must be integers, got torch.float32",
+    ),
+    "lengths of another batch": (
+        {"loss_type": "ipo", "token_counts": torch.ones(2).long()},
+        ValueError,
+        "token_counts has shape [2], expected [4]",
+    ),
+    "unknown loss_type": ({"loss_type": "kto"}, ValueError, "loss_type must be one of ['sigmoid'"),
+    "unknown reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of ['mean', 'sum', 'none']"),
+    "beta NaN": ({"beta": math.nan}, ValueError, "beta must be a finite number > 0, got nan"),
     "no reference": (
         {"ref_logps": None},
         ValueError,
@@ -321,15 +355,27 @@ def test_an_unknown_keyword_is_a_type_error():
             function(**arguments(bta=0.1))
 
 
+def test_numbers_of_any_kind_are_numbers():
+    loss, _ = fused_kto_loss(**arguments(beta=np.float32(0.5), reference_point=np.float64(0.1), temperature=1))
+    assert loss.isfinite()
+
+
+def test_apples_gpu_is_refused():
+    with pytest.raises(ValueError, match="mps, which has no float64"):
+        kto_fused.backends.resolve(None, torch.device("mps"))
+
+
+def test_reference_point_inputs():
+    zeros = torch.zeros(3)
+    with pytest.raises(ValueError, match=re.escape("ref_kl_logps has shape [2], expected [3]")):
+        kto_fused.kto_reference_point(zeros, zeros[:2])
+    with pytest.raises(ValueError, match=re.escape("policy_kl_logps must be [m], got shape [1, 3]")):
+        kto_fused.kto_reference_point(zeros[None], zeros)
+    with pytest.raises(TypeError, match="policy_kl_logps must be float16"):
+        kto_fused.kto_reference_point(zeros.long(), zeros)
+
+
 @pytest.mark.parametrize("counts", [(0, 5), (5, -1)])
 def test_class_weights_of_an_empty_class(counts):
     with pytest.raises(ValueError, match="must be a finite number > 0"):
         kto_fused.kto_class_weights(*counts)
-
-
-def test_a_failed_call_leaves_everything_as_it_was():
-    values = arguments(labels=torch.full((B, T), V))
-    before = {name: value.clone() for name, value in values.items()}
-    with pytest.raises(IndexError):
-        fused_kto_loss(**values)
-    assert all(torch.equal(values[name], before[name]) for name in before)

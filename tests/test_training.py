@@ -58,7 +58,8 @@ def test_compiles_as_one_graph_and_gives_the_same_numbers(engine, loss, packed, 
     torch.testing.assert_close(head.weight.grad, expected_grad)
 
 
-def test_compiled_batches_of_many_lengths_share_one_graph():
+@pytest.mark.parametrize("function", [kto_fused.sequence_logps, kto_fused.fused_kto_loss])
+def test_compiled_batches_of_many_lengths_share_one_graph(engine, function):
     compilations = []
 
     def count(graph, inputs):
@@ -66,12 +67,19 @@ def test_compiled_batches_of_many_lengths_share_one_graph():
         return graph
 
     @torch.compile(fullgraph=True, backend=count, dynamic=True)
-    def step(logits, labels):
-        return kto_fused.sequence_logps(logits, labels)
+    def step(logits, labels, *others):
+        options = {"ref_logps": others[1]} if others else {}
+        result = function(logits, labels, *others[:1], backend=engine[0], **options)
+        return result[0] if others else result
 
     for seq_len in (4, 7, 12, 33):
-        logits, labels = torch.randn(2, seq_len, 32), torch.randint(32, (2, seq_len))
-        torch.testing.assert_close(step(logits, labels), reference.sequence_logps(logits.double(), labels))
+        logits = torch.randn(2, seq_len, 32, device=engine[1])
+        labels = torch.randint(32, (2, seq_len), device=engine[1])
+        others = ()
+        if function is kto_fused.fused_kto_loss:
+            others = (torch.tensor([True, False], device=engine[1]), torch.zeros(2, device=engine[1]))
+        expected = function(logits, labels, *others[:1], **({"ref_logps": others[1]} if others else {}))
+        torch.testing.assert_close(step(logits, labels, *others), expected[0] if others else expected)
     assert len(compilations) == 1
 
 
