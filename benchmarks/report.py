@@ -194,8 +194,7 @@ def tables(report: dict) -> str:
         "rounds in which all took turns. Peak memory is everything a forward and backward allocates, the gradient "
         "included. Bandwidth counts necessary bytes only: completion logits read once, gradients written once; a "
         f"large copy reached {report['copy_gb_s']:.1f} GB/s in the same run. Errors are against float64 on the same "
-        "inputs: the worst of the sequences' log-probabilities in nats, and the last sequence's gradient relative to its "
-        "norm.",
+        "inputs: the worst sequence's log-probability in nats, and the last sequence's gradient relative to its norm.",
     ]
     for size, loss in dict.fromkeys((row["size"], row["loss"]) for row in report["rows"]):
         lines += [

@@ -1,7 +1,8 @@
 """The vocabulary-sized work in PyTorch, a few rows at a time: for CPUs, and GPUs without Triton.
 
 Completion rows are visited in blocks small enough for the processor's cache, through two scratch buffers, so that the
-extra memory is theirs and about a hundred bytes per position. What each number means is said in ``kernels/token_logprobs.py``.
+extra memory is theirs and about a hundred bytes per position. What each number means is said in
+``kernels/token_logprobs.py``.
 """
 
 import math
