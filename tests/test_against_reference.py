@@ -258,6 +258,22 @@ def test_log_probabilities_may_be_strided(engine, loss):
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_batches_of_more_sequences_than_a_block(engine, reduction):
+    policy, ref = (torch.randn(2, 1200, dtype=torch.float64) * 3).to(engine[1])
+    desirable = torch.rand(1200, device=engine[1]) < 0.5
+    options = {"reduction": reduction}
+    for name, extra in (("kto_loss_from_logps", [desirable]), ("dpo_loss_from_logps", [])):
+        fused, plain = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+        actual, metrics = getattr(kto_fused, name)(fused, ref, *extra, backend=engine[0], **options)
+        expected, expected_metrics = getattr(reference, name)(plain, ref, *extra, **options)
+        actual.sum().backward()
+        expected.sum().backward()
+        assert_close(actual, expected, 1e-12, name)
+        assert_close(metrics.rewards, expected_metrics.rewards, 1e-12, name)
+        assert_close(fused.grad, plain.grad, 1e-12, name)
+
+
 @by_function
 def test_summaries_agree(engine, function):
     case = make_case(dtype=torch.float64, **on(engine))
