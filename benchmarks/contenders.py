@@ -51,28 +51,18 @@ def policy_logits(problem: Problem, name: str) -> torch.Tensor:
 Contender = Callable[[torch.Tensor, Problem], tuple[torch.Tensor, torch.Tensor]]
 
 
-def fused(logits: torch.Tensor, problem: Problem, inplace_backward: bool = False):
-    options = {"ref_logps": problem.ref_logps, "beta": BETA, "inplace_backward": inplace_backward}
-    if problem.loss == "kto":
-        options["reference_point"] = 0.0
-        loss, metrics = kto_fused.fused_kto_loss(logits, problem.labels, problem.desirable, **options)
-    else:
-        loss, metrics = kto_fused.fused_dpo_loss(logits, problem.labels, **options)
-    return loss, metrics.logps
+def calling(kto_loss: Callable, dpo_loss: Callable, **options: object) -> Contender:
+    """The package's functions, or their twins."""
 
+    def contender(logits: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        arguments = {"ref_logps": problem.ref_logps, "beta": BETA, **options}
+        if problem.loss == "kto":
+            loss, metrics = kto_loss(logits, problem.labels, problem.desirable, reference_point=0.0, **arguments)
+        else:
+            loss, metrics = dpo_loss(logits, problem.labels, **arguments)
+        return loss, metrics.logps
 
-def fused_in_place(logits: torch.Tensor, problem: Problem):
-    return fused(logits, problem, inplace_backward=True)
-
-
-def plain_twin(logits: torch.Tensor, problem: Problem):
-    options = {"ref_logps": problem.ref_logps, "beta": BETA}
-    if problem.loss == "kto":
-        options["reference_point"] = 0.0
-        loss, metrics = reference.kto_loss(logits, problem.labels, problem.desirable, **options)
-    else:
-        loss, metrics = reference.dpo_loss(logits, problem.labels, **options)
-    return loss, metrics.logps
+    return contender
 
 
 def from_token_logps(token_logps: torch.Tensor, mask: torch.Tensor, problem: Problem):
@@ -113,10 +103,11 @@ def has_trl() -> bool:
 
 def contenders(device: torch.device) -> dict[str, Contender]:
     """Who can run on this device."""
+    fused = (kto_fused.fused_kto_loss, kto_fused.fused_dpo_loss)
     found: dict[str, Contender] = {
-        "kto-fused": fused,
-        "kto-fused, in place": fused_in_place,
-        "reference": plain_twin,
+        "kto-fused": calling(*fused),
+        "kto-fused, in place": calling(*fused, inplace_backward=True),
+        "reference": calling(reference.kto_loss, reference.dpo_loss),
         "eager log_softmax": eager,
     }
     if device.type != "cpu" or shutil.which("g++") or shutil.which("clang++"):
