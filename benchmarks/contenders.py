@@ -1,5 +1,6 @@
 """The same loss computed by everyone: this package, its plain twin, what users write by hand, and TRL's kernel."""
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,14 +94,6 @@ def trl_kernel(logits: torch.Tensor, problem: Problem):
     return from_token_logps(token_logps, mask, problem)
 
 
-def has_trl() -> bool:
-    try:
-        import trl.trainer.utils  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def contenders(device: torch.device) -> dict[str, Contender]:
     """Who can run on this device."""
     fused = (kto_fused.fused_kto_loss, kto_fused.fused_dpo_loss)
@@ -112,6 +105,6 @@ def contenders(device: torch.device) -> dict[str, Contender]:
     }
     if device.type != "cpu" or shutil.which("g++") or shutil.which("clang++"):
         found["torch.compile of eager"] = torch.compile(eager)
-    if device.type == "cuda" and has_trl():
+    if device.type == "cuda" and importlib.util.find_spec("trl"):
         found["TRL kernel"] = trl_kernel
     return found

@@ -19,7 +19,7 @@ def _shape(tensor: torch.Tensor) -> list[int]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str) -> torch.Tensor:

@@ -71,7 +71,8 @@ class LossPath:
 def run(settings: Settings) -> dict:
     """Train, compare, and write ``metrics.json`` and ``curves.png`` under ``settings.out``. Returns the metrics.
 
-    Raises ``DemoError`` or ``feedback.FeedbackError`` before anything is trained or written.
+    Raises ``DemoError`` or ``feedback.FeedbackError`` before anything is trained or written, and ``DemoError`` if the
+    results then do not fit on the disk.
     """
     device = check(settings)
     examples = feedback.read(settings.data)
@@ -91,17 +92,17 @@ def run(settings: Settings) -> dict:
     make_out(settings.out)
     if settings.model is None:
         warm_up(model, tokens, settings.seed, device)
-    start = copy.deepcopy(model)
+    ref = copy.deepcopy(model).eval().requires_grad_(False)
     path = LossPath("fused", fused_kto_loss, sequence_logps, {"backend": settings.backend})
-    curves = train(model, tokens, settings, path, device)
-    rows = compare(start, tokens, settings, path, device)
+    curves = train(model, ref, tokens, settings, path, device)
+    comparison = compare(ref, tokens, settings, path, device)
     metrics = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
         "torch": torch.__version__,
         "device": str(device),
         "backend": backends.resolve(settings.backend, device),
         "steps": curves,
-        "comparison": rows,
+        "comparison": comparison,
     }
     write(settings.out, metrics, plot)
     return metrics
@@ -231,10 +232,14 @@ def class_weights(tokens: Sequence[Tokens]) -> tuple[float, float]:
 
 
 def train(
-    model: PreTrainedModel, tokens: Sequence[Tokens], settings: Settings, path: LossPath, device: torch.device
+    model: PreTrainedModel,
+    ref: PreTrainedModel,
+    tokens: Sequence[Tokens],
+    settings: Settings,
+    path: LossPath,
+    device: torch.device,
 ) -> list[dict[str, float]]:
     """KTO for ``settings.steps``; a line of metrics per step is returned, some are printed."""
-    ref = copy.deepcopy(model).eval().requires_grad_(False)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     weights = class_weights(tokens)
@@ -252,16 +257,15 @@ def train(
 
 
 def compare(
-    start: PreTrainedModel, tokens: Sequence[Tokens], settings: Settings, fused: LossPath, device: torch.device
+    ref: PreTrainedModel, tokens: Sequence[Tokens], settings: Settings, fused: LossPath, device: torch.device
 ) -> dict:
-    """The first steps again from the same weights, through the plain reference and through the fused path."""
+    """The first steps again from the reference model's weights, through plain PyTorch and through the fused path."""
     plain = LossPath("reference", reference.kto_loss, reference.sequence_logps, {})
     steps = batches(tokens, settings.batch_size, settings.steps, settings.seed)[:COMPARED_STEPS]
     weights = class_weights(tokens)
-    ref = copy.deepcopy(start).eval().requires_grad_(False)
     runs = {}
     for path in (plain, fused):
-        model = copy.deepcopy(start).train()
+        model = copy.deepcopy(ref).requires_grad_(True).train()
         torch.manual_seed(settings.seed)  # dropout, where the model has it, drops the same
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         losses, gradients, times = [], [], []

@@ -1,0 +1,102 @@
+"""``inplace_backward``: the gradient takes the logits' memory, and nobody reads it as logits."""
+
+import pytest
+import torch
+from cases import assert_same_gradient
+
+import kto_fused
+from kto_fused import fused_kto_loss
+
+
+def policy_logits(engine):
+    source = torch.randn(2, 4, 11, device=engine[1], requires_grad=True)
+    return source, source * 1
+
+
+def policy_loss(logits, engine, **options):
+    labels = torch.ones(logits.shape[:2], dtype=torch.long, device=engine[1])
+    desirable = torch.tensor([True, False], device=engine[1])
+    ref_logps = torch.zeros(2, device=engine[1])
+    return fused_kto_loss(
+        logits, labels, desirable, ref_logps=ref_logps, inplace_backward=True, backend=engine[0], **options
+    )[0]
+
+
+def test_the_gradient_takes_the_logits_memory(engine):
+    source, logits = policy_logits(engine)
+    address, version = logits.data_ptr(), logits._version
+    seen = []
+    logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    policy_loss(logits, engine).backward()
+    assert seen == [address]
+    assert logits._version > version
+    assert source.grad.isfinite().all()
+
+
+def test_another_user_of_the_logits_gets_autograds_error(engine):
+    _, logits = policy_logits(engine)
+    square = logits.square().sum()  # saves the logits
+    policy_loss(logits, engine).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_a_second_backward_gets_autograds_error(engine):
+    _, logits = policy_logits(engine)
+    loss = policy_loss(logits, engine)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_view_of_the_logits_is_protected_too(engine):
+    source, logits = policy_logits(engine)
+    square = logits[:, 0].square().sum()
+    policy_loss(logits[:, 1:], engine).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_packed_logits_in_a_batch_of_one_are_overwritten_too(engine):
+    """The shape Hugging Face models return: no copy on the way there, none on the way back."""
+    source = torch.randn(1, 8, 11, device=engine[1], requires_grad=True)
+    logits = source * 1
+    seen = []
+    logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    labels = torch.ones(1, 8, dtype=torch.long, device=engine[1])
+    offsets = torch.tensor([0, 3, 8], dtype=torch.int32, device=engine[1])
+    options = {"cu_seqlens": offsets, "inplace_backward": True, "backend": engine[0]}
+    kto_fused.sequence_logps(logits, labels, **options).sum().backward()
+    assert seen == [logits.data_ptr()]
+    plain = source.detach().requires_grad_()
+    kto_fused.reference.sequence_logps(plain, labels, cu_seqlens=offsets).sum().backward()
+    assert_same_gradient(source.grad, plain.grad)
+
+
+def test_a_second_backward_raises_where_hooks_hide_the_version(engine):
+    _, logits = policy_logits(engine)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        loss = policy_loss(logits, engine)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("view", [lambda x: x.view(2, 4, 11), lambda x: x[:, :-1]], ids=["view", "slice"])
+def test_a_view_of_a_leaf_is_refused(engine, view):
+    leaf = torch.randn(2, 4, 11, device=engine[1], requires_grad=True)
+    with pytest.raises(ValueError, match="a view of one"):
+        policy_loss(view(leaf), engine)
+
+
+def test_a_leaf_is_refused(engine):
+    leaf = torch.randn(2, 4, 11, device=engine[1], requires_grad=True)
+    with pytest.raises(ValueError, match="policy_logits, which is a leaf"):
+        policy_loss(leaf, engine)
+
+
+def test_evaluation_needs_no_graph(engine):
+    logits = torch.randn(2, 4, 11, device=engine[1])
+    before = logits.clone()
+    policy_loss(logits, engine)
+    assert torch.equal(logits, before)
