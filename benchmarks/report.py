@@ -3,6 +3,7 @@
 Writes under ``benchmarks/results/`` for the device it ran on: ``<device>.json`` with every number, ``<device>.md`` with
 the tables, ``<device>-vocabulary.png`` and ``<device>-tokens.png`` with time and memory against V and against B T.
 Contenders take turns within each round, so that a drift of the machine's speed meets them all; medians are reported.
+Who runs out of memory is left out of that table.
 """
 
 import argparse
@@ -146,9 +147,14 @@ def measure(problem: Problem, size: Size, found: dict[str, Contender], rounds: i
     exact_logps, exact_gradient = exact(problem)
     turns = [Turn(name, contender, problem) for name, contender in found.items()]
     errors, peaks = {}, {}
-    for turn in turns:
-        turn.fresh()
-        turn.both()  # compiles
+    for turn in list(turns):
+        try:
+            turn.fresh()
+            turn.both()  # compiles
+        except torch.OutOfMemoryError:
+            turns.remove(turn)
+            print(f"{size!s:36} {problem.loss:4} {turn.name:24} out of memory")
+            continue
         errors[turn.name] = (
             (turn.logps.double() - exact_logps).abs().max().item(),
             ((turn.gradient[-1:].double() - exact_gradient).norm() / exact_gradient.norm()).item(),
