@@ -5,25 +5,33 @@ from .functional import (
     dpo_loss_from_logps,
     fused_dpo_loss,
     fused_kto_loss,
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
     kto_class_weights,
     kto_loss_from_logps,
     kto_reference_point,
+    linear_sequence_logps,
     sequence_logps,
     token_logps,
 )
 from .metrics import LossMetrics
-from .modules import FusedDPOLoss, FusedKTOLoss
+from .modules import FusedDPOLoss, FusedKTOLoss, FusedLinearDPOLoss, FusedLinearKTOLoss
 
 __all__ = [
     "FusedDPOLoss",
     "FusedKTOLoss",
+    "FusedLinearDPOLoss",
+    "FusedLinearKTOLoss",
     "LossMetrics",
     "dpo_loss_from_logps",
     "fused_dpo_loss",
     "fused_kto_loss",
+    "fused_linear_dpo_loss",
+    "fused_linear_kto_loss",
     "kto_class_weights",
     "kto_loss_from_logps",
     "kto_reference_point",
+    "linear_sequence_logps",
     "reference",
     "sequence_logps",
     "token_logps",

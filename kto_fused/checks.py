@@ -56,37 +56,88 @@ def logits_and_labels(
 
     Returns logits [B, T, V] or [N, V], labels [B, T] or [N], contiguous offsets, and B.
     """
-    tensor(name, logits, FLOAT_DTYPES, A_FLOAT)
-    tensor("labels", labels, INTEGER_DTYPES, "integer token ids")
-    same_device("labels", labels, name, logits)
-    if cu_seqlens is None:
-        if logits.ndim != 3:
-            raise ValueError(
-                f"{name} must be [B, T, V], got shape {_shape(logits)}; packed logits [N, V] need cu_seqlens"
-            )
-    else:
-        tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 offsets")
-        same_device("cu_seqlens", cu_seqlens, name, logits)
-        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {_shape(cu_seqlens)}")
-        if logits.ndim == 3 and logits.shape[0] == 1:
-            logits = logits.squeeze(0)  # a view whose backward is one
-        if logits.ndim != 2:
-            raise ValueError(f"{name} must be [N, V] or [1, N, V] with cu_seqlens, got shape {_shape(logits)}")
-        if labels.ndim == 2 and labels.shape[0] == 1:
-            labels = labels.squeeze(0)
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels has shape {_shape(labels)}, expected {list(logits.shape[:-1])} to match {name} {_shape(logits)}"
-        )
+    checked = rows_and_labels(name, logits, labels, cu_seqlens, last="V")
     if logits.shape[-1] == 0:
         raise ValueError(f"{name} has an empty vocabulary: shape {_shape(logits)}")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(logits.stride())}")
-    num_sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    return checked
+
+
+def rows_and_labels(
+    name: str, values: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, *, last: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+    """The same for logits or hidden states; ``last`` names their last dimension."""
+    tensor(name, values, FLOAT_DTYPES, A_FLOAT)
+    tensor("labels", labels, INTEGER_DTYPES, "integer token ids")
+    same_device("labels", labels, name, values)
+    if cu_seqlens is None:
+        if values.ndim != 3:
+            raise ValueError(
+                f"{name} must be [B, T, {last}], got shape {_shape(values)}; packed, [N, {last}], it needs cu_seqlens"
+            )
+    else:
+        tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 offsets")
+        same_device("cu_seqlens", cu_seqlens, name, values)
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+            raise ValueError(f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {_shape(cu_seqlens)}")
+        if values.ndim == 3 and values.shape[0] == 1:
+            values = values.squeeze(0)  # a view whose backward is one
+        if values.ndim != 2:
+            raise ValueError(
+                f"{name} must be [N, {last}] or [1, N, {last}] with cu_seqlens, got shape {_shape(values)}"
+            )
+        if labels.ndim == 2 and labels.shape[0] == 1:
+            labels = labels.squeeze(0)
+    if labels.shape != values.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {_shape(labels)}, expected {list(values.shape[:-1])} to match {name} {_shape(values)}"
+        )
+    num_sequences = values.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if num_sequences == 0:
-        raise ValueError(f"{name} must hold at least one sequence, got shape {_shape(logits)}")
-    return logits, labels, None if cu_seqlens is None else cu_seqlens.contiguous(), num_sequences
+        raise ValueError(f"{name} must hold at least one sequence, got shape {_shape(values)}")
+    return values, labels, None if cu_seqlens is None else cu_seqlens.contiguous(), num_sequences
+
+
+def local(name: str, value: object) -> None:
+    """Refuse a tensor that is spread over ranks: its shards alone would be another objective."""
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, spread over ranks; pass the gathered weight (full_tensor()), or the local one "
+            "(to_local()) where it is replicated"
+        )
+
+
+def lm_head(
+    name: str,
+    weight: torch.Tensor,
+    bias_name: str,
+    bias: torch.Tensor | None,
+    hidden_name: str,
+    hidden: torch.Tensor,
+) -> None:
+    """An LM head [V, H] and its bias [V] for hidden states [..., H], of one dtype unless autocast makes it one."""
+    matrices = {name: weight} if bias is None else {name: weight, bias_name: bias}
+    for matrix_name, matrix in matrices.items():
+        local(matrix_name, matrix)
+        tensor(matrix_name, matrix, FLOAT_DTYPES, A_FLOAT)
+        same_device(matrix_name, matrix, hidden_name, hidden)
+        is_cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (matrix.dtype, hidden.dtype)
+        if matrix.dtype != hidden.dtype and not is_cast:
+            raise TypeError(f"{matrix_name} is {matrix.dtype}, expected {hidden_name}'s dtype {hidden.dtype}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.numel() == 0:
+        raise ValueError(
+            f"{name} must be [V, H] with V >= 1 and {hidden_name}'s H = {hidden.shape[-1]}, got shape {_shape(weight)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{bias_name} has shape {_shape(bias)}, expected [{weight.shape[0]}] to match {name}")
+
+
+def chunk_bytes(value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"chunk_bytes must be an int, got {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"chunk_bytes must be > 0, got {value}")
 
 
 def inplace(name: str, logits: torch.Tensor) -> None:
@@ -151,23 +202,40 @@ def logps(policy_logps: torch.Tensor, ref_logps: torch.Tensor | None) -> None:
         per_sequence("ref_logps", ref_logps, FLOAT_DTYPES, A_FLOAT, policy_logps.numel(), policy_logps)
 
 
-def reference(logits: torch.Tensor, ref_logits: object, ref_logps: object, loss_type: str) -> None:
-    """Exactly one of ``ref_logits`` and ``ref_logps``, or none where the loss has no reference."""
-    given = [name for name, value in (("ref_logits", ref_logits), ("ref_logps", ref_logps)) if value is not None]
+def one_reference(loss_type: str, **references: object) -> None:
+    """Exactly one of the two references, or none where the loss has no reference."""
+    given = [name for name, value in references.items() if value is not None]
     if loss_type in REFERENCE_FREE:
         if given:
             raise ValueError(f"loss_type={loss_type!r} has no reference model, but {' and '.join(given)} came")
-        return
-    if len(given) != 1:
+    elif len(given) != 1:
         came = "both" if given else "neither"
-        raise ValueError(f"expected exactly one of ref_logits and ref_logps, got {came}")
-    if ref_logits is not None:
-        tensor("ref_logits", ref_logits, FLOAT_DTYPES, A_FLOAT)
-        if ref_logits.shape != logits.shape:
-            raise ValueError(
-                f"ref_logits has shape {_shape(ref_logits)}, expected policy_logits' shape {_shape(logits)}"
-            )
-        same_device("ref_logits", ref_logits, "policy_logits", logits)
+        raise ValueError(f"expected exactly one of {' and '.join(references)}, got {came}")
+
+
+def ref_logits(value: torch.Tensor, logits: torch.Tensor) -> None:
+    tensor("ref_logits", value, FLOAT_DTYPES, A_FLOAT)
+    if value.shape != logits.shape:
+        raise ValueError(f"ref_logits has shape {_shape(value)}, expected policy_logits' shape {_shape(logits)}")
+    same_device("ref_logits", value, "policy_logits", logits)
+
+
+def ref_hidden(value: torch.Tensor, hidden: torch.Tensor) -> None:
+    local("ref_hidden", value)
+    tensor("ref_hidden", value, FLOAT_DTYPES, A_FLOAT)
+    if value.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(f"ref_hidden has shape {_shape(value)}, expected {[*hidden.shape[:-1], 'H']} to match hidden")
+    same_device("ref_hidden", value, "hidden", hidden)
+
+
+def ref_lm_head(ref_hidden: object, weight: object, bias: object) -> None:
+    """A reference's head comes with its hidden states, and a bias with its weight."""
+    for name, value, needed_name, needed in (
+        ("ref_lm_head_weight", weight, "ref_hidden", ref_hidden),
+        ("ref_lm_head_bias", bias, "ref_lm_head_weight", weight),
+    ):
+        if value is not None and needed is None:
+            raise ValueError(f"{name} came without {needed_name}: expected both or neither")
 
 
 def kto_options(

@@ -28,9 +28,10 @@ def first_derivative_only(backward: Callable) -> Callable:
         if incoming[0] is None:  # nothing depends on the loss
             return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
-            grad, *others = backward(ctx, *incoming)
+            grads = backward(ctx, *incoming)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad = _Refuse.apply(grad, torch.zeros((), requires_grad=True))
-        return grad, *others
+            anchor = torch.zeros((), requires_grad=True)
+            grads = tuple(None if grad is None else _Refuse.apply(grad, anchor) for grad in grads)
+        return grads
 
     return call

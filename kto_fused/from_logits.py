@@ -136,7 +136,7 @@ def _sequence_outputs(
 
 
 @opaque(fake=_sequence_outputs)
-def _sequence_sums(
+def sequence_sums(
     targets: torch.Tensor,
     logps: torch.Tensor,
     entropy: torch.Tensor,
@@ -174,7 +174,7 @@ def _token_grads(targets: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 
 @opaque(fake=_token_grads)
-def _sequence_backward(
+def sequence_backward(
     targets: torch.Tensor,
     token_counts: torch.Tensor,
     head_grads: Optional[torch.Tensor],
@@ -230,7 +230,7 @@ def _engine_sequences(
     rows: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor | None, num_sequences: int, options: LogitOptions
 ) -> tuple[torch.Tensor, ...]:
     targets, logps, _, _, entropy, mean_logits = rows
-    return _sequence_sums(
+    return sequence_sums(
         targets,
         logps,
         entropy,
@@ -301,7 +301,7 @@ class SequenceLogps(torch.autograd.Function):
     def backward(ctx, incoming):
         logits, targets, row_max, log_sum, token_counts, cu_seqlens = ctx.saved_tensors
         options = ctx.options
-        token_grads = _sequence_backward(
+        token_grads = sequence_backward(
             targets,
             token_counts,
             None,
@@ -338,7 +338,7 @@ class LossFromLogits(torch.autograd.Function):
     def backward(ctx, incoming, *_):
         logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens = ctx.saved_tensors
         options = ctx.options
-        token_grads = _sequence_backward(
+        token_grads = sequence_backward(
             targets,
             token_counts,
             head_grads,

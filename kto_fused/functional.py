@@ -1,4 +1,5 @@
-"""The public functions: check, choose a backend, call. What they compute is in ``losses.py`` and ``from_logits.py``.
+"""The public functions: check, choose a backend, call. What they compute is in ``losses.py``, ``from_logits.py`` and
+``from_hidden.py``.
 
 Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in nats.
 """
@@ -6,12 +7,15 @@ Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in 
 import torch
 
 from . import backends, checks
+from .from_hidden import HiddenOptions, LossFromHidden, SequenceLogpsFromHidden
 from .from_logits import LogitOptions, LossFromLogits, SequenceLogps, TokenLogps
 from .from_logps import LossFromLogps
 from .heads import DPOHead, KTOHead
-from .layout import compute_dtype
+from .layout import compute_dtype, gemm_dtype
 from .losses import LENGTH_AVERAGED
 from .metrics import LossMetrics
+
+DEFAULT_CHUNK_BYTES = 2**30
 
 
 def fused_kto_loss(
@@ -210,6 +214,212 @@ def fused_dpo_loss(
     )
 
 
+def fused_linear_kto_loss(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    desirable: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_lm_head_weight: torch.Tensor | None = None,
+    ref_lm_head_bias: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    reference_point: torch.Tensor | float | str = "batch_mean",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+    reduction: str = "mean",
+    average_log_prob: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """KTO loss straight from hidden states and the LM head: ``fused_kto_loss`` of hidden @ lm_head_weight.T + bias,
+    whose logits never exist but for one chunk of completion tokens, in float32.
+
+    With N completion tokens (prompts and padding cost nothing) and a GEMM of 2 N H V operations, value and gradient
+    take 2 GEMMs where the head is frozen; 3 where it is trained; 4 where it is trained and one sequence alone exceeds
+    the chunk, or ``"batch_mean"`` couples a batch that does, or with ``reduction="none"``. The reference takes 1. The
+    gradients are found in the forward; backward scales them by the loss's own. The host waits once for the device,
+    for the number of completion tokens.
+
+    Args:
+        hidden: [B, T, H] float16, bfloat16, float32 or float64 (any strides); [N, H] or [1, N, H] with ``cu_seqlens``.
+        lm_head_weight: [V, H] in the dtype of ``hidden`` (under autocast both are cast, as for ``torch.nn.Linear``).
+            A weight that is tied to the embedding works like any other.
+        labels, desirable: as in ``fused_kto_loss``.
+        lm_head_bias: [V].
+        ref_hidden: the reference model's hidden states [B, T, H_ref]; never receives a gradient.
+        ref_lm_head_weight, ref_lm_head_bias: its LM head [V, H_ref], [V]; None: the policy's, without a gradient.
+        ref_logps: [B] the reference's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
+        chunk_bytes: how much memory to spend beside the gradients, which count in float32 where several chunks' add
+            up: enough for one token at the least. The default, 1 GiB, is large enough for the GEMMs to run at full
+            rate; more can spare the fourth GEMM.
+
+    All other arguments are those of ``fused_kto_loss``, and so are the errors.
+
+    Returns:
+        The loss (float32; float64 for float64 hidden states) and ``LossMetrics``.
+
+    >>> import torch, kto_fused
+    >>> hidden = torch.randn(2, 5, 8, requires_grad=True)
+    >>> lm_head = torch.nn.Linear(8, 11, bias=False)
+    >>> labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 7, 8, -100, -100]])
+    >>> loss, metrics = kto_fused.fused_linear_kto_loss(
+    ...     hidden, lm_head.weight, labels, torch.tensor([True, False]), ref_hidden=hidden, reference_point=0.0
+    ... )
+    >>> loss.backward()
+    >>> loss.item(), list(hidden.grad.shape), list(lm_head.weight.grad.shape)
+    (0.5, [2, 5, 8], [11, 8])
+    """
+    policy = _hidden_arguments(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        labels,
+        cu_seqlens,
+        ref_hidden,
+        chunk_bytes,
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=average_log_prob,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        backend=backend,
+    )
+    *tensors, num_sequences, options = policy
+    checks.kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, hidden.device)
+    checks.desirable(desirable, num_sequences, hidden)
+    reference = _hidden_reference(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        ref_hidden,
+        ref_lm_head_weight,
+        ref_lm_head_bias,
+        ref_logps,
+        num_sequences,
+        loss_type,
+    )
+    head, z0 = _kto_head(
+        loss_type,
+        beta,
+        desirable_weight,
+        undesirable_weight,
+        reference_point,
+        reduction,
+        hidden,
+        options.logits.backend,
+    )
+    loss, logps, token_counts, entropy, mean_logits, computed_ref_logps, rewards, z0 = LossFromHidden.apply(
+        *tensors, *reference, options, head, desirable, z0
+    )
+    return loss, LossMetrics(
+        logps=logps,
+        ref_logps=computed_ref_logps if ref_hidden is not None else reference[-1],
+        rewards=rewards,
+        desirable=desirable == 1 if desirable.dtype != torch.bool else desirable,
+        reference_point=z0,
+        token_counts=token_counts,
+        entropy=entropy,
+        mean_logits=mean_logits,
+    )
+
+
+def fused_linear_dpo_loss(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_lm_head_weight: torch.Tensor | None = None,
+    ref_lm_head_bias: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    gamma: float = checks.DEFAULT_GAMMA,
+    reduction: str = "mean",
+    average_log_prob: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """DPO loss and its relatives straight from hidden states and the LM head: ``fused_dpo_loss`` of
+    hidden @ lm_head_weight.T + bias.
+
+    A chunk holds whole pairs; where the head is trained and one pair exceeds it, logits are computed twice (4 GEMMs).
+    Losses and pairs are those of ``fused_dpo_loss``, everything else is as in ``fused_linear_kto_loss``.
+
+    >>> import torch, kto_fused
+    >>> hidden = torch.randn(2, 5, 8, requires_grad=True)
+    >>> lm_head = torch.nn.Linear(8, 11, bias=False)
+    >>> labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 7, 8, -100, -100]])
+    >>> loss, metrics = kto_fused.fused_linear_dpo_loss(hidden, lm_head.weight, labels, ref_hidden=hidden)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), metrics.rewards.tolist()
+    (0.6931, [0.0, 0.0])
+    """
+    policy = _hidden_arguments(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        labels,
+        cu_seqlens,
+        ref_hidden,
+        chunk_bytes,
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=average_log_prob,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        backend=backend,
+    )
+    *tensors, num_sequences, options = policy
+    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
+    checks.pairs(num_sequences)
+    reference = _hidden_reference(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        ref_hidden,
+        ref_lm_head_weight,
+        ref_lm_head_bias,
+        ref_logps,
+        num_sequences,
+        loss_type,
+    )
+    head = _dpo_head(
+        loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, hidden, options.logits.backend
+    )
+    loss, logps, token_counts, entropy, mean_logits, computed_ref_logps, rewards = LossFromHidden.apply(
+        *tensors, *reference, options, head
+    )
+    return loss, LossMetrics(
+        logps=logps,
+        ref_logps=computed_ref_logps if ref_hidden is not None else reference[-1],
+        rewards=rewards,
+        token_counts=token_counts,
+        entropy=entropy,
+        mean_logits=mean_logits,
+    )
+
+
 def token_logps(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -293,6 +503,57 @@ def sequence_logps(
         backend=backend,
     )
     return SequenceLogps.apply(checked_logits, labels, cu_seqlens, num_sequences, options)
+
+
+def linear_sequence_logps(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    average_log_prob: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Log-probability L_s of each sequence's completion, from hidden states and the LM head. Differentiable in hidden
+    states, weight and bias.
+
+    One GEMM of 2 N H V operations without a gradient, as for a reference model's ``ref_logps``; 2 with a frozen head,
+    4 with a trained one, whose logits are computed again in the backward.
+
+    Arguments and errors as in ``fused_linear_kto_loss``.
+
+    Returns:
+        [B] float64 in nats, as ``sequence_logps``.
+
+    >>> import torch, kto_fused
+    >>> hidden, weight = torch.zeros(1, 3, 8), torch.randn(4, 8)
+    >>> kto_fused.linear_sequence_logps(hidden, weight, torch.tensor([[-100, 2, 1]])).exp()
+    tensor([0.0625], dtype=torch.float64)
+    """
+    *tensors, _, options = _hidden_arguments(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        labels,
+        cu_seqlens,
+        None,
+        chunk_bytes,
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=average_log_prob,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        backend=backend,
+    )
+    return SequenceLogpsFromHidden.apply(*tensors, options)
 
 
 def kto_loss_from_logps(
@@ -468,14 +729,76 @@ def _reference_logps(
     options: LogitOptions,
     loss_type: str,
 ) -> torch.Tensor | None:
-    checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
+    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
     if ref_logits is not None:
+        checks.ref_logits(ref_logits, policy_logits)
         ref_logits, *_ = checks.logits_and_labels("ref_logits", ref_logits.detach(), labels, cu_seqlens)
         return SequenceLogps.apply(ref_logits, labels, cu_seqlens, num_sequences, options)
     if ref_logps is None:
         return None
     checks.per_sequence("ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, num_sequences, policy_logits)
     return ref_logps.detach()
+
+
+def _hidden_arguments(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    ref_hidden: torch.Tensor | None,
+    chunk_bytes: int,
+    *,
+    backend: str | None,
+    **options,
+) -> tuple[
+    torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, int, HiddenOptions
+]:
+    """(hidden, weight, bias, labels, cu_seqlens, number of sequences, options), all checked."""
+    checks.local("hidden", hidden)
+    rows, labels, cu_seqlens, num_sequences = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
+    checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
+    checks.logit_options(inplace_backward=False, **options)
+    checks.chunk_bytes(chunk_bytes)
+    needs = tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
+    options = HiddenOptions(
+        logits=LogitOptions(backend=backends.resolve(backend, hidden.device), **options),
+        dtype=gemm_dtype(hidden),
+        ref_dtype=gemm_dtype(hidden if ref_hidden is None else ref_hidden),
+        chunk_bytes=chunk_bytes,
+        needs=needs,
+    )
+    return rows, weight, bias, labels, cu_seqlens, num_sequences, options
+
+
+def _hidden_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ref_hidden: torch.Tensor | None,
+    ref_weight: torch.Tensor | None,
+    ref_bias: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    num_sequences: int,
+    loss_type: str,
+) -> tuple[torch.Tensor | None, ...]:
+    """The reference's (hidden, weight, bias, logps), checked and without a gradient; the policy's head if none came."""
+    checks.one_reference(loss_type, ref_hidden=ref_hidden, ref_logps=ref_logps)
+    checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
+    if ref_logps is not None:
+        checks.per_sequence("ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, num_sequences, hidden)
+        return None, None, None, ref_logps.detach()
+    if ref_hidden is None:
+        return None, None, None, None
+    checks.ref_hidden(ref_hidden, hidden)
+    if ref_weight is None:
+        ref_weight, ref_bias = weight, bias
+    checks.lm_head("ref_lm_head_weight", ref_weight, "ref_lm_head_bias", ref_bias, "ref_hidden", ref_hidden)
+    if len(ref_weight) != len(weight):
+        raise ValueError(
+            f"ref_lm_head_weight has a vocabulary of {len(ref_weight)}, expected lm_head_weight's {len(weight)}"
+        )
+    return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), None
 
 
 def _kto_head(

@@ -1,14 +1,21 @@
 """Loss heads: sequence log-probabilities -> (loss, d loss / d log-probabilities, what to report). No vocabulary here.
 
-A head is a callable ``head(logps, token_counts, *tensors)`` on [B] fp64 log-probabilities; its numbers are fixed when
-it is made, its tensors come with the call. It returns ``(loss, grads, *reported)``, all detached. (Heads compare by
-identity: torch.compile of PyTorch 2.11 hashes an object before its fields are set.)
+A head is a callable ``head(logps, token_counts, ref_logps, *tensors)`` on [B] fp64 log-probabilities; its numbers are
+fixed when it is made, its tensors come with the call. It returns ``(loss, grads, *reported)``, all detached. ``HEADS``
+names them all: a new loss is a class there, its formula given to ``value_and_grads``. Beside the call a class has
+
+- ``paired``: the batch's halves belong together, sequence i with i + B/2
+- ``numbers``: its own fields as floats, from which ``rebuild`` makes it again inside an operator
+- ``couples_batch(*tensors)``: whether a sequence's gradient depends on other sequences (or other pairs)
+- ``outputs``: tensors shaped as its results
+
+(Heads compare by identity: torch.compile of PyTorch 2.11 hashes an object before its fields are set.)
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 
@@ -23,6 +30,8 @@ class KTOHead:
     ``z0`` is a scalar tensor or None; None takes ``reference_point``: a number, or None for the batch's mean log-ratio.
     """
 
+    paired: ClassVar[bool] = False
+
     loss_type: str
     beta: float
     desirable_weight: float
@@ -31,6 +40,29 @@ class KTOHead:
     reduction: str
     loss_dtype: torch.dtype
     backend: str
+
+    @property
+    def numbers(self) -> list[float]:
+        numbers = [self.beta, self.desirable_weight, self.undesirable_weight]
+        return numbers if self.reference_point is None else [*numbers, self.reference_point]
+
+    @classmethod
+    def from_numbers(cls, numbers: list[float], **others: Any) -> "KTOHead":
+        beta, desirable_weight, undesirable_weight, *reference_point = numbers
+        return cls(
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            reference_point=reference_point[0] if reference_point else None,
+            **others,
+        )
+
+    def couples_batch(self, desirable: torch.Tensor, z0: torch.Tensor | None) -> bool:
+        return z0 is None and self.reference_point is None
+
+    @staticmethod
+    def outputs(logps: torch.Tensor, reduction: str, loss_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return _kto_outputs(logps, reduction, loss_dtype)
 
     def __call__(
         self,
@@ -85,6 +117,8 @@ class DPOHead:
     ``divide_by_length`` divides each side's log-ratio by its ``token_counts`` (``ipo`` and ``simpo`` on sums).
     """
 
+    paired: ClassVar[bool] = True
+
     loss_type: str
     beta: float
     label_smoothing: float
@@ -93,6 +127,28 @@ class DPOHead:
     reduction: str
     loss_dtype: torch.dtype
     backend: str
+
+    @property
+    def numbers(self) -> list[float]:
+        return [self.beta, self.label_smoothing, self.gamma, float(self.divide_by_length)]
+
+    @classmethod
+    def from_numbers(cls, numbers: list[float], **others: Any) -> "DPOHead":
+        beta, label_smoothing, gamma, divide_by_length = numbers
+        return cls(
+            beta=beta,
+            label_smoothing=label_smoothing,
+            gamma=gamma,
+            divide_by_length=divide_by_length != 0,
+            **others,
+        )
+
+    def couples_batch(self) -> bool:
+        return False
+
+    @staticmethod
+    def outputs(logps: torch.Tensor, reduction: str, loss_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return _dpo_outputs(logps, reduction, loss_dtype)
 
     def __call__(
         self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
@@ -126,6 +182,24 @@ class DPOHead:
         logps = logps.double()
         value, grads = value_and_grads(loss, logps, self.reduction, self.loss_dtype)
         return value, grads, pair_rewards(logps, ref_logps, token_counts, self.loss_type, self.beta)
+
+
+HEADS = {"kto": KTOHead, "dpo": DPOHead}
+
+
+def flatten(head: Any) -> tuple[str, str, str, torch.dtype, list[float]]:
+    """What an operator takes in place of the object: name, loss type, reduction, dtype of the loss, numbers."""
+    (name,) = (name for name, kind in HEADS.items() if kind is type(head))
+    return name, head.loss_type, head.reduction, head.loss_dtype, head.numbers
+
+
+def rebuild(
+    name: str, loss_type: str, reduction: str, loss_dtype: torch.dtype, backend: str, numbers: list[float]
+) -> Any:
+    """The head that was flattened."""
+    return HEADS[name].from_numbers(
+        numbers, loss_type=loss_type, reduction=reduction, loss_dtype=loss_dtype, backend=backend
+    )
 
 
 def pair_scores(logps: torch.Tensor, ref_logps: torch.Tensor | None, token_counts: torch.Tensor | None) -> torch.Tensor:
@@ -166,7 +240,10 @@ def value_and_grads(
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             logps = logps.detach().requires_grad_()
             value_sum, value = total(logps)
-            (grads,) = torch.autograd.grad(value_sum, logps)
+            if value_sum.requires_grad:
+                (grads,) = torch.autograd.grad(value_sum, logps)
+            else:  # inside an operator, where autograd records nothing
+                grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps.detach())
     return value.detach().to(loss_dtype), grads
 
 

@@ -1,4 +1,6 @@
-"""Labels -> which rows of the logits are completion tokens, what each predicts, and which sequence it belongs to."""
+"""Labels -> which rows are completion tokens, what each predicts, and which sequence it belongs to."""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +14,14 @@ INVALID = -2  # a label outside the vocabulary: log-probability NaN
 def compute_dtype(values: torch.Tensor) -> torch.dtype:
     """What logits or log-probabilities are computed in, and their loss given in: float64 for float64, else float32."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def gemm_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """What a GEMM of hidden states reads: their own dtype, or autocast's, which leaves float64 alone."""
+    device_type = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
 
 
 def row_sequences(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -34,6 +44,67 @@ def row_targets(
             targets[ends[ends >= 0]] = ignore_index
     is_valid = (targets >= 0) & (targets < vocab_size)
     return torch.where(targets == ignore_index, MASKED, torch.where(is_valid, targets, INVALID))
+
+
+@dataclass(frozen=True)
+class CompletionTokens:
+    """The N completion tokens of a batch, packed sequence after sequence, pairs side by side where sequences are paired.
+
+    ``sequences[i]`` is the i-th packed sequence; None where they keep their order.
+    """
+
+    rows: torch.Tensor  # [N] int64, in hidden states flattened to rows
+    targets: torch.Tensor  # [N] int64, a token id or INVALID
+    offsets: torch.Tensor  # [B+1] int64, where each packed sequence starts
+    counts: list[int]  # [B] tokens of each packed sequence, known to the host
+    sequences: torch.Tensor | None  # [B] int64
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """[B] values of the packed sequences, in the batch's own order."""
+        if self.sequences is None:
+            return values
+        return torch.empty_like(values).index_copy_(0, self.sequences, values)
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """[B] values of the batch's sequences, in packed order."""
+        return values if self.sequences is None else values[self.sequences]
+
+
+def completion_tokens(
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    ignore_index: int,
+    shift: bool,
+    vocab_size: int,
+    paired: bool = False,
+) -> CompletionTokens:
+    """Find the completion tokens of labels [B, T], or [N] with offsets. Waits for the device once, for their numbers."""
+    targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
+    is_token = targets != MASKED
+    num_rows = targets.numel()
+    if cu_seqlens is None:
+        num_sequences = labels.shape[0]
+        positions = torch.arange(num_rows, device=labels.device)
+        row_sequence = positions // labels.shape[1] if num_rows else positions
+        counts = is_token.view(labels.shape).sum(1)
+    else:
+        num_sequences = cu_seqlens.numel() - 1
+        row_sequence = row_sequences(cu_seqlens, num_rows).clamp_(0, num_sequences - 1)
+        seen = torch.cat([is_token.new_zeros(1, dtype=torch.int64), is_token.cumsum(0)])
+        counts = seen[cu_seqlens.long().clamp(0, num_rows)].diff()
+    sequences = None
+    if paired:
+        half = num_sequences // 2
+        sequences = torch.arange(num_sequences, device=labels.device).view(2, half).T.flatten()
+        row_sequence = 2 * (row_sequence % half) + row_sequence // half
+        counts = counts[sequences]
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    host_counts = counts.tolist()
+    # a stable sort packs without asking the device how many there are
+    order = torch.where(is_token, row_sequence, num_sequences).argsort(stable=True)
+    rows = order[: sum(host_counts)]
+    return CompletionTokens(rows, targets[rows], offsets, host_counts, sequences)
 
 
 def check_contents(

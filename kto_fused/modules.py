@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .functional import fused_dpo_loss, fused_kto_loss
+from .functional import fused_dpo_loss, fused_kto_loss, fused_linear_dpo_loss, fused_linear_kto_loss
 from .metrics import LossMetrics
 
 
@@ -54,3 +54,32 @@ class FusedDPOLoss(_LossModule):
     """
 
     function = staticmethod(fused_dpo_loss)
+
+
+class FusedLinearKTOLoss(_LossModule):
+    """``fused_linear_kto_loss`` with some of its keyword arguments held; those given at a call win.
+
+    Raises ``TypeError`` for an argument that ``fused_linear_kto_loss`` does not have; values are checked at each call.
+
+    >>> import torch, kto_fused
+    >>> kto_loss = kto_fused.FusedLinearKTOLoss(beta=0.2, chunk_bytes=2**28)
+    >>> hidden, lm_head, labels = torch.randn(2, 5, 8), torch.nn.Linear(8, 11), torch.randint(11, (2, 5))
+    >>> desirable = torch.tensor([True, False])
+    >>> loss, metrics = kto_loss(hidden, lm_head.weight, labels, desirable, lm_head_bias=lm_head.bias, ref_hidden=hidden)
+    """
+
+    function = staticmethod(fused_linear_kto_loss)
+
+
+class FusedLinearDPOLoss(_LossModule):
+    """``fused_linear_dpo_loss`` with some of its keyword arguments held; those given at a call win.
+
+    Raises ``TypeError`` for an argument that ``fused_linear_dpo_loss`` does not have; values are checked at each call.
+
+    >>> import torch, kto_fused
+    >>> dpo_loss = kto_fused.FusedLinearDPOLoss(beta=0.2, loss_type="ipo")
+    >>> hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(11, 8), torch.randint(11, (2, 5))
+    >>> loss, metrics = dpo_loss(hidden, weight, labels, ref_hidden=hidden)
+    """
+
+    function = staticmethod(fused_linear_dpo_loss)

@@ -1,8 +1,8 @@
 """The plain PyTorch twin of every public function: same arguments, same returns, autograd's own backward.
 
 These are the definitions the fused paths are tested against. They build the whole log-softmax, several times the memory
-of the logits. float64 logits compute in float64 throughout. ``inplace_backward`` and ``backend`` say how a result is
-computed, not what it is: here they are checked and change nothing.
+of the logits. float64 inputs compute in float64 throughout. ``inplace_backward``, ``chunk_bytes`` and ``backend`` say how
+a result is computed, not what it is: here they are checked and change nothing.
 """
 
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from . import backends, checks
-from .functional import kto_class_weights, kto_reference_point
+from .functional import DEFAULT_CHUNK_BYTES, kto_class_weights, kto_reference_point
 from .heads import pair_rewards, pair_scores
-from .layout import check_contents, compute_dtype
+from .layout import check_contents, compute_dtype, gemm_dtype
 from .losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
 from .metrics import LossMetrics
 
@@ -23,6 +23,9 @@ __all__ = [
     "kto_loss",
     "kto_loss_from_logps",
     "kto_reference_point",
+    "linear_dpo_loss",
+    "linear_kto_loss",
+    "linear_sequence_logps",
     "sequence_logps",
     "token_logps",
 ]
@@ -55,8 +58,9 @@ def kto_loss(
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_kto_loss``."""
     logps, counts, entropy, mean_logits = _sequences("policy_logits", policy_logits, labels, **engine)
-    checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
+    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
     if ref_logits is not None:
+        checks.ref_logits(ref_logits, policy_logits)
         ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
     loss, metrics = kto_loss_from_logps(
         logps,
@@ -90,8 +94,9 @@ def dpo_loss(
     """Twin of ``kto_fused.fused_dpo_loss``."""
     engine["average_log_prob"] = average_log_prob
     logps, counts, entropy, mean_logits = _sequences("policy_logits", policy_logits, labels, **engine)
-    checks.reference(policy_logits, ref_logits, ref_logps, loss_type)
+    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
     if ref_logits is not None:
+        checks.ref_logits(ref_logits, policy_logits)
         ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
     loss, metrics = dpo_loss_from_logps(
         logps,
@@ -106,6 +111,62 @@ def dpo_loss(
     )
     metrics.token_counts, metrics.entropy, metrics.mean_logits = counts, entropy, mean_logits
     return loss.to(compute_dtype(policy_logits)), metrics
+
+
+def linear_sequence_logps(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    **engine: Any,
+) -> torch.Tensor:
+    """Twin of ``kto_fused.linear_sequence_logps``."""
+    checks.chunk_bytes(chunk_bytes)
+    logits = _logits("hidden", hidden, "lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, labels, **engine)
+    return sequence_logps(logits, labels, **engine)
+
+
+def linear_kto_loss(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    desirable: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_lm_head_weight: torch.Tensor | None = None,
+    ref_lm_head_bias: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    **options: Any,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """Twin of ``kto_fused.fused_linear_kto_loss``."""
+    head = lm_head_weight, lm_head_bias
+    ref_head = ref_lm_head_weight, ref_lm_head_bias
+    logits, ref_logits = _policy_and_ref_logits(hidden, *head, labels, ref_hidden, *ref_head, chunk_bytes, options)
+    return kto_loss(logits, labels, desirable, ref_logits=ref_logits, ref_logps=ref_logps, **options)
+
+
+def linear_dpo_loss(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_lm_head_weight: torch.Tensor | None = None,
+    ref_lm_head_bias: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    **options: Any,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """Twin of ``kto_fused.fused_linear_dpo_loss``."""
+    head = lm_head_weight, lm_head_bias
+    ref_head = ref_lm_head_weight, ref_lm_head_bias
+    logits, ref_logits = _policy_and_ref_logits(hidden, *head, labels, ref_hidden, *ref_head, chunk_bytes, options)
+    return dpo_loss(logits, labels, ref_logits=ref_logits, ref_logps=ref_logps, **options)
 
 
 def kto_loss_from_logps(
@@ -183,6 +244,71 @@ def dpo_loss_from_logps(
     )
 
 
+def _targets(labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index: int, shift: bool) -> torch.Tensor:
+    """The label that each position predicts. [B, T] or [N]"""
+    targets = labels.long()
+    if not shift:
+        return targets
+    targets = torch.cat([targets[..., 1:], torch.full_like(targets[..., :1], ignore_index)], dim=-1)
+    if cu_seqlens is not None:
+        last_rows = cu_seqlens[1:].long() - 1
+        targets[last_rows[cu_seqlens.diff() > 0]] = ignore_index
+    return targets
+
+
+def _logits(
+    name: str,
+    hidden: torch.Tensor,
+    weight_name: str,
+    weight: torch.Tensor,
+    bias_name: str,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    **_: Any,
+) -> torch.Tensor:
+    """hidden @ weight.T + bias in float32 (float64 for float64): logits are not rounded on their way. [..., V]"""
+    checks.local(name, hidden)
+    hidden, labels, cu_seqlens, _ = checks.rows_and_labels(name, hidden, labels, cu_seqlens, last="H")
+    checks.lm_head(weight_name, weight, bias_name, bias, name, hidden)
+    check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=len(weight))
+    is_token = _targets(labels, cu_seqlens, ignore_index, shift) != ignore_index
+    read, compute = gemm_dtype(hidden), compute_dtype(hidden)
+    # a masked position may hold anything, and 0 times the gradient of a NaN is a NaN
+    hidden = hidden.masked_fill(~is_token[..., None], 0.0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(read).to(compute) @ weight.to(read).to(compute).T
+        return logits if bias is None else logits + bias.to(compute)
+
+
+def _policy_and_ref_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    ref_hidden: torch.Tensor | None,
+    ref_weight: torch.Tensor | None,
+    ref_bias: torch.Tensor | None,
+    chunk_bytes: int,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    checks.chunk_bytes(chunk_bytes)
+    checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
+    layout = {name: options[name] for name in ("cu_seqlens", "ignore_index", "shift") if name in options}
+    logits = _logits("hidden", hidden, "lm_head_weight", weight, "lm_head_bias", bias, labels, **layout)
+    if ref_hidden is None:
+        return logits, None
+    checks.ref_hidden(ref_hidden, hidden)
+    if ref_weight is None:
+        ref_weight, ref_bias = weight, bias
+    ref_head = "ref_lm_head_weight", ref_weight, "ref_lm_head_bias", ref_bias
+    with torch.no_grad():
+        return logits, _logits("ref_hidden", ref_hidden, *ref_head, labels, **layout)
+
+
 def _tokens(
     name: str,
     logits: torch.Tensor,
@@ -205,12 +331,7 @@ def _tokens(
     logits, labels, cu_seqlens, _ = checks.logits_and_labels(name, logits, labels, cu_seqlens)
     check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=logits.shape[-1])
 
-    targets = labels.long()
-    if shift:
-        targets = torch.cat([targets[..., 1:], torch.full_like(targets[..., :1], ignore_index)], dim=-1)
-        if cu_seqlens is not None:
-            last_rows = cu_seqlens[1:].long() - 1
-            targets[last_rows[cu_seqlens.diff() > 0]] = ignore_index
+    targets = _targets(labels, cu_seqlens, ignore_index, shift)
     is_token = targets != ignore_index
     is_known = (targets >= 0) & (targets < logits.shape[-1])
 

@@ -1,0 +1,599 @@
+"""autograd.Functions: hidden states and an LM head in; the logits exist for one chunk of completion tokens at a time.
+
+Forward:   hidden --chunk of tokens--> logits --rows--> token log-probabilities --sequences--> [B] --loss head--> loss
+           and its gradient by [B], hence by the chunk's tokens: logits become their own gradient and meet both GEMMs
+Backward:  the gradients found in the forward, scaled by the incoming one
+
+How many GEMMs of 2 N H V that is, with N completion tokens:
+
+1  no gradient
+2  the head is frozen: d logp / d hidden needs no loss, so chunks may split sequences
+3  the head is trained: a chunk holds whole sequences, whose loss gradient is known before its logits are dropped
+4  the head is trained, and a sequence exceeds the chunk, or the loss couples sequences that do not fit one chunk, or
+   each sequence's gradient comes from outside (``reduction="none"``, log-probabilities): logits are computed twice
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+import torch
+
+from . import heads
+from .backends import HAS_TRITON, on_device, opaque
+from .first_derivative import first_derivative_only
+from .from_logits import LogitOptions, sequence_backward, sequence_sums
+from .layout import CompletionTokens, check_contents, completion_tokens, compute_dtype, row_targets
+from .projection import Chunk, LMHead
+
+
+@dataclass(frozen=True)
+class HiddenOptions:
+    """How hidden states become log-probabilities; validated by the caller."""
+
+    logits: LogitOptions
+    dtype: torch.dtype  # what the GEMMs read
+    ref_dtype: torch.dtype  # the same, for the reference's
+    chunk_bytes: int
+    # for which of hidden, weight and bias a gradient is wanted
+    needs: tuple[bool, bool, bool] = (False, False, False)
+
+    @property
+    def is_head_trained(self) -> bool:
+        return self.needs[1] or self.needs[2]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+# ---- engine -------------------------------------------------------------------------------------------------------
+
+
+class _Engine:
+    """One model's completion tokens through its LM head, a chunk at a time."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        tokens: CompletionTokens,
+        chunk: Chunk,
+        options: HiddenOptions,
+        num_chunks: int,
+    ):
+        self.hidden = hidden if hidden.ndim == 3 else hidden[None]
+        compute = options.compute_dtype
+        self.lm_head = LMHead(weight.to(options.dtype), None if bias is None else bias.to(compute))
+        self.tokens, self.chunk, self.options = tokens, chunk, options
+        # (logps, entropy, mean_logits) of each token; 0 until its chunk was visited
+        self.per_token = torch.zeros(3, len(tokens.rows), dtype=compute, device=hidden.device)
+        self.targets = tokens.targets.int()
+        logits = options.logits
+        self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
+
+        needs_hidden, needs_weight, needs_bias = options.needs
+        self.grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        # a sum over several chunks is rounded once, at its end
+        sum_dtype = weight.dtype if num_chunks <= 1 and chunk.grads.dtype == weight.dtype else compute
+        self.weight_sum = (
+            torch.empty_like(weight, dtype=sum_dtype, memory_format=torch.contiguous_format) if needs_weight else None
+        )
+        self.bias_sum = torch.zeros_like(bias, dtype=compute) if needs_bias else None
+        self.has_weight_sum = False
+        self.weight_dtype, self.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+
+    def forward(self, start: int, stop: int) -> None:
+        """Log-probabilities of tokens start..stop; their logits stay in the chunk."""
+        rows = self.tokens.rows[start:stop]
+        seq_len = max(self.hidden.shape[1], 1)
+        self.chunk_hidden = self.hidden[rows // seq_len, rows % seq_len].to(self.options.dtype)
+        outputs = self.chunk.forward(self.chunk_hidden, self.lm_head, self.tokens.targets[start:stop], self.transform)
+        for values, output in zip(self.per_token, outputs, strict=True):
+            values[start:stop] = output
+
+    def backward(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
+        """Add the gradients of tokens start..stop, whose logits are in the chunk."""
+        self.chunk.backward(token_grads[start:stop])
+        if self.grad_hidden is not None:
+            grad = self.chunk.hidden_gradient(self.lm_head).to(self.grad_hidden.dtype)
+            self.grad_hidden.view(-1, grad.shape[1]).index_copy_(0, self.tokens.rows[start:stop], grad)
+        if self.weight_sum is not None:
+            self.chunk.add_weight_gradient(self.weight_sum, self.chunk_hidden, is_first=not self.has_weight_sum)
+            self.has_weight_sum = True
+        if self.bias_sum is not None:
+            self.chunk.add_bias_gradient(self.bias_sum)
+
+    def sequences(self) -> tuple[torch.Tensor, ...]:
+        """(logps, token counts, mean entropy, mean logit) of the batch's sequences, each [B]."""
+        logits = self.options.logits
+        sums = sequence_sums(
+            self.targets,
+            *self.per_token,
+            self.tokens.offsets,
+            len(self.tokens.counts),
+            logits.average_log_prob,
+            logits.backend,
+        )
+        return tuple(self.tokens.unpack(values) for values in sums)
+
+    def token_grads(self, sequence_grads: torch.Tensor, token_counts: torch.Tensor) -> torch.Tensor:
+        """d loss / d token log-probability [N] from d loss / d sequence log-probability [B]."""
+        return sequence_backward(
+            self.targets,
+            self.tokens.pack(token_counts),
+            None,
+            self.tokens.pack(sequence_grads),
+            self.tokens.offsets,
+            self.options.logits.average_log_prob,
+            self.options.compute_dtype,
+            self.options.logits.backend,
+        )
+
+    def gradients(self) -> tuple[torch.Tensor | None, ...]:
+        """By hidden, weight and bias, each in its own dtype; None where not wanted."""
+        if self.weight_sum is not None and not self.has_weight_sum:
+            self.weight_sum.zero_()
+        return (
+            self.grad_hidden,
+            None if self.weight_sum is None else self.weight_sum.to(self.weight_dtype),
+            None if self.bias_sum is None else self.bias_sum.to(self.bias_dtype),
+        )
+
+
+def _even_ranges(num_tokens: int, limit: int) -> list[tuple[int, int]]:
+    """As few chunks as fit, of nearly equal size."""
+    count = -(-num_tokens // limit)
+    return [(num_tokens * i // count, num_tokens * (i + 1) // count) for i in range(count)]
+
+
+def _whole_ranges(counts: list[int], limit: int, group: int) -> list[tuple[int, int]] | None:
+    """Chunks of whole groups of sequences; None where one group alone exceeds the limit."""
+    ranges, start, stop = [], 0, 0
+    for first in range(0, len(counts), group):
+        size = sum(counts[first : first + group])
+        if size > limit:
+            return None
+        if stop + size - start > limit:
+            ranges.append((start, stop))
+            start = stop
+        stop += size
+    if stop > start:
+        ranges.append((start, stop))
+    return ranges
+
+
+def _chunk_limit(
+    num_tokens: int, vocab_size: int, hidden_size: int, weight: torch.Tensor, options: HiddenOptions
+) -> int:
+    """How many tokens one chunk may hold."""
+    arguments = vocab_size, hidden_size, options.dtype, weight.device, options.logits.backend
+    limit = Chunk.num_tokens(options.chunk_bytes, *arguments)
+    if limit < num_tokens and options.needs[1]:
+        # one chunk needs no float32 sum of weight gradients: what that would take may go to the chunk
+        spared = weight.numel() * (options.compute_dtype.itemsize - weight.dtype.itemsize)
+        if Chunk.num_tokens(options.chunk_bytes + spared, *arguments) >= num_tokens:
+            return num_tokens
+    return limit
+
+
+def _prepare(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    options: HiddenOptions,
+    paired: bool,
+) -> tuple[CompletionTokens, int]:
+    """The completion tokens, and how many of them a chunk may hold."""
+    layout = {"ignore_index": options.logits.ignore_index, "shift": options.logits.shift, "vocab_size": len(weight)}
+    check_contents(labels, cu_seqlens, **layout)
+    tokens = completion_tokens(labels, cu_seqlens, paired=paired, **layout)
+    return tokens, _chunk_limit(len(tokens.rows), *weight.shape, weight, options)
+
+
+def _make_chunk(ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions) -> Chunk:
+    longest = max((stop - start for start, stop in ranges), default=0)
+    return Chunk(longest, len(weight), options.dtype, weight.device, options.logits.backend)
+
+
+def forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    options: HiddenOptions,
+    head: Any = None,
+    reference: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None),
+    ref_logps: torch.Tensor | None = None,
+    head_tensors: tuple[torch.Tensor | None, ...] = (),
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+    """``(sequences, ref_logps, (loss, head_grads, *reported), gradients)``.
+
+    ``sequences`` is (logps, token_counts, entropy, mean_logits), each [B]. Without a head, or where its loss has one
+    value per sequence or pair, the gradient by hidden is that of each token's own log-probability, and a trained head's
+    gradients are left to ``backward``. ``reference`` is the reference's (hidden, weight, bias).
+    """
+    is_total = head is not None and head.reduction != "none"
+    if not is_total and options.is_head_trained:
+        options = replace(options, needs=(False, False, False))
+    paired = head is not None and head.paired
+    tokens, limit = _prepare(hidden, weight, labels, cu_seqlens, options, paired)
+    even = _even_ranges(len(tokens.rows), limit)
+    whole = _whole_ranges(tokens.counts, limit, 2 if paired else 1)
+    if is_total and len(even) > 1 and head.couples_batch(*head_tensors):
+        whole = None
+    is_visit = is_total and any(options.needs) and whole is not None
+    ranges = whole if is_visit else even
+
+    chunk = None
+    ref_hidden, ref_weight, ref_bias = reference
+    if ref_hidden is not None:
+        ref_options = replace(options, dtype=options.ref_dtype, needs=(False, False, False))
+        ref_limit = _chunk_limit(len(tokens.rows), *ref_weight.shape, ref_weight, ref_options)
+        if ref_options.dtype == options.dtype:  # the policy's buffer serves both
+            chunk = _make_chunk(ranges, weight, options)
+            ref_limit = max(1, len(chunk.logits))
+        ref_ranges = _even_ranges(len(tokens.rows), ref_limit)
+        ref_chunk = chunk or _make_chunk(ref_ranges, ref_weight, ref_options)
+        engine = _Engine(ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, len(ref_ranges))
+        for start, stop in ref_ranges:
+            engine.forward(start, stop)
+        ref_logps = engine.sequences()[0]
+        del engine, ref_chunk
+
+    chunk = chunk or _make_chunk(ranges, weight, options)
+    engine = _Engine(hidden, weight, bias, tokens, chunk, options, len(ranges))
+
+    def apply_head() -> tuple[torch.Tensor, ...]:
+        if head is None:
+            return ()
+        logps, token_counts, *_ = engine.sequences()
+        return head(logps, token_counts, ref_logps, *head_tensors)
+
+    results = None
+    if is_visit:
+        for start, stop in ranges:
+            engine.forward(start, stop)
+            # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
+            results = apply_head()
+            engine.backward(start, stop, engine.token_grads(results[1], engine.sequences()[1]))
+    else:
+        is_direction = any(options.needs) and not options.is_head_trained
+        ones = engine.per_token.new_ones(len(tokens.rows)) if is_direction else None
+        for start, stop in ranges:
+            engine.forward(start, stop)
+            if is_direction:
+                engine.backward(start, stop, ones)
+        results = apply_head()
+        if is_total and any(options.needs):
+            token_grads = engine.token_grads(results[1], engine.sequences()[1])
+            if is_direction:
+                _scale_rows(engine.grad_hidden, tokens.rows, token_grads, ranges)
+            else:
+                for start, stop in ranges:
+                    engine.forward(start, stop)
+                    engine.backward(start, stop, token_grads)
+    if results is None:
+        results = apply_head()
+    return engine.sequences(), ref_logps, results, engine.gradients()
+
+
+def _scale_rows(grad: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
+    """Multiply each token's row of ``grad`` by its factor, in place."""
+    flat = grad.view(-1, grad.shape[-1])
+    for start, stop in ranges:
+        chosen = rows[start:stop]
+        flat.index_copy_(0, chosen, (flat[chosen] * factors[start:stop, None]).to(flat.dtype))
+
+
+def backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    sequence_grads: torch.Tensor,
+    options: HiddenOptions,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients by hidden, weight and bias from d loss / d logps [B]; computes the logits again."""
+    tokens, limit = _prepare(hidden, weight, labels, cu_seqlens, options, paired=False)
+    ranges = _even_ranges(len(tokens.rows), limit)
+    engine = _Engine(
+        hidden, weight, bias, tokens, _make_chunk(ranges, weight, options), options, num_chunks=len(ranges)
+    )
+    token_grads = engine.token_grads(sequence_grads, tokens.unpack(tokens.offsets.diff()))
+    for start, stop in ranges:
+        engine.forward(start, stop)
+        engine.backward(start, stop, token_grads)
+    return engine.gradients()
+
+
+# ---- operators: what torch.compile sees in their place ------------------------------------------------------------
+
+
+def _flatten_options(options: HiddenOptions) -> tuple:
+    logits = options.logits
+    return (
+        logits.ignore_index,
+        logits.shift,
+        logits.average_log_prob,
+        logits.temperature,
+        logits.logit_scale,
+        logits.logit_softcap,
+        logits.backend,
+        options.dtype,
+        options.ref_dtype,
+        options.chunk_bytes,
+        *options.needs,
+    )
+
+
+def _unflatten_options(
+    ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes, *needs
+) -> HiddenOptions:
+    logits = LogitOptions(
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=average,
+        temperature=temperature,
+        logit_scale=scale,
+        logit_softcap=softcap,
+        backend=backend,
+    )
+    return HiddenOptions(logits, dtype, ref_dtype, chunk_bytes, needs)
+
+
+def _num_sequences(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _fake_gradients(tensors: tuple, needs: tuple[bool, ...]) -> list[torch.Tensor]:
+    hidden = tensors[0]
+    return [x.new_empty(x.shape) if needed else hidden.new_empty(0) for x, needed in zip(tensors, needs, strict=True)]
+
+
+def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_hidden, *arguments) -> list[torch.Tensor]:
+    *_, dtype, _, _, needs_hidden, needs_weight, needs_bias, head_name, _, reduction, loss_dtype, _ = arguments
+    num_sequences = _num_sequences(labels, cu_seqlens)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    logps = hidden.new_empty(num_sequences, dtype=torch.float64)
+    counts = hidden.new_empty(num_sequences, dtype=torch.int64)
+    means = [hidden.new_empty(num_sequences, dtype=compute) for _ in range(2)]
+    ref_logps = torch.empty_like(logps) if ref_hidden is not None else hidden.new_empty(0)
+    needs = (needs_hidden, needs_weight, needs_bias)
+    if (needs_weight or needs_bias) and (not head_name or reduction == "none"):
+        needs = (False, False, False)
+    results = heads.HEADS[head_name].outputs(logps, reduction, loss_dtype) if head_name else ()
+    return [logps, counts, *means, ref_logps, *_fake_gradients((hidden, weight, bias), needs), *results]
+
+
+@opaque(fake=_fake_forward)
+def _linear_forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    labels: torch.Tensor,
+    cu_seqlens: Optional[torch.Tensor],
+    ref_hidden: Optional[torch.Tensor],
+    ref_weight: Optional[torch.Tensor],
+    ref_bias: Optional[torch.Tensor],
+    ref_logps: Optional[torch.Tensor],
+    head_tensors: list[Optional[torch.Tensor]],
+    ignore_index: int,
+    shift: bool,
+    average: bool,
+    temperature: float,
+    scale: float,
+    softcap: Optional[float],
+    backend: str,
+    dtype: torch.dtype,
+    ref_dtype: torch.dtype,
+    chunk_bytes: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    head_name: str,
+    loss_type: str,
+    reduction: str,
+    loss_dtype: torch.dtype,
+    head_numbers: list[float],
+) -> list[torch.Tensor]:
+    """``forward``, flattened: [logps, token_counts, entropy, mean_logits, the reference's logps, gradients by hidden,
+    weight and bias, loss, head_grads, *reported]; what there is not is empty.
+    """
+    options = _unflatten_options(
+        ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes,
+        needs_hidden, needs_weight, needs_bias,
+    )  # fmt: skip
+    head = heads.rebuild(head_name, loss_type, reduction, loss_dtype, backend, head_numbers) if head_name else None
+    outputs = forward(
+        hidden, weight, bias, labels, cu_seqlens, options, head, (ref_hidden, ref_weight, ref_bias), ref_logps,
+        tuple(head_tensors),
+    )  # fmt: skip
+    sequences, computed_ref_logps, results, gradients = outputs
+    optional = (computed_ref_logps if ref_hidden is not None else None, *gradients)
+    return [*sequences, *(hidden.new_empty(0) if x is None else x for x in optional), *results]
+
+
+def _fake_backward(hidden, weight, bias, labels, cu_seqlens, sequence_grads, *arguments) -> list[torch.Tensor]:
+    return _fake_gradients((hidden, weight, bias), arguments[-3:])
+
+
+@opaque(fake=_fake_backward)
+def _linear_backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    labels: torch.Tensor,
+    cu_seqlens: Optional[torch.Tensor],
+    sequence_grads: torch.Tensor,
+    ignore_index: int,
+    shift: bool,
+    average: bool,
+    temperature: float,
+    scale: float,
+    softcap: Optional[float],
+    backend: str,
+    dtype: torch.dtype,
+    ref_dtype: torch.dtype,
+    chunk_bytes: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> list[torch.Tensor]:
+    """``backward``, flattened; a gradient that is not wanted is empty."""
+    options = _unflatten_options(
+        ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes,
+        needs_hidden, needs_weight, needs_bias,
+    )  # fmt: skip
+    gradients = backward(hidden, weight, bias, labels, cu_seqlens, sequence_grads, options)
+    return [hidden.new_empty(0) if x is None else x for x in gradients]
+
+
+# ---- autograd.Functions -------------------------------------------------------------------------------------------
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward under way may be asked for again (``retain_graph=True``)."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
+def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients times the loss's own gradient, a scalar on the device; in place where nobody can ask for them again."""
+    if torch.compiler.is_compiling():
+        return [grad * incoming.to(compute_dtype(grad)) for grad in gradients]
+    if _keeps_graph():
+        gradients = [grad.clone() for grad in gradients]
+    for grad in gradients:
+        scale_(grad, incoming)
+    return gradients
+
+
+def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
+    """values *= factor, a scalar tensor on their device; where it is 1, the values are not visited."""
+    if values.device.type == "cpu":
+        if factor.item() != 1:
+            values.mul_(factor.item())
+    elif HAS_TRITON:
+        from .kernels import scale
+
+        with on_device(values):
+            scale.scale_(values, factor)
+    else:
+        values.mul_(factor.to(compute_dtype(values)))
+
+
+def _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_grads, is_total) -> None:
+    """For one of the three ways to a gradient: found in the forward for the loss as a whole, found in the forward for
+    each token's log-probability, or computed in the backward.
+    """
+    ctx.options, ctx.is_total = options, is_total
+    ctx.is_direction = not is_total and not options.is_head_trained
+    token_counts, gradients = outputs[1], outputs[5:8]
+    if is_total:
+        ctx.save_for_backward(*(grad for grad, needed in zip(gradients, options.needs, strict=True) if needed))
+    elif ctx.is_direction:
+        ctx.vocab_size = weight.shape[0]
+        ctx.save_for_backward(gradients[0], labels, cu_seqlens, token_counts, head_grads)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, head_grads)
+
+
+def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
+    """By hidden, weight and bias."""
+    options: HiddenOptions = ctx.options
+    if ctx.is_total:
+        scaled = iter(_scaled(list(ctx.saved_tensors), incoming))
+        return tuple(next(scaled) if needed else None for needed in options.needs)
+    logits = options.logits
+    if ctx.is_direction:
+        direction, labels, cu_seqlens, token_counts, head_grads = ctx.saved_tensors
+        layout = {"ignore_index": logits.ignore_index, "shift": logits.shift, "vocab_size": ctx.vocab_size}
+        row_grads = sequence_backward(
+            row_targets(labels, cu_seqlens, **layout).flatten().int(),
+            token_counts,
+            head_grads,
+            incoming,
+            cu_seqlens,
+            logits.average_log_prob,
+            options.compute_dtype,
+            logits.backend,
+        )
+        return (direction * row_grads.view(*direction.shape[:-1], 1)).to(direction.dtype), None, None
+    hidden, weight, bias, labels, cu_seqlens, head_grads = ctx.saved_tensors
+    sequence_grads = incoming.double() if head_grads is None else heads.scale_grads(head_grads, incoming)
+    gradients = _linear_backward(hidden, weight, bias, labels, cu_seqlens, sequence_grads, *_flatten_options(options))
+    return tuple(grad if needed else None for grad, needed in zip(gradients, options.needs, strict=True))
+
+
+class SequenceLogpsFromHidden(torch.autograd.Function):
+    """[B] sequence log-probabilities in fp64."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, options):
+        no_head = ("", "", "", torch.float32, [])
+        no_reference = (None, None, None, None, [])
+        outputs = _linear_forward(
+            hidden, weight, bias, labels, cu_seqlens, *no_reference, *_flatten_options(options), *no_head
+        )
+        _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, None, is_total=False)
+        return outputs[0]
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, incoming):
+        return *_gradients(ctx, incoming), None, None, None
+
+
+class LossFromHidden(torch.autograd.Function):
+    """``(loss, logps, token_counts, entropy, mean_logits, ref_logps, *reported)``: the engine and a loss head together.
+
+    ``ref_logps`` is what was computed from ``ref_hidden``, empty without it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        cu_seqlens,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        ref_logps,
+        options,
+        head,
+        *head_tensors,
+    ):
+        outputs = _linear_forward(
+            hidden,
+            weight,
+            bias,
+            labels,
+            cu_seqlens,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            ref_logps,
+            list(head_tensors),
+            *_flatten_options(options),
+            *heads.flatten(head),
+        )
+        sequences, loss, head_grads, reported = outputs[:4], outputs[8], outputs[9], outputs[10:]
+        is_total = head.reduction != "none"
+        _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_grads, is_total)
+        ctx.num_arguments = 11 + len(head_tensors)
+        ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
+        ctx.mark_non_differentiable(*sequences, outputs[4], *reported)
+        return loss, *sequences, outputs[4], *reported
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, incoming, *_):
+        gradients = _gradients(ctx, incoming)
+        return *gradients, *(None for _ in range(ctx.num_arguments - len(gradients)))
