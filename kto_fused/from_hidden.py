@@ -23,7 +23,7 @@ from .backends import HAS_TRITON, on_device, opaque
 from .first_derivative import first_derivative_only
 from .from_logits import LogitOptions, sequence_backward, sequence_sums
 from .layout import CompletionTokens, check_contents, completion_tokens, compute_dtype, row_targets
-from .projection import Chunk, LMHead
+from .projection import FoldedRows, LMHead, WholeRows, chunk_kind
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Engine:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         tokens: CompletionTokens,
-        chunk: Chunk,
+        chunk: WholeRows | FoldedRows,
         options: HiddenOptions,
         num_chunks: int,
     ):
@@ -75,7 +75,7 @@ class _Engine:
         needs_hidden, needs_weight, needs_bias = options.needs
         self.grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
         # a sum over several chunks is rounded once, at its end
-        sum_dtype = weight.dtype if num_chunks <= 1 and chunk.grads.dtype == weight.dtype else compute
+        sum_dtype = weight.dtype if num_chunks <= 1 and chunk.grad_dtype == weight.dtype else compute
         self.weight_sum = (
             torch.empty_like(weight, dtype=sum_dtype, memory_format=torch.contiguous_format) if needs_weight else None
         )
@@ -83,12 +83,14 @@ class _Engine:
         self.has_weight_sum = False
         self.weight_dtype, self.bias_dtype = weight.dtype, None if bias is None else bias.dtype
 
-    def forward(self, start: int, stop: int) -> None:
-        """Log-probabilities of tokens start..stop; their logits stay in the chunk."""
+    def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
+        """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
         rows = self.tokens.rows[start:stop]
         seq_len = max(self.hidden.shape[1], 1)
         self.chunk_hidden = self.hidden[rows // seq_len, rows % seq_len].to(self.options.dtype)
-        outputs = self.chunk.forward(self.chunk_hidden, self.lm_head, self.tokens.targets[start:stop], self.transform)
+        outputs = self.chunk.forward(
+            self.chunk_hidden, self.lm_head, self.tokens.targets[start:stop], self.transform, keep
+        )
         for values, output in zip(self.per_token, outputs, strict=True):
             values[start:stop] = output
 
@@ -99,7 +101,7 @@ class _Engine:
             grad = self.chunk.hidden_gradient(self.lm_head).to(self.grad_hidden.dtype)
             self.grad_hidden.view(-1, grad.shape[1]).index_copy_(0, self.tokens.rows[start:stop], grad)
         if self.weight_sum is not None:
-            self.chunk.add_weight_gradient(self.weight_sum, self.chunk_hidden, is_first=not self.has_weight_sum)
+            self.chunk.add_weight_gradient(self.weight_sum, self.chunk_hidden, add=self.has_weight_sum)
             self.has_weight_sum = True
         if self.bias_sum is not None:
             self.chunk.add_bias_gradient(self.bias_sum)
@@ -163,16 +165,21 @@ def _whole_ranges(counts: list[int], limit: int, group: int) -> list[tuple[int, 
     return ranges
 
 
-def _chunk_limit(
-    num_tokens: int, vocab_size: int, hidden_size: int, weight: torch.Tensor, options: HiddenOptions
-) -> int:
+def _chunk_arguments(weight: torch.Tensor, options: HiddenOptions) -> tuple[type, tuple]:
+    """The kind of chunk, and what follows the number of tokens (or bytes) when it is made (or asked what it holds)."""
+    backend, keeps = options.logits.backend, any(options.needs)
+    kind = chunk_kind(options.dtype, weight.device, backend)
+    return kind, (*weight.shape, options.dtype, weight.device, backend, keeps)
+
+
+def _chunk_limit(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> int:
     """How many tokens one chunk may hold."""
-    arguments = vocab_size, hidden_size, options.dtype, weight.device, options.logits.backend
-    limit = Chunk.num_tokens(options.chunk_bytes, *arguments)
+    kind, arguments = _chunk_arguments(weight, options)
+    limit = kind.capacity(options.chunk_bytes, *arguments)
     if limit < num_tokens and options.needs[1]:
         # one chunk needs no float32 sum of weight gradients: what that would take may go to the chunk
         spared = weight.numel() * (options.compute_dtype.itemsize - weight.dtype.itemsize)
-        if Chunk.num_tokens(options.chunk_bytes + spared, *arguments) >= num_tokens:
+        if kind.capacity(options.chunk_bytes + spared, *arguments) >= num_tokens:
             return num_tokens
     return limit
 
@@ -189,12 +196,13 @@ def _prepare(
     layout = {"ignore_index": options.logits.ignore_index, "shift": options.logits.shift, "vocab_size": len(weight)}
     check_contents(labels, cu_seqlens, **layout)
     tokens = completion_tokens(labels, cu_seqlens, paired=paired, **layout)
-    return tokens, _chunk_limit(len(tokens.rows), *weight.shape, weight, options)
+    return tokens, _chunk_limit(len(tokens.rows), weight, options)
 
 
-def _make_chunk(ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions) -> Chunk:
+def _make_chunk(ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions) -> WholeRows | FoldedRows:
     longest = max((stop - start for start, stop in ranges), default=0)
-    return Chunk(longest, len(weight), options.dtype, weight.device, options.logits.backend)
+    kind, arguments = _chunk_arguments(weight, options)
+    return kind(longest, *arguments)
 
 
 def forward(
@@ -231,10 +239,10 @@ def forward(
     ref_hidden, ref_weight, ref_bias = reference
     if ref_hidden is not None:
         ref_options = replace(options, dtype=options.ref_dtype, needs=(False, False, False))
-        ref_limit = _chunk_limit(len(tokens.rows), *ref_weight.shape, ref_weight, ref_options)
+        ref_limit = _chunk_limit(len(tokens.rows), ref_weight, ref_options)
         if ref_options.dtype == options.dtype:  # the policy's buffer serves both
             chunk = _make_chunk(ranges, weight, options)
-            ref_limit = max(1, len(chunk.logits))
+            ref_limit = max(1, chunk.num_tokens)
         ref_ranges = _even_ranges(len(tokens.rows), ref_limit)
         ref_chunk = chunk or _make_chunk(ref_ranges, ref_weight, ref_options)
         engine = _Engine(ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, len(ref_ranges))
@@ -255,7 +263,7 @@ def forward(
     results = None
     if is_visit:
         for start, stop in ranges:
-            engine.forward(start, stop)
+            engine.forward(start, stop, keep=True)
             # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
             results = apply_head()
             engine.backward(start, stop, engine.token_grads(results[1], engine.sequences()[1]))
@@ -263,7 +271,7 @@ def forward(
         is_direction = any(options.needs) and not options.is_head_trained
         ones = engine.per_token.new_ones(len(tokens.rows)) if is_direction else None
         for start, stop in ranges:
-            engine.forward(start, stop)
+            engine.forward(start, stop, keep=is_direction)
             if is_direction:
                 engine.backward(start, stop, ones)
         results = apply_head()
@@ -273,7 +281,7 @@ def forward(
                 _scale_rows(engine.grad_hidden, tokens.rows, token_grads, ranges)
             else:
                 for start, stop in ranges:
-                    engine.forward(start, stop)
+                    engine.forward(start, stop, keep=True)
                     engine.backward(start, stop, token_grads)
     if results is None:
         results = apply_head()
@@ -305,7 +313,7 @@ def backward(
     )
     token_grads = engine.token_grads(sequence_grads, tokens.unpack(tokens.offsets.diff()))
     for start, stop in ranges:
-        engine.forward(start, stop)
+        engine.forward(start, stop, keep=True)
         engine.backward(start, stop, token_grads)
     return engine.gradients()
 

@@ -1,7 +1,10 @@
-"""One chunk of completion tokens through the LM head: hidden states to logits, and their gradient back. No loss here.
+"""One chunk of completion tokens through the LM head: hidden states to log-probabilities, and gradients back. No loss
+here.
 
-``Chunk.forward`` is one GEMM and the row statistics; ``Chunk.backward`` turns the logits into their own gradient and is
-one GEMM for the hidden states and one for the weight.
+``forward`` is one GEMM and the rows' statistics; after ``backward`` has been given d loss / d logps, ``hidden_gradient``
+and ``add_weight_gradient`` are one GEMM each. There are two kinds of chunk with these methods: ``WholeRows`` holds the
+chunk's logits in float32 and turns them into their own gradient. ``FoldedRows``, for bfloat16 on a GPU, has a tile of
+columns at a time in float32 and keeps softmax numerators in bfloat16: half the bytes a token, a pass over them less.
 """
 
 import functools
@@ -12,10 +15,13 @@ import torch
 
 from . import torch_backend
 from .backends import multiprocessors, on_device
-from .layout import MASKED, compute_dtype
+from .layout import INVALID, MASKED
 
 # Bytes of LM-head weight cast at once, where no GEMM reads half precision and writes float32.
 CAST_BYTES = 2**24
+# Logits of one tile: enough for a GEMM that fills a GPU several times over and outlasts its launch.
+TILE_OPERATIONS = 2 * 2**36
+MIN_TILE_LOGITS = 2**23
 
 
 @dataclass(frozen=True)
@@ -46,43 +52,73 @@ def _has_float32_output(device_type: str, dtype: torch.dtype) -> bool:
     return True
 
 
-class Chunk:
+def _is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GEMM reads ``dtype`` and writes what log-probabilities are computed in."""
+    return dtype.itemsize >= 4 or _has_float32_output(device.type, dtype)
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
+    """out (+)= a @ b, in the precision of ``out``."""
+    if a.dtype != out.dtype and not _has_float32_output(a.device.type, a.dtype):
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    wider = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **wider)
+    else:
+        torch.mm(a, b, out=out, **wider)
+
+
+class WholeRows:
     """Buffers for the logits of up to ``num_tokens`` tokens, and for their gradient.
 
     Logits are in float32 (float64 for float64). Their gradient overwrites them, or where the GEMMs read half precision
     stands beside them.
     """
 
-    def __init__(self, num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device, backend: str):
-        self.dtype, self.backend = dtype, backend
-        self.is_native = gemm_is_native(dtype, device)
+    def __init__(
+        self,
+        num_tokens: int,
+        vocab_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+        keeps: bool,
+    ):
+        self.num_tokens, self.backend = num_tokens, backend
+        self.is_native = _is_native(dtype, device)
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         self.logits = torch.empty(num_tokens, vocab_size, dtype=compute, device=device)
         self.grads = self.logits
-        if self.is_native and compute != dtype:
+        if keeps and self.is_native and compute != dtype:
             self.grads = torch.empty(num_tokens, vocab_size, dtype=dtype, device=device)
+        self.grad_dtype = self.grads.dtype
 
     @staticmethod
-    def num_tokens(
-        chunk_bytes: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device, backend: str
+    def capacity(
+        num_bytes: int,
+        vocab_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+        keeps: bool,
     ) -> int:
-        """How many tokens fit a budget, what passes through their GEMMs counted in; at least one."""
+        """How many tokens fit into so many bytes, what passes through their GEMMs counted in; at least one."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        is_native = gemm_is_native(dtype, device)
-        grad_size = dtype.itemsize if is_native and compute != dtype else 0
+        is_native = _is_native(dtype, device)
+        grad_size = dtype.itemsize if keeps and is_native and compute != dtype else 0
         per_token = vocab_size * (compute.itemsize + grad_size) + hidden_size * 2 * (dtype.itemsize + compute.itemsize)
         fixed = (0 if is_native else CAST_BYTES) + (3 * torch_backend.BLOCK_BYTES if backend == "torch" else 0)
-        return max(1, (chunk_bytes - fixed) // per_token)
+        return max(1, (num_bytes - fixed) // per_token)
 
     def forward(
-        self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict
+        self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logps, entropy, mean_logits), each [n], of hidden [n, H] and targets [n]."""
+        """(logps, entropy, mean_logits), each [n], of hidden [n, H] and targets [n]; ``keep`` what backward needs."""
         logits = self.logits[: len(hidden)]
-        if self.is_native and hidden.dtype == logits.dtype:
-            torch.mm(hidden, lm_head.weight.T, out=logits)
-        elif self.is_native:
-            torch.mm(hidden, lm_head.weight.T, out_dtype=logits.dtype, out=logits)
+        if self.is_native:
+            _multiply(hidden, lm_head.weight.T, logits)
         else:
             hidden = hidden.to(logits.dtype)
             for rows, weight in lm_head.blocks(logits.dtype):
@@ -102,14 +138,16 @@ class Chunk:
                 token_logprobs.forward(
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
                 )
-        self.targets, logps, self.row_max, self.log_sum, entropy, mean_logits = outputs
-        self.transform = transform
+        _, logps, _, _, entropy, mean_logits = outputs
+        if keep:
+            self.rows, self.transform = outputs, transform
         return logps, entropy, mean_logits
 
     def backward(self, token_grads: torch.Tensor) -> None:
         """Turn the chunk's logits into d loss / d logits, from d loss / d logps [n]."""
-        logits, grads = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
-        arguments = logits, grads, self.targets, token_grads, self.row_max, self.log_sum
+        targets, _, row_max, log_sum, _, _ = self.rows
+        logits, self.current = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
+        arguments = logits, self.current, targets, token_grads, row_max, log_sum
         if self.backend == "torch":
             torch_backend.token_logprobs_backward(*arguments, **self.transform)
         else:
@@ -117,10 +155,9 @@ class Chunk:
 
             with on_device(logits):
                 token_logprobs.backward(*arguments, **self.transform)
-        self.current = grads
 
     def hidden_gradient(self, lm_head: LMHead) -> torch.Tensor:
-        """d loss / d hidden [n, H] after ``backward``."""
+        """d loss / d hidden [n, H]."""
         grads = self.current
         if grads.dtype == lm_head.weight.dtype:
             return torch.mm(grads, lm_head.weight)
@@ -129,21 +166,149 @@ class Chunk:
             total.addmm_(grads[:, rows], weight)
         return total
 
-    def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, is_first: bool) -> None:
-        """Add d loss / d weight to ``total`` [V, H], or set it."""
-        grads = self.current
-        hidden = hidden.to(grads.dtype)
-        out = {} if grads.dtype == total.dtype else {"out_dtype": total.dtype}
-        if is_first:
-            torch.mm(grads.T, hidden, out=total, **out)
-        else:
-            torch.addmm(total, grads.T, hidden, out=total, **out)
+    def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
+        """total (+)= d loss / d weight [V, H]."""
+        _multiply(self.current.T, hidden.to(self.current.dtype), total, add=add)
 
     def add_bias_gradient(self, total: torch.Tensor) -> None:
-        """Add d loss / d bias to ``total`` [V]."""
+        """total += d loss / d bias [V]."""
         total.add_(self.current.sum(0, dtype=total.dtype))
 
 
-def gemm_is_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a GEMM reads ``dtype`` and writes what log-probabilities are computed in."""
-    return dtype.itemsize >= 4 or _has_float32_output(device.type, dtype)
+class FoldedRows:
+    """A buffer for one tile of logits in float32, and one for what is kept of all of them, P of ``kernels.vocabulary_tiles``.
+
+    d loss / d logits = diag(row_scale) P, row_scale = -c / s, which goes to the GEMMs' other operand or their result.
+    """
+
+    grad_dtype = torch.bfloat16
+
+    def __init__(
+        self,
+        num_tokens: int,
+        vocab_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+        keeps: bool,
+    ):
+        self.num_tokens, self.vocab_size = num_tokens, vocab_size
+        self.block, self.tile_cols = _tile_columns(num_tokens, vocab_size, hidden_size)
+        self.num_tiles = -(-vocab_size // self.tile_cols)
+        self.tile = torch.empty(num_tokens, self.tile_cols, device=device)
+        if keeps:
+            self.kept = torch.empty(num_tokens, self.num_tiles * self.tile_cols, dtype=dtype, device=device)
+
+    @staticmethod
+    def capacity(
+        num_bytes: int,
+        vocab_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+        keeps: bool,
+    ) -> int:
+        """How many tokens fit into so many bytes, what passes through their GEMMs counted in; at least one."""
+
+        def size(num_tokens: int) -> int:
+            _, tile_cols = _tile_columns(num_tokens, vocab_size, hidden_size)
+            kept_cols = -(-vocab_size // tile_cols) * tile_cols if keeps else 0
+            return num_tokens * (4 * tile_cols + 2 * kept_cols + 12 * hidden_size)
+
+        fits = 1
+        step = 2**20
+        while step:
+            if size(fits + step) <= num_bytes:
+                fits += step
+            step //= 2
+        return fits
+
+    def forward(
+        self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As ``WholeRows.forward``."""
+        from .kernels import vocabulary_tiles
+
+        num_tokens = len(hidden)
+        state = self.tile.new_empty(5, num_tokens)
+        kept = self.kept[:num_tokens] if keep else None
+        references = self.tile.new_empty(num_tokens, self.num_tiles) if keep else None
+        options = {"block": self.block, "softcap": transform["softcap"], "factor": transform["factor"]}
+        outputs = tuple(self.tile.new_empty(num_tokens) for _ in range(3))
+        with on_device(hidden):
+            for index in range(self.num_tiles):
+                first = index * self.tile_cols
+                cols = min(self.tile_cols, self.vocab_size - first)
+                tile = self.tile[:num_tokens]
+                _multiply(hidden, lm_head.weight[first : first + cols].T, tile[:, :cols])
+                vocabulary_tiles.fold(
+                    tile,
+                    lm_head.bias,
+                    kept,
+                    targets,
+                    state,
+                    references,
+                    first=first,
+                    cols=cols,
+                    tile_index=index,
+                    scale=transform["scale"],
+                    **options,
+                )
+            vocabulary_tiles.finish(
+                kept,
+                targets,
+                state,
+                references,
+                outputs,
+                tile_cols=self.tile_cols,
+                vocab_size=self.vocab_size,
+                **options,
+            )
+        if keep:
+            self.row_sums, self.targets, self.transform = state[1], targets, transform
+            self.current = kept[:, : self.vocab_size]
+        return outputs
+
+    def backward(self, token_grads: torch.Tensor) -> None:
+        """Find the rows' factors from d loss / d logps [n]."""
+        factor = self.transform["factor"]
+        if self.transform["softcap"] is not None:
+            factor *= self.transform["scale"]
+        row_scale = token_grads * -factor / self.row_sums
+        self.row_scale = torch.where(self.targets == INVALID, torch.nan, row_scale)[:, None]
+
+    def hidden_gradient(self, lm_head: LMHead) -> torch.Tensor:
+        """d loss / d hidden [n, H]."""
+        product = self.tile.new_empty(len(self.current), lm_head.weight.shape[1])
+        _multiply(self.current, lm_head.weight, product)
+        return product.mul_(self.row_scale)
+
+    def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
+        """total (+)= d loss / d weight [V, H]."""
+        _multiply(self.current.T, (hidden * self.row_scale).to(hidden.dtype), total, add=add)
+
+    def add_bias_gradient(self, total: torch.Tensor) -> None:
+        """total += d loss / d bias [V]."""
+        high = self.row_scale.to(self.current.dtype)
+        low = (self.row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
+        sums = self.tile.new_empty(self.vocab_size, 2)
+        _multiply(self.current.T, torch.cat([high, low], dim=1), sums)
+        total.add_(sums.sum(1))
+
+
+def _tile_columns(num_tokens: int, vocab_size: int, hidden_size: int) -> tuple[int, int]:
+    """(columns of one step, columns of one tile)."""
+    from .kernels.vocabulary_tiles import block_columns
+
+    block = block_columns(vocab_size)
+    logits = max(MIN_TILE_LOGITS, TILE_OPERATIONS // (2 * hidden_size))
+    cols = max(block, logits // max(num_tokens, 1) // block * block)
+    return block, min(cols, -(-vocab_size // block) * block)
+
+
+def chunk_kind(dtype: torch.dtype, device: torch.device, backend: str) -> type[WholeRows] | type[FoldedRows]:
+    """Which kind of chunk is fastest."""
+    is_foldable = dtype == torch.bfloat16 and backend == "triton"
+    return FoldedRows if is_foldable and (_is_native(dtype, device) or device.type == "cpu") else WholeRows

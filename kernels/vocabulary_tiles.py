@@ -1,0 +1,296 @@
+"""Logits that exist a tile of columns at a time: folded into each row's statistics, kept only as unnormalised softmax.
+
+z = factor * u are the logits of ``token_logprobs.py``. A row has a reference r, the largest u of its first tile, and
+
+    s = sum exp(factor (u - r))     w = sum exp(factor (u - r)) (u - r)     total = sum u
+
+grow tile by tile. What is kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative, in
+bfloat16, whose exponent is float32's: no later column needs to rescale it, short of one 2^100 times as large. With the
+target's own entry replaced by what makes it so, d logp / d logits = -P / s for every column: the gradient GEMMs read P as
+it is, and its rows' factors go to their other operand or their result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .token_logprobs import INVALID_TARGET, LOG2_E, cap, tanh, tile_columns
+
+# Elements of a row that one step of a program reads, and the bytes that a thread reads at once.
+BLOCK = 1024
+VEC = 4
+# log2 of how far a column may exceed the row's reference before the row takes a new one
+HEADROOM = tl.constexpr(100.0)
+
+
+@triton.jit
+def load_tile(
+    tile_ptr, bias_ptr, start, cols, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(u, d u / d x / scale) of the columns start .. start + LANES * VEC; -inf past the last one."""
+    columns = start + tile_columns(True, LANES, VEC)
+    x = tl.load(tile_ptr + columns)  # the buffer holds whole blocks
+    inside = columns < cols
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns, mask=inside, other=0.0)
+    slope = x
+    if HAS_SOFTCAP:
+        capped = tanh(x * (scale / softcap))
+        x = softcap * capped
+        slope = 1.0 - capped * capped
+    return tl.where(inside, x, float("-inf")), slope, inside
+
+
+@triton.jit
+def fold_columns(
+    tile_ptr, bias_ptr, kept_ptr, cols, reference, scale, softcap, log2_factor,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(s, w, total, max) of one row of a tile; its P is stored with KEEP."""
+    lane_sum = tl.zeros([LANES], tl.float32)
+    lane_weighted = tl.zeros([LANES], tl.float32)
+    lane_total = tl.zeros([LANES], tl.float32)
+    lane_max = tl.full([LANES], float("-inf"), tl.float32)
+    for start in range(0, cols, LANES * VEC):
+        u, slope, inside = load_tile(tile_ptr, bias_ptr, start, cols, scale, softcap, HAS_BIAS, HAS_SOFTCAP, LANES, VEC)
+        distance = u - reference
+        exps = tl.exp2(distance * log2_factor)
+        lane_sum += tl.sum(exps, axis=1)
+        # the finite floor turns 0 * -inf into 0
+        lane_weighted += tl.sum(exps * tl.maximum(distance, -1e30), axis=1)
+        lane_total += tl.sum(tl.where(inside, u, 0.0), axis=1)
+        lane_max = tl.maximum(lane_max, tl.max(u, axis=1))
+        if KEEP:
+            kept = exps * slope if HAS_SOFTCAP else exps
+            if HAS_SOFTCAP:
+                kept = tl.where(inside, kept, 0.0)
+            tl.store(kept_ptr + start + tile_columns(True, LANES, VEC), kept.to(kept_ptr.dtype.element_ty))
+    return tl.sum(lane_sum, axis=0), tl.sum(lane_weighted, axis=0), tl.sum(lane_total, axis=0), tl.max(lane_max, axis=0)
+
+
+@triton.jit(do_not_specialize=["first", "cols", "tile_index", "num_rows", "num_tiles"])
+def fold_tile_kernel(
+    tile_ptr,
+    bias_ptr,
+    kept_ptr,
+    targets_ptr,
+    state_ptr,
+    references_ptr,
+    first: tl.int32,
+    cols: tl.int32,
+    tile_index: tl.int32,
+    num_rows: tl.int64,
+    num_tiles: tl.int64,
+    tile_stride,
+    kept_stride,
+    scale: tl.float64,
+    softcap: tl.float64,
+    factor: tl.float64,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Grid: (rows,). One program folds one row of a tile, columns first .. first + cols of the vocabulary.
+
+    Reads each logit once (4 bytes, from the L2 cache if the tile fits there) and with KEEP writes P (2 bytes).
+    ``state`` is [5, rows]: reference, s, w, total and the target's u; ``references`` is each tile's, [rows, tiles].
+    """
+    scale = tl.full([], scale, tl.float32)
+    softcap = tl.full([], softcap, tl.float32)
+    log2_factor = tl.full([], factor, tl.float32) * LOG2_E
+
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * tile_stride
+    kept_row_ptr = kept_ptr + row * kept_stride + first
+    row_bias_ptr = bias_ptr + first
+    is_first = tile_index == 0
+    reference = tl.load(state_ptr + row, mask=not is_first, other=float("-inf"))
+    row_sum = tl.load(state_ptr + num_rows + row, mask=not is_first, other=0.0)
+    row_weighted = tl.load(state_ptr + 2 * num_rows + row, mask=not is_first, other=0.0)
+    row_total = tl.load(state_ptr + 3 * num_rows + row, mask=not is_first, other=0.0)
+
+    if reference == float("-inf"):  # nothing but -inf so far
+        lane_max = tl.full([LANES], float("-inf"), tl.float32)
+        for start in range(0, cols, LANES * VEC):
+            u, _, _ = load_tile(row_ptr, row_bias_ptr, start, cols, scale, softcap, HAS_BIAS, HAS_SOFTCAP, LANES, VEC)
+            lane_max = tl.maximum(lane_max, tl.max(u, axis=1))
+        reference = tl.max(lane_max, axis=0)
+    origin = tl.where(reference == float("-inf"), 0.0, reference)
+    tile_sum, tile_weighted, tile_total, tile_max = fold_columns(
+        row_ptr, row_bias_ptr, kept_row_ptr, cols, origin, scale, softcap, log2_factor,
+        HAS_BIAS, HAS_SOFTCAP, KEEP, LANES, VEC,
+    )  # fmt: skip
+    if (tile_max - origin) * log2_factor > HEADROOM:
+        step = origin - tile_max
+        row_weighted = (row_weighted + row_sum * step) * tl.exp2(step * log2_factor)
+        row_sum = row_sum * tl.exp2(step * log2_factor)
+        reference = tile_max
+        tile_sum, tile_weighted, tile_total, tile_max = fold_columns(
+            row_ptr, row_bias_ptr, kept_row_ptr, cols, reference, scale, softcap, log2_factor,
+            HAS_BIAS, HAS_SOFTCAP, KEEP, LANES, VEC,
+        )  # fmt: skip
+    tl.store(state_ptr + row, reference)
+    tl.store(state_ptr + num_rows + row, row_sum + tile_sum)
+    tl.store(state_ptr + 2 * num_rows + row, row_weighted + tile_weighted)
+    tl.store(state_ptr + 3 * num_rows + row, row_total + tile_total)
+    if KEEP:
+        tl.store(references_ptr + row * num_tiles + tile_index, reference)
+
+    target = tl.load(targets_ptr + row) - first
+    if (target >= 0) & (target < cols):
+        x = tl.load(row_ptr + target)
+        if HAS_BIAS:
+            x += tl.load(row_bias_ptr + target)
+        tl.store(state_ptr + 4 * num_rows + row, cap(x, scale, softcap, HAS_SOFTCAP))
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab_size"])
+def finish_rows_kernel(
+    kept_ptr,
+    targets_ptr,
+    state_ptr,
+    references_ptr,
+    logps_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    num_rows: tl.int64,
+    num_tiles: tl.int64,
+    tile_cols,
+    vocab_size: tl.int64,
+    kept_stride,
+    softcap: tl.float64,
+    factor: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """Grid: (rows,). What a row's statistics say, computed in fp64 because r may lie far from the maximum.
+
+    With KEEP writes the target's entry of P, -(s - its own exponential), and rescales the tiles, if any, that were kept
+    under an older reference.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    reference = tl.load(state_ptr + row).to(tl.float64)
+    row_sum = tl.load(state_ptr + num_rows + row)
+    weighted = tl.load(state_ptr + 2 * num_rows + row).to(tl.float64)
+    total = tl.load(state_ptr + 3 * num_rows + row).to(tl.float64)
+    is_token = target != INVALID_TARGET
+    u_target = tl.load(state_ptr + 4 * num_rows + row, mask=is_token, other=0.0)
+    factor64 = tl.full([], factor, tl.float64)
+    log_sum = tl.log(row_sum.to(tl.float64))
+    logp = factor64 * (u_target.to(tl.float64) - reference) - log_sum
+    tl.store(logps_ptr + row, tl.where(is_token, logp, float("nan")))
+    tl.store(entropy_ptr + row, log_sum - factor64 * weighted / row_sum)
+    tl.store(mean_logits_ptr + row, factor64 * total / vocab_size)
+
+    if KEEP:
+        log2_factor = tl.full([], factor, tl.float32) * LOG2_E
+        reference = tl.load(state_ptr + row)
+        tiles = tl.arange(0, BLOCK_TILES)
+        kept_under = tl.load(references_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=reference)
+        is_old = (kept_under != reference) & (kept_under != float("-inf"))
+        if tl.max(is_old.to(tl.int32), axis=0) > 0:
+            for tile in range(0, num_tiles):
+                old = tl.load(references_ptr + row * num_tiles + tile)
+                if (old != reference) & (old != float("-inf")):
+                    rescale = tl.exp2((old - reference) * log2_factor)
+                    for start in range(0, tile_cols, BLOCK):
+                        offsets = row * kept_stride + tile * tile_cols + start + tl.arange(0, BLOCK)
+                        kept = tl.load(kept_ptr + offsets).to(tl.float32) * rescale
+                        tl.store(kept_ptr + offsets, kept.to(kept_ptr.dtype.element_ty))
+        tl.debug_barrier()  # the target's entry comes after the rescaling
+        if is_token:
+            others = row_sum - tl.exp2((u_target - reference) * log2_factor)
+            if HAS_SOFTCAP:
+                capped = u_target / tl.full([], softcap, tl.float32)
+                others = others * (1.0 - capped * capped)
+            tl.store(kept_ptr + row * kept_stride + target, (-others).to(kept_ptr.dtype.element_ty))
+
+
+def block_columns(vocab_size: int) -> int:
+    """Columns of one step: a tile's width and a kept row's stride are multiples of it."""
+    return min(BLOCK, max(32 * VEC, triton.next_power_of_2(vocab_size)))
+
+
+def fold(
+    tile: torch.Tensor,
+    bias: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    targets: torch.Tensor,
+    state: torch.Tensor,
+    references: torch.Tensor | None,
+    *,
+    first: int,
+    cols: int,
+    tile_index: int,
+    block: int,
+    scale: float,
+    softcap: float | None,
+    factor: float,
+) -> None:
+    """Fold a tile of logits [rows, >= cols], columns first .. first + cols, into ``state`` [5, rows]."""
+    fold_tile_kernel[(len(targets),)](
+        tile,
+        bias if bias is not None else tile,
+        kept if kept is not None else tile,
+        targets,
+        state,
+        references if references is not None else state,
+        first=first,
+        cols=cols,
+        tile_index=tile_index,
+        num_rows=len(targets),
+        num_tiles=0 if references is None else references.shape[1],
+        tile_stride=tile.stride(0),
+        kept_stride=0 if kept is None else kept.stride(0),
+        scale=scale,
+        softcap=softcap if softcap is not None else 1.0,
+        factor=factor,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        KEEP=kept is not None,
+        LANES=block // VEC,
+        VEC=VEC,
+        num_warps=1,
+    )
+
+
+def finish(
+    kept: torch.Tensor | None,
+    targets: torch.Tensor,
+    state: torch.Tensor,
+    references: torch.Tensor | None,
+    outputs: tuple[torch.Tensor, ...],
+    *,
+    tile_cols: int,
+    vocab_size: int,
+    block: int,
+    softcap: float | None,
+    factor: float,
+) -> None:
+    """Fill ``outputs`` (logps, entropy, mean_logits), each [rows], once every tile was folded."""
+    num_tiles = 0 if references is None else references.shape[1]
+    finish_rows_kernel[(len(targets),)](
+        kept if kept is not None else state,
+        targets,
+        state,
+        references if references is not None else state,
+        *outputs,
+        num_rows=len(targets),
+        num_tiles=num_tiles,
+        tile_cols=tile_cols,
+        vocab_size=vocab_size,
+        kept_stride=0 if kept is None else kept.stride(0),
+        softcap=softcap if softcap is not None else 1.0,
+        factor=factor,
+        HAS_SOFTCAP=softcap is not None,
+        KEEP=kept is not None,
+        BLOCK=block,
+        BLOCK_TILES=triton.next_power_of_2(max(num_tiles, 1)),
+        num_warps=1,
+    )
