@@ -17,7 +17,7 @@ import triton.language as tl
 from .token_logprobs import INVALID_TARGET, LOG2_E, cap, tanh, tile_columns
 
 # Elements of a row that one step of a program reads, and the bytes that a thread reads at once.
-BLOCK = 1024
+BLOCK = 512
 VEC = 4
 # log2 of how far a column may exceed the row's reference before the row takes a new one
 HEADROOM = tl.constexpr(100.0)
@@ -104,7 +104,7 @@ def fold_tile_kernel(
 
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + row * tile_stride
-    kept_row_ptr = kept_ptr + row * kept_stride + first
+    kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride + first, VEC)
     row_bias_ptr = bias_ptr + first
     is_first = tile_index == 0
     reference = tl.load(state_ptr + row, mask=not is_first, other=float("-inf"))

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 import triton
+from kto_fused.kernels import scale
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import kto_fused
-from kto_fused import backends, from_logits
+from kto_fused import backends, from_logits, projection
 from kto_fused.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REDUCTIONS, REFERENCE_FREE
 
 TARGETS = {
@@ -61,7 +62,7 @@ def prepare(target: GPUTarget) -> None:
     JITFunction.__getitem__ = compile_only
     backends.resolve = lambda backend, device: "triton"
     # a GPU of 132 multiprocessors, so that few rows are split
-    from_logits.multiprocessors = lambda device: 132
+    from_logits.multiprocessors = projection.multiprocessors = lambda device: 132
 
 
 def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: bool = False, **options: object) -> None:
@@ -75,6 +76,17 @@ def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: boo
         logits, labels, torch.ones(batch, dtype=torch.bool), ref_logps=torch.zeros(batch), **options
     )
     loss.sum().backward()
+
+
+def launch_hidden(seq_len: int, vocab: int, **options: object) -> None:
+    """The same from hidden states in bfloat16, the reference's included."""
+    hidden = torch.empty(2, seq_len, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = (torch.empty(vocab, *size, dtype=torch.bfloat16) for size in ((16,), ()))
+    labels = torch.zeros(2, seq_len, dtype=torch.long)
+    for lm_head_bias in (None, bias):
+        kto_fused.fused_linear_kto_loss(
+            hidden, weight, labels, labels[:, 0], lm_head_bias=lm_head_bias, ref_hidden=hidden, **options
+        )
 
 
 def nvidia_report(cubin: bytes) -> dict[str, object]:
@@ -122,6 +134,12 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
         launch(dtype, 2, 300, 32000)  # a program per row
         launch(dtype, 2, 3, 32000, logit_softcap=30.0, packed=True, average_log_prob=True)  # rows split
         launch(dtype, 2, 3, 1001, logit_softcap=30.0)  # rows that 16-byte loads cannot reach
+    for softcap in (None, 30.0):
+        launch_hidden(3, 32000, logit_softcap=softcap)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        scale.scale_(
+            torch.empty(10, dtype=dtype), torch.ones((), dtype=torch.float64 if dtype.itemsize == 8 else torch.float32)
+        )
     logps = torch.zeros(4)
     for loss_type, reduction in itertools.product(KTO_LOSS_TYPES, reductions):
         desirable = torch.ones(4, dtype=torch.bool)
@@ -151,6 +169,7 @@ def variants_per_length(dtype: torch.dtype, vocab: int) -> dict[str, dict[str, i
     for name, shapes in lengths.items():
         for batch, seq_len in shapes:
             launch(dtype, batch, seq_len, vocab)
+            launch_hidden(min(seq_len, 50), vocab)
         compiled = Counter({name: len(kernel.device_caches[0][0]) for name, kernel in launched.items()})
         counts[name] = dict(compiled - before)
         before = compiled
