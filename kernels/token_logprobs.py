@@ -23,10 +23,10 @@ INVALID_TARGET = tl.constexpr(INVALID)
 
 # A thread loads 16 bytes at a time and has two such loads in flight before it uses the first.
 VECTOR_BYTES = 16
-BLOCK_BYTES = 8192
-NUM_WARPS = 8
+BLOCK_BYTES = 4096
+NUM_WARPS = 4
 # Blocks of columns per backward program: enough to pay for its scalars, few enough that few rows still fill a GPU.
-BACKWARD_BLOCKS = 4
+BACKWARD_BLOCKS = 2
 # A row is split over several programs where there are fewer rows than this per multiprocessor, over at most MAX_SPLITS.
 ROWS_PER_MULTIPROCESSOR = 2
 MAX_SPLITS = 64

@@ -16,9 +16,10 @@ import triton.language as tl
 
 from .token_logprobs import INVALID_TARGET, LOG2_E, cap, tanh, tile_columns
 
-# Elements of a row that one step of a program reads, and the bytes that a thread reads at once.
-BLOCK = 512
+# A thread loads VEC logits (16 bytes) at a time and has BLOCK / (32 NUM_WARPS VEC) such loads in flight.
+BLOCK = 1024
 VEC = 4
+NUM_WARPS = 4
 # log2 of how far a column may exceed the row's reference before the row takes a new one
 HEADROOM = tl.constexpr(100.0)
 
@@ -256,7 +257,7 @@ def fold(
         KEEP=kept is not None,
         LANES=block // VEC,
         VEC=VEC,
-        num_warps=1,
+        num_warps=min(NUM_WARPS, block // VEC // 32),
     )
 
 

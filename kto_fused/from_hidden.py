@@ -133,7 +133,8 @@ class _Engine:
         )
 
     def gradients(self) -> tuple[torch.Tensor | None, ...]:
-        """By hidden, weight and bias, each in its own dtype; None where not wanted."""
+        """By hidden, weight and bias, each in its own dtype; None where not wanted. Lets go of the chunk."""
+        self.chunk = self.chunk_hidden = None  # before the rounded gradients take their memory
         if self.weight_sum is not None and not self.has_weight_sum:
             self.weight_sum.zero_()
         return (
@@ -285,6 +286,7 @@ def forward(
                     engine.backward(start, stop, token_grads)
     if results is None:
         results = apply_head()
+    del chunk
     return engine.sequences(), ref_logps, results, engine.gradients()
 
 

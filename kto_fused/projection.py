@@ -19,9 +19,8 @@ from .layout import INVALID, MASKED
 
 # Bytes of LM-head weight cast at once, where no GEMM reads half precision and writes float32.
 CAST_BYTES = 2**24
-# Logits of one tile: enough for a GEMM that fills a GPU several times over and outlasts its launch.
-TILE_OPERATIONS = 2 * 2**36
-MIN_TILE_LOGITS = 2**23
+# Logits of one tile: enough for a GEMM that fills a GPU several times over, few enough to stay in its L2 cache.
+TILE_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ class FoldedRows:
         keeps: bool,
     ):
         self.num_tokens, self.vocab_size = num_tokens, vocab_size
-        self.block, self.tile_cols = _tile_columns(num_tokens, vocab_size, hidden_size)
+        self.block, self.tile_cols = _tile_columns(num_tokens, vocab_size)
         self.num_tiles = -(-vocab_size // self.tile_cols)
         self.tile = torch.empty(num_tokens, self.tile_cols, device=device)
         if keeps:
@@ -213,7 +212,7 @@ class FoldedRows:
         """How many tokens fit into so many bytes, what passes through their GEMMs counted in; at least one."""
 
         def size(num_tokens: int) -> int:
-            _, tile_cols = _tile_columns(num_tokens, vocab_size, hidden_size)
+            _, tile_cols = _tile_columns(num_tokens, vocab_size)
             kept_cols = -(-vocab_size // tile_cols) * tile_cols if keeps else 0
             return num_tokens * (4 * tile_cols + 2 * kept_cols + 12 * hidden_size)
 
@@ -298,13 +297,12 @@ class FoldedRows:
         total.add_(sums.sum(1))
 
 
-def _tile_columns(num_tokens: int, vocab_size: int, hidden_size: int) -> tuple[int, int]:
+def _tile_columns(num_tokens: int, vocab_size: int) -> tuple[int, int]:
     """(columns of one step, columns of one tile)."""
     from .kernels.vocabulary_tiles import block_columns
 
     block = block_columns(vocab_size)
-    logits = max(MIN_TILE_LOGITS, TILE_OPERATIONS // (2 * hidden_size))
-    cols = max(block, logits // max(num_tokens, 1) // block * block)
+    cols = max(block, TILE_LOGITS // max(num_tokens, 1) // block * block)
     return block, min(cols, -(-vocab_size // block) * block)
 
 
