@@ -292,6 +292,6 @@ def finish(
         HAS_SOFTCAP=softcap is not None,
         KEEP=kept is not None,
         BLOCK=block,
-        BLOCK_TILES=triton.next_power_of_2(max(num_tiles, 1)),
+        BLOCK_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),
         num_warps=1,
     )

@@ -23,7 +23,7 @@ from .backends import HAS_TRITON, on_device, opaque
 from .first_derivative import first_derivative_only
 from .from_logits import LogitOptions, sequence_backward, sequence_sums
 from .layout import CompletionTokens, check_contents, completion_tokens, compute_dtype, row_targets
-from .projection import FoldedRows, LMHead, WholeRows, chunk_kind
+from .projection import FoldedRows, LMHead, WholeRows, chunk_kind, move_rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Engine:
         self.lm_head = LMHead(weight.to(options.dtype), None if bias is None else bias.to(compute))
         self.tokens, self.chunk, self.options = tokens, chunk, options
         # (logps, entropy, mean_logits) of each token; 0 until its chunk was visited
-        self.per_token = torch.zeros(3, len(tokens.rows), dtype=compute, device=hidden.device)
+        self.per_token = [torch.zeros(len(tokens.rows), dtype=compute, device=hidden.device) for _ in range(3)]
         self.targets = tokens.targets.int()
         logits = options.logits
         self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
@@ -86,8 +86,8 @@ class _Engine:
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
         """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
         rows = self.tokens.rows[start:stop]
-        seq_len = max(self.hidden.shape[1], 1)
-        self.chunk_hidden = self.hidden[rows // seq_len, rows % seq_len].to(self.options.dtype)
+        self.chunk_hidden = self.hidden.new_empty(len(rows), self.hidden.shape[-1], dtype=self.options.dtype)
+        move_rows(self.hidden, self.chunk_hidden, self.options.logits.backend, source_rows=rows)
         outputs = self.chunk.forward(
             self.chunk_hidden, self.lm_head, self.tokens.targets[start:stop], self.transform, keep
         )
@@ -98,13 +98,24 @@ class _Engine:
         """Add the gradients of tokens start..stop, whose logits are in the chunk."""
         self.chunk.backward(token_grads[start:stop])
         if self.grad_hidden is not None:
-            grad = self.chunk.hidden_gradient(self.lm_head).to(self.grad_hidden.dtype)
-            self.grad_hidden.view(-1, grad.shape[1]).index_copy_(0, self.tokens.rows[start:stop], grad)
+            grad, factors = self.chunk.hidden_gradient(self.lm_head)
+            rows, backend = self.tokens.rows[start:stop], self.options.logits.backend
+            move_rows(grad, self.grad_hidden.view(-1, grad.shape[1]), backend, target_rows=rows, factors=factors)
         if self.weight_sum is not None:
             self.chunk.add_weight_gradient(self.weight_sum, self.chunk_hidden, add=self.has_weight_sum)
             self.has_weight_sum = True
         if self.bias_sum is not None:
             self.chunk.add_bias_gradient(self.bias_sum)
+
+    def scale_hidden_gradient(self, token_grads: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
+        """Turn d token log-probability / d hidden into d loss / d hidden."""
+        backend, hidden_size = self.options.logits.backend, self.hidden.shape[-1]
+        for start, stop in ranges:
+            rows = self.tokens.rows[start:stop]
+            direction = self.grad_hidden.new_empty(len(rows), hidden_size)
+            move_rows(self.grad_hidden.view(self.hidden.shape), direction, backend, source_rows=rows)
+            factors = token_grads[start:stop]
+            move_rows(direction, self.grad_hidden.view(-1, hidden_size), backend, target_rows=rows, factors=factors)
 
     def sequences(self) -> tuple[torch.Tensor, ...]:
         """(logps, token counts, mean entropy, mean logit) of the batch's sequences, each [B]."""
@@ -270,7 +281,7 @@ def forward(
             engine.backward(start, stop, engine.token_grads(results[1], engine.sequences()[1]))
     else:
         is_direction = any(options.needs) and not options.is_head_trained
-        ones = engine.per_token.new_ones(len(tokens.rows)) if is_direction else None
+        ones = torch.ones_like(engine.per_token[0]) if is_direction else None
         for start, stop in ranges:
             engine.forward(start, stop, keep=is_direction)
             if is_direction:
@@ -279,7 +290,7 @@ def forward(
         if is_total and any(options.needs):
             token_grads = engine.token_grads(results[1], engine.sequences()[1])
             if is_direction:
-                _scale_rows(engine.grad_hidden, tokens.rows, token_grads, ranges)
+                engine.scale_hidden_gradient(token_grads, ranges)
             else:
                 for start, stop in ranges:
                     engine.forward(start, stop, keep=True)
@@ -288,14 +299,6 @@ def forward(
         results = apply_head()
     del chunk
     return engine.sequences(), ref_logps, results, engine.gradients()
-
-
-def _scale_rows(grad: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
-    """Multiply each token's row of ``grad`` by its factor, in place."""
-    flat = grad.view(-1, grad.shape[-1])
-    for start, stop in ranges:
-        chosen = rows[start:stop]
-        flat.index_copy_(0, chosen, (flat[chosen] * factors[start:stop, None]).to(flat.dtype))
 
 
 def backward(

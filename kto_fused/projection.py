@@ -155,15 +155,15 @@ class WholeRows:
             with on_device(logits):
                 token_logprobs.backward(*arguments, **self.transform)
 
-    def hidden_gradient(self, lm_head: LMHead) -> torch.Tensor:
-        """d loss / d hidden [n, H]."""
+    def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, None]:
+        """d loss / d hidden [n, H], and what its rows are yet to be multiplied with: nothing."""
         grads = self.current
         if grads.dtype == lm_head.weight.dtype:
-            return torch.mm(grads, lm_head.weight)
+            return torch.mm(grads, lm_head.weight), None
         total = grads.new_zeros(len(grads), lm_head.weight.shape[1])
         for rows, weight in lm_head.blocks(grads.dtype):
             total.addmm_(grads[:, rows], weight)
-        return total
+        return total, None
 
     def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
         """total (+)= d loss / d weight [V, H]."""
@@ -276,25 +276,58 @@ class FoldedRows:
         if self.transform["softcap"] is not None:
             factor *= self.transform["scale"]
         row_scale = token_grads * -factor / self.row_sums
-        self.row_scale = torch.where(self.targets == INVALID, torch.nan, row_scale)[:, None]
+        self.row_scale = torch.where(self.targets == INVALID, torch.nan, row_scale)
 
-    def hidden_gradient(self, lm_head: LMHead) -> torch.Tensor:
-        """d loss / d hidden [n, H]."""
+    def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, torch.Tensor]:
+        """d loss / d hidden [n, H], and what its rows are yet to be multiplied with [n]."""
         product = self.tile.new_empty(len(self.current), lm_head.weight.shape[1])
         _multiply(self.current, lm_head.weight, product)
-        return product.mul_(self.row_scale)
+        return product, self.row_scale
 
     def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
         """total (+)= d loss / d weight [V, H]."""
-        _multiply(self.current.T, (hidden * self.row_scale).to(hidden.dtype), total, add=add)
+        scaled = torch.empty_like(hidden)
+        move_rows(hidden, scaled, "triton", factors=self.row_scale)
+        _multiply(self.current.T, scaled, total, add=add)
 
     def add_bias_gradient(self, total: torch.Tensor) -> None:
         """total += d loss / d bias [V]."""
-        high = self.row_scale.to(self.current.dtype)
-        low = (self.row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
+        row_scale = self.row_scale[:, None]
+        high = row_scale.to(self.current.dtype)
+        low = (row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
         sums = self.tile.new_empty(self.vocab_size, 2)
         _multiply(self.current.T, torch.cat([high, low], dim=1), sums)
         total.add_(sums.sum(1))
+
+
+def move_rows(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    backend: str,
+    *,
+    source_rows: torch.Tensor | None = None,
+    target_rows: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+) -> None:
+    """target[target_rows] = source[source_rows] * factors[:, None], rounded once.
+
+    ``source`` is [rows, columns] or [B, T, columns], ``target`` [rows, columns]; rows not named are taken in order.
+    """
+    if backend == "triton" and source.stride(-1) == 1:
+        from .kernels import rows
+
+        with on_device(source):
+            rows.move_rows(source, target, source_rows=source_rows, target_rows=target_rows, factors=factors)
+        return
+    if source_rows is not None:
+        seq_len = source.shape[1]
+        source = source[source_rows // seq_len, source_rows % seq_len]
+    if factors is not None:
+        source = source * factors[:, None]
+    if target_rows is None:
+        target.copy_(source)
+    else:
+        target.index_copy_(0, target_rows, source.to(target.dtype))
 
 
 def _tile_columns(num_tokens: int, vocab_size: int) -> tuple[int, int]:

@@ -138,7 +138,8 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
         launch_hidden(3, 32000, logit_softcap=softcap)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         scale.scale_(
-            torch.empty(10, dtype=dtype), torch.ones((), dtype=torch.float64 if dtype.itemsize == 8 else torch.float32)
+            torch.empty(4096, dtype=dtype),
+            torch.ones((), dtype=torch.float64 if dtype.itemsize == 8 else torch.float32),
         )
     logps = torch.zeros(4)
     for loss_type, reduction in itertools.product(KTO_LOSS_TYPES, reductions):
@@ -169,10 +170,21 @@ def variants_per_length(dtype: torch.dtype, vocab: int) -> dict[str, dict[str, i
     for name, shapes in lengths.items():
         for batch, seq_len in shapes:
             launch(dtype, batch, seq_len, vocab)
-            launch_hidden(min(seq_len, 50), vocab)
         compiled = Counter({name: len(kernel.device_caches[0][0]) for name, kernel in launched.items()})
         counts[name] = dict(compiled - before)
         before = compiled
+    return counts
+
+
+def variants_of_hidden_lengths() -> list[dict[str, int]]:
+    """How many times each kernel is compiled after one length, and after several."""
+    for kernel in launched.values():
+        kernel.device_caches.clear()
+    counts = []
+    for seq_lens in ([300], [64, 17, 1024]):
+        for seq_len in seq_lens:
+            launch_hidden(seq_len, 32000)
+        counts.append({name: len(kernel.device_caches[0][0]) for name, kernel in launched.items()})
     return counts
 
 
@@ -182,7 +194,13 @@ def main(target: str) -> None:
     launch_everything(REDUCTIONS if target == "sm_90" else REDUCTIONS[:1])
     kernels = report()
     lengths = {str(vocab): variants_per_length(torch.bfloat16, vocab) for vocab in (32000, 50257)}
-    print(json.dumps({"kernels": kernels, "variants_per_length": lengths, "grids": sorted(set(grids))}, indent=1))
+    result = {
+        "kernels": kernels,
+        "variants_per_length": lengths,
+        "variants_of_hidden_lengths": variants_of_hidden_lengths(),
+        "grids": sorted(set(grids)),
+    }
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

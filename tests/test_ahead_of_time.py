@@ -51,6 +51,7 @@ def test_every_kernel_compiles(reports, target):
         "dpo_kernel",
         "fold_tile_kernel",
         "finish_rows_kernel",
+        "move_rows_kernel",
         "scale_kernel",
     }
 
@@ -88,6 +89,19 @@ def test_one_compiled_kernel_serves_every_length(reports):
     # Triton addresses tensors over 2 GiB differently on AMD: one more kernel there, but no more
     for vocab, variants in reports["gfx942"]["variants_per_length"].items():
         assert max(variants["many rows"].values()) <= 2, (vocab, variants)
+
+
+def test_from_hidden_states_one_length_compiles_what_all_need(reports):
+    for target in NVIDIA:
+        after_one, after_several = reports[target]["variants_of_hidden_lengths"]
+        assert after_one == after_several, target
+
+
+def test_tile_kernels_read_16_bytes_and_write_8_at_a_time_on_sm_90(reports):
+    for entry in kernels(reports["sm_90"], "fold_tile_kernel"):
+        assert entry["loads"]["LDG.E.128"] >= 6, entry
+        assert ("STG.E.64" in entry["stores"]) == ("KEEP=True" in entry["variant"]), entry
+        assert "STG.E.U16" not in entry["stores"], entry
 
 
 def test_grids_use_the_one_dimension_that_holds_2_to_the_31_programs(reports):

@@ -1,0 +1,83 @@
+"""Rows moved between the batch and a chunk of completion tokens, scaled and rounded on the way."""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+# elements between 16-byte accesses, in the narrowest dtype
+ALIGNMENT = tl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=["seq_len", "batch_stride", "row_stride", "target_stride"])
+def move_rows_kernel(
+    source_ptr,
+    target_ptr,
+    source_rows_ptr,
+    target_rows_ptr,
+    factors_ptr,
+    seq_len: tl.int64,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    target_stride: tl.int64,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (rows,). target[target_rows[i]] = source[source_rows[i]] factors[i]; one row, read and written once.
+
+    A source row b * seq_len + t lies at b * batch_stride + t * row_stride.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    source_row = tl.load(source_rows_ptr + i) if GATHER else i
+    target_row = tl.load(target_rows_ptr + i) if SCATTER else i
+    source_offset = (source_row // seq_len) * batch_stride + (source_row % seq_len) * row_stride
+    target_offset = target_row * target_stride
+    if ALIGNED:
+        source_offset = tl.multiple_of(source_offset, ALIGNMENT)
+        target_offset = tl.multiple_of(target_offset, ALIGNMENT)
+    for start in range(0, COLUMNS, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        values = tl.load(source_ptr + source_offset + offsets, mask=offsets < COLUMNS, other=0.0)
+        if SCALE:
+            values = values.to(factors_ptr.dtype.element_ty) * tl.load(factors_ptr + i)
+        values = values.to(target_ptr.dtype.element_ty)
+        tl.store(target_ptr + target_offset + offsets, values, mask=offsets < COLUMNS)
+
+
+def move_rows(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    source_rows: torch.Tensor | None = None,
+    target_rows: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+) -> None:
+    """target[target_rows] = (source[source_rows] * factors[:, None]).to(target.dtype).
+
+    ``source`` is [rows, columns] or [B, T, columns] with a contiguous last dimension, its rows counted through B T;
+    ``target`` is [rows, columns]. Rows not named are taken in order.
+    """
+    seq_len = source.shape[1] if source.ndim == 3 else 1
+    num_rows = next(len(x) for x in (source_rows, target_rows, source) if x is not None)
+    strides = [source.stride(0), source.stride(1) if source.ndim == 3 else 0, target.stride(0)]
+    move_rows_kernel[(num_rows,)](
+        source,
+        target,
+        source_rows if source_rows is not None else source,
+        target_rows if target_rows is not None else target,
+        factors if factors is not None else source,
+        seq_len=seq_len,
+        batch_stride=strides[0],
+        row_stride=strides[1],
+        target_stride=strides[2],
+        COLUMNS=source.shape[-1],
+        ALIGNED=all(length % ALIGNMENT.value == 0 for length in (source.shape[-1], *strides)),
+        GATHER=source_rows is not None,
+        SCATTER=target_rows is not None,
+        SCALE=factors is not None,
+        BLOCK=BLOCK,
+    )
