@@ -23,7 +23,7 @@ setup(
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis", "numpy", "ruff"],
         "demo": ["matplotlib"],
-        "bench": ["matplotlib", "trl==1.16.0", "liger-kernel==0.8.5"],
+        "bench": ["matplotlib", "trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
     },
     entry_points={"console_scripts": ["kto-fused = kto_fused.cli:main"]},
 )

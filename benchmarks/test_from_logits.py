@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE
-from contenders import contenders, make_problem, policy_logits
+from contenders_from_logits import contenders, make_problem, policy_logits
 
 from kto_fused.measure import synchronize
 

@@ -18,6 +18,12 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--data", type=Path, metavar="FILE.jsonl", help="prompt, completion, label per line (bundled)")
     demo.add_argument("--model", metavar="PATH_OR_ID", help="a Hugging Face checkpoint instead of a small new Llama")
+    demo.add_argument(
+        "--from",
+        dest="loss_from",
+        choices=("hidden", "logits"),
+        help="the loss takes hidden states and the LM head, or the model's logits (hidden)",
+    )
     demo.add_argument("--steps", type=int, help="KTO steps (40)")
     demo.add_argument("--batch-size", type=int, help="examples per step, at least 2 (16)")
     demo.add_argument("--beta", type=float, help="pull towards the reference model (0.1)")

@@ -24,7 +24,14 @@ from transformers import (
 
 from . import backends, feedback, measure, reference
 from .feedback import Batch, Example, Tokens
-from .functional import fused_kto_loss, kto_class_weights, kto_reference_point, sequence_logps
+from .functional import (
+    fused_kto_loss,
+    fused_linear_kto_loss,
+    kto_class_weights,
+    kto_reference_point,
+    linear_sequence_logps,
+    sequence_logps,
+)
 
 VOCAB_SIZE = 4096
 MAX_LENGTH = 512
@@ -49,6 +56,7 @@ class DemoError(Exception):
 class Settings:
     data: Path = feedback.BUNDLED
     model: str | None = None
+    loss_from: str = "hidden"
     steps: int = 40
     batch_size: int = 16
     beta: float = 0.1
@@ -60,12 +68,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class LossPath:
-    """The functions a training step calls: the fused ones, or their plain twins."""
+    """The functions a training step calls: the fused ones, or their plain twins; from logits or hidden states."""
 
     name: str
+    loss_from: str
     kto_loss: Callable
     sequence_logps: Callable
     options: dict
+
+
+def fused_path(settings: Settings) -> LossPath:
+    functions = {"logits": (fused_kto_loss, sequence_logps), "hidden": (fused_linear_kto_loss, linear_sequence_logps)}
+    return LossPath("fused", settings.loss_from, *functions[settings.loss_from], {"backend": settings.backend})
+
+
+def plain_path(settings: Settings) -> LossPath:
+    functions = {
+        "logits": (reference.kto_loss, reference.sequence_logps),
+        "hidden": (reference.linear_kto_loss, reference.linear_sequence_logps),
+    }
+    return LossPath("reference", settings.loss_from, *functions[settings.loss_from], {})
 
 
 def run(settings: Settings) -> dict:
@@ -84,6 +106,8 @@ def run(settings: Settings) -> dict:
     model.to(device)
     max_length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
     tokens = feedback.tokenize(examples, tokenizer, max_length)
+    if settings.loss_from == "hidden":
+        check_lm_head(model, feedback.collate(tokens[:1], device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{len(examples)} examples, {parameters / 1e6:.1f}M parameters, vocabulary {model.config.vocab_size}, {device}"
@@ -93,7 +117,7 @@ def run(settings: Settings) -> dict:
     if settings.model is None:
         warm_up(model, tokens, settings.seed, device)
     ref = copy.deepcopy(model).eval().requires_grad_(False)
-    path = LossPath("fused", fused_kto_loss, sequence_logps, {"backend": settings.backend})
+    path = fused_path(settings)
     curves = train(model, ref, tokens, settings, path, device)
     comparison = compare(ref, tokens, settings, path, device)
     metrics = {
@@ -167,6 +191,20 @@ def load(name: str | None, examples: Sequence[Example]) -> tuple[PreTrainedToken
     return tokenizer, LlamaForCausalLM(config)
 
 
+def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    return model.base_model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+
+
+def check_lm_head(model: PreTrainedModel, batch: Batch) -> None:
+    """Refuse a model that does more to its hidden states than multiply them with the LM head."""
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        is_linear = isinstance(head, torch.nn.Linear)
+        if not is_linear or not torch.allclose(head(hidden_states(model, batch)), logits, rtol=1e-3, atol=1e-3):
+            raise DemoError(f"{type(model).__name__} scales or caps its logits: train it with --from logits")
+
+
 def batches(tokens: Sequence[Tokens], size: int, steps: int, seed: int) -> list[list[Tokens]]:
     """``steps`` batches, epoch after epoch in an order that the seed fixes."""
     generator = torch.Generator().manual_seed(seed)
@@ -202,24 +240,31 @@ def kto_step(
     batch = feedback.collate(examples, device)
     mismatched = feedback.collate(feedback.mismatch(examples), device)
 
-    def logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        return model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    def inputs(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+        """What a model gives to the loss, by the names of the policy's and the reference's arguments."""
+        if path.loss_from == "logits":
+            return {"logits": model(batch.input_ids, attention_mask=batch.attention_mask).logits}
+        head = model.get_output_embeddings()
+        return {"hidden": hidden_states(model, batch), "lm_head_weight": head.weight, "lm_head_bias": head.bias}
 
     with torch.no_grad():
         policy_kl, ref_kl = (
-            path.sequence_logps(logits(model, mismatched), mismatched.labels, **path.options) for model in (policy, ref)
+            path.sequence_logps(**inputs(model, mismatched), labels=mismatched.labels, **path.options)
+            for model in (policy, ref)
         )
-        ref_logits = logits(ref, batch)
+        ref_inputs = {f"ref_{name}": value for name, value in inputs(ref, batch).items()}
+    policy_inputs = inputs(policy, batch)
+    if path.loss_from == "logits":
+        policy_inputs = {"policy_logits": policy_inputs["logits"], "inplace_backward": True}
     loss, metrics = path.kto_loss(
-        logits(policy, batch),
-        batch.labels,
-        batch.desirable,
-        ref_logits=ref_logits,
+        **policy_inputs,
+        **ref_inputs,
+        labels=batch.labels,
+        desirable=batch.desirable,
         reference_point=kto_reference_point(policy_kl, ref_kl),
         beta=settings.beta,
         desirable_weight=weights[0],
         undesirable_weight=weights[1],
-        inplace_backward=True,
         **path.options,
     )
     loss.backward()
@@ -260,7 +305,7 @@ def compare(
     ref: PreTrainedModel, tokens: Sequence[Tokens], settings: Settings, fused: LossPath, device: torch.device
 ) -> dict:
     """The first steps again from the reference model's weights, through plain PyTorch and through the fused path."""
-    plain = LossPath("reference", reference.kto_loss, reference.sequence_logps, {})
+    plain = plain_path(settings)
     steps = batches(tokens, settings.batch_size, settings.steps, settings.seed)[:COMPARED_STEPS]
     weights = class_weights(tokens)
     runs = {}

@@ -48,7 +48,7 @@ def row_targets(
 
 @dataclass(frozen=True)
 class CompletionTokens:
-    """The N completion tokens of a batch, packed sequence after sequence, pairs side by side where sequences are paired.
+    """The N completion tokens of a batch, packed sequence after sequence; where they are paired, pair after pair.
 
     ``sequences[i]`` is the i-th packed sequence; None where they keep their order.
     """
@@ -79,7 +79,7 @@ def completion_tokens(
     vocab_size: int,
     paired: bool = False,
 ) -> CompletionTokens:
-    """Find the completion tokens of labels [B, T], or [N] with offsets. Waits for the device once, for their numbers."""
+    """Find the completion tokens of labels [B, T], or [N] with offsets. Waits for the device once, for their counts."""
     targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
     is_token = targets != MASKED
     num_rows = targets.numel()

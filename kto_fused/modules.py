@@ -64,8 +64,8 @@ class FusedLinearKTOLoss(_LossModule):
     >>> import torch, kto_fused
     >>> kto_loss = kto_fused.FusedLinearKTOLoss(beta=0.2, chunk_bytes=2**28)
     >>> hidden, lm_head, labels = torch.randn(2, 5, 8), torch.nn.Linear(8, 11), torch.randint(11, (2, 5))
-    >>> desirable = torch.tensor([True, False])
-    >>> loss, metrics = kto_loss(hidden, lm_head.weight, labels, desirable, lm_head_bias=lm_head.bias, ref_hidden=hidden)
+    >>> desirable, head = torch.tensor([True, False]), {"lm_head_bias": lm_head.bias}
+    >>> loss, metrics = kto_loss(hidden, lm_head.weight, labels, desirable, **head, ref_hidden=hidden)
     """
 
     function = staticmethod(fused_linear_kto_loss)

@@ -1,8 +1,8 @@
 """One chunk of completion tokens through the LM head: hidden states to log-probabilities, and gradients back. No loss
 here.
 
-``forward`` is one GEMM and the rows' statistics; after ``backward`` has been given d loss / d logps, ``hidden_gradient``
-and ``add_weight_gradient`` are one GEMM each. There are two kinds of chunk with these methods: ``WholeRows`` holds the
+``forward`` is one GEMM and the rows' statistics; once ``backward`` was given d loss / d logps, ``hidden_gradient`` and
+``add_weight_gradient`` are one GEMM each. There are two kinds of chunk with these methods. ``WholeRows`` holds the
 chunk's logits in float32 and turns them into their own gradient. ``FoldedRows``, for bfloat16 on a GPU, has a tile of
 columns at a time in float32 and keeps softmax numerators in bfloat16: half the bytes a token, a pass over them less.
 """
@@ -175,9 +175,9 @@ class WholeRows:
 
 
 class FoldedRows:
-    """A buffer for one tile of logits in float32, and one for what is kept of all of them, P of ``kernels.vocabulary_tiles``.
+    """A buffer for one tile of logits in float32, and one for what is kept of them all: P of ``kernels.vocabulary_tiles``.
 
-    d loss / d logits = diag(row_scale) P, row_scale = -c / s, which goes to the GEMMs' other operand or their result.
+    d loss / d logits = diag(row_scale) P with row_scale = -c / s, which goes to the GEMMs' other operand or result.
     """
 
     grad_dtype = torch.bfloat16

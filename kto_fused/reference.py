@@ -1,8 +1,8 @@
 """The plain PyTorch twin of every public function: same arguments, same returns, autograd's own backward.
 
 These are the definitions the fused paths are tested against. They build the whole log-softmax, several times the memory
-of the logits. float64 inputs compute in float64 throughout. ``inplace_backward``, ``chunk_bytes`` and ``backend`` say how
-a result is computed, not what it is: here they are checked and change nothing.
+of the logits. float64 inputs compute in float64 throughout. ``inplace_backward``, ``chunk_bytes`` and ``backend`` say
+how a result is computed, not what it is: here they are checked and change nothing.
 """
 
 from typing import Any

@@ -1,11 +1,23 @@
 """Random inputs, the comparison with the twin in float64, and one table of tolerances."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 
-from kto_fused import fused_dpo_loss, fused_kto_loss, reference
+from kto_fused import (
+    from_hidden,
+    fused_dpo_loss,
+    fused_kto_loss,
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    linear_sequence_logps,
+    reference,
+)
+from kto_fused.layout import MASKED, row_targets
 
 # Largest error against float64 on the same inputs: a token's log-probability in nats, and a gradient's
 # ||error|| / ||gradient||, which for half precision is the rounding of the result (Triton's interpreter truncates).
@@ -13,19 +25,47 @@ LOGP_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-
 GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(LOGP_TOLERANCE)
 
-TWINS = {fused_kto_loss: reference.kto_loss, fused_dpo_loss: reference.dpo_loss}
+TWINS = {
+    fused_kto_loss: reference.kto_loss,
+    fused_dpo_loss: reference.dpo_loss,
+    fused_linear_kto_loss: reference.linear_kto_loss,
+    fused_linear_dpo_loss: reference.linear_dpo_loss,
+    linear_sequence_logps: reference.linear_sequence_logps,
+}
+KTO = (fused_kto_loss, fused_linear_kto_loss, reference.kto_loss, reference.linear_kto_loss)
+
+
+class WithOptions:
+    def with_options(self, **options: Any):
+        return replace(self, options={**self.options, **options})
 
 
 @dataclass
-class Case:
+class Case(WithOptions):
     logits: torch.Tensor
     labels: torch.Tensor
     ref_logits: torch.Tensor
     desirable: torch.Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
-    def with_options(self, **options: Any) -> "Case":
-        return replace(self, options={**self.options, **options})
+
+def make_labels(
+    random: torch.Generator, batch: int, seq_len: int, vocab: int, packed: bool, device: str, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels, desirable): each sequence a prompt, a completion and padding of random lengths.
+
+    ``packed`` cuts sequences to random lengths and adds their offsets to ``options``.
+    """
+    labels = torch.randint(vocab, (batch, seq_len), generator=random)
+    bounds = torch.randint(seq_len + 1, (batch, 2), generator=random).sort(1).values
+    position = torch.arange(seq_len)
+    labels[(position < bounds[:, :1]) | (position >= bounds[:, 1:])] = options.get("ignore_index", -100)
+    desirable = torch.arange(batch).flip(0) % 2 == 0
+    if packed:
+        lengths = torch.randint(seq_len + 1, (batch,), generator=random)
+        options["cu_seqlens"] = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device)
+        labels = labels[position < lengths[:, None]]
+    return labels.to(device), desirable.to(device)
 
 
 def make_case(
@@ -40,24 +80,15 @@ def make_case(
     seed: int = 0,
     **options: Any,
 ) -> Case:
-    """Logits of standard deviation ``std``; each sequence a prompt, a completion and padding of random lengths."""
+    """Logits of standard deviation ``std`` for the labels of ``make_labels``."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, vocab, generator=random, dtype=torch.float64) * std).to(dtype).to(device)
 
-    labels = torch.randint(vocab, (batch, seq_len), generator=random)
-    bounds = torch.randint(seq_len + 1, (batch, 2), generator=random).sort(1).values
-    position = torch.arange(seq_len)
-    labels[(position < bounds[:, :1]) | (position >= bounds[:, 1:])] = options.get("ignore_index", -100)
-    desirable = torch.arange(batch).flip(0) % 2 == 0
-    if packed:
-        lengths = torch.randint(seq_len + 1, (batch,), generator=random)
-        options["cu_seqlens"] = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device)
-        keep = position < lengths[:, None]
-        labels = labels[keep]
+    labels, desirable = make_labels(random, batch, seq_len, vocab, packed, device, options)
     shape = tuple(labels.shape)
-    return Case(normal(*shape), labels.to(device), normal(*shape), desirable.to(device), options)
+    return Case(normal(*shape), labels, normal(*shape), desirable, options)
 
 
 def run(function, case: Case, **options: Any):
@@ -66,13 +97,17 @@ def run(function, case: Case, **options: Any):
     options = {**case.options, **options}
     if not {"ref_logits", "ref_logps"} & set(options) and options.get("loss_type") != "simpo":
         options["ref_logits"] = case.ref_logits
-    is_kto = function in (fused_kto_loss, reference.kto_loss)
     # in place overwrites its input, which a leaf must not be
     policy = logits.clone() if options.get("inplace_backward") else logits
-    loss, metrics = function(policy, case.labels, *([case.desirable] if is_kto else []), **options)
-    weights = torch.linspace(50, 100, loss.numel(), device=loss.device, dtype=loss.dtype)
-    (loss.flatten() * weights).sum().backward()
+    loss, metrics = function(policy, case.labels, *([case.desirable] if function in KTO else []), **options)
+    weigh(loss).backward()
     return loss.detach(), metrics, logits.grad
+
+
+def weigh(losses: torch.Tensor) -> torch.Tensor:
+    """The sum of one or more losses, each with a weight of its own."""
+    weights = torch.linspace(50, 100, losses.numel(), device=losses.device, dtype=losses.dtype)
+    return (losses.flatten() * weights).sum()
 
 
 def truth(function, case: Case, **options: Any):
@@ -98,14 +133,9 @@ def assert_close(actual, expected, tolerance: float, what: str) -> None:
     )
 
 
-def check_against_twin(function, case: Case, *, grad_floor: float = 0.0, **options: Any) -> None:
-    """Loss, every metric and the gradient, against the twin in float64.
-
-    ``grad_floor`` is for losses whose gradient may vanish (``ipo`` at its target), where no relative error is small.
-    """
-    dtype = case.logits.dtype
-    loss, metrics, grad = run(function, case, **options)
-    exact_loss, exact_metrics, exact_grad = truth(function, case, **options)
+def check_loss_and_metrics(actual, expected, dtype: torch.dtype) -> None:
+    """(loss, metrics) of inputs in ``dtype`` against those in float64."""
+    (loss, metrics), (exact_loss, exact_metrics) = actual, expected
     # a sequence's log-probability adds up its tokens' errors, and the loss sees beta <= 1 of that
     tolerance = LOGP_TOLERANCE[dtype] * 10
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -119,7 +149,122 @@ def check_against_twin(function, case: Case, *, grad_floor: float = 0.0, **optio
             assert not actual.requires_grad, name
             assert_close(actual, expected, tolerance, name)
     assert torch.equal(metrics.token_counts, exact_metrics.token_counts)
+
+
+def check_against_twin(function, case: Case, *, grad_floor: float = 0.0, **options: Any) -> None:
+    """Loss, every metric and the gradient, against the twin in float64.
+
+    ``grad_floor`` is for losses whose gradient may vanish (``ipo`` at its target), where no relative error is small.
+    """
+    dtype = case.logits.dtype
+    loss, metrics, grad = run(function, case, **options)
+    exact_loss, exact_metrics, exact_grad = truth(function, case, **options)
+    check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), dtype)
     assert grad.dtype == dtype
     assert_same_gradient(grad, exact_grad, grad_floor)
     masked = exact_grad.abs().sum(-1) == 0
     assert torch.equal(grad[masked], torch.zeros_like(grad[masked])), "masked rows must have a gradient of exactly 0"
+
+
+# ---- from hidden states -------------------------------------------------------------------------------------------
+
+INPUTS = ("hidden", "weight", "bias")
+
+
+@dataclass
+class HiddenCase(WithOptions):
+    """Hidden states [B, T, H] (or [N, H]) whose masked positions hold NaN, and an LM head [V, H]."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    labels: torch.Tensor
+    ref_hidden: torch.Tensor
+    desirable: torch.Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, change) -> "HiddenCase":
+        """The same with every floating-point tensor changed."""
+
+        def changed(value):
+            is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return change(value) if is_float else value
+
+        values = {name: changed(value) for name, value in vars(self).items() if name != "options"}
+        return HiddenCase(**values, options={name: changed(value) for name, value in self.options.items()})
+
+
+def is_masked(case: HiddenCase) -> torch.Tensor:
+    """Which positions are no completion token. [B, T] or [N]"""
+    layout = {"ignore_index": case.options.get("ignore_index", -100), "shift": case.options.get("shift", True)}
+    targets = row_targets(case.labels, case.options.get("cu_seqlens"), vocab_size=len(case.weight), **layout)
+    return targets == MASKED
+
+
+def make_hidden_case(
+    *,
+    batch: int = 4,
+    seq_len: int = 5,
+    hidden_size: int = 16,
+    vocab: int = 127,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    packed: bool = False,
+    bias: bool = False,
+    std: float = 3.0,
+    seed: int = 0,
+    **options: Any,
+) -> HiddenCase:
+    """Logits of standard deviation ``std`` for the labels of ``make_labels``."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=random, dtype=torch.float64) * std).to(dtype).to(device)
+
+    labels, desirable = make_labels(random, batch, seq_len, vocab, packed, device, options)
+    hidden, ref_hidden = (normal(*labels.shape, hidden_size) for _ in range(2))
+    weight = normal(vocab, hidden_size, std=std / hidden_size**0.5)
+    case = HiddenCase(hidden, weight, normal(vocab) if bias else None, labels, ref_hidden, desirable, options)
+    case.hidden[is_masked(case)] = torch.nan
+    case.ref_hidden[is_masked(case)] = torch.nan
+    return case
+
+
+def run_hidden(function, case: HiddenCase, *, trained: tuple[str, ...] = INPUTS, **options: Any):
+    """(loss, metrics, gradients by name) of a loss from hidden states; the losses weighted unevenly."""
+    inputs = {name: getattr(case, name) for name in INPUTS}
+    inputs = {name: x if x is None else x.detach().requires_grad_(name in trained) for name, x in inputs.items()}
+    options = {**case.options, **options}
+    if not {"ref_hidden", "ref_logps"} & set(options) and options.get("loss_type") != "simpo":
+        options["ref_hidden"] = case.ref_hidden
+    tensors = (inputs["hidden"], inputs["weight"], case.labels, *([case.desirable] if function in KTO else []))
+    loss, metrics = function(*tensors, lm_head_bias=inputs["bias"], **options)
+    if loss.requires_grad:
+        weigh(loss).backward()
+    return loss.detach(), metrics, {name: x.grad for name, x in inputs.items() if x is not None and x.requires_grad}
+
+
+def check_hidden_against_twin(
+    function, case: HiddenCase, *, trained: tuple[str, ...] = INPUTS, grad_floor: float = 0.0, **options: Any
+) -> None:
+    """Loss, every metric and all gradients, against the twin in float64 on the same inputs."""
+    case, dtype = case.with_options(**options), case.hidden.dtype
+    loss, metrics, grads = run_hidden(function, case, trained=trained)
+    exact = case.map(torch.Tensor.double).with_options(backend=None)
+    exact_loss, exact_metrics, exact_grads = run_hidden(TWINS[function], exact, trained=trained)
+    check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), dtype)
+    assert grads.keys() == exact_grads.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == dtype, name
+        assert_same_gradient(grad, exact_grads[name], grad_floor)
+    if "hidden" in grads:
+        assert grads["hidden"][is_masked(case)].eq(0).all(), "masked positions must have a gradient of exactly 0"
+
+
+@contextmanager
+def chunks_of(num_tokens: int | None) -> Iterator[None]:
+    """Let a chunk hold that many tokens whatever ``chunk_bytes`` says; None changes nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if num_tokens is not None:
+            patch.setattr(from_hidden, "_chunk_limit", lambda *args, **kwargs: num_tokens)
+        yield

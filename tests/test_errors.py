@@ -6,10 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from cases import make_case
+from cases import TWINS, make_case, make_hidden_case
 
 import kto_fused
-from kto_fused import fused_dpo_loss, fused_kto_loss, reference
+from kto_fused import (
+    fused_dpo_loss,
+    fused_kto_loss,
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    linear_sequence_logps,
+    reference,
+)
 
 B, T, V = 4, 5, 7
 
@@ -39,7 +46,7 @@ KTO_ERRORS = {
     "logits of two dimensions": (
         {"policy_logits": torch.zeros(B, V)},
         ValueError,
-        "policy_logits must be [B, T, V], got shape [4, 7]; packed logits [N, V] need cu_seqlens",
+        "policy_logits must be [B, T, V], got shape [4, 7]; packed, [N, V], it needs cu_seqlens",
     ),
     "labels one longer": (
         {"labels": torch.ones(B, T + 1, dtype=torch.long)},
@@ -379,3 +386,188 @@ def test_reference_point_inputs():
 def test_class_weights_of_an_empty_class(counts):
     with pytest.raises(ValueError, match="must be a finite number > 0"):
         kto_fused.kto_class_weights(*counts)
+
+
+# ---- from hidden states -------------------------------------------------------------------------------------------
+
+H = 3
+HIDDEN, WEIGHT, BIAS = torch.zeros(B, T, H), torch.zeros(V, H), torch.zeros(V)
+
+
+def hidden_arguments(function=fused_linear_kto_loss, **changes):
+    """Valid arguments from hidden states but for ``changes``; ``...`` leaves one out."""
+    case = make_hidden_case(batch=B, seq_len=T, vocab=V, hidden_size=H)
+    case.labels[:] = 1
+    values = {"hidden": HIDDEN, "lm_head_weight": WEIGHT, "labels": case.labels}
+    if function in (fused_linear_kto_loss, reference.linear_kto_loss):
+        values["desirable"] = case.desirable
+    if function not in (linear_sequence_logps, reference.linear_sequence_logps):
+        values["ref_logps"] = torch.zeros(B)
+    values.update(changes)
+    return {name: value for name, value in values.items() if value is not ...}
+
+
+LM_HEAD_ERRORS = {
+    "hidden states of two dimensions": (
+        {"hidden": torch.zeros(B, H)},
+        ValueError,
+        "hidden must be [B, T, H], got shape [4, 3]; packed, [N, H], it needs cu_seqlens",
+    ),
+    "labels one longer": (
+        {"labels": torch.ones(B, T + 1, dtype=torch.long)},
+        ValueError,
+        "labels has shape [4, 6], expected [4, 5] to match hidden [4, 5, 3]",
+    ),
+    "integer hidden states": ({"hidden": HIDDEN.long()}, TypeError, f"hidden must be {FLOATS}, got torch.int64"),
+    "a weight of another size": (
+        {"lm_head_weight": torch.zeros(V, H + 1)},
+        ValueError,
+        "lm_head_weight must be [V, H] with V >= 1 and hidden's H = 3, got shape [7, 4]",
+    ),
+    "a transposed weight": ({"lm_head_weight": WEIGHT.T}, ValueError, "lm_head_weight must be [V, H]"),
+    "a weight of one dimension": ({"lm_head_weight": WEIGHT[0]}, ValueError, "lm_head_weight must be [V, H]"),
+    "an empty vocabulary": ({"lm_head_weight": WEIGHT[:0]}, ValueError, "lm_head_weight must be [V, H] with V >= 1"),
+    "a weight of another dtype": (
+        {"lm_head_weight": WEIGHT.bfloat16()},
+        TypeError,
+        "lm_head_weight is torch.bfloat16, expected hidden's dtype torch.float32",
+    ),
+    "a module as weight": (
+        {"lm_head_weight": torch.nn.Linear(H, V)},
+        TypeError,
+        "lm_head_weight must be a tensor, got Linear",
+    ),
+    "a weight on another device": (
+        {"lm_head_weight": WEIGHT.to("meta")},
+        ValueError,
+        "lm_head_weight is on meta, but hidden is on cpu: expected the same device",
+    ),
+    "a bias of another size": (
+        {"lm_head_bias": torch.zeros(V + 1)},
+        ValueError,
+        "lm_head_bias has shape [8], expected [7] to match lm_head_weight",
+    ),
+    "a bias of another dtype": (
+        {"lm_head_bias": BIAS.double()},
+        TypeError,
+        "lm_head_bias is torch.float64, expected hidden's dtype torch.float32",
+    ),
+    "a chunk of no bytes": ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be > 0, got 0"),
+    "a chunk of negative bytes": ({"chunk_bytes": -1}, ValueError, "chunk_bytes must be > 0, got -1"),
+    "a float as chunk_bytes": ({"chunk_bytes": 1e9}, TypeError, "chunk_bytes must be an int, got float"),
+    "a flag as chunk_bytes": ({"chunk_bytes": True}, TypeError, "chunk_bytes must be an int, got bool"),
+    "label V": ({"labels": torch.full((B, T), V)}, IndexError, "labels[0, 1] is 7: expected a token id in [0, 7)"),
+}
+HIDDEN_FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps]
+with_twins = pytest.mark.parametrize(
+    "function", [f for fused in HIDDEN_FUNCTIONS for f in (fused, TWINS[fused])], ids=lambda f: f.__name__
+)
+
+
+@with_twins
+@pytest.mark.parametrize("name", LM_HEAD_ERRORS)
+def test_hidden_states_and_lm_head(function, name):
+    changes, error, message = LM_HEAD_ERRORS[name]
+    with pytest.raises(error, match=re.escape(message)):
+        function(**hidden_arguments(function, **changes))
+
+
+FROM_HIDDEN = {"ref_logps": ..., "ref_hidden": HIDDEN}
+HIDDEN_REFERENCE_ERRORS = {
+    "two references": (
+        {"ref_hidden": HIDDEN},
+        ValueError,
+        "expected exactly one of ref_hidden and ref_logps, got both",
+    ),
+    "no reference": ({"ref_logps": ...}, ValueError, "expected exactly one of"),
+    "a reference's weight without its hidden states": (
+        {"ref_lm_head_weight": WEIGHT},
+        ValueError,
+        "ref_lm_head_weight came without ref_hidden: expected both or neither",
+    ),
+    "a reference's bias without its weight": (
+        {**FROM_HIDDEN, "ref_lm_head_bias": BIAS},
+        ValueError,
+        "ref_lm_head_bias came without ref_lm_head_weight: expected both or neither",
+    ),
+    "ref_hidden of another length": (
+        {**FROM_HIDDEN, "ref_hidden": torch.zeros(B, T + 1, H)},
+        ValueError,
+        "ref_hidden has shape [4, 6, 3], expected [4, 5, 'H'] to match hidden",
+    ),
+    "ref_hidden of another size without a head": (
+        {**FROM_HIDDEN, "ref_hidden": torch.zeros(B, T, H + 1)},
+        ValueError,
+        "ref_lm_head_weight must be [V, H] with V >= 1 and ref_hidden's H = 4, got shape [7, 3]",
+    ),
+    "ref_hidden of integers": (
+        {**FROM_HIDDEN, "ref_hidden": HIDDEN.long()},
+        TypeError,
+        f"ref_hidden must be {FLOATS}, got torch.int64",
+    ),
+    "ref_hidden on another device": (
+        {**FROM_HIDDEN, "ref_hidden": HIDDEN.to("meta")},
+        ValueError,
+        "ref_hidden is on meta, but hidden is on cpu",
+    ),
+    "a reference's head of another dtype": (
+        {**FROM_HIDDEN, "ref_lm_head_weight": WEIGHT.half()},
+        TypeError,
+        "ref_lm_head_weight is torch.float16, expected ref_hidden's dtype torch.float32",
+    ),
+    "a reference's bias of another size": (
+        {**FROM_HIDDEN, "ref_lm_head_weight": WEIGHT, "ref_lm_head_bias": BIAS[1:]},
+        ValueError,
+        "ref_lm_head_bias has shape [6], expected [7] to match ref_lm_head_weight",
+    ),
+    "ref_logps of another batch": (
+        {"ref_logps": torch.zeros(3)},
+        ValueError,
+        "ref_logps has shape [3], expected [4], one per sequence",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [*HIDDEN_FUNCTIONS[:2], reference.linear_kto_loss, reference.linear_dpo_loss])
+@pytest.mark.parametrize("name", HIDDEN_REFERENCE_ERRORS)
+def test_hidden_states_of_a_reference(function, name):
+    changes, error, message = HIDDEN_REFERENCE_ERRORS[name]
+    with pytest.raises(error, match=re.escape(message)):
+        function(**hidden_arguments(function, **changes))
+
+
+@pytest.mark.parametrize("function", HIDDEN_FUNCTIONS[:2], ids=["kto", "dpo"])
+def test_a_reference_of_another_vocabulary(function):
+    changes = {**FROM_HIDDEN, "ref_lm_head_weight": torch.zeros(V + 1, H)}
+    message = "ref_lm_head_weight has a vocabulary of 8, expected lm_head_weight's 7"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function(**hidden_arguments(function, **changes))
+
+
+@pytest.fixture
+def sharded():
+    """Spreads a tensor over two ranks, of which this process is one."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed = torch.distributed
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
+        yield lambda x: distributed.tensor.distribute_tensor(x, mesh, [distributed.tensor.Shard(0)])
+    finally:
+        distributed.destroy_process_group()
+
+
+@with_twins
+@pytest.mark.parametrize("name", ["hidden", "lm_head_weight", "lm_head_bias", "ref_hidden", "ref_lm_head_weight"])
+def test_tensors_spread_over_ranks_are_refused(function, name, sharded):
+
+    changes = {"lm_head_bias": BIAS}
+    if name.startswith("ref_"):
+        if "ref_logps" not in hidden_arguments(function):
+            pytest.skip("has no reference")
+        changes |= {**FROM_HIDDEN, "ref_lm_head_weight": WEIGHT}
+    values = hidden_arguments(function, **changes)
+    values[name] = sharded(values[name])
+    with pytest.raises(TypeError, match=rf"^{name} is a DTensor.*gathered weight.*local"):
+        function(**values)

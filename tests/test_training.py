@@ -2,12 +2,22 @@
 
 import pytest
 import torch
-from cases import make_case
+from cases import chunks_of, make_case, make_hidden_case
 from conftest import HAS_GPU
 from torch.utils.checkpoint import checkpoint
 
 import kto_fused
-from kto_fused import from_logits, fused_dpo_loss, fused_kto_loss, heads, reference
+from kto_fused import (
+    from_hidden,
+    from_logits,
+    fused_dpo_loss,
+    fused_kto_loss,
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    heads,
+    linear_sequence_logps,
+    reference,
+)
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
@@ -183,3 +193,152 @@ def test_gradients_through_a_model_equal_the_twins():
         grads.append(torch.autograd.grad(loss, [head.weight, head.bias]))
     for fused, plain in zip(*grads, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-12)
+
+
+# ---- from hidden states -------------------------------------------------------------------------------------------
+
+
+def linear_inputs(device: str = DEVICE, packed: bool = False, dtype: torch.dtype = torch.float32):
+    """An LM head, a layer below it, that layer's inputs, and the rest of a loss's arguments."""
+    case = make_hidden_case(seq_len=6, vocab=64, device=device, packed=packed, dtype=dtype, seed=2)
+    lm_head = torch.nn.Linear(16, 64, device=device, dtype=dtype)
+    layer = torch.nn.Linear(16, 16, device=device, dtype=dtype)
+    return lm_head, layer, torch.randn_like(case.hidden), case
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("loss", ["kto", "dpo", "none", "logps"])
+def test_losses_from_hidden_states_compile_as_one_graph(engine, loss, packed, frozen):
+    lm_head, layer, inputs, case = linear_inputs(engine[1], packed)
+    lm_head.requires_grad_(not frozen)
+    options = {"backend": engine[0], "lm_head_bias": lm_head.bias, **case.options}
+    reference_hidden = torch.randn_like(case.hidden)
+
+    def step(inputs, labels, desirable):
+        hidden = layer(inputs)
+        if loss == "logps":
+            return (linear_sequence_logps(hidden, lm_head.weight, labels, **options).sum(),)
+        if loss == "dpo":
+            value, metrics = fused_linear_dpo_loss(
+                hidden, lm_head.weight, labels, ref_hidden=reference_hidden, **options
+            )
+        else:
+            value, metrics = fused_linear_kto_loss(
+                hidden,
+                lm_head.weight,
+                labels,
+                desirable,
+                ref_hidden=reference_hidden,
+                reference_point=0.1,
+                reduction="none" if loss == "none" else "mean",
+                **options,
+            )
+        return value.sum() * 3, metrics.rewards, metrics.summary()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        outputs = function(inputs, case.labels, case.desirable)
+        parameters = [x for x in (*layer.parameters(), *lm_head.parameters()) if x.requires_grad]
+        results.append((outputs, torch.autograd.grad(outputs[0], parameters)))
+    (expected, expected_grads), (actual, grads) = results
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_a_loss_from_hidden_states_compiles_to_code():
+    lm_head, layer, inputs, case = linear_inputs()
+
+    def step(inputs):
+        return fused_linear_kto_loss(
+            layer(inputs), lm_head.weight, case.labels, case.desirable, ref_hidden=inputs, reference_point=0.1
+        )[0]
+
+    grads = [
+        torch.autograd.grad(function(inputs), [layer.weight, lm_head.weight])
+        for function in (step, torch.compile(step, fullgraph=True))
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("needs", [(False, False, False), (True, False, False), (True, True, True)], ids=str)
+def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
+    backend, device = engine
+    case = make_hidden_case(batch=2, seq_len=3, vocab=8, bias=True, device=device)
+    case.hidden.nan_to_num_()  # opcheck compares inputs before and after
+    case.ref_hidden.nan_to_num_()
+    tensors = (case.hidden, case.weight, case.bias, case.labels, None)
+    dtypes = (torch.float32, torch.float32)
+    options = (-100, True, False, 0.7, 1.5, 4.0, backend, *dtypes, 2**30, *needs)
+    logps = torch.zeros(2, device=device, dtype=torch.float64)
+    forward = [
+        ((None, None, None, None, []), ("", "", "", torch.float32, [])),
+        ((None, None, None, logps, [case.desirable, None]), ("kto", "kto", "mean", torch.float32, [0.1, 1.0, 1.0])),
+        ((case.ref_hidden, case.weight, None, None, []), ("dpo", "ipo", "none", torch.float32, [0.1, 0.0, 0.5, 1.0])),
+    ]
+    for reference_and_tensors, head in forward:
+        torch.library.opcheck(from_hidden._linear_forward.op, (*tensors, *reference_and_tensors, *options, *head))
+    torch.library.opcheck(from_hidden._linear_backward.op, (*tensors, logps + 1, *options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_from_hidden_states(engine, dtype):
+    """As torch.nn.Linear under autocast: the GEMMs read half precision; gradients are the parameters' float32."""
+    case = make_hidden_case(seq_len=6, vocab=64, bias=True, device=engine[1], backend=engine[0])
+    rounded = case.map(lambda x: x.to(dtype).float())
+    rounded.bias = case.bias
+    losses = {}
+    for name, function in (("fused", fused_linear_kto_loss), ("twin", reference.linear_kto_loss)):
+        inputs = [x.clone().requires_grad_() for x in (rounded.hidden, rounded.weight)]
+        with torch.autocast(engine[1], dtype=dtype):
+            loss, _ = function(
+                *inputs, case.labels, case.desirable, lm_head_bias=case.bias, ref_hidden=rounded.ref_hidden
+            )
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert all(x.grad.dtype == torch.float32 for x in inputs)
+        losses[name] = (loss, *(x.grad for x in inputs))
+    torch.testing.assert_close(losses["fused"][0], losses["twin"][0], rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(losses["fused"][1:], losses["twin"][1:], strict=True):
+        assert (actual - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("around", ["the layer", "the loss too"])
+def test_gradient_checkpointing_from_hidden_states(use_reentrant, around):
+    lm_head, layer, inputs, case = linear_inputs()
+    inputs.requires_grad_()
+
+    def loss_of(hidden):
+        return fused_linear_kto_loss(
+            hidden, lm_head.weight, case.labels, case.desirable, ref_logps=torch.zeros(4, device=DEVICE)
+        )[0]
+
+    loss_of(layer(inputs)).backward()
+    expected = [x.grad.clone() for x in (inputs, layer.weight, lm_head.weight)]
+    for x in (inputs, layer.weight, lm_head.weight):
+        x.grad = None
+    if around == "the layer":
+        loss_of(checkpoint(layer, inputs, use_reentrant=use_reentrant)).backward()
+    else:
+        checkpoint(lambda x: loss_of(layer(x)), inputs, use_reentrant=use_reentrant).backward()
+    torch.testing.assert_close([x.grad for x in (inputs, layer.weight, lm_head.weight)], expected)
+
+
+@pytest.mark.parametrize("num_tokens", [None, 3])
+def test_accumulated_micro_batches_from_hidden_states_add_up(num_tokens):
+    lm_head, layer, inputs, case = linear_inputs()
+    options = {"reference_point": 0.2, "reduction": "sum"}
+    ref_logps = torch.linspace(-9, -3, 4, device=DEVICE)
+
+    def backward(rows: slice) -> None:
+        tensors = layer(inputs[rows]), lm_head.weight, case.labels[rows], case.desirable[rows]
+        fused_linear_kto_loss(*tensors, ref_logps=ref_logps[rows], **options)[0].backward()
+
+    backward(slice(None))
+    expected = [layer.weight.grad.clone(), lm_head.weight.grad.clone()]
+    layer.weight.grad = lm_head.weight.grad = None
+    with chunks_of(num_tokens):
+        for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):
+            backward(rows)
+    torch.testing.assert_close([layer.weight.grad, lm_head.weight.grad], expected)

@@ -1,0 +1,377 @@
+"""What hidden states cost: GEMMs, memory, waits for the device, and what stays alive afterwards."""
+
+import gc
+from collections import Counter
+
+import pytest
+import torch
+from cases import INPUTS, assert_same_gradient, chunks_of, make_hidden_case, run_hidden
+from conftest import HAS_GPU
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
+
+from kto_fused import checks, from_hidden, fused_linear_dpo_loss, fused_linear_kto_loss, layout, linear_sequence_logps
+from kto_fused.measure import peak_bytes
+
+MIB = 2**20
+FROZEN = ("hidden",)
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+by_function = pytest.mark.parametrize("function", [fused_linear_kto_loss, fused_linear_dpo_loss], ids=["kto", "dpo"])
+
+
+@pytest.fixture(autouse=True)
+def unpoisoned_memory(poisoned_memory):
+    """The operators that fill new memory would be counted."""
+    torch.use_deterministic_algorithms(False)
+
+
+def long_case(engine=("torch", "cpu"), *, tokens: int, prompt: int, vocab: int, hidden_size: int, **options):
+    """Four sequences of ``tokens`` completion tokens each, behind a prompt."""
+    seq_len = prompt + tokens + 1  # the first token of the prompt is never predicted
+    case = make_hidden_case(
+        seq_len=seq_len, vocab=vocab, hidden_size=hidden_size, device=engine[1], backend=engine[0], **options
+    )
+    case.labels = torch.randint(vocab, (4, seq_len), device=engine[1])
+    case.labels[:, : prompt + 1] = -100
+    case.hidden, case.ref_hidden = (torch.randn_like(x) for x in (case.hidden, case.ref_hidden))
+    case.options["ref_logps"] = torch.full((4,), -9.0, device=engine[1])
+    return case
+
+
+# ---- GEMMs --------------------------------------------------------------------------------------------------------
+
+# what a chunk holds of 4 sequences of 8 tokens
+ONE_TOKEN, ONE_SEQUENCE, ONE_PAIR, ALL = 1, 10, 18, None
+KTO, DPO, LOGPS = fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps
+FIXED = {"reference_point": 0.1}
+MEAN = {"reference_point": "batch_mean"}
+EACH = {"reduction": "none"}
+GEMMS = {
+    "no gradient": (KTO, (), MEAN, ONE_TOKEN, 1),
+    "frozen": (KTO, FROZEN, FIXED, ALL, 2),
+    "frozen, a sequence over the budget": (KTO, FROZEN, FIXED, ONE_TOKEN, 2),
+    "frozen, batch_mean over the budget": (KTO, FROZEN, MEAN, ONE_SEQUENCE, 2),
+    "trained": (KTO, INPUTS, FIXED, ALL, 3),
+    "trained, a batch over the budget": (KTO, INPUTS, FIXED, ONE_SEQUENCE, 3),
+    "trained, a sequence over the budget": (KTO, INPUTS, FIXED, ONE_TOKEN, 4),
+    "trained, batch_mean in one chunk": (KTO, INPUTS, MEAN, ALL, 3),
+    "trained, batch_mean over the budget": (KTO, INPUTS, MEAN, ONE_SEQUENCE, 4),
+    "only the head trained": (KTO, ("weight", "bias"), FIXED, ALL, 2),
+    "one loss per sequence, no gradient": (KTO, (), EACH, ALL, 1),
+    "one loss per sequence, frozen": (KTO, FROZEN, EACH, ONE_SEQUENCE, 2),
+    "one loss per sequence, trained": (KTO, INPUTS, EACH, ALL, 4),
+    "pairs, no gradient": (DPO, (), {}, ONE_TOKEN, 1),
+    "pairs, frozen": (DPO, FROZEN, {}, ONE_SEQUENCE, 2),
+    "pairs, trained": (DPO, INPUTS, {}, ALL, 3),
+    "pairs, trained, a batch over the budget": (DPO, INPUTS, {}, ONE_PAIR, 3),
+    "pairs, trained, a pair over the budget": (DPO, INPUTS, {}, ONE_SEQUENCE, 4),
+    "one loss per pair, trained": (DPO, INPUTS, EACH, ALL, 4),
+    "log-probabilities, no gradient": (LOGPS, (), {}, ONE_TOKEN, 1),
+    "log-probabilities, frozen": (LOGPS, FROZEN, {}, ONE_SEQUENCE, 2),
+    "log-probabilities, trained": (LOGPS, INPUTS, {}, ALL, 4),
+}
+V, H, TOKENS = 509, 64, 8
+
+
+def gemms(function, case, trained, **options) -> float:
+    """Units of 2 N H V operations of value and gradient."""
+    with FlopCounterMode(display=False) as counter:
+        if function is linear_sequence_logps:
+            inputs = [getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS]
+            options = {"backend": case.options["backend"], **options}
+            logps = function(*inputs[:2], case.labels, lm_head_bias=inputs[2], **options)
+            if trained:
+                logps.sum().backward()
+        else:
+            run_hidden(function, case, trained=trained, **options)
+    return counter.get_total_flops() / (2 * 4 * TOKENS * H * V)
+
+
+@pytest.mark.parametrize("setting", GEMMS)
+def test_gemms(engine, setting):
+    function, trained, options, num_tokens, expected = GEMMS[setting]
+    case = long_case(engine, tokens=TOKENS, prompt=7, vocab=V, hidden_size=H, bias=True)
+    with chunks_of(num_tokens):
+        assert gemms(function, case, trained, **options) == pytest.approx(expected, rel=0.02)
+    if num_tokens == ONE_TOKEN:
+        assert gemms(function, case, trained, chunk_bytes=1, **options) == pytest.approx(expected, rel=0.02)
+
+
+@by_function
+@pytest.mark.parametrize("trained", [(), FROZEN, INPUTS], ids="-".join)
+@pytest.mark.parametrize("own_head", [False, True])
+def test_a_reference_takes_one_gemm_more(function, trained, own_head):
+    case = long_case(tokens=TOKENS, prompt=7, vocab=V, hidden_size=H)
+    reference = {"ref_hidden": case.ref_hidden}
+    if own_head:
+        reference["ref_lm_head_weight"] = case.weight.clone()
+    alone = gemms(function, case, trained)
+    del case.options["ref_logps"]
+    assert gemms(function, case, trained, **reference) == pytest.approx(alone + 1, rel=0.02)
+
+
+@pytest.mark.parametrize("prompt", [0, 3 * TOKENS - 1])
+@pytest.mark.parametrize("trained", [(), FROZEN, INPUTS], ids="-".join)
+def test_prompts_cost_no_gemm(prompt, trained):
+    """B T from N to 4 N."""
+    expected = 1 + len(trained[:2])
+    case = long_case(tokens=TOKENS, prompt=prompt, vocab=V, hidden_size=H)
+    assert gemms(fused_linear_kto_loss, case, trained) == pytest.approx(expected, rel=0.02)
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+MEMORY = {
+    "no gradient": (KTO, (), MEAN),
+    "frozen": (KTO, FROZEN, MEAN),
+    "trained": (KTO, INPUTS, FIXED),
+    "trained, batch_mean": (KTO, INPUTS, MEAN),
+    "pairs": (DPO, INPUTS, {}),
+    "one loss per sequence": (KTO, INPUTS, EACH),
+    "log-probabilities": (LOGPS, INPUTS, {}),
+}
+
+
+def inputs_and_step(function, case, trained, **options):
+    """(the tensors that get a gradient, a step of forward and backward that leaves nothing behind)."""
+    options = {**case.options, **options}
+    inputs = [getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS[:2]]
+    tensors = (*inputs, case.labels, *([case.desirable] if function is fused_linear_kto_loss else []))
+    if function is linear_sequence_logps:
+        options.pop("ref_logps")
+    needed = [x for x in inputs if x.requires_grad]
+
+    def step() -> None:
+        result = function(*tensors, **options)
+        loss = result if function is linear_sequence_logps else result[0]
+        if needed:
+            torch.autograd.grad(loss.sum(), needed)
+
+    return needed, step
+
+
+def extra_bytes(function, case, trained, **options) -> int:
+    """Peak of a step beyond the gradients it returns."""
+    needed, step = inputs_and_step(function, case, trained, **options)
+    return peak_bytes(step, case.hidden.device) - sum(x.numel() * x.element_size() for x in needed)
+
+
+@pytest.mark.parametrize("setting", MEMORY)
+@pytest.mark.parametrize("chunk_bytes", [16 * MIB, 48 * MIB], ids=["16 MiB", "48 MiB"])
+@pytest.mark.parametrize("tokens", [100, 400], ids=["400 tokens", "1600 tokens"])
+def test_memory_stays_within_the_budget(setting, chunk_bytes, tokens):
+    function, trained, options = MEMORY[setting]
+    case = long_case(tokens=tokens, prompt=20, vocab=8192, hidden_size=64)
+    assert extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options) <= 1.05 * chunk_bytes
+
+
+@pytest.mark.parametrize("chunk_bytes", [16 * MIB, 48 * MIB], ids=["16 MiB", "48 MiB"])
+def test_a_reference_shares_the_budget(chunk_bytes):
+    case = long_case(tokens=400, prompt=20, vocab=8192, hidden_size=64)
+    del case.options["ref_logps"]
+    reference = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": case.weight.clone()}
+    for trained in ((), FROZEN, INPUTS):
+        extra = extra_bytes(fused_linear_kto_loss, case, trained, chunk_bytes=chunk_bytes, **FIXED, **reference)
+        assert extra <= 1.05 * chunk_bytes
+
+
+@needs_gpu
+@pytest.mark.parametrize("setting", MEMORY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("chunk_bytes", [256 * MIB, 1024 * MIB], ids=["256 MiB", "1 GiB"])
+@pytest.mark.parametrize("tokens", [512, 2048])
+def test_memory_on_a_gpu_stays_within_the_budget(setting, dtype, chunk_bytes, tokens):
+    function, trained, options = MEMORY[setting]
+    engine = ("triton", "cuda")
+    case = long_case(engine, tokens=tokens, prompt=tokens, vocab=65536, hidden_size=512, dtype=dtype)
+    extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)  # compile, and cuBLAS's workspace
+    extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
+    # a sum of several chunks' weight gradients is in float32 beside the rounded one
+    sums = 4 * case.weight.numel() if dtype == torch.bfloat16 and "weight" in trained else 0
+    assert extra <= 1.05 * chunk_bytes + sums
+
+
+# ---- waits --------------------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Operators for which the host would wait for a GPU: those that return a number, or a shape that values decide."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "_unique2",
+        "unique_consecutive",
+    )
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = Counter()
+        tolist = torch.Tensor.tolist
+
+        def counted_tolist(tensor):
+            self.names["tolist"] += 1
+            return tolist(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.WAITING:
+            self.names[name] += 1
+        if name.startswith("index"):  # by a mask: as many elements as it holds
+            indices = args[1] if isinstance(args[1], list | tuple) else []
+            if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices):
+                self.names[f"{name} by a mask"] += 1
+        if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """No check reads a tensor, gradients are scaled by the kernel, and the interpreter's own operators do not count."""
+    from kto_fused.kernels import scale
+    from triton.runtime import interpreter
+
+    for module in (layout, checks):
+        monkeypatch.setattr(module, "may_read", lambda tensor: False)
+    monkeypatch.setattr(from_hidden, "scale_", scale.scale_)
+    run = interpreter.InterpretedFunction.run
+
+    def unseen_run(self, *args, **kwargs):
+        with _disable_current_modes():
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", unseen_run)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("setting", ["frozen", "trained", "one loss per sequence", "pairs", "no gradient"])
+def test_the_host_waits_once(as_on_a_gpu, monkeypatch, setting, packed, dtype):
+    """For the number of completion tokens. Log-probabilities by themselves and losses per sequence have a backward
+    that finds the tokens again, and may wait once more.
+    """
+    function, trained, options = MEMORY[setting]
+    case = make_hidden_case(dtype=dtype, bias=True, packed=packed, backend="triton", **options)
+    waits = Waits(monkeypatch)
+    with waits:
+        run_hidden(function, case, trained=trained, chunk_bytes=1000)
+    allowed = 2 if setting == "one loss per sequence" else 1
+    assert sum(waits.names.values()) <= allowed, dict(waits.names)
+
+
+@needs_gpu
+@by_function
+@pytest.mark.parametrize("trained", [(), FROZEN, INPUTS], ids="-".join)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_host_waits_for_the_gpu_once(function, trained, packed, dtype, recwarn):
+    case = make_hidden_case(dtype=dtype, packed=packed, device="cuda")
+    run_hidden(function, case, trained=trained)  # compile
+    recwarn.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        run_hidden(function, case, trained=trained)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in recwarn if "synchroniz" in str(warning.message)]
+    assert len(waits) <= 1, [str(warning.message) for warning in waits]
+
+
+# ---- lifetime -----------------------------------------------------------------------------------------------------
+
+
+def held_bytes(step) -> int:
+    """Bytes that ``step`` allocates and that are still held at its end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = step()
+    events = profiler.profiler.kineto_results.events()
+    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    del kept
+    return held
+
+
+LIFETIMES = {name: MEMORY[name] for name in ("frozen", "trained", "pairs", "one loss per sequence")}
+SMALL = 64 * 2**10  # [B]-sized results
+
+
+@pytest.mark.parametrize("setting", LIFETIMES)
+def test_nothing_but_gradients_outlives_backward(setting):
+    """With the loss and its metrics still held, and without the garbage collector."""
+    function, trained, options = LIFETIMES[setting]
+    case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=64)
+    inputs = [getattr(case, name).requires_grad_(name in trained) for name in INPUTS[:2]]
+    others = [case.desirable] if function is fused_linear_kto_loss else []
+
+    def step():
+        loss, metrics = function(*inputs, case.labels, *others, **case.options, **options)
+        loss.sum().backward()
+        return loss, metrics
+
+    gc.collect()
+    gc.disable()
+    try:
+        held = held_bytes(step)
+    finally:
+        gc.enable()
+    assert held <= sum(x.numel() * 4 for x in inputs if x.requires_grad) + SMALL
+
+
+@pytest.mark.parametrize("setting", LIFETIMES)
+def test_a_loss_that_nobody_differentiates_leaves_nothing(setting):
+    function, trained, options = LIFETIMES[setting]
+    case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=64)
+    inputs = [getattr(case, name).requires_grad_(name in trained) for name in INPUTS[:2]]
+    others = [case.desirable] if function is fused_linear_kto_loss else []
+    gc.collect()
+    gc.disable()
+    try:
+        held = held_bytes(lambda: function(*inputs, case.labels, *others, **case.options, **options)[1].summary())
+    finally:
+        gc.enable()
+    assert held <= SMALL
+
+
+@pytest.mark.parametrize("setting", LIFETIMES)
+def test_a_retained_graph_gives_the_same_gradients_again(engine, setting):
+    """Scaling by the incoming gradient must not touch what another backward starts from."""
+    function, trained, options = LIFETIMES[setting]
+    case = make_hidden_case(device=engine[1])
+    inputs = [getattr(case, name).requires_grad_() for name in INPUTS[:2] if name in trained]
+    others = [case.desirable] if function is fused_linear_kto_loss else []
+    options = {**options, "ref_logps": torch.zeros(4, device=engine[1]), "backend": engine[0]}
+    loss, _ = function(case.hidden, case.weight, case.labels, *others, **options)
+    loss = loss.sum()
+    first = [x.clone() for x in torch.autograd.grad(loss, inputs, retain_graph=True)]
+    tripled = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    for a, b, c in zip(first, again, tripled, strict=True):
+        assert torch.equal(a, b)
+        assert_same_gradient(c, 3 * a)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("setting", LIFETIMES)
+def test_the_incoming_gradient_scales(engine, setting):
+    function, trained, options = LIFETIMES[setting]
+    case = make_hidden_case(device=engine[1])
+    inputs = [getattr(case, name).requires_grad_() for name in INPUTS[:2] if name in trained]
+    others = [case.desirable] if function is fused_linear_kto_loss else []
+    results = []
+    for factor in (1.0, 3.0, -0.25, 0.0):
+        loss, _ = function(
+            case.hidden, case.weight, case.labels, *others, ref_hidden=case.ref_hidden, backend=engine[0], **options
+        )
+        results.append((factor, torch.autograd.grad(factor * loss.sum(), inputs)))
+    (_, plain), *scaled = results
+    for factor, grads in scaled:
+        for grad, expected in zip(grads, plain, strict=True):
+            assert_same_gradient(grad, factor * expected)
