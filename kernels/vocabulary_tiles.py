@@ -200,7 +200,7 @@ def finish_rows_kernel(
                 old = tl.load(references_ptr + row * num_tiles + tile)
                 if (old != reference) & (old != float("-inf")):
                     rescale = tl.exp2((old - reference) * log2_factor)
-                    for start in range(0, tile_cols, BLOCK):
+                    for start in range(0, tl.minimum(tile_cols, vocab_size - tile * tile_cols), BLOCK):
                         offsets = row * kept_stride + tile * tile_cols + start + tl.arange(0, BLOCK)
                         kept = tl.load(kept_ptr + offsets).to(tl.float32) * rescale
                         tl.store(kept_ptr + offsets, kept.to(kept_ptr.dtype.element_ty))

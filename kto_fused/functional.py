@@ -760,6 +760,8 @@ def _hidden_arguments(
     checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
     checks.logit_options(inplace_backward=False, **options)
     checks.chunk_bytes(chunk_bytes)
+    if ref_hidden is not None:
+        checks.ref_hidden(ref_hidden, hidden)
     needs = tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
     options = HiddenOptions(
         logits=LogitOptions(backend=backends.resolve(backend, hidden.device), **options),
@@ -790,7 +792,6 @@ def _hidden_reference(
         return None, None, None, ref_logps.detach()
     if ref_hidden is None:
         return None, None, None, None
-    checks.ref_hidden(ref_hidden, hidden)
     if ref_weight is None:
         ref_weight, ref_bias = weight, bias
     checks.lm_head("ref_lm_head_weight", ref_weight, "ref_lm_head_bias", ref_bias, "ref_hidden", ref_hidden)

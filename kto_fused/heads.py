@@ -238,12 +238,11 @@ def value_and_grads(
     else:
         # hooks around the loss (checkpointing, offloading) are for what its own backward saves, not for this one's
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            logps = logps.detach().requires_grad_()
-            value_sum, value = total(logps)
-            if value_sum.requires_grad:
-                (grads,) = torch.autograd.grad(value_sum, logps)
-            else:  # inside an operator, where autograd records nothing
-                grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps.detach())
+            leaf = logps.detach().requires_grad_()
+            value_sum, value = total(leaf)
+            grads = torch.autograd.grad(value_sum, leaf)[0] if value_sum.requires_grad else None
+        if grads is None:  # inside an operator, where autograd records nothing
+            grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps.detach())
     return value.detach().to(loss_dtype), grads
 
 

@@ -40,8 +40,10 @@ def row_targets(
         targets[..., :-1] = labels[..., 1:]
         if cu_seqlens is not None:
             # the last row of a sequence would predict the first token of the next
-            ends = cu_seqlens[1:].long() - 1
-            targets[ends[ends >= 0]] = ignore_index
+            num_rows = labels.shape[-1]
+            starts = torch.zeros(num_rows + 1, dtype=torch.bool, device=labels.device)
+            starts.index_fill_(0, cu_seqlens[1:].long().clamp(0, num_rows), True)
+            targets.masked_fill_(starts[1:], ignore_index)
     is_valid = (targets >= 0) & (targets < vocab_size)
     return torch.where(targets == ignore_index, MASKED, torch.where(is_valid, targets, INVALID))
 

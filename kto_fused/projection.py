@@ -19,8 +19,8 @@ from .layout import INVALID, MASKED
 
 # Bytes of LM-head weight cast at once, where no GEMM reads half precision and writes float32.
 CAST_BYTES = 2**24
-# Logits of one tile: enough for a GEMM that fills a GPU several times over, few enough to stay in its L2 cache.
-TILE_LOGITS = 2**24
+# Logits of one tile: enough for a GEMM that fills a GPU many times over, and outlasts its launch.
+TILE_LOGITS = 3 * 2**23
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,11 @@ class FoldedRows:
         self.num_tokens, self.vocab_size = num_tokens, vocab_size
         self.block, self.tile_cols = _tile_columns(num_tokens, vocab_size)
         self.num_tiles = -(-vocab_size // self.tile_cols)
-        self.tile = torch.empty(num_tokens, self.tile_cols, device=device)
+        # a tile of logits, and after the last the gradient by the hidden states
+        self.buffer = torch.empty(num_tokens, max(self.tile_cols, hidden_size if keeps else 0), device=device)
         if keeps:
-            self.kept = torch.empty(num_tokens, self.num_tiles * self.tile_cols, dtype=dtype, device=device)
+            kept_cols = -(-vocab_size // self.block) * self.block
+            self.kept = torch.empty(num_tokens, kept_cols, dtype=dtype, device=device)
 
     @staticmethod
     def capacity(
@@ -212,9 +214,11 @@ class FoldedRows:
         """How many tokens fit into so many bytes, what passes through their GEMMs counted in; at least one."""
 
         def size(num_tokens: int) -> int:
-            _, tile_cols = _tile_columns(num_tokens, vocab_size)
-            kept_cols = -(-vocab_size // tile_cols) * tile_cols if keeps else 0
-            return num_tokens * (4 * tile_cols + 2 * kept_cols + 12 * hidden_size)
+            block, tile_cols = _tile_columns(num_tokens, vocab_size)
+            if not keeps:
+                return num_tokens * (4 * tile_cols + 2 * hidden_size)
+            kept_cols = -(-vocab_size // block) * block
+            return num_tokens * (4 * max(tile_cols, hidden_size) + 2 * kept_cols + 2 * hidden_size)
 
         fits = 1
         step = 2**20
@@ -231,16 +235,16 @@ class FoldedRows:
         from .kernels import vocabulary_tiles
 
         num_tokens = len(hidden)
-        state = self.tile.new_empty(5, num_tokens)
+        state = self.buffer.new_empty(5, num_tokens)
         kept = self.kept[:num_tokens] if keep else None
-        references = self.tile.new_empty(num_tokens, self.num_tiles) if keep else None
+        references = self.buffer.new_empty(num_tokens, self.num_tiles) if keep else None
         options = {"block": self.block, "softcap": transform["softcap"], "factor": transform["factor"]}
-        outputs = tuple(self.tile.new_empty(num_tokens) for _ in range(3))
+        outputs = tuple(self.buffer.new_empty(num_tokens) for _ in range(3))
+        tile = self.buffer.view(-1)[: num_tokens * self.tile_cols].view(num_tokens, self.tile_cols)
         with on_device(hidden):
             for index in range(self.num_tiles):
                 first = index * self.tile_cols
                 cols = min(self.tile_cols, self.vocab_size - first)
-                tile = self.tile[:num_tokens]
                 _multiply(hidden, lm_head.weight[first : first + cols].T, tile[:, :cols])
                 vocabulary_tiles.fold(
                     tile,
@@ -280,22 +284,22 @@ class FoldedRows:
 
     def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, torch.Tensor]:
         """d loss / d hidden [n, H], and what its rows are yet to be multiplied with [n]."""
-        product = self.tile.new_empty(len(self.current), lm_head.weight.shape[1])
+        size = len(self.current), lm_head.weight.shape[1]
+        product = self.buffer.view(-1)[: size[0] * size[1]].view(size)
         _multiply(self.current, lm_head.weight, product)
         return product, self.row_scale
 
     def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
-        """total (+)= d loss / d weight [V, H]."""
-        scaled = torch.empty_like(hidden)
-        move_rows(hidden, scaled, "triton", factors=self.row_scale)
-        _multiply(self.current.T, scaled, total, add=add)
+        """total (+)= d loss / d weight [V, H]; ``hidden`` is scaled in place."""
+        move_rows(hidden, hidden, "triton", factors=self.row_scale)
+        _multiply(self.current.T, hidden, total, add=add)
 
     def add_bias_gradient(self, total: torch.Tensor) -> None:
         """total += d loss / d bias [V]."""
         row_scale = self.row_scale[:, None]
         high = row_scale.to(self.current.dtype)
         low = (row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
-        sums = self.tile.new_empty(self.vocab_size, 2)
+        sums = self.row_scale.new_empty(self.vocab_size, 2)
         _multiply(self.current.T, torch.cat([high, low], dim=1), sums)
         total.add_(sums.sum(1))
 

@@ -145,7 +145,8 @@ def linear_kto_loss(
     """Twin of ``kto_fused.fused_linear_kto_loss``."""
     head = lm_head_weight, lm_head_bias
     ref_head = ref_lm_head_weight, ref_lm_head_bias
-    logits, ref_logits = _policy_and_ref_logits(hidden, *head, labels, ref_hidden, *ref_head, chunk_bytes, options)
+    reference = ref_hidden, *ref_head, ref_logps
+    logits, ref_logits = _policy_and_ref_logits(hidden, *head, labels, *reference, chunk_bytes, options)
     return kto_loss(logits, labels, desirable, ref_logits=ref_logits, ref_logps=ref_logps, **options)
 
 
@@ -165,7 +166,8 @@ def linear_dpo_loss(
     """Twin of ``kto_fused.fused_linear_dpo_loss``."""
     head = lm_head_weight, lm_head_bias
     ref_head = ref_lm_head_weight, ref_lm_head_bias
-    logits, ref_logits = _policy_and_ref_logits(hidden, *head, labels, ref_hidden, *ref_head, chunk_bytes, options)
+    reference = ref_hidden, *ref_head, ref_logps
+    logits, ref_logits = _policy_and_ref_logits(hidden, *head, labels, *reference, chunk_bytes, options)
     return dpo_loss(logits, labels, ref_logits=ref_logits, ref_logps=ref_logps, **options)
 
 
@@ -292,10 +294,12 @@ def _policy_and_ref_logits(
     ref_hidden: torch.Tensor | None,
     ref_weight: torch.Tensor | None,
     ref_bias: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
     chunk_bytes: int,
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     checks.chunk_bytes(chunk_bytes)
+    checks.one_reference(options.get("loss_type", ""), ref_hidden=ref_hidden, ref_logps=ref_logps)
     checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
     layout = {name: options[name] for name in ("cu_seqlens", "ignore_index", "shift") if name in options}
     logits = _logits("hidden", hidden, "lm_head_weight", weight, "lm_head_bias", bias, labels, **layout)

@@ -40,6 +40,10 @@ class _Rows:
     def __init__(self, logits: torch.Tensor, rows: torch.Tensor):
         self.view, offsets = _strided_rows(logits)
         self.offsets = offsets[rows]
+        # where strides have no common step, the rows of the view overlap, and are written through the logits themselves
+        self.logits = logits if logits.ndim == 3 else logits[None]
+        self.overlaps = 0 < self.view.stride(0) < logits.shape[-1]
+        self.sequence, self.position = rows // max(logits.shape[-2], 1), rows % max(logits.shape[-2], 1)
 
     def block(self, start: int, stop: int) -> torch.Tensor | None:
         """The rows as a view, where they lie side by side."""
@@ -55,13 +59,18 @@ class _Rows:
 
     def write(self, start: int, stop: int, values: torch.Tensor) -> None:
         block = self.block(start, stop)
-        if block is None:
+        if block is None and self.overlaps:
+            self.logits[self.sequence[start:stop], self.position[start:stop]] = values.to(self.view.dtype)
+        elif block is None:
             self.view[self.offsets[start:stop]] = values.to(self.view.dtype)
         elif block.data_ptr() != values.data_ptr():
             block.copy_(values)
 
     def zero(self) -> None:
-        self.view.index_fill_(0, self.offsets, 0)
+        if self.overlaps:
+            self.logits[self.sequence, self.position] = 0
+        else:
+            self.view.index_fill_(0, self.offsets, 0)
 
 
 def _blocks(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:

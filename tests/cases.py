@@ -117,12 +117,14 @@ def truth(function, case: Case, **options: Any):
     return run(TWINS[function], exact, **options)
 
 
-def assert_same_gradient(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> None:
+def assert_same_gradient(
+    actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0, roundings: float = 1.0
+) -> None:
     """||error|| <= tolerance ||gradient|| + floor, but for what the dtype cannot hold."""
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).norm().item()
     underflow = torch.finfo(actual.dtype).smallest_normal * actual.numel() ** 0.5
-    bound = GRAD_TOLERANCE[actual.dtype] * expected.double().norm().item() + floor + underflow
+    bound = roundings * GRAD_TOLERANCE[actual.dtype] * expected.double().norm().item() + floor + underflow
     assert error <= bound, f"gradient: ||error|| is {error}, expected at most {bound}"
 
 
@@ -254,9 +256,12 @@ def check_hidden_against_twin(
     exact_loss, exact_metrics, exact_grads = run_hidden(TWINS[function], exact, trained=trained)
     check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), dtype)
     assert grads.keys() == exact_grads.keys()
+    # softmax, d logp / d hidden and the result are rounded one after the other, and the interpreter truncates each time
+    is_truncated = case.options.get("backend") == "triton" and case.hidden.device.type == "cpu"
+    roundings = 1.5 if is_truncated and dtype == torch.bfloat16 else 1.0
     for name, grad in grads.items():
         assert grad.dtype == dtype, name
-        assert_same_gradient(grad, exact_grads[name], grad_floor)
+        assert_same_gradient(grad, exact_grads[name], grad_floor, roundings)
     if "hidden" in grads:
         assert grads["hidden"][is_masked(case)].eq(0).all(), "masked positions must have a gradient of exactly 0"
 

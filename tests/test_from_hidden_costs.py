@@ -281,7 +281,7 @@ def test_the_host_waits_for_the_gpu_once(function, trained, packed, dtype, recwa
         run_hidden(function, case, trained=trained)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in recwarn if "synchroniz" in str(warning.message)]
+    waits = [warning for warning in recwarn if "called a synchronizing" in str(warning.message)]
     assert len(waits) <= 1, [str(warning.message) for warning in waits]
 
 
