@@ -81,11 +81,11 @@ PLANS = {
     "cuda": Plan(
         entries=(
             Entry(QWEN_05B, ("kto trained", "kto frozen"), compiled=True),
+            Entry(on_gpu("Qwen3-8B", 4096, 151936), ("kto trained", "kto frozen", "dpo trained"), compiled=True),
             Entry(on_gpu("Llama-3.2-1B", 2048, 128256)),
             Entry(on_gpu("Llama-3-8B", 4096, 128256)),
             Entry(on_gpu("Gemma-3-4B", 2560, 262208)),
             Entry(on_gpu("Gemma-3-4B", 2560, 262208, softcap=30.0)),
-            Entry(on_gpu("Qwen3-8B", 4096, 151936), ("kto trained", "kto frozen", "dpo trained"), compiled=True),
         ),
         picture=QWEN_05B,
         lengths=(512, 2048, 8192),

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from contenders import BETA
 from contenders_from_logits import Contender, Problem, contenders, make_problem, policy_logits
-from side_by_side import Turn, left_out_line, new_report, path_of, plot, take_turns, write
+from side_by_side import Turn, left_out_line, new_report, path_of, plot, step_seconds, take_turns, write
 
 from kto_fused import reference
-from kto_fused.measure import seconds
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def copy_bandwidth(size: int, device: torch.device) -> float:
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    times = [seconds(lambda: target.copy_(source), device) for _ in range(10)]
+    times = [step_seconds(lambda: target.copy_(source), device) for _ in range(10)]
     return 2 * size / statistics.median(times) / 1e9
 
 

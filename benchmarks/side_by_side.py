@@ -19,6 +19,22 @@ from matplotlib.figure import Figure
 
 from kto_fused.measure import peak_bytes, seconds
 
+# What the device does first when a step is timed: it outlasts the host's way to the step's first kernel.
+QUEUED_CYCLES = 4_000_000
+
+
+def step_seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Wall time on a CPU. On a GPU the device's own, behind other work, as in a training loop whose host runs ahead."""
+    if device.type != "cuda":
+        return seconds(step, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUED_CYCLES)
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
 
 class Turn(ABC):
     """One contender on one problem: what it does between fresh inputs and dropping them."""
@@ -58,7 +74,7 @@ class Turn(ABC):
 
     def take(self, device: torch.device) -> None:
         self.fresh()
-        self.rounds.append([seconds(step, device) for step in self.steps()])
+        self.rounds.append([step_seconds(step, device) for step in self.steps()])
         self.drop()
 
     @property

@@ -6,8 +6,8 @@ z = factor * u are the logits of ``token_logprobs.py``. A row has a reference r,
 
 grow tile by tile. What is kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative,
 in bfloat16, whose exponent is float32's: no later column needs to rescale it, short of one 2^100 times as large. With
-the target's own entry replaced by what makes it so, d logp / d logits = -P / s for every column: the gradient GEMMs read
-P as it is, and its rows' factors go to their other operand or their result.
+the target's own entry replaced by what makes it so, d logp / d logits = -P / s for every column: the gradient GEMMs
+read P as it is, and its rows' factors go to their other operand or their result.
 """
 
 import torch

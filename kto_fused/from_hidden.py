@@ -266,11 +266,10 @@ def forward(
     chunk = chunk or _make_chunk(ranges, weight, options)
     engine = _Engine(hidden, weight, bias, tokens, chunk, options, len(ranges))
 
+    token_counts = tokens.unpack(tokens.offsets.diff())
+
     def apply_head() -> tuple[torch.Tensor, ...]:
-        if head is None:
-            return ()
-        logps, token_counts, *_ = engine.sequences()
-        return head(logps, token_counts, ref_logps, *head_tensors)
+        return () if head is None else head(engine.sequences()[0], token_counts, ref_logps, *head_tensors)
 
     results = None
     if is_visit:
@@ -278,7 +277,7 @@ def forward(
             engine.forward(start, stop, keep=True)
             # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
             results = apply_head()
-            engine.backward(start, stop, engine.token_grads(results[1], engine.sequences()[1]))
+            engine.backward(start, stop, engine.token_grads(results[1], token_counts))
     else:
         is_direction = any(options.needs) and not options.is_head_trained
         ones = torch.ones_like(engine.per_token[0]) if is_direction else None
@@ -288,7 +287,7 @@ def forward(
                 engine.backward(start, stop, ones)
         results = apply_head()
         if is_total and any(options.needs):
-            token_grads = engine.token_grads(results[1], engine.sequences()[1])
+            token_grads = engine.token_grads(results[1], token_counts)
             if is_direction:
                 engine.scale_hidden_gradient(token_grads, ranges)
             else:

@@ -12,8 +12,9 @@ names them all: a new loss is a class there, its formula given to ``value_and_gr
 (Heads compare by identity: torch.compile of PyTorch 2.11 hashes an object before its fields are set.)
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
@@ -237,13 +238,23 @@ def value_and_grads(
         value, grads = reduce(losses(logps), reduction), torch.full_like(logps, math.nan)
     else:
         # hooks around the loss (checkpointing, offloading) are for what its own backward saves, not for this one's
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            leaf = logps.detach().requires_grad_()
-            value_sum, value = total(leaf)
-            grads = torch.autograd.grad(value_sum, leaf)[0] if value_sum.requires_grad else None
-        if grads is None:  # inside an operator, where autograd records nothing
-            grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps.detach())
+        with _recording(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            logps = logps.detach().requires_grad_()
+            value_sum, value = total(logps)
+            (grads,) = torch.autograd.grad(value_sum, logps)
     return value.detach().to(loss_dtype), grads
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Let autograd record, inside an operator too: the dispatcher excludes autograd's keys below the operator's own."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    for name in ("AutogradCPU", "AutogradCUDA", "AutogradXPU"):
+        keys |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - keys), torch.enable_grad():
+        yield
 
 
 def scale_grads(grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:

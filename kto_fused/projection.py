@@ -175,7 +175,7 @@ class WholeRows:
 
 
 class FoldedRows:
-    """A buffer for one tile of logits in float32, and one for what is kept of them all: P of ``kernels.vocabulary_tiles``.
+    """Buffers for one tile of logits in float32, and for what is kept of them all: P of ``kernels.vocabulary_tiles``.
 
     d loss / d logits = diag(row_scale) P with row_scale = -c / s, which goes to the GEMMs' other operand or result.
     """
