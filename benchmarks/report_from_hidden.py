@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from contenders import BETA
 from contenders_from_hidden import Contender, GEMMs, Problem, contenders, make_problem
-from side_by_side import Turn, free, left_out_line, new_report, path_of, plot, take_turns, write
+from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_of, plot, take_turns, write
 
 from kto_fused import reference
 
@@ -252,7 +252,8 @@ def tables(report: dict) -> str:
         "",
         f"{report['machine']}; torch {report['torch']}. A step is the policy's forward and backward and the "
         f"reference's forward; half of each sequence is prompt. Medians of {report['rounds']} rounds in which all took "
-        f"turns. {FLOOR}: the same matrix products on completion tokens, in the input dtype, into buffers that exist "
+        f"turns. {how_timed(report['device'])} "
+        f"{FLOOR}: the same matrix products on completion tokens, in the input dtype, into buffers that exist "
         "already. Peak memory is everything a step allocates beside its inputs, the gradients included. Errors are "
         "against float64 on the same inputs: the worst sequence's log-probability in nats; the gradient by the last "
         f"sequence's hidden states, and by {SAMPLED_ROWS} rows of the head, relative to their norms. Liger's KTO does "

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from contenders import BETA
 from contenders_from_logits import Contender, Problem, contenders, make_problem, policy_logits
-from side_by_side import Turn, left_out_line, new_report, path_of, plot, step_seconds, take_turns, write
+from side_by_side import Turn, how_timed, left_out_line, new_report, path_of, plot, step_seconds, take_turns, write
 
 from kto_fused import reference
 
@@ -163,7 +163,8 @@ def tables(report: dict) -> str:
         f"# From logits, {report['device']}",
         "",
         f"{report['machine']}; torch {report['torch']}. Half of each sequence is prompt. Medians of {report['rounds']} "
-        "rounds in which all took turns. Peak memory is everything a forward and backward allocates, the gradient "
+        f"rounds in which all took turns. {how_timed(report['device'])} "
+        "Peak memory is everything a forward and backward allocates, the gradient "
         "included. Bandwidth counts necessary bytes only: completion logits read once, gradients written once; a "
         f"large copy reached {report['copy_gb_s']:.1f} GB/s in the same run. Errors are against float64 on the same "
         "inputs: the worst sequence's log-probability in nats, and the last sequence's gradient relative to its norm.",

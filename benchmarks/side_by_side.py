@@ -36,6 +36,12 @@ def step_seconds(step: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def how_timed(device_name: str) -> str:
+    if device_name == "CPU":
+        return "Wall time."
+    return "Time on the device, behind other work, as in a training loop whose host runs ahead."
+
+
 class Turn(ABC):
     """One contender on one problem: what it does between fresh inputs and dropping them."""
 

@@ -5,7 +5,7 @@ z = factor * u are the logits of ``token_logprobs.py``. A row has a reference r,
     s = sum exp(factor (u - r))     w = sum exp(factor (u - r)) (u - r)     total = sum u
 
 grow tile by tile. What is kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative,
-in bfloat16, whose exponent is float32's: no later column needs to rescale it, short of one 2^100 times as large. With
+in bfloat16, whose exponent is float32's: no later column needs to rescale it, short of one 2^60 times as large. With
 the target's own entry replaced by what makes it so, d logp / d logits = -P / s for every column: the gradient GEMMs
 read P as it is, and its rows' factors go to their other operand or their result.
 """
@@ -21,7 +21,7 @@ BLOCK = 1024
 VEC = 4
 NUM_WARPS = 4
 # log2 of how far a column may exceed the row's reference before the row takes a new one
-HEADROOM = tl.constexpr(100.0)
+HEADROOM = tl.constexpr(60.0)
 
 
 @triton.jit

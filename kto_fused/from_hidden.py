@@ -23,7 +23,7 @@ from .backends import HAS_TRITON, on_device, opaque
 from .first_derivative import first_derivative_only
 from .from_logits import LogitOptions, sequence_backward, sequence_sums
 from .layout import CompletionTokens, check_contents, completion_tokens, compute_dtype, row_targets
-from .projection import FoldedRows, LMHead, WholeRows, chunk_kind, move_rows
+from .projection import ChunkSpec, FoldedRows, LMHead, WholeRows, move_rows
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,19 @@ class _Engine:
         self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
 
         needs_hidden, needs_weight, needs_bias = options.needs
-        self.grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=_held_dtype(hidden)) if needs_hidden else None
         # a sum over several chunks is rounded once, at its end
-        sum_dtype = weight.dtype if num_chunks <= 1 and chunk.grad_dtype == weight.dtype else compute
-        self.weight_sum = (
-            torch.empty_like(weight, dtype=sum_dtype, memory_format=torch.contiguous_format) if needs_weight else None
-        )
-        self.bias_sum = torch.zeros_like(bias, dtype=compute) if needs_bias else None
+        self.weight_dtype = _held_dtype(weight)
+        sum_dtype = self.weight_dtype if num_chunks <= 1 and chunk.grad_dtype == self.weight_dtype else compute
+        self.weight_sum = weight.new_empty(weight.shape, dtype=sum_dtype) if needs_weight else None
         self.has_weight_sum = False
-        self.weight_dtype, self.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        self.bias_sum = bias.new_zeros(bias.shape, dtype=compute) if needs_bias else None
+        self.bias_dtype = None if bias is None else _held_dtype(bias)
 
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
         """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
         rows = self.tokens.rows[start:stop]
+        self.chunk_hidden = None  # the last chunk's goes before this one's comes
         self.chunk_hidden = self.hidden.new_empty(len(rows), self.hidden.shape[-1], dtype=self.options.dtype)
         move_rows(self.hidden, self.chunk_hidden, self.options.logits.backend, source_rows=rows)
         outputs = self.chunk.forward(
@@ -144,7 +144,7 @@ class _Engine:
         )
 
     def gradients(self) -> tuple[torch.Tensor | None, ...]:
-        """By hidden, weight and bias, each in its own dtype; None where not wanted. Lets go of the chunk."""
+        """By hidden, weight and bias, as they are held; None where not wanted. Lets go of the chunk."""
         self.chunk = self.chunk_hidden = None  # before the rounded gradients take their memory
         if self.weight_sum is not None and not self.has_weight_sum:
             self.weight_sum.zero_()
@@ -153,6 +153,11 @@ class _Engine:
             None if self.weight_sum is None else self.weight_sum.to(self.weight_dtype),
             None if self.bias_sum is None else self.bias_sum.to(self.bias_dtype),
         )
+
+
+def _held_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Of a gradient between forward and backward. A float16 one would underflow: no loss scaling has reached it yet."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def _even_ranges(num_tokens: int, limit: int) -> list[tuple[int, int]]:
@@ -177,21 +182,18 @@ def _whole_ranges(counts: list[int], limit: int, group: int) -> list[tuple[int, 
     return ranges
 
 
-def _chunk_arguments(weight: torch.Tensor, options: HiddenOptions) -> tuple[type, tuple]:
-    """The kind of chunk, and what follows the number of tokens (or bytes) when it is made (or asked what it holds)."""
-    backend, keeps = options.logits.backend, any(options.needs)
-    kind = chunk_kind(options.dtype, weight.device, backend)
-    return kind, (*weight.shape, options.dtype, weight.device, backend, keeps)
+def _chunk_spec(weight: torch.Tensor, options: HiddenOptions) -> ChunkSpec:
+    return ChunkSpec(*weight.shape, options.dtype, weight.device, options.logits.backend, any(options.needs))
 
 
 def _chunk_limit(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> int:
     """How many tokens one chunk may hold."""
-    kind, arguments = _chunk_arguments(weight, options)
-    limit = kind.capacity(options.chunk_bytes, *arguments)
+    spec = _chunk_spec(weight, options)
+    limit = spec.kind.capacity(options.chunk_bytes, spec)
     if limit < num_tokens and options.needs[1]:
         # one chunk needs no float32 sum of weight gradients: what that would take may go to the chunk
-        spared = weight.numel() * (options.compute_dtype.itemsize - weight.dtype.itemsize)
-        if kind.capacity(options.chunk_bytes + spared, *arguments) >= num_tokens:
+        spared = weight.numel() * (spec.compute_dtype.itemsize - weight.dtype.itemsize)
+        if spec.grad_dtype == weight.dtype and spec.kind.capacity(options.chunk_bytes + spared, spec) >= num_tokens:
             return num_tokens
     return limit
 
@@ -213,8 +215,8 @@ def _prepare(
 
 def _make_chunk(ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions) -> WholeRows | FoldedRows:
     longest = max((stop - start for start, stop in ranges), default=0)
-    kind, arguments = _chunk_arguments(weight, options)
-    return kind(longest, *arguments)
+    spec = _chunk_spec(weight, options)
+    return spec.kind(longest, spec)
 
 
 def forward(
@@ -363,7 +365,10 @@ def _num_sequences(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int
 
 def _fake_gradients(tensors: tuple, needs: tuple[bool, ...]) -> list[torch.Tensor]:
     hidden = tensors[0]
-    return [x.new_empty(x.shape) if needed else hidden.new_empty(0) for x, needed in zip(tensors, needs, strict=True)]
+    return [
+        x.new_empty(x.shape, dtype=_held_dtype(x)) if needed else hidden.new_empty(0)
+        for x, needed in zip(tensors, needs, strict=True)
+    ]
 
 
 def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_hidden, *arguments) -> list[torch.Tensor]:
@@ -503,6 +508,7 @@ def _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_
     each token's log-probability, or computed in the backward.
     """
     ctx.options, ctx.is_total = options, is_total
+    ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
     ctx.is_direction = not is_total and not options.is_head_trained
     token_counts, gradients = outputs[1], outputs[5:8]
     if is_total:
@@ -519,7 +525,9 @@ def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
     options: HiddenOptions = ctx.options
     if ctx.is_total:
         scaled = iter(_scaled(list(ctx.saved_tensors), incoming))
-        return tuple(next(scaled) if needed else None for needed in options.needs)
+        return tuple(
+            next(scaled).to(dtype) if needed else None for needed, dtype in zip(options.needs, ctx.dtypes, strict=True)
+        )
     logits = options.logits
     if ctx.is_direction:
         direction, labels, cu_seqlens, token_counts, head_grads = ctx.saved_tensors
@@ -534,11 +542,14 @@ def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
             options.compute_dtype,
             logits.backend,
         )
-        return (direction * row_grads.view(*direction.shape[:-1], 1)).to(direction.dtype), None, None
+        return (direction * row_grads.view(*direction.shape[:-1], 1)).to(ctx.dtypes[0]), None, None
     hidden, weight, bias, labels, cu_seqlens, head_grads = ctx.saved_tensors
     sequence_grads = incoming.double() if head_grads is None else heads.scale_grads(head_grads, incoming)
     gradients = _linear_backward(hidden, weight, bias, labels, cu_seqlens, sequence_grads, *_flatten_options(options))
-    return tuple(grad if needed else None for grad, needed in zip(gradients, options.needs, strict=True))
+    return tuple(
+        grad.to(dtype) if needed else None
+        for grad, needed, dtype in zip(gradients, options.needs, ctx.dtypes, strict=True)
+    )
 
 
 class SequenceLogpsFromHidden(torch.autograd.Function):

@@ -90,11 +90,14 @@ def completion_tokens(
         positions = torch.arange(num_rows, device=labels.device)
         row_sequence = positions // labels.shape[1] if num_rows else positions
         counts = is_token.view(labels.shape).sum(1)
+        is_partition = counts.new_ones(1)
     else:
         num_sequences = cu_seqlens.numel() - 1
         row_sequence = row_sequences(cu_seqlens, num_rows).clamp_(0, num_sequences - 1)
         seen = torch.cat([is_token.new_zeros(1, dtype=torch.int64), is_token.cumsum(0)])
         counts = seen[cu_seqlens.long().clamp(0, num_rows)].diff()
+        rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_rows)
+        is_partition = rises.long()[None]
     sequences = None
     if paired:
         half = num_sequences // 2
@@ -102,7 +105,9 @@ def completion_tokens(
         row_sequence = 2 * (row_sequence % half) + row_sequence // half
         counts = counts[sequences]
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    host_counts = counts.tolist()
+    *host_counts, is_partition = torch.cat([counts, is_partition]).tolist()
+    if not is_partition:
+        raise ValueError(f"cu_seqlens must rise from 0 to the {num_rows} packed labels, got {cu_seqlens.tolist()}")
     # a stable sort packs without asking the device how many there are
     order = torch.where(is_token, row_sequence, num_sequences).argsort(stable=True)
     rows = order[: sum(host_counts)]

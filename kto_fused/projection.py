@@ -51,11 +51,6 @@ def _has_float32_output(device_type: str, dtype: torch.dtype) -> bool:
     return True
 
 
-def _is_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a GEMM reads ``dtype`` and writes what log-probabilities are computed in."""
-    return dtype.itemsize >= 4 or _has_float32_output(device.type, dtype)
-
-
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
     """out (+)= a @ b, in the precision of ``out``."""
     if a.dtype != out.dtype and not _has_float32_output(a.device.type, a.dtype):
@@ -67,48 +62,63 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool 
         torch.mm(a, b, out=out, **wider)
 
 
+@dataclass(frozen=True)
+class ChunkSpec:
+    """What a chunk is made for: an LM head [V, H], what its GEMMs read, where, and whether a gradient is wanted."""
+
+    vocab_size: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    keeps: bool
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_native(self) -> bool:
+        """Whether a GEMM reads the dtype and writes what log-probabilities are computed in."""
+        return self.dtype == self.compute_dtype or _has_float32_output(self.device.type, self.dtype)
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """Of logits' gradients. Not float16: they are found before the loss is scaled, and would underflow."""
+        return self.dtype if self.is_native and self.dtype != torch.float16 else self.compute_dtype
+
+    @property
+    def kind(self) -> type["WholeRows"] | type["FoldedRows"]:
+        """The fastest one."""
+        is_foldable = self.dtype == torch.bfloat16 and self.backend == "triton"
+        # the interpreter of Triton's kernels runs on a CPU
+        return FoldedRows if is_foldable and (self.is_native or self.device.type == "cpu") else WholeRows
+
+
 class WholeRows:
     """Buffers for the logits of up to ``num_tokens`` tokens, and for their gradient.
 
-    Logits are in float32 (float64 for float64). Their gradient overwrites them, or where the GEMMs read half precision
-    stands beside them.
+    Logits are in float32 (float64 for float64). Their gradient overwrites them, or where its GEMMs read bfloat16 stands
+    beside them.
     """
 
-    def __init__(
-        self,
-        num_tokens: int,
-        vocab_size: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: str,
-        keeps: bool,
-    ):
-        self.num_tokens, self.backend = num_tokens, backend
-        self.is_native = _is_native(dtype, device)
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        self.logits = torch.empty(num_tokens, vocab_size, dtype=compute, device=device)
+    def __init__(self, num_tokens: int, spec: ChunkSpec):
+        self.num_tokens, self.spec = num_tokens, spec
+        self.logits = torch.empty(num_tokens, spec.vocab_size, dtype=spec.compute_dtype, device=spec.device)
+        self.grad_dtype = spec.grad_dtype
         self.grads = self.logits
-        if keeps and self.is_native and compute != dtype:
-            self.grads = torch.empty(num_tokens, vocab_size, dtype=dtype, device=device)
-        self.grad_dtype = self.grads.dtype
+        if spec.keeps and spec.grad_dtype != spec.compute_dtype:
+            self.grads = torch.empty_like(self.logits, dtype=spec.grad_dtype)
 
     @staticmethod
-    def capacity(
-        num_bytes: int,
-        vocab_size: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: str,
-        keeps: bool,
-    ) -> int:
+    def capacity(num_bytes: int, spec: ChunkSpec) -> int:
         """How many tokens fit into so many bytes, what passes through their GEMMs counted in; at least one."""
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        is_native = _is_native(dtype, device)
-        grad_size = dtype.itemsize if keeps and is_native and compute != dtype else 0
-        per_token = vocab_size * (compute.itemsize + grad_size) + hidden_size * 2 * (dtype.itemsize + compute.itemsize)
-        fixed = (0 if is_native else CAST_BYTES) + (3 * torch_backend.BLOCK_BYTES if backend == "torch" else 0)
+        wide, narrow = spec.compute_dtype.itemsize, spec.dtype.itemsize
+        beside = spec.grad_dtype.itemsize if spec.keeps and spec.grad_dtype != spec.compute_dtype else 0
+        per_token = spec.vocab_size * (wide + beside) + spec.hidden_size * 2 * (wide + narrow)
+        fixed = CAST_BYTES if spec.grad_dtype != spec.dtype else 0
+        if spec.backend == "torch":
+            fixed += 3 * torch_backend.BLOCK_BYTES
         return max(1, (num_bytes - fixed) // per_token)
 
     def forward(
@@ -116,7 +126,7 @@ class WholeRows:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(logps, entropy, mean_logits), each [n], of hidden [n, H] and targets [n]; ``keep`` what backward needs."""
         logits = self.logits[: len(hidden)]
-        if self.is_native:
+        if self.spec.is_native:
             _multiply(hidden, lm_head.weight.T, logits)
         else:
             hidden = hidden.to(logits.dtype)
@@ -125,7 +135,7 @@ class WholeRows:
         if lm_head.bias is not None:
             logits.add_(lm_head.bias)
         options = {"ignore_index": MASKED, "shift": False, **transform}
-        if self.backend == "torch":
+        if self.spec.backend == "torch":
             outputs = torch_backend.token_logprobs(logits, targets, None, **options)
         else:
             from .kernels import token_logprobs
@@ -147,7 +157,7 @@ class WholeRows:
         targets, _, row_max, log_sum, _, _ = self.rows
         logits, self.current = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
         arguments = logits, self.current, targets, token_grads, row_max, log_sum
-        if self.backend == "torch":
+        if self.spec.backend == "torch":
             torch_backend.token_logprobs_backward(*arguments, **self.transform)
         else:
             from .kernels import token_logprobs
@@ -182,46 +192,29 @@ class FoldedRows:
 
     grad_dtype = torch.bfloat16
 
-    def __init__(
-        self,
-        num_tokens: int,
-        vocab_size: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: str,
-        keeps: bool,
-    ):
-        self.num_tokens, self.vocab_size = num_tokens, vocab_size
-        self.block, self.tile_cols = _tile_columns(num_tokens, vocab_size)
-        self.num_tiles = -(-vocab_size // self.tile_cols)
+    def __init__(self, num_tokens: int, spec: ChunkSpec):
+        self.num_tokens, self.spec = num_tokens, spec
+        self.block, self.tile_cols = _tile_columns(num_tokens, spec.vocab_size)
+        self.num_tiles = -(-spec.vocab_size // self.tile_cols)
         # a tile of logits, and after the last the gradient by the hidden states
-        self.buffer = torch.empty(num_tokens, max(self.tile_cols, hidden_size if keeps else 0), device=device)
-        if keeps:
-            kept_cols = -(-vocab_size // self.block) * self.block
-            self.kept = torch.empty(num_tokens, kept_cols, dtype=dtype, device=device)
+        width = max(self.tile_cols, spec.hidden_size if spec.keeps else 0)
+        self.buffer = torch.empty(num_tokens, width, device=spec.device)
+        if spec.keeps:
+            kept_cols = -(-spec.vocab_size // self.block) * self.block
+            self.kept = torch.empty(num_tokens, kept_cols, dtype=spec.dtype, device=spec.device)
 
     @staticmethod
-    def capacity(
-        num_bytes: int,
-        vocab_size: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: str,
-        keeps: bool,
-    ) -> int:
-        """How many tokens fit into so many bytes, what passes through their GEMMs counted in; at least one."""
+    def capacity(num_bytes: int, spec: ChunkSpec) -> int:
+        """As ``WholeRows.capacity``."""
 
         def size(num_tokens: int) -> int:
-            block, tile_cols = _tile_columns(num_tokens, vocab_size)
-            if not keeps:
-                return num_tokens * (4 * tile_cols + 2 * hidden_size)
-            kept_cols = -(-vocab_size // block) * block
-            return num_tokens * (4 * max(tile_cols, hidden_size) + 2 * kept_cols + 2 * hidden_size)
+            block, tile_cols = _tile_columns(num_tokens, spec.vocab_size)
+            if not spec.keeps:
+                return num_tokens * (4 * tile_cols + 2 * spec.hidden_size)
+            kept_cols = -(-spec.vocab_size // block) * block
+            return num_tokens * (4 * max(tile_cols, spec.hidden_size) + 2 * kept_cols + 2 * spec.hidden_size)
 
-        fits = 1
-        step = 2**20
+        fits, step = 1, 2**20
         while step:
             if size(fits + step) <= num_bytes:
                 fits += step
@@ -244,7 +237,7 @@ class FoldedRows:
         with on_device(hidden):
             for index in range(self.num_tiles):
                 first = index * self.tile_cols
-                cols = min(self.tile_cols, self.vocab_size - first)
+                cols = min(self.tile_cols, self.spec.vocab_size - first)
                 _multiply(hidden, lm_head.weight[first : first + cols].T, tile[:, :cols])
                 vocabulary_tiles.fold(
                     tile,
@@ -266,12 +259,12 @@ class FoldedRows:
                 references,
                 outputs,
                 tile_cols=self.tile_cols,
-                vocab_size=self.vocab_size,
+                vocab_size=self.spec.vocab_size,
                 **options,
             )
         if keep:
             self.row_sums, self.targets, self.transform = state[1], targets, transform
-            self.current = kept[:, : self.vocab_size]
+            self.current = kept[:, : self.spec.vocab_size]
         return outputs
 
     def backward(self, token_grads: torch.Tensor) -> None:
@@ -299,7 +292,7 @@ class FoldedRows:
         row_scale = self.row_scale[:, None]
         high = row_scale.to(self.current.dtype)
         low = (row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
-        sums = self.row_scale.new_empty(self.vocab_size, 2)
+        sums = self.row_scale.new_empty(self.spec.vocab_size, 2)
         _multiply(self.current.T, torch.cat([high, low], dim=1), sums)
         total.add_(sums.sum(1))
 
@@ -341,9 +334,3 @@ def _tile_columns(num_tokens: int, vocab_size: int) -> tuple[int, int]:
     block = block_columns(vocab_size)
     cols = max(block, TILE_LOGITS // max(num_tokens, 1) // block * block)
     return block, min(cols, -(-vocab_size // block) * block)
-
-
-def chunk_kind(dtype: torch.dtype, device: torch.device, backend: str) -> type[WholeRows] | type[FoldedRows]:
-    """Which kind of chunk is fastest."""
-    is_foldable = dtype == torch.bfloat16 and backend == "triton"
-    return FoldedRows if is_foldable and (_is_native(dtype, device) or device.type == "cpu") else WholeRows

@@ -27,7 +27,7 @@ from test_properties import to_device
 from torch.autograd import gradcheck
 
 import kto_fused
-from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, heads, linear_sequence_logps, reference
+from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, heads, linear_sequence_logps, projection, reference
 from kto_fused.from_hidden import HiddenOptions, LossFromHidden
 from kto_fused.from_logits import LogitOptions
 from kto_fused.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
@@ -641,6 +641,59 @@ def test_bf16_log_probabilities_of_1024_tokens(engine):
                 whole = linear_sequence_logps(hidden.transpose(0, 1), case.weight, labels.T, **options)
             assert (tokens - exact).abs().max() <= 1e-5
             assert (whole - exact.sum()).abs() <= (1e-4 if engine[1] == "cpu" else 1e-5 * num_tokens)
+
+
+# ---- small gradients, far columns ---------------------------------------------------------------------------------
+
+
+def test_float16_gradients_reach_the_loss_scaler_whole(engine):
+    """The gradient found in the forward is smaller than float16 holds; the scaled loss's is not."""
+    case = make_hidden_case(dtype=torch.float16, packed=False, loss_type="kto", beta=1e-5, **on(engine))
+    exact = case.map(torch.Tensor.double).with_options(backend=None)
+    results = []
+    for function, x in ((fused_linear_kto_loss, case), (reference.linear_kto_loss, exact)):
+        hidden, weight = x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()
+        options = {**x.options, "ref_logps": torch.zeros(len(x.labels), device=engine[1])}
+        loss, _ = function(hidden, weight, x.labels, x.desirable, reference_point=0.0, **options)
+        (loss * 2.0**16).backward()
+        results.append((hidden.grad, weight.grad))
+    for actual, expected in zip(*results, strict=True):
+        assert_same_gradient(actual, expected)
+
+
+FAR = {  # biases of the columns, far from each other: (first column, last column, bias)
+    "near": [],
+    "later columns far larger": [(1500, 1600, 200.0), (2400, 2500, 350.0)],
+    "nothing but -inf at first": [(0, 1024, -math.inf)],
+    "every other tile -inf": [(0, 1024, -math.inf), (2048, 2500, -math.inf)],
+}
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**30])
+@pytest.mark.parametrize("columns", FAR)
+def test_tiles_of_far_columns(columns, chunk_bytes, engine, monkeypatch):
+    """A row's reference moves where a later tile needs it, and nothing of the earlier ones is lost."""
+    monkeypatch.setattr(projection, "TILE_LOGITS", 1)  # the narrowest tiles: three
+    case = make_hidden_case(batch=2, vocab=2500, dtype=torch.bfloat16, **on(engine))
+    bias = torch.zeros(2500, device=engine[1])
+    for first, last, value in FAR[columns]:
+        bias[first:last] = value
+    bias = bias.bfloat16()
+    case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 1024 + 1024
+    results = []
+    for function, x in ((fused_linear_kto_loss, case), (reference.linear_kto_loss, case.map(torch.Tensor.double))):
+        leaves = [y.detach().to(x.hidden.dtype).requires_grad_() for y in (x.hidden, x.weight, bias)]
+        options = {"ref_logps": torch.zeros(2, device=engine[1]), "reference_point": 0.0, "beta": 1e-3}
+        if x is case:
+            options |= {"backend": engine[0], "chunk_bytes": chunk_bytes}
+        loss, metrics = function(*leaves[:2], x.labels, x.desirable, lm_head_bias=leaves[2], **options)
+        loss.backward()
+        results.append((metrics, [leaf.grad for leaf in leaves]))
+    (metrics, grads), (exact, exact_grads) = results
+    assert_close(metrics.logps, exact.logps, 1e-5, "logps")
+    assert_close(metrics.entropy, exact.entropy, 1e-5, "entropy")
+    for actual, expected in zip(grads, exact_grads, strict=True):
+        assert_same_gradient(actual, expected, roundings=1.5 if engine == ("triton", "cpu") else 1.0)
 
 
 # ---- a loss of one's own ------------------------------------------------------------------------------------------
