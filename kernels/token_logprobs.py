@@ -30,6 +30,7 @@ BACKWARD_BLOCKS = 2
 # A row is split over several programs where there are fewer rows than this per multiprocessor, over at most MAX_SPLITS.
 ROWS_PER_MULTIPROCESSOR = 2
 MAX_SPLITS = 64
+MIN_SPLIT_BLOCKS = 2  # what a split's partial results are little beside
 
 
 @triton.jit
@@ -547,6 +548,7 @@ def forward(
     splits, blocks_per_split, partials = 1, blocks, targets
     if 0 < rows < ROWS_PER_MULTIPROCESSOR * multiprocessors and blocks > 1:
         wanted = min(triton.cdiv(2 * ROWS_PER_MULTIPROCESSOR * multiprocessors, rows), MAX_SPLITS)
+        wanted = min(wanted, triton.cdiv(blocks, MIN_SPLIT_BLOCKS))
         blocks_per_split = triton.cdiv(blocks, wanted)
         splits = triton.cdiv(blocks, blocks_per_split)
         partials = stats[0].new_empty(rows, splits, 4)

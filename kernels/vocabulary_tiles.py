@@ -125,7 +125,7 @@ def fold_tile_kernel(
         HAS_BIAS, HAS_SOFTCAP, KEEP, LANES, VEC,
     )  # fmt: skip
     if (tile_max - origin) * log2_factor > HEADROOM:
-        step = origin - tile_max
+        step = tl.maximum(origin - tile_max, -1e30)
         row_weighted = (row_weighted + row_sum * step) * tl.exp2(step * log2_factor)
         row_sum = row_sum * tl.exp2(step * log2_factor)
         reference = tile_max

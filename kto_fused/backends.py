@@ -20,7 +20,7 @@ def resolve(backend: str | None, device: torch.device) -> str:
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be one of {list(BACKENDS)} or None, got {backend!r}")
     if device.type == "mps":
-        raise ValueError("logits are on mps, which has no float64; move them to the cpu")
+        raise ValueError("tensors are on mps, which has no float64; move them to the cpu")
     on_gpu = device.type in ("cuda", "xpu")
     if backend is None:
         return "triton" if on_gpu and HAS_TRITON else "torch"

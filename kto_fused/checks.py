@@ -102,8 +102,9 @@ def rows_and_labels(
 def local(name: str, value: object) -> None:
     """Refuse a tensor that is spread over ranks: its shards alone would be another objective."""
     if type(value).__name__ == "DTensor":
+        what = "hidden states" if "hidden" in name else "weight"
         raise TypeError(
-            f"{name} is a DTensor, spread over ranks; pass the gathered weight (full_tensor()), or the local one "
+            f"{name} is a DTensor, spread over ranks; pass the gathered {what} (full_tensor()), or the local {what} "
             "(to_local()) where it is replicated"
         )
 

@@ -18,7 +18,7 @@ from typing import Any, Optional
 
 import torch
 
-from . import heads
+from . import heads, projection
 from .backends import HAS_TRITON, on_device, opaque
 from .first_derivative import first_derivative_only
 from .from_logits import LogitOptions, sequence_backward, sequence_sums
@@ -61,10 +61,12 @@ class _Engine:
         chunk: WholeRows | FoldedRows,
         options: HiddenOptions,
         num_chunks: int,
+        weight_dtype: torch.dtype,
     ):
+        """``weight`` in the GEMMs' dtype; ``weight_dtype`` is the parameter's own."""
         self.hidden = hidden if hidden.ndim == 3 else hidden[None]
         compute = options.compute_dtype
-        self.lm_head = LMHead(weight.to(options.dtype), None if bias is None else bias.to(compute))
+        self.lm_head = LMHead(weight, None if bias is None else bias.to(compute).contiguous())
         self.tokens, self.chunk, self.options = tokens, chunk, options
         # (logps, entropy, mean_logits) of each token; 0 until its chunk was visited
         self.per_token = [torch.zeros(len(tokens.rows), dtype=compute, device=hidden.device) for _ in range(3)]
@@ -73,14 +75,14 @@ class _Engine:
         self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
 
         needs_hidden, needs_weight, needs_bias = options.needs
-        self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=_held_dtype(hidden)) if needs_hidden else None
+        self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=_held_dtype(hidden.dtype)) if needs_hidden else None
         # a sum over several chunks is rounded once, at its end
-        self.weight_dtype = _held_dtype(weight)
+        self.weight_dtype = _held_dtype(weight_dtype)
         sum_dtype = self.weight_dtype if num_chunks <= 1 and chunk.grad_dtype == self.weight_dtype else compute
         self.weight_sum = weight.new_empty(weight.shape, dtype=sum_dtype) if needs_weight else None
         self.has_weight_sum = False
         self.bias_sum = bias.new_zeros(bias.shape, dtype=compute) if needs_bias else None
-        self.bias_dtype = None if bias is None else _held_dtype(bias)
+        self.bias_dtype = None if bias is None else _held_dtype(bias.dtype)
 
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
         """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
@@ -155,9 +157,9 @@ class _Engine:
         )
 
 
-def _held_dtype(tensor: torch.Tensor) -> torch.dtype:
+def _held_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of a gradient between forward and backward. A float16 one would underflow: no loss scaling has reached it yet."""
-    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _even_ranges(num_tokens: int, limit: int) -> list[tuple[int, int]]:
@@ -183,7 +185,14 @@ def _whole_ranges(counts: list[int], limit: int, group: int) -> list[tuple[int, 
 
 
 def _chunk_spec(weight: torch.Tensor, options: HiddenOptions) -> ChunkSpec:
-    return ChunkSpec(*weight.shape, options.dtype, weight.device, options.logits.backend, any(options.needs))
+    return ChunkSpec(
+        *weight.shape,
+        dtype=options.dtype,
+        device=weight.device,
+        backend=options.logits.backend,
+        keeps=any(options.needs),
+        tile_logits=min(projection.TILE_LOGITS, options.chunk_bytes // 16),  # a quarter of the chunk at most
+    )
 
 
 def _chunk_limit(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> int:
@@ -251,22 +260,29 @@ def forward(
 
     chunk = None
     ref_hidden, ref_weight, ref_bias = reference
+    gemm_weight = weight.to(options.dtype)  # a copy under autocast: one, where the reference has the policy's head
+    if ref_weight is not None:
+        is_shared = ref_weight.data_ptr() == weight.data_ptr() and ref_weight.shape == weight.shape
+        ref_weight = gemm_weight if is_shared else ref_weight.to(options.ref_dtype)
     if ref_hidden is not None:
         ref_options = replace(options, dtype=options.ref_dtype, needs=(False, False, False))
-        ref_limit = _chunk_limit(len(tokens.rows), ref_weight, ref_options)
         if ref_options.dtype == options.dtype:  # the policy's buffer serves both
             chunk = _make_chunk(ranges, weight, options)
             ref_limit = max(1, chunk.num_tokens)
+        else:
+            ref_limit = _chunk_limit(len(tokens.rows), ref_weight, ref_options)
         ref_ranges = _even_ranges(len(tokens.rows), ref_limit)
         ref_chunk = chunk or _make_chunk(ref_ranges, ref_weight, ref_options)
-        engine = _Engine(ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, len(ref_ranges))
+        engine = _Engine(
+            ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, len(ref_ranges), ref_weight.dtype
+        )
         for start, stop in ref_ranges:
             engine.forward(start, stop)
         ref_logps = engine.sequences()[0]
         del engine, ref_chunk
 
     chunk = chunk or _make_chunk(ranges, weight, options)
-    engine = _Engine(hidden, weight, bias, tokens, chunk, options, len(ranges))
+    engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, len(ranges), weight.dtype)
 
     token_counts = tokens.unpack(tokens.offsets.diff())
 
@@ -314,9 +330,9 @@ def backward(
     """Gradients by hidden, weight and bias from d loss / d logps [B]; computes the logits again."""
     tokens, limit = _prepare(hidden, weight, labels, cu_seqlens, options, paired=False)
     ranges = _even_ranges(len(tokens.rows), limit)
-    engine = _Engine(
-        hidden, weight, bias, tokens, _make_chunk(ranges, weight, options), options, num_chunks=len(ranges)
-    )
+    chunk, gemm_weight = _make_chunk(ranges, weight, options), weight.to(options.dtype)
+    engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, len(ranges), weight.dtype)
+    del chunk
     token_grads = engine.token_grads(sequence_grads, tokens.unpack(tokens.offsets.diff()))
     for start, stop in ranges:
         engine.forward(start, stop, keep=True)
@@ -366,7 +382,7 @@ def _num_sequences(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int
 def _fake_gradients(tensors: tuple, needs: tuple[bool, ...]) -> list[torch.Tensor]:
     hidden = tensors[0]
     return [
-        x.new_empty(x.shape, dtype=_held_dtype(x)) if needed else hidden.new_empty(0)
+        x.new_empty(x.shape, dtype=_held_dtype(x.dtype)) if needed else hidden.new_empty(0)
         for x, needed in zip(tensors, needs, strict=True)
     ]
 
@@ -542,7 +558,11 @@ def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
             options.compute_dtype,
             logits.backend,
         )
-        return (direction * row_grads.view(*direction.shape[:-1], 1)).to(ctx.dtypes[0]), None, None
+        row_grads = row_grads.view(*direction.shape[:-1], 1)
+        if torch.compiler.is_compiling() or _keeps_graph():
+            direction = direction.clone()
+        # a row that takes no part keeps a gradient of 0, even beside a NaN
+        return direction.mul_(row_grads).masked_fill_(row_grads == 0, 0).to(ctx.dtypes[0]), None, None
     hidden, weight, bias, labels, cu_seqlens, head_grads = ctx.saved_tensors
     sequence_grads = incoming.double() if head_grads is None else heads.scale_grads(head_grads, incoming)
     gradients = _linear_backward(hidden, weight, bias, labels, cu_seqlens, sequence_grads, *_flatten_options(options))

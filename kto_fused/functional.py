@@ -247,8 +247,9 @@ def fused_linear_kto_loss(
     With N completion tokens (prompts and padding cost nothing) and a GEMM of 2 N H V operations, value and gradient
     take 2 GEMMs where the head is frozen; 3 where it is trained; 4 where it is trained and one sequence alone exceeds
     the chunk, or ``"batch_mean"`` couples a batch that does, or with ``reduction="none"``. The reference takes 1. The
-    gradients are found in the forward; backward scales them by the loss's own. The host waits once for the device,
-    for the number of completion tokens.
+    gradients are found in the forward, and backward scales them by the loss's own; but for a trained head with
+    ``reduction="none"``, whose backward computes the logits again. The host waits for the device once in the forward,
+    for the number of completion tokens (and once in such a backward).
 
     Args:
         hidden: [B, T, H] float16, bfloat16, float32 or float64 (any strides); [N, H] or [1, N, H] with ``cu_seqlens``.
@@ -257,11 +258,12 @@ def fused_linear_kto_loss(
         labels, desirable: as in ``fused_kto_loss``.
         lm_head_bias: [V].
         ref_hidden: the reference model's hidden states [B, T, H_ref]; never receives a gradient.
-        ref_lm_head_weight, ref_lm_head_bias: its LM head [V, H_ref], [V]; None: the policy's, without a gradient.
+        ref_lm_head_weight, ref_lm_head_bias: its LM head [V, H_ref] and bias [V]. A weight alone has no bias; without a
+            weight both are the policy's, without a gradient.
         ref_logps: [B] the reference's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
-        chunk_bytes: how much memory to spend beside the gradients, which count in float32 where several chunks' add
-            up: enough for one token at the least. The default, 1 GiB, is large enough for the GEMMs to run at full
-            rate; more can spare the fourth GEMM.
+        chunk_bytes: how much memory to spend beside the gradients: enough for one token at the least. The default,
+            1 GiB, lets the GEMMs run near their full rate; more can spare the fourth GEMM. Gradients count in float32
+            for float16, and the weight's where several chunks add up; under autocast the cast head comes on top.
 
     All other arguments are those of ``fused_kto_loss``, and so are the errors.
 
@@ -792,9 +794,11 @@ def _hidden_reference(
         return None, None, None, ref_logps.detach()
     if ref_hidden is None:
         return None, None, None, None
+    names = "ref_lm_head_weight", "ref_lm_head_bias"
     if ref_weight is None:
         ref_weight, ref_bias = weight, bias
-    checks.lm_head("ref_lm_head_weight", ref_weight, "ref_lm_head_bias", ref_bias, "ref_hidden", ref_hidden)
+        names = "lm_head_weight, the reference's too,", "lm_head_bias, the reference's too,"
+    checks.lm_head(names[0], ref_weight, names[1], ref_bias, "ref_hidden", ref_hidden)
     if len(ref_weight) != len(weight):
         raise ValueError(
             f"ref_lm_head_weight has a vocabulary of {len(ref_weight)}, expected lm_head_weight's {len(weight)}"

@@ -39,13 +39,15 @@ class LMHead:
 
 
 @functools.cache
-def _has_float32_output(device_type: str, dtype: torch.dtype) -> bool:
+def _has_float32_output(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a GEMM of half-precision matrices can write float32."""
-    if device_type != "cuda":
+    if device.type != "cuda":
         return False
+    matrix = torch.zeros(16, 16, device=device, dtype=dtype)
     try:
-        matrix = torch.zeros(16, 16, device=device_type, dtype=dtype)
         torch.mm(matrix, matrix, out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the device
     except (RuntimeError, TypeError):
         return False
     return True
@@ -53,7 +55,7 @@ def _has_float32_output(device_type: str, dtype: torch.dtype) -> bool:
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
     """out (+)= a @ b, in the precision of ``out``."""
-    if a.dtype != out.dtype and not _has_float32_output(a.device.type, a.dtype):
+    if a.dtype != out.dtype and not _has_float32_output(a.device, a.dtype):
         a, b = a.to(out.dtype), b.to(out.dtype)
     wider = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if add:
@@ -72,6 +74,7 @@ class ChunkSpec:
     device: torch.device
     backend: str
     keeps: bool
+    tile_logits: int  # about how many a tile may hold
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -80,7 +83,7 @@ class ChunkSpec:
     @property
     def is_native(self) -> bool:
         """Whether a GEMM reads the dtype and writes what log-probabilities are computed in."""
-        return self.dtype == self.compute_dtype or _has_float32_output(self.device.type, self.dtype)
+        return self.dtype == self.compute_dtype or _has_float32_output(self.device, self.dtype)
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -194,7 +197,7 @@ class FoldedRows:
 
     def __init__(self, num_tokens: int, spec: ChunkSpec):
         self.num_tokens, self.spec = num_tokens, spec
-        self.block, self.tile_cols = _tile_columns(num_tokens, spec.vocab_size)
+        self.block, self.tile_cols = _tile_columns(num_tokens, spec)
         self.num_tiles = -(-spec.vocab_size // self.tile_cols)
         # a tile of logits, and after the last the gradient by the hidden states
         width = max(self.tile_cols, spec.hidden_size if spec.keeps else 0)
@@ -207,12 +210,16 @@ class FoldedRows:
     def capacity(num_bytes: int, spec: ChunkSpec) -> int:
         """As ``WholeRows.capacity``."""
 
+        block, _ = _tile_columns(1, spec)
+        cols = -(-spec.vocab_size // block) * block
+
         def size(num_tokens: int) -> int:
-            block, tile_cols = _tile_columns(num_tokens, spec.vocab_size)
+            # at most so many logits in a tile, whatever its columns are rounded to
+            buffer = min(num_tokens * cols, max(num_tokens * block, spec.tile_logits))
             if not spec.keeps:
-                return num_tokens * (4 * tile_cols + 2 * spec.hidden_size)
-            kept_cols = -(-spec.vocab_size // block) * block
-            return num_tokens * (4 * max(tile_cols, spec.hidden_size) + 2 * kept_cols + 2 * spec.hidden_size)
+                return 4 * buffer + 2 * num_tokens * spec.hidden_size
+            buffer = max(buffer, num_tokens * spec.hidden_size)
+            return 4 * buffer + 2 * num_tokens * (cols + spec.hidden_size)
 
         fits, step = 1, 2**20
         while step:
@@ -327,10 +334,10 @@ def move_rows(
         target.index_copy_(0, target_rows, source.to(target.dtype))
 
 
-def _tile_columns(num_tokens: int, vocab_size: int) -> tuple[int, int]:
+def _tile_columns(num_tokens: int, spec: ChunkSpec) -> tuple[int, int]:
     """(columns of one step, columns of one tile)."""
     from .kernels.vocabulary_tiles import block_columns
 
-    block = block_columns(vocab_size)
-    cols = max(block, TILE_LOGITS // max(num_tokens, 1) // block * block)
-    return block, min(cols, -(-vocab_size // block) * block)
+    block = block_columns(spec.vocab_size)
+    cols = max(block, spec.tile_logits // max(num_tokens, 1) // block * block)
+    return block, min(cols, -(-spec.vocab_size // block) * block)

@@ -306,9 +306,9 @@ def _policy_and_ref_logits(
     if ref_hidden is None:
         return logits, None
     checks.ref_hidden(ref_hidden, hidden)
-    if ref_weight is None:
-        ref_weight, ref_bias = weight, bias
     ref_head = "ref_lm_head_weight", ref_weight, "ref_lm_head_bias", ref_bias
+    if ref_weight is None:
+        ref_head = "lm_head_weight, the reference's too,", weight, "lm_head_bias, the reference's too,", bias
     with torch.no_grad():
         return logits, _logits("ref_hidden", ref_hidden, *ref_head, labels, **layout)
 

@@ -258,7 +258,8 @@ def check_hidden_against_twin(
     assert grads.keys() == exact_grads.keys()
     # softmax, d logp / d hidden and the result are rounded one after the other, and the interpreter truncates each time
     is_truncated = case.options.get("backend") == "triton" and case.hidden.device.type == "cpu"
-    roundings = 1.5 if is_truncated and dtype == torch.bfloat16 else 1.0
+    # and in float32 the GEMM rounds logits of up to 20 before the softmax
+    roundings = {torch.bfloat16: 1.5 if is_truncated else 1.0, torch.float32: 2.0}.get(dtype, 1.0)
     for name, grad in grads.items():
         assert grad.dtype == dtype, name
         assert_same_gradient(grad, exact_grads[name], grad_floor, roundings)

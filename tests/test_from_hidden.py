@@ -666,6 +666,7 @@ FAR = {  # biases of the columns, far from each other: (first column, last colum
     "later columns far larger": [(1500, 1600, 200.0), (2400, 2500, 350.0)],
     "nothing but -inf at first": [(0, 1024, -math.inf)],
     "every other tile -inf": [(0, 1024, -math.inf), (2048, 2500, -math.inf)],
+    "the smallest numbers at first": [(0, 1024, torch.finfo(torch.bfloat16).min)],
 }
 
 
@@ -694,6 +695,19 @@ def test_tiles_of_far_columns(columns, chunk_bytes, engine, monkeypatch):
     assert_close(metrics.entropy, exact.entropy, 1e-5, "entropy")
     for actual, expected in zip(grads, exact_grads, strict=True):
         assert_same_gradient(actual, expected, roundings=1.5 if engine == ("triton", "cpu") else 1.0)
+
+
+@pytest.mark.parametrize("kind", ["every other element", "one element for all"])
+def test_a_strided_bias(kind, engine):
+    """Of float32 under autocast, which reads hidden states and weight in bfloat16."""
+    case = make_hidden_case(vocab=300, **on(engine))
+    bias = torch.randn(600, device=engine[1])[::2] if kind == "every other element" else torch.randn(1).expand(300)
+    results = []
+    for value in (bias.to(engine[1]), bias.to(engine[1]).contiguous()):
+        with torch.autocast(engine[1], torch.bfloat16):
+            options = {"lm_head_bias": value, "backend": engine[0]}
+            results.append(linear_sequence_logps(case.hidden, case.weight, case.labels, **options))
+    assert torch.equal(*results)
 
 
 # ---- a loss of one's own ------------------------------------------------------------------------------------------
