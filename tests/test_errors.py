@@ -498,7 +498,7 @@ HIDDEN_REFERENCE_ERRORS = {
     "ref_hidden of another size without a head": (
         {**FROM_HIDDEN, "ref_hidden": torch.zeros(B, T, H + 1)},
         ValueError,
-        "ref_lm_head_weight must be [V, H] with V >= 1 and ref_hidden's H = 4, got shape [7, 3]",
+        "lm_head_weight, the reference's too, must be [V, H] with V >= 1 and ref_hidden's H = 4, got shape [7, 3]",
     ),
     "ref_hidden of integers": (
         {**FROM_HIDDEN, "ref_hidden": HIDDEN.long()},
