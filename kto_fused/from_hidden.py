@@ -43,7 +43,7 @@ class HiddenOptions:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.dtype)
 
 
 # ---- engine -------------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def _fake_gradients(tensors: tuple, needs: tuple[bool, ...]) -> list[torch.Tenso
 def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_hidden, *arguments) -> list[torch.Tensor]:
     *_, dtype, _, _, needs_hidden, needs_weight, needs_bias, head_name, _, reduction, loss_dtype, _ = arguments
     num_sequences = _num_sequences(labels, cu_seqlens)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = compute_dtype(dtype)
     logps = hidden.new_empty(num_sequences, dtype=torch.float64)
     counts = hidden.new_empty(num_sequences, dtype=torch.int64)
     means = [hidden.new_empty(num_sequences, dtype=compute) for _ in range(2)]

@@ -11,9 +11,10 @@ MASKED = -1  # prompt, padding, or nothing left to predict: log-probability 0, g
 INVALID = -2  # a label outside the vocabulary: log-probability NaN
 
 
-def compute_dtype(values: torch.Tensor) -> torch.dtype:
+def compute_dtype(values: torch.Tensor | torch.dtype) -> torch.dtype:
     """What logits or log-probabilities are computed in, and their loss given in: float64 for float64, else float32."""
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
+    dtype = values if isinstance(values, torch.dtype) else values.dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def gemm_dtype(hidden: torch.Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 
 from . import torch_backend
 from .backends import multiprocessors, on_device
-from .layout import INVALID, MASKED
+from .layout import INVALID, MASKED, compute_dtype
 
 # Bytes of LM-head weight cast at once, where no GEMM reads half precision and writes float32.
 CAST_BYTES = 2**24
@@ -78,7 +78,7 @@ class ChunkSpec:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.dtype)
 
     @property
     def is_native(self) -> bool:

@@ -835,7 +835,8 @@ def test_random_losses(engine):
             **{name: to_device(value, engine[1]) for name, value in vars(case).items() if name != "options"},
             options={name: to_device(value, engine[1]) for name, value in case.options.items()},
         )
-        floor = 10 * LOGP_TOLERANCE[case.hidden.dtype]
+        # an error of the log-probability reaches a vanishing gradient through the loss's curvature, times the head
+        floor = 10 * LOGP_TOLERANCE[case.hidden.dtype] * max(1.0, case.weight.abs().max().item())
         with chunks_of(num_tokens):
             check_hidden_against_twin(function, case, trained=trained, grad_floor=floor, backend=engine[0])
 
