@@ -208,7 +208,6 @@ def _chunk_limit(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) 
 
 
 def _prepare(
-    hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -250,7 +249,7 @@ def forward(
     if not is_total and options.is_head_trained:
         options = replace(options, needs=(False, False, False))
     paired = head is not None and head.paired
-    tokens, limit = _prepare(hidden, weight, labels, cu_seqlens, options, paired)
+    tokens, limit = _prepare(weight, labels, cu_seqlens, options, paired)
     even = _even_ranges(len(tokens.rows), limit)
     whole = _whole_ranges(tokens.counts, limit, 2 if paired else 1)
     if is_total and len(even) > 1 and head.couples_batch(*head_tensors):
@@ -328,7 +327,7 @@ def backward(
     options: HiddenOptions,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients by hidden, weight and bias from d loss / d logps [B]; computes the logits again."""
-    tokens, limit = _prepare(hidden, weight, labels, cu_seqlens, options, paired=False)
+    tokens, limit = _prepare(weight, labels, cu_seqlens, options, paired=False)
     ranges = _even_ranges(len(tokens.rows), limit)
     chunk, gemm_weight = _make_chunk(ranges, weight, options), weight.to(options.dtype)
     engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, len(ranges), weight.dtype)

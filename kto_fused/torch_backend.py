@@ -43,7 +43,8 @@ class _Rows:
         # where strides have no common step, the rows of the view overlap, and are written through the logits themselves
         self.logits = logits if logits.ndim == 3 else logits[None]
         self.overlaps = 0 < self.view.stride(0) < logits.shape[-1]
-        self.sequence, self.position = rows // max(logits.shape[-2], 1), rows % max(logits.shape[-2], 1)
+        if self.overlaps:
+            self.sequence, self.position = rows // logits.shape[-2], rows % logits.shape[-2]
 
     def block(self, start: int, stop: int) -> torch.Tensor | None:
         """The rows as a view, where they lie side by side."""

@@ -25,6 +25,23 @@ LOGP_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-
 GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(LOGP_TOLERANCE)
 
+LAYOUTS = {
+    "plain": {},
+    "averaged": {"average_log_prob": True},
+    "unshifted": {"shift": False},
+    "packed": {"packed": True},
+    "packed-averaged": {"packed": True, "average_log_prob": True},
+    "packed-unshifted": {"packed": True, "shift": False},
+    "ignore-0": {"ignore_index": 0},
+}
+TRANSFORMS = {
+    "temperature": {"temperature": 0.7},
+    "scale": {"logit_scale": 1.7},
+    "softcap": {"logit_softcap": 5.0},
+    "all": {"temperature": 1.3, "logit_scale": 0.6, "logit_softcap": 8.0},
+}
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
 TWINS = {
     fused_kto_loss: reference.kto_loss,
     fused_dpo_loss: reference.dpo_loss,
@@ -265,6 +282,10 @@ def check_hidden_against_twin(
         assert_same_gradient(grad, exact_grads[name], grad_floor, roundings)
     if "hidden" in grads:
         assert grads["hidden"][is_masked(case)].eq(0).all(), "masked positions must have a gradient of exactly 0"
+
+
+def on(engine: tuple[str, str]) -> dict[str, str]:
+    return {"device": engine[1], "backend": engine[0]}
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from cases import (
-    DTYPES,
+    LAYOUTS,
     LOGP_TOLERANCE,
+    TRANSFORMS,
     assert_close,
     assert_same_gradient,
+    by_dtype,
     check_against_twin,
     make_case,
+    on,
     run,
 )
 
@@ -19,28 +22,8 @@ from kto_fused.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, RE
 # one column, two, just under and over a block's vector widths, a real block's edge
 VOCABS = [1, 2, 127, 1000, 4097]
 
-LAYOUTS = {
-    "plain": {},
-    "averaged": {"average_log_prob": True},
-    "unshifted": {"shift": False},
-    "packed": {"packed": True},
-    "packed-averaged": {"packed": True, "average_log_prob": True},
-    "packed-unshifted": {"packed": True, "shift": False},
-    "ignore-0": {"ignore_index": 0},
-}
-TRANSFORMS = {
-    "temperature": {"temperature": 0.7},
-    "scale": {"logit_scale": 1.7},
-    "softcap": {"logit_softcap": 5.0},
-    "all": {"temperature": 1.3, "logit_scale": 0.6, "logit_softcap": 8.0},
-}
 FUNCTIONS = [fused_kto_loss, fused_dpo_loss]
 by_function = pytest.mark.parametrize("function", FUNCTIONS, ids=["kto", "dpo"])
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def on(engine: tuple[str, str]) -> dict[str, str]:
-    return {"device": engine[1], "backend": engine[0]}
 
 
 @by_function

@@ -11,14 +11,18 @@ import torch
 from cases import (
     DTYPES,
     INPUTS,
+    LAYOUTS,
     LOGP_TOLERANCE,
+    TRANSFORMS,
     TWINS,
     assert_close,
     assert_same_gradient,
+    by_dtype,
     check_hidden_against_twin,
     chunks_of,
     is_masked,
     make_hidden_case,
+    on,
     run_hidden,
 )
 from hypothesis import given, settings
@@ -38,29 +42,9 @@ FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss]
 REFERENCES = ["ref_hidden", "ref_hidden and its head", "ref_logps"]
 FROZEN = ("hidden",)
 HEAD_ONLY = ("weight", "bias")
-LAYOUTS = {
-    "plain": {},
-    "averaged": {"average_log_prob": True},
-    "unshifted": {"shift": False},
-    "packed": {"packed": True},
-    "packed-averaged": {"packed": True, "average_log_prob": True},
-    "packed-unshifted": {"packed": True, "shift": False},
-    "ignore-0": {"ignore_index": 0},
-}
-TRANSFORMS = {
-    "temperature": {"temperature": 0.7},
-    "scale": {"logit_scale": 1.7},
-    "softcap": {"logit_softcap": 5.0},
-    "all": {"temperature": 1.3, "logit_scale": 0.6, "logit_softcap": 8.0},
-}
 
 by_function = pytest.mark.parametrize("function", FUNCTIONS, ids=["kto", "dpo"])
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 by_trained = pytest.mark.parametrize("trained", [INPUTS, FROZEN], ids=["trained", "frozen"])
-
-
-def on(engine: tuple[str, str]) -> dict[str, str]:
-    return {"device": engine[1], "backend": engine[0]}
 
 
 def some(engine: tuple[str, str], values: list, count: int = 1) -> list:
