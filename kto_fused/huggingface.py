@@ -1,0 +1,321 @@
+"""Hugging Face causal language models: their hidden states and LM head go to a fused loss, and logits never exist.
+
+The loss is called inside the model's own ``forward``, at the place of its LM head, so that whatever wraps the model
+(PEFT, DistributedDataParallel, FSDP2, ``torch.compile``, autocast) does its part as it does for logits: adapters are
+on or off, sharded weights are gathered around the head, gradients are reduced behind it.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+# what models multiply their logits by, or divide them by, and how their configurations call it
+MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier")
+DIVIDED_BY = ("logits_scaling",)
+CHECKED_TOKENS = 8
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose logits the fused loss would not reproduce; the message says what to do."""
+
+
+def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> Any:
+    """``function(hidden=, lm_head_weight=, lm_head_bias=, logit_scale=, logit_softcap=, **arguments)`` of a model.
+
+    ``function`` is one that takes hidden states: ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``,
+    ``linear_sequence_logps``, or a twin of theirs in ``reference``. A mixture of experts whose configuration asks for
+    router logits has its auxiliary loss added to a loss, times ``router_aux_loss_coef``, as the model's own forward
+    does; not to log-probabilities.
+
+    Args:
+        function: called once, inside the model's forward.
+        model: a ``PreTrainedModel`` with an LM head, bare or wrapped (PEFT, DDP, FSDP2, ``torch.compile``).
+        model_inputs: for the model's backbone: ``input_ids`` [B, T], ``attention_mask``, ``position_ids``, ...
+        arguments: for ``function``: ``labels`` and what else it takes.
+
+    Returns:
+        What ``function`` returns.
+
+    Raises:
+        UnsupportedModelError, TypeError: see ``attach``.
+
+    >>> import torch, kto_fused
+    >>> from kto_fused import huggingface
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    ...                                      num_attention_heads=2, num_key_value_heads=2))
+    >>> input_ids = torch.arange(8).view(2, 4)
+    >>> loss, metrics = huggingface.apply(
+    ...     kto_fused.fused_linear_kto_loss, model, {"input_ids": input_ids}, labels=input_ids,
+    ...     desirable=torch.tensor([True, False]), ref_logps=torch.zeros(2), reference_point=0.0
+    ... )
+    >>> loss.backward()
+    >>> metrics.token_counts.tolist()
+    [3, 3]
+    """
+    attach(model)
+    gradient_path, outcome = model(**model_inputs, fused_call=_Call(function, arguments))
+    result = outcome.result
+    first = result[0] if isinstance(result, tuple) else result
+    if first.requires_grad:
+        first = _through(gradient_path, first)
+    if not isinstance(result, tuple):
+        return first
+    if outcome.aux_loss is not None:
+        first = first + outcome.aux_loss.to(first)
+    return first, *result[1:]
+
+
+def attach(model: nn.Module) -> None:
+    """Teach a model's forward to call a fused loss in place of its LM head; ``apply`` does it at its first call.
+
+    To be called before ``accelerate`` prepares the model. Without a loss the forward stays what it was, so generation,
+    saving and copying are as before. The model's own logits are compared once, on a few tokens, with those the loss
+    would see: an architecture that does more between its hidden states and its logits is refused, not trained wrongly.
+
+    Raises:
+        UnsupportedModelError: the LM head is not a plain linear layer (it carries an adapter, is quantised or missing),
+            prompts are learned, or the model's logits are more than its head, scale and soft cap.
+        TypeError: ``model`` holds no ``PreTrainedModel``.
+    """
+    inner = unwrap(model)
+    _check_head(inner)  # each time: an adapter may have come since
+    if getattr(inner, "_has_fused_call", False):
+        return
+    if "_original_forward" in inner.__dict__:
+        raise UnsupportedModelError(
+            "model was prepared by accelerate before it knew the fused loss, which would run outside of autocast: "
+            "call kto_fused.huggingface.attach(model) before accelerator.prepare(model)"
+        )
+    # an instance's own forward is somebody else's patch; as a bound method it follows the model when that is copied
+    inner._unfused_forward = inner.__dict__.get("forward")
+    inner.forward = MethodType(functools.wraps(type(inner).forward)(_forward), inner)
+    for linear in _linears(inner.get_output_embeddings()):
+        linear.forward = MethodType(_head_forward, linear)
+    inner._has_fused_call = True
+    try:
+        _check_logits(inner)
+    except BaseException:
+        detach(inner)
+        raise
+
+
+def detach(model: nn.Module) -> None:
+    """Give the model back the forward it had before ``attach``."""
+    inner = unwrap(model)
+    if not getattr(inner, "_has_fused_call", False):
+        return
+    for linear in _linears(inner.get_output_embeddings()):
+        del linear.forward
+    del inner.forward
+    if inner._unfused_forward is not None:
+        inner.forward = inner._unfused_forward
+    del inner._unfused_forward, inner._has_fused_call
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The ``PreTrainedModel`` inside PEFT, DDP, FSDP and ``torch.compile``.
+
+    Raises:
+        TypeError: there is none.
+        UnsupportedModelError: ``nn.DataParallel``, or PEFT that learns prompts.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if isinstance(inner, nn.DataParallel):
+            raise UnsupportedModelError(
+                "model is wrapped in nn.DataParallel, whose replicas forget the fused loss: start one process per GPU "
+                "(torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES)"
+            )
+        if hasattr(inner, "get_base_model"):
+            config = inner.active_peft_config
+            if config.is_prompt_learning:
+                raise UnsupportedModelError(
+                    f"model learns prompts ({config.peft_type}), whose virtual tokens have no labels: use LoRA or "
+                    "another adapter of the weights"
+                )
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            raise TypeError(f"model must be or wrap a transformers.PreTrainedModel, got {type(model).__name__}")
+    return inner
+
+
+def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
+    """``logit_scale`` and ``logit_softcap`` of the logits a configuration describes."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in MULTIPLIED_BY:
+        scale *= getattr(text, name, None) or 1.0
+    for name in DIVIDED_BY:
+        scale /= getattr(text, name, None) or 1.0
+    return {"logit_scale": scale, "logit_softcap": getattr(text, "final_logit_softcapping", None) or None}
+
+
+# ---- inside the model's forward -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """A function of hidden states and LM head, on its way through the wrappers as one opaque object: FSDP2's mixed
+    precision would round tensors it recognises among the arguments.
+    """
+
+    function: Callable
+    arguments: dict[str, Any]
+
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: dict) -> Any:
+        return self.function(hidden=hidden, lm_head_weight=weight, lm_head_bias=bias, **{**options, **self.arguments})
+
+
+@dataclass
+class _Outcome:
+    """The function's result, out of reach of wrappers that round outputs, and the mixture of experts' own loss."""
+
+    result: Any
+    aux_loss: torch.Tensor | None = None
+
+
+def _forward(self: PreTrainedModel, *args, fused_call: _Call | None = None, **kwargs) -> Any:
+    if fused_call is None:
+        unfused = self._unfused_forward
+        return type(self).forward(self, *args, **kwargs) if unfused is None else unfused(*args, **kwargs)
+    inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names what it leaves out
+    inputs["use_cache"] = False
+    if getattr(self.config.get_text_config(), "output_router_logits", False) and torch.is_grad_enabled():
+        inputs["output_router_logits"] = True
+    outputs = self.base_model(*args, **inputs)
+    head = self.get_output_embeddings()
+    gradient_path, outcome = head(
+        outputs.last_hidden_state, fused_call=functools.partial(fused_call, options=logit_options(self.config))
+    )
+    if "output_router_logits" in inputs:
+        outcome.aux_loss = _router_loss(self, outputs.router_logits, inputs.get("attention_mask"))
+    return gradient_path, outcome
+
+
+def _head_forward(self: nn.Linear, hidden: torch.Tensor, fused_call: Callable | None = None) -> Any:
+    if fused_call is None:
+        return type(self).forward(self, hidden)
+    result = fused_call(hidden, self.weight, self.bias)
+    return result[0] if isinstance(result, tuple) else result, _Outcome(result)
+
+
+def _through(gradient_path: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """``exact``'s value with ``gradient_path``'s graph, on which the wrappers have hung their hooks."""
+    if gradient_path.dtype == exact.dtype:
+        return gradient_path
+    rounded = gradient_path.to(exact.dtype)
+    return rounded + (exact - rounded).detach()
+
+
+def _router_loss(
+    model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The load-balancing loss by the architecture's own function, weighted by its own coefficient."""
+    balance = sys.modules[_architecture(model).__module__].load_balancing_loss_func
+    loss = balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+    return model.router_aux_loss_coef * loss
+
+
+def _architecture(model: PreTrainedModel) -> type:
+    """The class from a modeling file: FSDP2 puts a class of its own before it."""
+    return next(
+        cls for cls in type(model).__mro__ if cls.__module__.startswith(("transformers.models", "transformers_modules"))
+    )
+
+
+# ---- what may be attached -----------------------------------------------------------------------------------------
+
+
+def _linears(head: nn.Module) -> Iterator[nn.Linear]:
+    """The head itself, or the copies PEFT's ``modules_to_save`` holds of it."""
+    return (module for module in head.modules() if isinstance(module, nn.Linear))
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if head is None or model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is no causal language model with an LM head: load AutoModelForCausalLM")
+    if type(head).__name__ == "ModulesToSaveWrapper":
+        layers = [head.original_module, *head.modules_to_save.values()]
+    else:
+        layers = [head]
+    for layer in layers:
+        if hasattr(layer, "base_layer"):
+            raise UnsupportedModelError(
+                f"{name}'s LM head carries an adapter ({type(layer).__name__}), which the fused loss would neither "
+                "apply nor train: leave 'lm_head' out of target_modules, or train it whole with "
+                "modules_to_save=['lm_head']"
+            )
+        if not isinstance(layer, nn.Linear) or _forward_of(layer) not in (nn.Linear.forward, _head_forward):
+            raise UnsupportedModelError(
+                f"{name}'s LM head is a {type(layer).__name__}, not a plain nn.Linear: keep the head out of "
+                "quantisation and casts (llm_int8_skip_modules=['lm_head'])"
+            )
+        if not layer.weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name}'s LM head is quantised to {layer.weight.dtype}: keep the head out "
+                "(llm_int8_skip_modules=['lm_head'])"
+            )
+
+
+def _forward_of(layer: nn.Module) -> Callable | None:
+    return getattr(layer.__dict__.get("forward", type(layer).forward), "__func__", type(layer).forward)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and router noise off, without a lasting change of any module's mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_logits(model: PreTrainedModel) -> None:
+    """Compare the model's logits of a few tokens with its head, scale and soft cap applied to its hidden states."""
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        raise UnsupportedModelError("model lies on the meta device: load its weights first")
+    vocab_size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=generator).to(device)
+    with _evaluating(model):
+        own = model(input_ids=input_ids, use_cache=False).logits
+        _, outcome = model(input_ids=input_ids, fused_call=_Call(_plain_logits, {}))
+    own, ours = own.double(), outcome.result.double()
+    if own.shape != ours.shape:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s logits are {tuple(own.shape)}, its LM head gives {tuple(ours.shape)}"
+        )
+    difference, largest = (own - ours).abs().max(), own.abs().max()
+    tolerance = 32 * torch.finfo(outcome.result.dtype).eps
+    if not difference <= tolerance * largest:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s logits differ by up to {difference:.1e} (largest {largest:.1e}) from its head "
+            f"with {logit_options(model.config)}: it computes something else there, so pass its logits to the losses "
+            "that take logits"
+        )
+
+
+def _plain_logits(hidden, lm_head_weight, lm_head_bias, logit_scale, logit_softcap) -> torch.Tensor:
+    logits = F.linear(hidden, lm_head_weight, lm_head_bias) * logit_scale
+    return logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)
