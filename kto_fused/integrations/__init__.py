@@ -1,0 +1,1 @@
+"""Other projects' trainers, run through this package."""
