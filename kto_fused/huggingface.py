@@ -75,6 +75,20 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     return first, *result[1:]
 
 
+def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> Any:
+    """``function(logits, **arguments)`` of a model's own logits, for a model that ``attach`` refuses.
+
+    ``function`` is one that takes logits: ``fused_kto_loss``, ``fused_dpo_loss``, ``sequence_logps``, or a twin. The
+    auxiliary loss of a mixture of experts is treated as in ``apply``.
+    """
+    outputs = model(**model_inputs, use_cache=False)
+    result = function(outputs.logits, **arguments)
+    aux_loss = getattr(outputs, "aux_loss", None)
+    if aux_loss is None or not isinstance(result, tuple):
+        return result
+    return result[0] + unwrap(model).router_aux_loss_coef * aux_loss.to(result[0]), *result[1:]
+
+
 def attach(model: nn.Module) -> None:
     """Teach a model's forward to call a fused loss in place of its LM head; ``apply`` does it at its first call.
 
@@ -311,8 +325,8 @@ def _check_logits(model: PreTrainedModel) -> None:
     if not difference <= tolerance * largest:
         raise UnsupportedModelError(
             f"{type(model).__name__}'s logits differ by up to {difference:.1e} (largest {largest:.1e}) from its head "
-            f"with {logit_options(model.config)}: it computes something else there, so pass its logits to the losses "
-            "that take logits"
+            f"with {logit_options(model.config)}: it computes something else there, so give the losses its "
+            "logits (loss_from='logits')"
         )
 
 

@@ -1,0 +1,146 @@
+"""What the trainers can be told: ``transformers.TrainingArguments`` and the losses' own options."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from . import checks
+from .functional import DEFAULT_CHUNK_BYTES
+from .losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE
+
+MISMATCHED = "mismatched"
+LOSS_FROM = ("hidden", "logits")
+
+
+def _option(default, text: str, **metadata):
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class FusedPreferenceConfig(TrainingArguments):
+    """What ``FusedKTOConfig`` and ``FusedDPOConfig`` share. Of ``TrainingArguments`` these defaults differ:
+    ``learning_rate`` 1e-6, ``logging_steps`` 10, ``train_sampling_strategy`` "group_by_length" (batches of similar
+    length), and ``logging_nan_inf_filter`` False, which would wait for the device at every step.
+    """
+
+    learning_rate: float = _option(1e-6, "Initial learning rate of AdamW.")
+    logging_steps: float = _option(10, "Log every so many optimizer steps; a fraction below 1 is of all steps.")
+    logging_nan_inf_filter: bool = _option(False, "Leave NaN and infinite losses out of the logged mean.")
+    train_sampling_strategy: str = _option(
+        "group_by_length",
+        "Order of the training examples.",
+        choices=["random", "sequential", "group_by_length", "batch_rebalance"],
+    )
+
+    beta: float = _option(0.1, "Pull towards the reference model, > 0.")
+    max_length: int | None = _option(
+        1024, "Longest sequence in tokens; completions are cut to it, and prompts that fill it are dropped."
+    )
+    precompute_ref_log_probs: bool = _option(
+        False, "Compute the reference's log-probabilities once, before training, and keep them on disk."
+    )
+    precompute_ref_batch_size: int | None = _option(
+        None, "Sequences (pairs) per device while precomputing; per_device_train_batch_size if not given."
+    )
+    ref_cache_dir: str | None = _option(
+        None, "Folder of the precomputed log-probabilities; kto_fused/ in the Hugging Face cache if not given."
+    )
+    dataset_num_proc: int | None = _option(None, "Processes that tokenize.")
+    pad_to_multiple_of: int | None = _option(None, "Pad batches to a multiple of this many tokens.")
+    disable_dropout: bool = _option(True, "Set dropout to 0 in the model and its reference.")
+    loss_from: str = _option(
+        "hidden",
+        "What the loss takes: the model's hidden states and LM head, or its logits, which need more memory and suit "
+        "any model.",
+        choices=list(LOSS_FROM),
+    )
+    chunk_bytes: int = _option(
+        DEFAULT_CHUNK_BYTES, "Memory for a chunk of logits, in bytes, where the loss takes hidden states."
+    )
+    backend: str | None = _option(
+        None, "Kernels of the loss: the faster on the device if not given.", choices=["triton", "torch"]
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.choice("loss_from", self.loss_from, LOSS_FROM)
+        checks.chunk_bytes(self.chunk_bytes)
+        for name in ("max_length", "precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        if self.max_length == 1:
+            raise ValueError("max_length must hold a prompt and a completion, at least 2 tokens, got 1")
+
+
+@dataclass
+class FusedKTOConfig(FusedPreferenceConfig):
+    """Options of ``FusedKTOTrainer``.
+
+    ``reference_point`` is z0: ``"mismatched"``, the paper's estimate from prompts with other prompts' completions (two
+    more forward passes, without gradient), its mean over all ranks and accumulated batches of an optimizer step;
+    ``"batch_mean"``, the batch's mean log-ratio (no more passes; one process, no accumulation); or a number in nats.
+
+    >>> FusedKTOConfig(output_dir="out", use_cpu=True, desirable_weight=1.33).loss_type
+    'kto'
+    """
+
+    loss_type: str = _option("kto", "The loss.", choices=list(KTO_LOSS_TYPES))
+    desirable_weight: float = _option(1.0, "Weight of desirable completions, >= 0.")
+    undesirable_weight: float = _option(1.0, "Weight of undesirable completions, >= 0.")
+    reference_point: str = _option(MISMATCHED, "z0: 'mismatched', 'batch_mean', or a number in nats.")
+    average_log_prob: bool = _option(False, "Mean instead of sum over a completion's tokens.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reference_point not in (MISMATCHED, "batch_mean"):
+            try:
+                self.reference_point = float(self.reference_point)
+            except (TypeError, ValueError):
+                self.reference_point = math.nan
+            if not math.isfinite(self.reference_point):
+                raise ValueError("reference_point must be 'mismatched', 'batch_mean' or a finite number")
+        number = self.reference_point if isinstance(self.reference_point, float) else 0.0
+        checks.kto_options(
+            self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean", None
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def needs_mismatched(self) -> bool:
+        return self.reference_point == MISMATCHED and self.loss_type != "apo_zero_unpaired"
+
+
+@dataclass
+class FusedDPOConfig(FusedPreferenceConfig):
+    """Options of ``FusedDPOTrainer``.
+
+    >>> FusedDPOConfig(output_dir="out", use_cpu=True, loss_type="ipo").beta
+    0.1
+    """
+
+    loss_type: str = _option(
+        "sigmoid",
+        "The loss.",
+        choices=list(DPO_LOSS_TYPES),
+    )
+    label_smoothing: float = _option(
+        0.0, "Probability that a preference is wrong, in [0, 0.5): sigmoid, robust, simpo."
+    )
+    gamma: float = _option(checks.DEFAULT_GAMMA, "Target margin of simpo.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.dpo_options(self.loss_type, self.beta, self.label_smoothing, self.gamma, "mean")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss_type not in REFERENCE_FREE
+
+    @property
+    def average_log_prob(self) -> bool:
+        return False  # the losses that average do it themselves

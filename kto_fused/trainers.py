@@ -1,0 +1,567 @@
+"""``transformers.Trainer`` for KTO and DPO: the model's hidden states go to the fused loss, and logits never exist.
+
+An optimizer step: [KTO: mismatched pairs of all its batches -> z0 over all ranks] -> per batch: reference
+log-probabilities (another model, adapters off, or from disk) -> policy and loss in one fused call -> backward.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from transformers.trainer_utils import EvalLoopOutput
+
+from . import huggingface, preference_data, reference_cache
+from .functional import (
+    fused_dpo_loss,
+    fused_kto_loss,
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    kto_reference_point,
+    linear_sequence_logps,
+    sequence_logps,
+)
+from .metrics import LossMetrics, Totals
+from .preference_data import PairedCollator, UnpairedCollator
+from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
+
+
+class FusedTrainer(Trainer):
+    """What the KTO and the DPO trainer share: models, data, reference log-probabilities, logging, resuming."""
+
+    config_class: type[FusedPreferenceConfig]
+    loss_functions: tuple[Callable, Callable]  # from hidden states, from logits
+    columns: tuple[str, ...]  # of a prepared dataset
+    ref_columns: tuple[str, ...]  # those added when the reference is precomputed
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: str | PreTrainedModel | None = None,
+        args: FusedPreferenceConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = self.config_class("trainer_output") if args is None else args
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported: start a process "
+                "per GPU (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES)"
+            )
+        if ref_model is not None and not args.needs_reference:
+            raise ValueError(f"ref_model is given, but loss_type={args.loss_type!r} has no reference")
+        if ref_model is model and not isinstance(model, str):
+            raise ValueError("ref_model is the model itself: leave it out, and a copy is made")
+        if processing_class is None:
+            name = model if isinstance(model, str) else huggingface.unwrap(model).config._name_or_path
+            processing_class = AutoTokenizer.from_pretrained(name)
+        self._tokenizer = processing_class
+        model, ref_model = _load(model), _load(ref_model)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+        if args.loss_from == "hidden":
+            huggingface.attach(model)
+        self._is_peft = hasattr(model, "disable_adapter")
+        if self._is_peft and args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        if args.disable_dropout:
+            _disable_dropout(model)
+        with args.main_process_first(desc="preparing the data"):
+            train_dataset = self._prepare_data(train_dataset, args, "train")
+            eval_dataset = self._prepare_data(eval_dataset, args, "eval")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collator(args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_deepspeed_enabled:
+            raise NotImplementedError("DeepSpeed is not supported yet: shard the model with FSDP2 (fsdp_version: 2)")
+        self.model_accepts_loss_kwargs = True  # that losses are scaled for accumulation is compute_loss's work
+        self._options = {"backend": args.backend, "average_log_prob": args.average_log_prob}
+        if args.loss_from == "hidden":
+            self._options["chunk_bytes"] = args.chunk_bytes
+        self._train_totals, self._eval_totals = Totals(), Totals()
+        self._num_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
+        self.ref_model = self._make_reference(ref_model)
+        if args.needs_reference and args.precompute_ref_log_probs:
+            self._precompute_references()
+
+    # ---- of each loss ----
+
+    def _collator(self, args: FusedPreferenceConfig) -> UnpairedCollator | PairedCollator:
+        raise NotImplementedError
+
+    def _tokenize(self, source: preference_data.Source, args: FusedPreferenceConfig, name: str) -> Dataset:
+        raise NotImplementedError
+
+    def _loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
+        """The batch's mean loss."""
+        raise NotImplementedError
+
+    def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What ``ref_columns`` hold of a batch, [b] each."""
+        raise NotImplementedError
+
+    # ---- data ----
+
+    def _prepare_data(self, source: Any, args: FusedPreferenceConfig, name: str) -> Any:
+        if source is None:
+            return None
+        if type(source) is dict:
+            return {key: self._prepare_data(value, args, key) for key, value in source.items()}
+        return self._tokenize(source, args, name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*self.columns, *self.ref_columns]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or dataset is None:
+            return super()._get_train_sampler(train_dataset)
+        return _LengthGroupedEpochs(self, dataset["length"])
+
+    # ---- the reference ----
+
+    def _make_reference(self, ref_model: PreTrainedModel | None) -> nn.Module | None:
+        """A given model, else a copy of the untrained policy, on its devices. None where the policy itself serves:
+        with its adapters off, or before its first step.
+        """
+        if not self.args.needs_reference:
+            return None
+        if ref_model is None:
+            is_policy_enough = self._is_peft or (self.args.precompute_ref_log_probs and not self.is_fsdp_enabled)
+            if is_policy_enough:
+                return None
+            ref_model = copy.deepcopy(self.model)
+        if self.args.loss_from == "hidden":
+            huggingface.attach(ref_model)
+        if self.args.disable_dropout:
+            _disable_dropout(ref_model)
+        ref_model.requires_grad_(False).eval()
+        if self.is_fsdp_enabled:
+            if self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+                raise NotImplementedError("a reference model under FSDP needs its version 2 (fsdp_version: 2)")
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(self.accelerator, ref_model)
+        return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+    @contextmanager
+    def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference model: its own, or ``model``, the policy, with adapters off."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        elif self._is_peft:
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                yield model
+        else:
+            yield model
+
+    def _logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """[B] sequence log-probabilities, without a gradient."""
+        with torch.no_grad():
+            if self.args.loss_from == "hidden":
+                return huggingface.apply(linear_sequence_logps, model, inputs, labels=labels, **self._options)
+            return huggingface.apply_to_logits(sequence_logps, model, inputs, labels=labels, **self._options)
+
+    def _ref_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        with self._reference(model) as reference:
+            return self._logps(reference, inputs, labels)
+
+    def _fused_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], **arguments
+    ) -> tuple[torch.Tensor, LossMetrics]:
+        from_hidden, from_logits = self.loss_functions
+        if self.args.loss_from == "hidden":
+            return huggingface.apply(from_hidden, model, inputs, **arguments, **self._options)
+        in_place = torch.is_grad_enabled()
+        return huggingface.apply_to_logits(
+            from_logits, model, inputs, inplace_backward=in_place, **arguments, **self._options
+        )
+
+    def _precompute_references(self) -> None:
+        """Add ``ref_columns`` to the datasets, from disk or by the reference, which is not needed afterwards."""
+        args, has_policy = self.args, self.ref_model is None
+        if has_policy and self.is_fsdp_enabled:
+            raise NotImplementedError(
+                "precompute_ref_log_probs with adapters under FSDP: leave it out, adapters off cost no memory"
+            )
+        model = self.model if has_policy else self.ref_model
+        prefix = getattr(getattr(model, "base_model", None), "prefix", None) if self._is_peft and has_policy else None
+        weights = reference_cache.hash_model(huggingface.unwrap(model), prefix)
+
+        def batches(dataset: Dataset) -> Iterator[tuple[torch.Tensor, ...]]:
+            batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+            loader = DataLoader(dataset, batch_size, collate_fn=self.data_collator)
+            progress = tqdm(
+                self.accelerator.prepare(loader),
+                desc="Reference log-probabilities",
+                disable=args.disable_tqdm or not args.should_log,
+            )
+            for inputs in progress:
+                yield self.accelerator.gather_for_metrics(self._ref_logps_of(model, inputs))
+
+        def add(dataset: Dataset) -> Dataset:
+            depends_on = (weights, self.accelerator.mixed_precision, str(args.average_log_prob))
+            return reference_cache.add_ref_logps(dataset, self.ref_columns, batches, args.ref_cache_dir, depends_on)
+
+        model.eval()
+        with self.accelerator.autocast():
+            if self.train_dataset is not None:
+                self.train_dataset = add(self.train_dataset)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {name: add(dataset) for name, dataset in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = add(self.eval_dataset)
+        self.ref_model = None
+
+    # ---- steps ----
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Sequences, or pairs, of an optimizer step over all ranks."""
+        count = sum(len(batch["input_ids"]) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return count
+        return self.accelerator.gather(torch.tensor(count, device=device)).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, LossMetrics]:
+        """The batch's mean loss; with ``num_items_in_batch`` its share of the optimizer step's, so that accumulated
+        batches and ranks, the last and smaller ones too, add up to the gradient of one large batch.
+        """
+        loss, metrics = self._loss(model, inputs)
+        rows = len(inputs["input_ids"])
+        if model.training:
+            self._train_totals.add(metrics.totals() | {"loss": _weighted(loss, rows)})
+            self._num_tokens += inputs["attention_mask"].sum()
+        if num_items_in_batch is not None:
+            share = rows * self.accelerator.num_processes / num_items_in_batch
+            if not (isinstance(share, float) and share == 1):
+                loss = loss * share
+        return (loss, metrics) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss alone: there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
+        self._eval_totals.add(metrics.gathered(self.accelerator.gather_for_metrics).totals())
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._eval_totals = Totals()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_totals.pop()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
+        """As ``Trainer.evaluate``; a dataset that is not prepared yet is tokenized first."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_new(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _prepare_new(self, source: Any) -> Any:
+        if type(source) is dict:
+            return {name: self._prepare_new(dataset) for name, dataset in source.items()}
+        if isinstance(source, Dataset) and set(self.columns) <= set(source.column_names):
+            return source
+        if self.args.needs_reference and self.args.precompute_ref_log_probs and not self._is_peft:
+            raise ValueError(
+                "eval_dataset is new, and with precompute_ref_log_probs there is no reference model to score it: "
+                "pass it to the trainer's constructor"
+            )
+        return self._prepare_data(source, self.args, "eval")
+
+    # ---- logging and resuming ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics since the last log, over all ranks, under TRL's names; the one place that waits for them.
+
+        ``loss`` is the mean over these steps' sequences (pairs).
+        """
+        if "loss" in logs:
+            logs |= self._train_totals.pop(self.accelerator.reduce)
+            logs["num_tokens"] = int(self.accelerator.reduce(self._num_tokens).item())
+        super().log(logs, start_time)
+
+    def _metrics_file(self, folder: str) -> str:
+        return os.path.join(folder, f"metrics_{self.args.process_index}.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        torch.save(
+            {"totals": self._train_totals.values, "num_tokens": self._num_tokens}, self._metrics_file(output_dir)
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and os.path.exists(self._metrics_file(checkpoint)):
+            state = torch.load(self._metrics_file(checkpoint), map_location=self.args.device, weights_only=True)
+            self._train_totals.values, self._num_tokens = state["totals"], state["num_tokens"]
+
+
+class FusedKTOTrainer(FusedTrainer):
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) on ``transformers.Trainer``, without logits.
+
+    Args:
+        model: a causal language model, bare or a ``PeftModel``, or a checkpoint's path or id.
+        ref_model: the reference, or its path or id. None: with adapters the model without them; else a copy of the
+            model as it is now.
+        args: ``FusedKTOConfig``.
+        train_dataset, eval_dataset: unpaired feedback (``prompt``, ``completion``, ``label``), or pairs (``prompt``,
+            ``chosen``, ``rejected``), which are split; plain text or conversations; a ``datasets.Dataset``, or paths of
+            JSON Lines or Parquet files. ``eval_dataset`` may be a dict of these.
+        processing_class: the tokenizer; None: the model's own.
+        peft_config: adapters to add to the model, a ``peft.PeftConfig``.
+        callbacks, optimizers: as in ``Trainer``.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used, by name; ``preference_data.DataError`` for a record,
+            ``huggingface.UnsupportedModelError`` for a model whose logits the loss would not reproduce.
+        NotImplementedError: DeepSpeed.
+
+    >>> trainer = FusedKTOTrainer(
+    ...     "Qwen/Qwen2.5-0.5B-Instruct", args=FusedKTOConfig(output_dir="out"), train_dataset="feedback.jsonl"
+    ... )  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+    """
+
+    config_class = FusedKTOConfig
+    loss_functions = (fused_linear_kto_loss, fused_kto_loss)
+    columns = ("prompt_ids", "completion_ids", "label", "kl_completion_ids", "length")
+
+    def __init__(self, *arguments, **named_arguments):
+        self._step_batches: list[dict[str, torch.Tensor]] | None = None
+        self._step_reference_point: torch.Tensor | None = None
+        super().__init__(*arguments, **named_arguments)
+        args = self.args
+        if args.reference_point == "batch_mean" and args.world_size * args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "reference_point='batch_mean' couples a batch that lies in several parts: "
+                f"{args.world_size} processes, gradient_accumulation_steps={args.gradient_accumulation_steps}; "
+                "use 'mismatched' or a number"
+            )
+
+    @property
+    def ref_columns(self) -> tuple[str, ...]:
+        return ("ref_logps", "ref_kl_logps") if self.args.needs_mismatched else ("ref_logps",)
+
+    def _collator(self, args: FusedKTOConfig) -> UnpairedCollator:
+        return UnpairedCollator(_pad_token_id(self._tokenizer), args.pad_to_multiple_of)
+
+    def _tokenize(self, source: preference_data.Source, args: FusedKTOConfig, name: str) -> Dataset:
+        return preference_data.prepare_unpaired(
+            source,
+            self._tokenizer,
+            max_length=args.max_length,
+            mismatch=args.needs_mismatched,
+            seed=args.seed,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        ).dataset
+
+    def get_batch_samples(self, *arguments) -> tuple[list, torch.Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(*arguments)
+        self._step_batches, self._step_reference_point = batches, None
+        return batches, num_items
+
+    def _reference_point(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor | float | str:
+        """z0; estimated from mismatched pairs once per optimizer step, or for a batch of evaluation."""
+        if self.args.loss_type == "apo_zero_unpaired":
+            return 0.0
+        if not self.args.needs_mismatched:
+            return self.args.reference_point
+        if not model.training:
+            return self._estimate(model, [inputs])
+        if self._step_reference_point is None:  # not before the step: resuming restores the random state in between
+            self._step_reference_point = self._estimate(model, self._step_batches or [inputs])
+            self._step_batches = None
+        return self._step_reference_point
+
+    def _estimate(self, model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        policy_logps, ref_logps = [], []
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            model_inputs, labels = _model_inputs(inputs, "kl_"), inputs["kl_labels"]
+            is_pair = (labels != preference_data.IGNORE_INDEX).any(1)  # some prompts have no other prompt's completion
+            policy_logps.append(self._logps(model, model_inputs, labels)[is_pair])
+            if "ref_kl_logps" in inputs:
+                ref_logps.append(inputs["ref_kl_logps"][is_pair])
+            else:
+                ref_logps.append(self._ref_logps(model, model_inputs, labels)[is_pair])
+        policy_logps, ref_logps = torch.cat(policy_logps), torch.cat(ref_logps)
+        reference_point = kto_reference_point(policy_logps, ref_logps)
+        # without a pair on any rank there is no estimate: 0, its lower bound
+        return reference_point if len(policy_logps) else reference_point.nan_to_num(0.0)
+
+    def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        logps = (self._ref_logps(model, _model_inputs(inputs), inputs["labels"]),)
+        if self.args.needs_mismatched:
+            logps += (self._ref_logps(model, _model_inputs(inputs, "kl_"), inputs["kl_labels"]),)
+        return logps
+
+    def _loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
+        args, labels = self.args, inputs["labels"]
+        reference_point = self._reference_point(model, inputs)
+        model_inputs = _model_inputs(inputs)
+        ref_logps = inputs["ref_logps"] if "ref_logps" in inputs else self._ref_logps(model, model_inputs, labels)
+        return self._fused_loss(
+            model,
+            model_inputs,
+            labels=labels,
+            desirable=inputs["desirable"],
+            ref_logps=ref_logps,
+            reference_point=reference_point,
+            beta=args.beta,
+            desirable_weight=args.desirable_weight,
+            undesirable_weight=args.undesirable_weight,
+            loss_type=args.loss_type,
+        )
+
+
+class FusedDPOTrainer(FusedTrainer):
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290) and its relatives on ``transformers.Trainer``, without logits.
+
+    Arguments as ``FusedKTOTrainer``'s, with ``FusedDPOConfig`` and pairs: ``prompt``, ``chosen``, ``rejected``.
+    ``loss_type="simpo"`` has no reference.
+
+    >>> trainer = FusedDPOTrainer(
+    ...     "Qwen/Qwen2.5-0.5B-Instruct", args=FusedDPOConfig(output_dir="out"), train_dataset="pairs.jsonl"
+    ... )  # doctest: +SKIP
+    """
+
+    config_class = FusedDPOConfig
+    loss_functions = (fused_linear_dpo_loss, fused_dpo_loss)
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
+    ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
+
+    def _collator(self, args: FusedDPOConfig) -> PairedCollator:
+        return PairedCollator(_pad_token_id(self._tokenizer), args.pad_to_multiple_of)
+
+    def _tokenize(self, source: preference_data.Source, args: FusedDPOConfig, name: str) -> Dataset:
+        return preference_data.prepare_paired(
+            source, self._tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name
+        ).dataset
+
+    def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        sides = _chosen_then_rejected(inputs)
+        return self._ref_logps(model, _model_inputs(sides), sides["labels"]).chunk(2)
+
+    def _loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
+        args, sides = self.args, _chosen_then_rejected(inputs)
+        model_inputs, labels, ref_logps = _model_inputs(sides), sides["labels"], None
+        if args.needs_reference:
+            ref_logps = sides["ref_logps"] if "ref_logps" in sides else self._ref_logps(model, model_inputs, labels)
+        return self._fused_loss(
+            model,
+            model_inputs,
+            labels=labels,
+            ref_logps=ref_logps,
+            beta=args.beta,
+            loss_type=args.loss_type,
+            label_smoothing=args.label_smoothing,
+            gamma=args.gamma,
+        )
+
+
+class _LengthGroupedEpochs(LengthGroupedSampler):
+    """Batches of similar length in an order of each epoch's own, drawn from the seed and the epoch alone: the same
+    after resuming, and whether one process or several share a global batch.
+    """
+
+    def __init__(self, trainer: Trainer, lengths: list[int]):
+        args = trainer.args
+        self.trainer = trainer
+        self.seed = args.seed if args.data_seed is None else args.data_seed
+        super().__init__(
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size, lengths=list(lengths)
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int((self.trainer.state.epoch or 0) + 1e-6)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def _model_inputs(inputs: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    return {name: inputs[prefix + name] for name in ("input_ids", "attention_mask")}
+
+
+def _chosen_then_rejected(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """[b, 2, ...] -> [2b, ...], all chosen first."""
+    return {name: values.transpose(0, 1).flatten(0, 1) for name, values in inputs.items()}
+
+
+def _weighted(mean: torch.Tensor, weight: int) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = mean.detach().double()
+    return mean * weight, torch.full_like(mean, weight)
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is masked everywhere, so any token will do."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def _load(model: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+
+
+def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a peft.PeftConfig, got {type(peft_config).__name__}")
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config is given, but the model carries adapters already: merge_and_unload() them first")
+    return get_peft_model(model, peft_config)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Modules, and the rates that attention layers hold as numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
