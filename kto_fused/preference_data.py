@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -110,7 +111,7 @@ def _read(path: Path) -> Dataset:
             gen_kwargs={"path": path, "form": form},
             fingerprint=_digest("lines", content.hexdigest()),
         )
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
@@ -155,7 +156,7 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
 
 def _form(record: Any, where: str) -> _Form:
     expected = "expected prompt, completion and label, or prompt, chosen and rejected"
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         raise DataError(f"{where}: {expected} in a JSON object, got {_short(record)}")
     complete = [fields for fields in (UNPAIRED, PAIRED) if all(field in record for field in fields[1:])]
     if len(complete) == 2:
@@ -258,7 +259,7 @@ def prepare_unpaired(
         max_length: tokens of prompt and completion. A longer completion is cut at its end, an example whose prompt
             leaves no room for one is dropped; both are counted and reported.
         mismatch: add ``kl_completion_ids``.
-        seed: orders completions of the same length before partners are drawn.
+        seed: draws the partners among completions of like length.
         num_proc: processes that tokenize.
         name: what the data is called in the progress bar and in messages.
 
@@ -427,12 +428,15 @@ def mismatched_partners(prompts: np.ndarray, lengths: np.ndarray, seed: int = 0)
     Args:
         prompts: [N] integers, equal where prompts are.
         lengths: [N] integers, of the completions.
-        seed: orders examples of one length.
+        seed: of the order among examples of one length, and among the prompts of neighbours.
 
     Returns:
         [N] int64 indices, -1 where there is no partner.
     """
-    order = np.lexsort((np.random.default_rng(seed).permutation(len(prompts)), lengths))
+    random = np.random.default_rng(seed)
+    order = np.lexsort((random.permutation(len(prompts)), lengths))
+    distinct, prompts = np.unique(prompts, return_inverse=True)
+    prompts = random.permutation(len(distinct))[prompts]  # the order in which they are stepped through below
     partners = np.full(len(prompts), -1, dtype=np.int64)
     waiting = order[:0]  # without a partner yet; all of one prompt, because two prompts find partners in each other
     for start in range(0, len(order), NEIGHBOURS):
