@@ -15,11 +15,13 @@ def sequence_kernel(
     logps_ptr,
     entropy_ptr,
     mean_logits_ptr,
+    is_top1_ptr,
     cu_seqlens_ptr,
     sequence_logps_ptr,
     token_counts_ptr,
     sequence_entropy_ptr,
     sequence_mean_logits_ptr,
+    token_accuracy_ptr,
     seq_len: tl.int64,
     num_rows: tl.int64,
     num_sequences: tl.int64,
@@ -27,10 +29,11 @@ def sequence_kernel(
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (sequences,). One program reads its sequence's tokens (16 bytes each) and adds them up in fp64.
+    """Grid: (sequences,). One program reads its sequence's tokens (20 bytes each) and adds them up in fp64.
 
     Writes the sequence's log-probability (sum, or mean with AVERAGE), its number of completion tokens, and the means
-    of entropy and mean logit over them; all 0 where there is none. Offsets that do not partition the rows give NaN.
+    of entropy, mean logit and is_top1 over them; all 0 where there is none. Offsets that do not partition the rows
+    give NaN.
     """
     sequence = tl.program_id(0).to(tl.int64)
     first = sequence * seq_len
@@ -48,6 +51,7 @@ def sequence_kernel(
     logps = tl.zeros([BLOCK], tl.float64)
     entropy = tl.zeros([BLOCK], tl.float64)
     mean_logits = tl.zeros([BLOCK], tl.float64)
+    num_top1 = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.int64)
     for start in range(first, last, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -56,6 +60,7 @@ def sequence_kernel(
         logps += tl.load(logps_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
         entropy += tl.load(entropy_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
         mean_logits += tl.load(mean_logits_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
+        num_top1 += tl.load(is_top1_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
         count += is_token.to(tl.int64)
 
     tokens = tl.sum(count, axis=0)
@@ -67,6 +72,7 @@ def sequence_kernel(
     tl.store(token_counts_ptr + sequence, tokens)
     tl.store(sequence_entropy_ptr + sequence, tl.sum(entropy, axis=0) / divisor)
     tl.store(sequence_mean_logits_ptr + sequence, tl.sum(mean_logits, axis=0) / divisor)
+    tl.store(token_accuracy_ptr + sequence, tl.sum(num_top1, axis=0) / divisor)
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_rows", "num_sequences", "search_steps", "num_incoming"])
@@ -113,18 +119,22 @@ def forward(
     logps: torch.Tensor,
     entropy: torch.Tensor,
     mean_logits: torch.Tensor,
+    is_top1: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     outputs: tuple[torch.Tensor, ...],
     *,
     seq_len: int,
     average: bool,
 ) -> None:
-    """Fill ``outputs``: sequence log-probabilities (fp64), token counts (int64), mean entropy, mean logit, each [B]."""
+    """Fill ``outputs``: sequence log-probabilities (fp64), token counts (int64), mean entropy, mean logit and token
+    accuracy, each [B].
+    """
     sequence_kernel[(outputs[0].numel(),)](
         targets,
         logps,
         entropy,
         mean_logits,
+        is_top1,
         cu_seqlens if cu_seqlens is not None else targets,
         *outputs,
         seq_len=seq_len,

@@ -1,4 +1,4 @@
-"""One row of logits -> the log-probability of its target, its entropy and mean logit; and the gradient back.
+"""One row of logits -> its target's log-probability, its entropy, mean logit and top token; and the gradient back.
 
 Logits are [B, T, V] with any batch and row stride, or packed [N, V] (then B = 1, T = N); row b * T + t is position t
 of sequence b. With x the logits, scale a, soft cap c and temperature tau,
@@ -122,6 +122,7 @@ def store_row(
     log_sum_ptr,
     entropy_ptr,
     mean_logits_ptr,
+    is_top1_ptr,
     vocab_size,
     scale,
     softcap,
@@ -138,15 +139,19 @@ def store_row(
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(entropy_ptr + row, log_sum - factor * (row_weighted / row_sum))
     tl.store(mean_logits_ptr + row, factor * (row_total / vocab_size))
+    # maxima pass over a NaN, the log-probability does not
+    is_top1 = (u_target >= row_max) & (logp == logp)
+    tl.store(is_top1_ptr + row, is_top1.to(factor.dtype))
 
 
 @triton.jit
-def store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr):
+def store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr):
     tl.store(logps_ptr + row, 0.0)
     tl.store(row_max_ptr + row, 0.0)
     tl.store(log_sum_ptr + row, 0.0)
     tl.store(entropy_ptr + row, 0.0)
     tl.store(mean_logits_ptr + row, 0.0)
+    tl.store(is_top1_ptr + row, 0.0)
 
 
 # Nothing here is specialised on a length or a stride: one compiled kernel serves every batch of a model. What changes
@@ -177,6 +182,7 @@ def token_logprobs_kernel(
     log_sum_ptr,
     entropy_ptr,
     mean_logits_ptr,
+    is_top1_ptr,
     partials_ptr,
     seq_len: tl.int64,
     num_sequences: tl.int64,
@@ -203,7 +209,7 @@ def token_logprobs_kernel(
 ):
     """Grid: (rows * splits,). One program reads one row, or one of ``splits`` ranges of its columns.
 
-    Reads each logit of a completion token once (itemsize bytes), none of another row; writes five numbers per row, or
+    Reads each logit of a completion token once (itemsize bytes), none of another row; writes six numbers per row, or
     with SPLIT four partial results per program, which ``combine_splits_kernel`` merges.
     """
     scale = tl.full([], scale, COMPUTE)
@@ -232,7 +238,7 @@ def token_logprobs_kernel(
         tl.store(targets_ptr + row, target.to(tl.int32))
     if is_masked:
         if not SPLIT:
-            store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr)
+            store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr)
         return
 
     row_offset = batch * logits_batch_stride + position * logits_row_stride
@@ -281,6 +287,7 @@ def token_logprobs_kernel(
             log_sum_ptr,
             entropy_ptr,
             mean_logits_ptr,
+            is_top1_ptr,
             vocab_size,
             scale,
             softcap,
@@ -300,6 +307,7 @@ def combine_splits_kernel(
     log_sum_ptr,
     entropy_ptr,
     mean_logits_ptr,
+    is_top1_ptr,
     partials_ptr,
     seq_len: tl.int64,
     vocab_size: tl.int32,
@@ -321,7 +329,7 @@ def combine_splits_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     if target == MASKED_TARGET:
-        store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr)
+        store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr)
         return
 
     split = tl.arange(0, BLOCK_SPLITS)
@@ -344,6 +352,7 @@ def combine_splits_kernel(
         log_sum_ptr,
         entropy_ptr,
         mean_logits_ptr,
+        is_top1_ptr,
         vocab_size,
         scale,
         softcap,
@@ -538,7 +547,7 @@ def forward(
     factor: float,
     multiprocessors: int,
 ) -> None:
-    """Fill ``outputs``: targets (int32), logps, row_max, log_sum, entropy, mean_logits, each [rows]."""
+    """Fill ``outputs``: targets (int32), logps, row_max, log_sum, entropy, mean_logits, is_top1, each [rows]."""
     targets, *stats = outputs
     seq_len, batch_stride, row_stride = _row_view(logits)
     rows, vocab_size = targets.numel(), logits.shape[-1]

@@ -4,10 +4,11 @@ z = factor * u are the logits of ``token_logprobs.py``. A row has a reference r,
 
     s = sum exp(factor (u - r))     w = sum exp(factor (u - r)) (u - r)     total = sum u
 
-grow tile by tile. What is kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative,
-in bfloat16, whose exponent is float32's: no later column needs to rescale it, short of one 2^60 times as large. With
-the target's own entry replaced by what makes it so, d logp / d logits = -P / s for every column: the gradient GEMMs
-read P as it is, and its rows' factors go to their other operand or their result.
+grow tile by tile, and with them the largest u, which says whether the target is the row's most likely token. What is
+kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative, in bfloat16, whose exponent
+is float32's: no later column needs to rescale it, short of one 2^60 times as large. With the target's own entry
+replaced by what makes it so, d logp / d logits = -P / s for every column: the gradient GEMMs read P as it is, and its
+rows' factors go to their other operand or their result.
 """
 
 import torch
@@ -97,7 +98,8 @@ def fold_tile_kernel(
     """Grid: (rows,). One program folds one row of a tile, columns first .. first + cols of the vocabulary.
 
     Reads each logit once (4 bytes, from the L2 cache if the tile fits there) and with KEEP writes P (2 bytes).
-    ``state`` is [5, rows]: reference, s, w, total and the target's u; ``references`` is each tile's, [rows, tiles].
+    ``state`` is [6, rows]: reference, s, w, total, the target's u and the largest; ``references`` is each tile's,
+    [rows, tiles].
     """
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
@@ -124,6 +126,9 @@ def fold_tile_kernel(
         row_ptr, row_bias_ptr, kept_row_ptr, cols, origin, scale, softcap, log2_factor,
         HAS_BIAS, HAS_SOFTCAP, KEEP, LANES, VEC,
     )  # fmt: skip
+    row_max = tl.load(state_ptr + 5 * num_rows + row, mask=not is_first, other=float("-inf"))
+    # stored at once: no loop below has a register for it
+    tl.store(state_ptr + 5 * num_rows + row, tl.maximum(row_max, tile_max))
     if (tile_max - origin) * log2_factor > HEADROOM:
         step = tl.maximum(origin - tile_max, -1e30)
         row_weighted = (row_weighted + row_sum * step) * tl.exp2(step * log2_factor)
@@ -157,6 +162,7 @@ def finish_rows_kernel(
     logps_ptr,
     entropy_ptr,
     mean_logits_ptr,
+    is_top1_ptr,
     num_rows: tl.int64,
     num_tiles: tl.int64,
     tile_cols,
@@ -182,12 +188,15 @@ def finish_rows_kernel(
     total = tl.load(state_ptr + 3 * num_rows + row).to(tl.float64)
     is_token = target != INVALID_TARGET
     u_target = tl.load(state_ptr + 4 * num_rows + row, mask=is_token, other=0.0)
+    row_max = tl.load(state_ptr + 5 * num_rows + row)
     factor64 = tl.full([], factor, tl.float64)
     log_sum = tl.log(row_sum.to(tl.float64))
-    logp = factor64 * (u_target.to(tl.float64) - reference) - log_sum
-    tl.store(logps_ptr + row, tl.where(is_token, logp, float("nan")))
+    logp = tl.where(is_token, factor64 * (u_target.to(tl.float64) - reference) - log_sum, float("nan"))
+    tl.store(logps_ptr + row, logp)
     tl.store(entropy_ptr + row, log_sum - factor64 * weighted / row_sum)
     tl.store(mean_logits_ptr + row, factor64 * total / vocab_size)
+    # maxima pass over a NaN, the log-probability does not
+    tl.store(is_top1_ptr + row, ((u_target >= row_max) & (logp == logp)).to(tl.float32))
 
     if KEEP:
         log2_factor = tl.full([], factor, tl.float32) * LOG2_E
@@ -234,7 +243,7 @@ def fold(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Fold a tile of logits [rows, >= cols], columns first .. first + cols, into ``state`` [5, rows]."""
+    """Fold a tile of logits [rows, >= cols], columns first .. first + cols, into ``state`` [6, rows]."""
     fold_tile_kernel[(len(targets),)](
         tile,
         bias if bias is not None else tile,
@@ -274,7 +283,7 @@ def finish(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Fill ``outputs`` (logps, entropy, mean_logits), each [rows], once every tile was folded."""
+    """Fill ``outputs`` (logps, entropy, mean_logits, is_top1), each [rows], once every tile was folded."""
     num_tiles = 0 if references is None else references.shape[1]
     finish_rows_kernel[(len(targets),)](
         kept if kept is not None else state,

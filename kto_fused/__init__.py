@@ -11,10 +11,11 @@ from .functional import (
     kto_loss_from_logps,
     kto_reference_point,
     linear_sequence_logps,
+    linear_token_logps,
     sequence_logps,
     token_logps,
 )
-from .metrics import LossMetrics
+from .metrics import LossMetrics, TokenMetrics
 from .modules import FusedDPOLoss, FusedKTOLoss, FusedLinearDPOLoss, FusedLinearKTOLoss
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "FusedLinearDPOLoss",
     "FusedLinearKTOLoss",
     "LossMetrics",
+    "TokenMetrics",
     "dpo_loss_from_logps",
     "fused_dpo_loss",
     "fused_kto_loss",
@@ -32,6 +34,7 @@ __all__ = [
     "kto_loss_from_logps",
     "kto_reference_point",
     "linear_sequence_logps",
+    "linear_token_logps",
     "reference",
     "sequence_logps",
     "token_logps",

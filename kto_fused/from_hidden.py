@@ -36,6 +36,8 @@ class HiddenOptions:
     chunk_bytes: int
     # for which of hidden, weight and bias a gradient is wanted
     needs: tuple[bool, bool, bool] = (False, False, False)
+    # whether results are each position's own, not each sequence's
+    per_position: bool = False
 
     @property
     def is_head_trained(self) -> bool:
@@ -68,8 +70,8 @@ class _Engine:
         compute = options.compute_dtype
         self.lm_head = LMHead(weight, None if bias is None else bias.to(compute).contiguous())
         self.tokens, self.chunk, self.options = tokens, chunk, options
-        # (logps, entropy, mean_logits) of each token; 0 until its chunk was visited
-        self.per_token = [torch.zeros(len(tokens.rows), dtype=compute, device=hidden.device) for _ in range(3)]
+        # (logps, entropy, mean_logits, is_top1) of each token; 0 until its chunk was visited
+        self.per_token = [torch.zeros(len(tokens.rows), dtype=compute, device=hidden.device) for _ in range(4)]
         self.targets = tokens.targets.int()
         logits = options.logits
         self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
@@ -120,7 +122,7 @@ class _Engine:
             move_rows(direction, self.grad_hidden.view(-1, hidden_size), backend, target_rows=rows, factors=factors)
 
     def sequences(self) -> tuple[torch.Tensor, ...]:
-        """(logps, token counts, mean entropy, mean logit) of the batch's sequences, each [B]."""
+        """(logps, token counts, mean entropy, mean logit, token accuracy) of the batch's sequences, each [B]."""
         logits = self.options.logits
         sums = sequence_sums(
             self.targets,
@@ -132,13 +134,27 @@ class _Engine:
         )
         return tuple(self.tokens.unpack(values) for values in sums)
 
-    def token_grads(self, sequence_grads: torch.Tensor, token_counts: torch.Tensor) -> torch.Tensor:
-        """d loss / d token log-probability [N] from d loss / d sequence log-probability [B]."""
+    def positions(self) -> tuple[torch.Tensor, ...]:
+        """The same of each position by itself, [rows]: logp, 1 where it is a completion token, entropy, mean logit and
+        is_top1; 0 where it is none.
+        """
+        num_rows = self.hidden.shape[0] * self.hidden.shape[1]
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(num_rows).index_copy_(0, self.tokens.rows, values)
+
+        logps, *metrics = (spread(values) for values in self.per_token)
+        return logps, spread(torch.ones_like(self.tokens.rows)), *metrics
+
+    def token_grads(self, logp_grads: torch.Tensor, token_counts: torch.Tensor) -> torch.Tensor:
+        """d loss / d token log-probability [N] from d loss / d log-probability, each sequence's [B] or position's."""
+        if self.options.per_position:
+            return logp_grads[self.tokens.rows].to(self.options.compute_dtype)
         return sequence_backward(
             self.targets,
             self.tokens.pack(token_counts),
             None,
-            self.tokens.pack(sequence_grads),
+            self.tokens.pack(logp_grads),
             self.tokens.offsets,
             self.options.logits.average_log_prob,
             self.options.compute_dtype,
@@ -241,9 +257,10 @@ def forward(
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
     """``(sequences, ref_logps, (loss, head_grads, *reported), gradients)``.
 
-    ``sequences`` is (logps, token_counts, entropy, mean_logits), each [B]. Without a head, or where its loss has one
-    value per sequence or pair, the gradient by hidden is that of each token's own log-probability, and a trained head's
-    gradients are left to ``backward``. ``reference`` is the reference's (hidden, weight, bias).
+    ``sequences`` is (logps, token_counts, entropy, mean_logits, token_accuracy), each [B]; or of each position,
+    ``_Engine.positions``. Without a head, or where its loss has one value per sequence or pair, the gradient by hidden
+    is that of each token's own log-probability, and a trained head's gradients are left to ``backward``. ``reference``
+    is the reference's (hidden, weight, bias).
     """
     is_total = head is not None and head.reduction != "none"
     if not is_total and options.is_head_trained:
@@ -314,7 +331,8 @@ def forward(
     if results is None:
         results = apply_head()
     del chunk
-    return engine.sequences(), ref_logps, results, engine.gradients()
+    values = engine.positions() if options.per_position else engine.sequences()
+    return values, ref_logps, results, engine.gradients()
 
 
 def backward(
@@ -323,16 +341,16 @@ def backward(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
-    sequence_grads: torch.Tensor,
+    logp_grads: torch.Tensor,
     options: HiddenOptions,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients by hidden, weight and bias from d loss / d logps [B]; computes the logits again."""
+    """Gradients by hidden, weight and bias from d loss / d logps, shaped as they are; computes the logits again."""
     tokens, limit = _prepare(weight, labels, cu_seqlens, options, paired=False)
     ranges = _even_ranges(len(tokens.rows), limit)
     chunk, gemm_weight = _make_chunk(ranges, weight, options), weight.to(options.dtype)
     engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, len(ranges), weight.dtype)
     del chunk
-    token_grads = engine.token_grads(sequence_grads, tokens.unpack(tokens.offsets.diff()))
+    token_grads = engine.token_grads(logp_grads, tokens.unpack(tokens.offsets.diff()))
     for start, stop in ranges:
         engine.forward(start, stop, keep=True)
         engine.backward(start, stop, token_grads)
@@ -355,12 +373,24 @@ def _flatten_options(options: HiddenOptions) -> tuple:
         options.dtype,
         options.ref_dtype,
         options.chunk_bytes,
+        options.per_position,
         *options.needs,
     )
 
 
 def _unflatten_options(
-    ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes, *needs
+    ignore_index,
+    shift,
+    average,
+    temperature,
+    scale,
+    softcap,
+    backend,
+    dtype,
+    ref_dtype,
+    chunk_bytes,
+    per_position,
+    *needs,
 ) -> HiddenOptions:
     logits = LogitOptions(
         ignore_index=ignore_index,
@@ -371,7 +401,7 @@ def _unflatten_options(
         logit_softcap=softcap,
         backend=backend,
     )
-    return HiddenOptions(logits, dtype, ref_dtype, chunk_bytes, needs)
+    return HiddenOptions(logits, dtype, ref_dtype, chunk_bytes, needs, per_position)
 
 
 def _num_sequences(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
@@ -387,12 +417,14 @@ def _fake_gradients(tensors: tuple, needs: tuple[bool, ...]) -> list[torch.Tenso
 
 
 def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_hidden, *arguments) -> list[torch.Tensor]:
-    *_, dtype, _, _, needs_hidden, needs_weight, needs_bias, head_name, _, reduction, loss_dtype, _ = arguments
-    num_sequences = _num_sequences(labels, cu_seqlens)
+    *_, dtype, _, _, per_position, needs_hidden, needs_weight, needs_bias, head_name, _, reduction, loss_dtype, _ = (
+        arguments
+    )
+    size = labels.numel() if per_position else _num_sequences(labels, cu_seqlens)
     compute = compute_dtype(dtype)
-    logps = hidden.new_empty(num_sequences, dtype=torch.float64)
-    counts = hidden.new_empty(num_sequences, dtype=torch.int64)
-    means = [hidden.new_empty(num_sequences, dtype=compute) for _ in range(2)]
+    logps = hidden.new_empty(size, dtype=compute if per_position else torch.float64)
+    counts = hidden.new_empty(size, dtype=torch.int64)
+    means = [hidden.new_empty(size, dtype=compute) for _ in range(3)]
     ref_logps = torch.empty_like(logps) if ref_hidden is not None else hidden.new_empty(0)
     needs = (needs_hidden, needs_weight, needs_bias)
     if (needs_weight or needs_bias) and (not head_name or reduction == "none"):
@@ -423,6 +455,7 @@ def _linear_forward(
     dtype: torch.dtype,
     ref_dtype: torch.dtype,
     chunk_bytes: int,
+    per_position: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -432,12 +465,12 @@ def _linear_forward(
     loss_dtype: torch.dtype,
     head_numbers: list[float],
 ) -> list[torch.Tensor]:
-    """``forward``, flattened: [logps, token_counts, entropy, mean_logits, the reference's logps, gradients by hidden,
-    weight and bias, loss, head_grads, *reported]; what there is not is empty.
+    """``forward``, flattened: [logps, token_counts, entropy, mean_logits, token_accuracy, the reference's logps,
+    gradients by hidden, weight and bias, loss, head_grads, *reported]; what there is not is empty.
     """
     options = _unflatten_options(
         ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes,
-        needs_hidden, needs_weight, needs_bias,
+        per_position, needs_hidden, needs_weight, needs_bias,
     )  # fmt: skip
     head = heads.rebuild(head_name, loss_type, reduction, loss_dtype, backend, head_numbers) if head_name else None
     outputs = forward(
@@ -449,7 +482,7 @@ def _linear_forward(
     return [*sequences, *(hidden.new_empty(0) if x is None else x for x in optional), *results]
 
 
-def _fake_backward(hidden, weight, bias, labels, cu_seqlens, sequence_grads, *arguments) -> list[torch.Tensor]:
+def _fake_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, *arguments) -> list[torch.Tensor]:
     return _fake_gradients((hidden, weight, bias), arguments[-3:])
 
 
@@ -460,7 +493,7 @@ def _linear_backward(
     bias: Optional[torch.Tensor],
     labels: torch.Tensor,
     cu_seqlens: Optional[torch.Tensor],
-    sequence_grads: torch.Tensor,
+    logp_grads: torch.Tensor,
     ignore_index: int,
     shift: bool,
     average: bool,
@@ -471,6 +504,7 @@ def _linear_backward(
     dtype: torch.dtype,
     ref_dtype: torch.dtype,
     chunk_bytes: int,
+    per_position: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -478,9 +512,9 @@ def _linear_backward(
     """``backward``, flattened; a gradient that is not wanted is empty."""
     options = _unflatten_options(
         ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes,
-        needs_hidden, needs_weight, needs_bias,
+        per_position, needs_hidden, needs_weight, needs_bias,
     )  # fmt: skip
-    gradients = backward(hidden, weight, bias, labels, cu_seqlens, sequence_grads, options)
+    gradients = backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, options)
     return [hidden.new_empty(0) if x is None else x for x in gradients]
 
 
@@ -525,7 +559,7 @@ def _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_
     ctx.options, ctx.is_total = options, is_total
     ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
     ctx.is_direction = not is_total and not options.is_head_trained
-    token_counts, gradients = outputs[1], outputs[5:8]
+    token_counts, gradients = outputs[1], outputs[6:9]
     if is_total:
         ctx.save_for_backward(*(grad for grad, needed in zip(gradients, options.needs, strict=True) if needed))
     elif ctx.is_direction:
@@ -546,33 +580,38 @@ def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
     logits = options.logits
     if ctx.is_direction:
         direction, labels, cu_seqlens, token_counts, head_grads = ctx.saved_tensors
-        layout = {"ignore_index": logits.ignore_index, "shift": logits.shift, "vocab_size": ctx.vocab_size}
-        row_grads = sequence_backward(
-            row_targets(labels, cu_seqlens, **layout).flatten().int(),
-            token_counts,
-            head_grads,
-            incoming,
-            cu_seqlens,
-            logits.average_log_prob,
-            options.compute_dtype,
-            logits.backend,
-        )
+        if options.per_position:
+            row_grads = torch.where(token_counts > 0, incoming, 0.0)
+        else:
+            layout = {"ignore_index": logits.ignore_index, "shift": logits.shift, "vocab_size": ctx.vocab_size}
+            row_grads = sequence_backward(
+                row_targets(labels, cu_seqlens, **layout).flatten().int(),
+                token_counts,
+                head_grads,
+                incoming,
+                cu_seqlens,
+                logits.average_log_prob,
+                options.compute_dtype,
+                logits.backend,
+            )
         row_grads = row_grads.view(*direction.shape[:-1], 1)
         if torch.compiler.is_compiling() or _keeps_graph():
             direction = direction.clone()
         # a row that takes no part keeps a gradient of 0, even beside a NaN
         return direction.mul_(row_grads).masked_fill_(row_grads == 0, 0).to(ctx.dtypes[0]), None, None
     hidden, weight, bias, labels, cu_seqlens, head_grads = ctx.saved_tensors
-    sequence_grads = incoming.double() if head_grads is None else heads.scale_grads(head_grads, incoming)
-    gradients = _linear_backward(hidden, weight, bias, labels, cu_seqlens, sequence_grads, *_flatten_options(options))
+    logp_grads = incoming if head_grads is None else heads.scale_grads(head_grads, incoming)
+    gradients = _linear_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, *_flatten_options(options))
     return tuple(
         grad.to(dtype) if needed else None
         for grad, needed, dtype in zip(gradients, options.needs, ctx.dtypes, strict=True)
     )
 
 
-class SequenceLogpsFromHidden(torch.autograd.Function):
-    """[B] sequence log-probabilities in fp64."""
+class LogpsFromHidden(torch.autograd.Function):
+    """``(logps, token_counts, entropy, mean_logits, token_accuracy)``: [B] of the sequences, the log-probabilities in
+    fp64; or [rows] of each position by itself.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, cu_seqlens, options):
@@ -582,16 +621,19 @@ class SequenceLogpsFromHidden(torch.autograd.Function):
             hidden, weight, bias, labels, cu_seqlens, *no_reference, *_flatten_options(options), *no_head
         )
         _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, None, is_total=False)
-        return outputs[0]
+        ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the others
+        ctx.mark_non_differentiable(*outputs[1:5])
+        return tuple(outputs[:5])
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, incoming):
+    def backward(ctx, incoming, *_):
         return *_gradients(ctx, incoming), None, None, None
 
 
 class LossFromHidden(torch.autograd.Function):
-    """``(loss, logps, token_counts, entropy, mean_logits, ref_logps, *reported)``: the engine and a loss head together.
+    """``(loss, logps, token_counts, entropy, mean_logits, token_accuracy, ref_logps, *reported)``: the engine and a
+    loss head together.
 
     ``ref_logps`` is what was computed from ``ref_hidden``, empty without it.
     """
@@ -626,13 +668,13 @@ class LossFromHidden(torch.autograd.Function):
             *_flatten_options(options),
             *heads.flatten(head),
         )
-        sequences, loss, head_grads, reported = outputs[:4], outputs[8], outputs[9], outputs[10:]
+        sequences, computed_ref_logps, (loss, head_grads, *reported) = outputs[:5], outputs[5], outputs[9:]
         is_total = head.reduction != "none"
         _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_grads, is_total)
         ctx.num_arguments = 11 + len(head_tensors)
         ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
-        ctx.mark_non_differentiable(*sequences, outputs[4], *reported)
-        return loss, *sequences, outputs[4], *reported
+        ctx.mark_non_differentiable(*sequences, computed_ref_logps, *reported)
+        return loss, *sequences, computed_ref_logps, *reported
 
     @staticmethod
     @first_derivative_only

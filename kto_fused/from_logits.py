@@ -42,7 +42,7 @@ class LogitOptions:
 def _row_outputs(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     rows = math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic length
     dtype = compute_dtype(logits)
-    return logits.new_empty(rows, dtype=torch.int32), *(logits.new_empty(rows, dtype=dtype) for _ in range(5))
+    return logits.new_empty(rows, dtype=torch.int32), *(logits.new_empty(rows, dtype=dtype) for _ in range(6))
 
 
 @opaque(fake=_row_outputs)
@@ -56,8 +56,8 @@ def _token_logprobs(
     softcap: Optional[float],
     factor: float,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(targets, logps, row_max, log_sum, entropy, mean_logits), each [rows]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(targets, logps, row_max, log_sum, entropy, mean_logits, is_top1), each [rows]."""
     check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=logits.shape[-1])
     options = {
         "ignore_index": ignore_index,
@@ -123,6 +123,7 @@ def _sequence_outputs(
     logps: torch.Tensor,
     entropy: torch.Tensor,
     mean_logits: torch.Tensor,
+    is_top1: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     num_sequences: int,
     *_: Any,
@@ -130,8 +131,7 @@ def _sequence_outputs(
     return (
         logps.new_empty(num_sequences, dtype=torch.float64),
         logps.new_empty(num_sequences, dtype=torch.int64),
-        logps.new_empty(num_sequences),
-        logps.new_empty(num_sequences),
+        *(logps.new_empty(num_sequences) for _ in range(3)),
     )
 
 
@@ -141,25 +141,27 @@ def sequence_sums(
     logps: torch.Tensor,
     entropy: torch.Tensor,
     mean_logits: torch.Tensor,
+    is_top1: torch.Tensor,
     cu_seqlens: Optional[torch.Tensor],
     num_sequences: int,
     average: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probabilities, token counts, mean entropy, mean logit) of each sequence, each [B]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probabilities, token counts, mean entropy, mean logit, token accuracy) of each sequence, each [B]."""
     if backend == "torch":
         return torch_backend.sequence_sums(
-            targets, logps, entropy, mean_logits, cu_seqlens, num_sequences=num_sequences, average=average
+            targets, logps, entropy, mean_logits, is_top1, cu_seqlens, num_sequences=num_sequences, average=average
         )
     from .kernels import sequence
 
-    outputs = _sequence_outputs(targets, logps, entropy, mean_logits, cu_seqlens, num_sequences)
+    outputs = _sequence_outputs(targets, logps, entropy, mean_logits, is_top1, cu_seqlens, num_sequences)
     with on_device(logps):
         sequence.forward(
             targets,
             logps,
             entropy,
             mean_logits,
+            is_top1,
             cu_seqlens,
             outputs,
             seq_len=targets.numel() // num_sequences,
@@ -229,12 +231,13 @@ def _engine_forward(
 def _engine_sequences(
     rows: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor | None, num_sequences: int, options: LogitOptions
 ) -> tuple[torch.Tensor, ...]:
-    targets, logps, _, _, entropy, mean_logits = rows
+    targets, logps, _, _, entropy, mean_logits, is_top1 = rows
     return sequence_sums(
         targets,
         logps,
         entropy,
         mean_logits,
+        is_top1,
         cu_seqlens,
         num_sequences,
         options.average_log_prob,
@@ -271,7 +274,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, options):
-        targets, logps, row_max, log_sum, _, _ = _engine_forward(logits, labels, cu_seqlens, options)
+        targets, logps, row_max, log_sum, *_ = _engine_forward(logits, labels, cu_seqlens, options)
         ctx.save_for_backward(logits, targets, row_max, log_sum)
         ctx.options = options
         return logps.view(labels.shape)
@@ -290,8 +293,8 @@ class SequenceLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, num_sequences, options):
         rows = _engine_forward(logits, labels, cu_seqlens, options)
-        logps, token_counts, _, _ = _engine_sequences(rows, cu_seqlens, num_sequences, options)
-        targets, _, row_max, log_sum, _, _ = rows
+        logps, token_counts, *_ = _engine_sequences(rows, cu_seqlens, num_sequences, options)
+        targets, _, row_max, log_sum, *_ = rows
         ctx.save_for_backward(logits, targets, row_max, log_sum, token_counts, cu_seqlens)
         ctx.options = options
         return logps
@@ -315,7 +318,7 @@ class SequenceLogps(torch.autograd.Function):
 
 
 class LossFromLogits(torch.autograd.Function):
-    """``(loss, logps, token_counts, entropy, mean_logits, *reported)``: the engine, then a loss head.
+    """``(loss, logps, token_counts, entropy, mean_logits, token_accuracy, *reported)``: the engine, then a loss head.
 
     The head gives its gradient by the [B] log-probabilities in the forward; backward only scales it.
     """
@@ -323,15 +326,16 @@ class LossFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors):
         rows = _engine_forward(logits, labels, cu_seqlens, options)
-        logps, token_counts, entropy, mean_logits = _engine_sequences(rows, cu_seqlens, num_sequences, options)
+        sequences = _engine_sequences(rows, cu_seqlens, num_sequences, options)
+        logps, token_counts, *_ = sequences
         loss, head_grads, *reported = head(logps, token_counts, *head_tensors)
-        targets, _, row_max, log_sum, _, _ = rows
+        targets, _, row_max, log_sum, *_ = rows
         ctx.save_for_backward(logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens)
         ctx.options = options
         ctx.num_head_tensors = len(head_tensors)
         ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
-        ctx.mark_non_differentiable(logps, token_counts, entropy, mean_logits, *reported)
-        return loss, logps, token_counts, entropy, mean_logits, *reported
+        ctx.mark_non_differentiable(*sequences, *reported)
+        return loss, *sequences, *reported
 
     @staticmethod
     @first_derivative_only

@@ -7,13 +7,13 @@ Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in 
 import torch
 
 from . import backends, checks
-from .from_hidden import HiddenOptions, LossFromHidden, SequenceLogpsFromHidden
+from .from_hidden import HiddenOptions, LogpsFromHidden, LossFromHidden
 from .from_logits import LogitOptions, LossFromLogits, SequenceLogps, TokenLogps
 from .from_logps import LossFromLogps
 from .heads import DPOHead, KTOHead
 from .layout import compute_dtype, gemm_dtype
 from .losses import LENGTH_AVERAGED
-from .metrics import LossMetrics
+from .metrics import LossMetrics, TokenMetrics
 
 DEFAULT_CHUNK_BYTES = 2**30
 
@@ -114,7 +114,7 @@ def fused_kto_loss(
     head, z0 = _kto_head(
         loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits, options.backend
     )
-    loss, logps, token_counts, entropy, mean_logits, rewards, z0 = LossFromLogits.apply(
+    loss, logps, token_counts, entropy, mean_logits, token_accuracy, rewards, z0 = LossFromLogits.apply(
         logits, labels, cu_seqlens, num_sequences, options, head, ref_logps, desirable, z0
     )
     return loss, LossMetrics(
@@ -126,6 +126,7 @@ def fused_kto_loss(
         token_counts=token_counts,
         entropy=entropy,
         mean_logits=mean_logits,
+        token_accuracy=token_accuracy,
     )
 
 
@@ -201,7 +202,7 @@ def fused_dpo_loss(
         policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences, options, loss_type
     )
     head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, logits, options.backend)
-    loss, logps, token_counts, entropy, mean_logits, rewards = LossFromLogits.apply(
+    loss, logps, token_counts, entropy, mean_logits, token_accuracy, rewards = LossFromLogits.apply(
         logits, labels, cu_seqlens, num_sequences, options, head, ref_logps
     )
     return loss, LossMetrics(
@@ -211,6 +212,7 @@ def fused_dpo_loss(
         token_counts=token_counts,
         entropy=entropy,
         mean_logits=mean_logits,
+        token_accuracy=token_accuracy,
     )
 
 
@@ -321,8 +323,8 @@ def fused_linear_kto_loss(
         hidden,
         options.logits.backend,
     )
-    loss, logps, token_counts, entropy, mean_logits, computed_ref_logps, rewards, z0 = LossFromHidden.apply(
-        *tensors, *reference, options, head, desirable, z0
+    loss, logps, token_counts, entropy, mean_logits, token_accuracy, computed_ref_logps, rewards, z0 = (
+        LossFromHidden.apply(*tensors, *reference, options, head, desirable, z0)
     )
     return loss, LossMetrics(
         logps=logps,
@@ -333,6 +335,7 @@ def fused_linear_kto_loss(
         token_counts=token_counts,
         entropy=entropy,
         mean_logits=mean_logits,
+        token_accuracy=token_accuracy,
     )
 
 
@@ -409,7 +412,7 @@ def fused_linear_dpo_loss(
     head = _dpo_head(
         loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, hidden, options.logits.backend
     )
-    loss, logps, token_counts, entropy, mean_logits, computed_ref_logps, rewards = LossFromHidden.apply(
+    loss, logps, token_counts, entropy, mean_logits, token_accuracy, computed_ref_logps, rewards = LossFromHidden.apply(
         *tensors, *reference, options, head
     )
     return loss, LossMetrics(
@@ -419,6 +422,7 @@ def fused_linear_dpo_loss(
         token_counts=token_counts,
         entropy=entropy,
         mean_logits=mean_logits,
+        token_accuracy=token_accuracy,
     )
 
 
@@ -555,7 +559,66 @@ def linear_sequence_logps(
         logit_softcap=logit_softcap,
         backend=backend,
     )
-    return SequenceLogpsFromHidden.apply(*tensors, options)
+    return LogpsFromHidden.apply(*tensors, options)[0]
+
+
+def linear_token_logps(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    return_metrics: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, TokenMetrics]:
+    """Log-probability of each position's target, log softmax(z)_target with z from hidden @ lm_head_weight.T + bias, as
+    ``token_logps``. Differentiable in hidden states, weight and bias.
+
+    For a loss of one's own on tokens: any gradient by the log-probabilities may come back. As many GEMMs as
+    ``linear_sequence_logps``: 1 without a gradient, 2 with a frozen head, 4 with a trained one.
+
+    Arguments and errors as in ``fused_linear_kto_loss``, and
+
+        return_metrics: return each position's ``TokenMetrics`` too, found on the same visit to the logits.
+
+    Returns:
+        [B, T] (or [N]) in nats, float32 (float64 for float64 hidden states); 0 where the position predicts nothing.
+        With ``shift``, entry t belongs to ``labels[:, t + 1]``. With ``return_metrics`` a tuple of that and
+        ``TokenMetrics``, detached.
+
+    >>> import torch, kto_fused
+    >>> hidden, weight = torch.zeros(1, 3, 8), torch.randn(4, 8)
+    >>> kto_fused.linear_token_logps(hidden, weight, torch.tensor([[-100, 2, 1]])).exp()
+    tensor([[0.2500, 0.2500, 1.0000]])
+    """
+    checks.flag("return_metrics", return_metrics)
+    hidden, weight, bias, labels, cu_seqlens, _, options = _hidden_arguments(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        labels,
+        cu_seqlens,
+        None,
+        chunk_bytes,
+        ignore_index=ignore_index,
+        shift=shift,
+        average_log_prob=False,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        per_position=True,
+        backend=backend,
+    )
+    values = LogpsFromHidden.apply(hidden, weight, bias, labels, cu_seqlens, options)
+    logps, _, *metrics = (value.view(labels.shape) for value in values)
+    return (logps, TokenMetrics(*metrics)) if return_metrics else logps
 
 
 def kto_loss_from_logps(
@@ -752,6 +815,7 @@ def _hidden_arguments(
     chunk_bytes: int,
     *,
     backend: str | None,
+    per_position: bool = False,
     **options,
 ) -> tuple[
     torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, int, HiddenOptions
@@ -771,6 +835,7 @@ def _hidden_arguments(
         ref_dtype=gemm_dtype(hidden if ref_hidden is None else ref_hidden),
         chunk_bytes=chunk_bytes,
         needs=needs,
+        per_position=per_position,
     )
     return rows, weight, bias, labels, cu_seqlens, num_sequences, options
 

@@ -126,8 +126,10 @@ class WholeRows:
 
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logps, entropy, mean_logits), each [n], of hidden [n, H] and targets [n]; ``keep`` what backward needs."""
+    ) -> tuple[torch.Tensor, ...]:
+        """(logps, entropy, mean_logits, is_top1), each [n], of hidden [n, H] and targets [n]; ``keep`` what backward
+        needs.
+        """
         logits = self.logits[: len(hidden)]
         if self.spec.is_native:
             _multiply(hidden, lm_head.weight.T, logits)
@@ -144,20 +146,20 @@ class WholeRows:
             from .kernels import token_logprobs
 
             outputs = tuple(
-                targets.new_empty(len(targets), dtype=dtype) for dtype in [torch.int32] + 5 * [logits.dtype]
+                targets.new_empty(len(targets), dtype=dtype) for dtype in [torch.int32] + 6 * [logits.dtype]
             )
             with on_device(logits):
                 token_logprobs.forward(
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
                 )
-        _, logps, _, _, entropy, mean_logits = outputs
+        _, logps, _, _, *metrics = outputs
         if keep:
             self.rows, self.transform = outputs, transform
-        return logps, entropy, mean_logits
+        return logps, *metrics
 
     def backward(self, token_grads: torch.Tensor) -> None:
         """Turn the chunk's logits into d loss / d logits, from d loss / d logps [n]."""
-        targets, _, row_max, log_sum, _, _ = self.rows
+        targets, _, row_max, log_sum, *_ = self.rows
         logits, self.current = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
         arguments = logits, self.current, targets, token_grads, row_max, log_sum
         if self.spec.backend == "torch":
@@ -230,16 +232,16 @@ class FoldedRows:
 
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """As ``WholeRows.forward``."""
         from .kernels import vocabulary_tiles
 
         num_tokens = len(hidden)
-        state = self.buffer.new_empty(5, num_tokens)
+        state = self.buffer.new_empty(6, num_tokens)
         kept = self.kept[:num_tokens] if keep else None
         references = self.buffer.new_empty(num_tokens, self.num_tiles) if keep else None
         options = {"block": self.block, "softcap": transform["softcap"], "factor": transform["factor"]}
-        outputs = tuple(self.buffer.new_empty(num_tokens) for _ in range(3))
+        outputs = tuple(self.buffer.new_empty(num_tokens) for _ in range(4))
         tile = self.buffer.view(-1)[: num_tokens * self.tile_cols].view(num_tokens, self.tile_cols)
         with on_device(hidden):
             for index in range(self.num_tiles):

@@ -14,7 +14,7 @@ from .functional import DEFAULT_CHUNK_BYTES, kto_class_weights, kto_reference_po
 from .heads import pair_rewards, pair_scores
 from .layout import check_contents, compute_dtype, gemm_dtype
 from .losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
-from .metrics import LossMetrics
+from .metrics import LossMetrics, TokenMetrics
 
 __all__ = [
     "dpo_loss",
@@ -26,6 +26,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_kto_loss",
     "linear_sequence_logps",
+    "linear_token_logps",
     "sequence_logps",
     "token_logps",
 ]
@@ -57,7 +58,7 @@ def kto_loss(
     **engine: Any,
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_kto_loss``."""
-    logps, counts, entropy, mean_logits = _sequences("policy_logits", policy_logits, labels, **engine)
+    logps, counts, *means = _sequences("policy_logits", policy_logits, labels, **engine)
     checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
     if ref_logits is not None:
         checks.ref_logits(ref_logits, policy_logits)
@@ -73,7 +74,8 @@ def kto_loss(
         loss_type=loss_type,
         reduction=reduction,
     )
-    metrics.token_counts, metrics.entropy, metrics.mean_logits = counts, entropy, mean_logits
+    metrics.token_counts = counts
+    metrics.entropy, metrics.mean_logits, metrics.token_accuracy = means
     return loss.to(compute_dtype(policy_logits)), metrics
 
 
@@ -93,7 +95,7 @@ def dpo_loss(
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_dpo_loss``."""
     engine["average_log_prob"] = average_log_prob
-    logps, counts, entropy, mean_logits = _sequences("policy_logits", policy_logits, labels, **engine)
+    logps, counts, *means = _sequences("policy_logits", policy_logits, labels, **engine)
     checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
     if ref_logits is not None:
         checks.ref_logits(ref_logits, policy_logits)
@@ -109,7 +111,8 @@ def dpo_loss(
         average_log_prob=average_log_prob,
         token_counts=counts if loss_type in LENGTH_AVERAGED and not average_log_prob else None,
     )
-    metrics.token_counts, metrics.entropy, metrics.mean_logits = counts, entropy, mean_logits
+    metrics.token_counts = counts
+    metrics.entropy, metrics.mean_logits, metrics.token_accuracy = means
     return loss.to(compute_dtype(policy_logits)), metrics
 
 
@@ -126,6 +129,24 @@ def linear_sequence_logps(
     checks.chunk_bytes(chunk_bytes)
     logits = _logits("hidden", hidden, "lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, labels, **engine)
     return sequence_logps(logits, labels, **engine)
+
+
+def linear_token_logps(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    return_metrics: bool = False,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    **engine: Any,
+) -> torch.Tensor | tuple[torch.Tensor, TokenMetrics]:
+    """Twin of ``kto_fused.linear_token_logps``."""
+    checks.flag("return_metrics", return_metrics)
+    checks.chunk_bytes(chunk_bytes)
+    logits = _logits("hidden", hidden, "lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, labels, **engine)
+    logps, *metrics, _ = _tokens("logits", logits, labels, **engine)
+    return (logps, TokenMetrics(*metrics)) if return_metrics else logps
 
 
 def linear_kto_loss(
@@ -327,7 +348,9 @@ def _tokens(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """(log-probability, entropy, mean logit, whether it is a completion token) of each position, [B, T] or [N]."""
+    """(log-probability, entropy, mean logit, whether no token is likelier than the target, whether it is a completion
+    token) of each position, [B, T] or [N].
+    """
     checks.logit_options(ignore_index, shift, False, temperature, logit_scale, logit_softcap, inplace_backward)
     backends.resolve(backend, checks.tensor(name, logits, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
     if inplace_backward:
@@ -346,13 +369,15 @@ def _tokens(
     # masked rows may hold anything, and 0 times the gradient of a NaN is a NaN
     z = z.masked_fill(~is_token[..., None], 0.0)
     log_p = z.log_softmax(-1)
-    logps = log_p.gather(-1, targets.where(is_known, 0)[..., None])[..., 0]
+    known_targets = targets.where(is_known, 0)[..., None]
+    logps = log_p.gather(-1, known_targets)[..., 0]
     logps = logps.where(is_known, torch.nan).where(is_token, 0.0)
     with torch.no_grad():
         p = log_p.exp()
         entropy = -(p * log_p).where(p != 0, 0.0).sum(-1).where(is_token, 0.0)
         mean_logits = z.mean(-1)
-    return logps, entropy, mean_logits, is_token
+        is_top1 = (z.gather(-1, known_targets)[..., 0] == z.amax(-1)) & ~logps.isnan() & is_token
+    return logps, entropy, mean_logits, is_top1.to(z.dtype), is_token
 
 
 def _sequences(
@@ -364,9 +389,9 @@ def _sequences(
     cu_seqlens: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """(log-probability in float64, token count, mean entropy, mean logit) of each sequence, [B]."""
+    """(log-probability in float64, token count, mean entropy, mean logit, token accuracy) of each sequence, [B]."""
     checks.flag("average_log_prob", average_log_prob)
-    logps, entropy, mean_logits, is_token = _tokens(name, logits, labels, cu_seqlens=cu_seqlens, **options)
+    logps, *metrics, is_token = _tokens(name, logits, labels, cu_seqlens=cu_seqlens, **options)
 
     def per_sequence(values: torch.Tensor) -> torch.Tensor:
         if cu_seqlens is None:
@@ -379,6 +404,5 @@ def _sequences(
     return (
         sums / divisor if average_log_prob else sums,
         counts,
-        (per_sequence(entropy.double()) / divisor).to(entropy.dtype),
-        (per_sequence(mean_logits.double()) / divisor).to(mean_logits.dtype),
+        *((per_sequence(values.double()) / divisor).to(values.dtype) for values in metrics),
     )

@@ -91,19 +91,19 @@ def token_logprobs(
     softcap: float | None,
     factor: float,
 ) -> tuple[torch.Tensor, ...]:
-    """(targets, logps, row_max, log_sum, entropy, mean_logits), each [rows]."""
+    """(targets, logps, row_max, log_sum, entropy, mean_logits, is_top1), each [rows]."""
     vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
     targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
     tokens = (targets != MASKED).nonzero().flatten()
     token_targets = targets[tokens]
     rows = _Rows(logits, tokens)
-    results = torch.zeros(5, len(tokens), dtype=dtype, device=logits.device)
+    results = torch.zeros(6, len(tokens), dtype=dtype, device=logits.device)
     scratch = None
     for start, stop in _blocks(len(tokens), vocab_size, dtype):
         if scratch is None:
             scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
         u, exps = scratch[:, : stop - start]
-        logps, row_max, log_sum, entropy, mean_logits = results[:, start:stop]
+        logps, row_max, log_sum, entropy, mean_logits, is_top1 = results[:, start:stop]
 
         x = rows.read(start, stop)
         if softcap is not None:
@@ -119,7 +119,9 @@ def token_logprobs(
         row_sum = exps.sum(1)
         torch.log(row_sum, out=log_sum)
         target = token_targets[start:stop]
-        logps.copy_(u.gather(1, target.clamp(min=0)[:, None])[:, 0].mul_(factor).sub_(log_sum))
+        distance = u.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        is_top1.copy_((distance >= 0) & (target != INVALID))  # a NaN in the row makes its maximum one
+        logps.copy_(distance.mul_(factor).sub_(log_sum))
         logps[target == INVALID] = math.nan
         if mean_logits.isinf().any():
             u.clamp_(min=-1e30)  # turns 0 * -inf into 0; exps is 0 long before it
@@ -183,12 +185,13 @@ def sequence_sums(
     logps: torch.Tensor,
     entropy: torch.Tensor,
     mean_logits: torch.Tensor,
+    is_top1: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     *,
     num_sequences: int,
     average: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """(log-probabilities, token counts, mean entropy, mean logit) of each sequence, each [B]."""
+    """(log-probabilities, token counts, mean entropy, mean logit, token accuracy) of each sequence, each [B]."""
     lengths = None if cu_seqlens is None else cu_seqlens.diff().long()
 
     def add_up(values: torch.Tensor) -> torch.Tensor:
@@ -199,7 +202,7 @@ def sequence_sums(
     counts = add_up(targets != MASKED)
     divisor = counts.clamp(min=1)
     sums = add_up(logps)
-    means = (add_up(values).div_(divisor).to(values.dtype, copy=True) for values in (entropy, mean_logits))
+    means = (add_up(values).div_(divisor).to(values.dtype, copy=True) for values in (entropy, mean_logits, is_top1))
     return sums.div_(divisor) if average else sums, counts.long(), *means
 
 

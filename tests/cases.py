@@ -15,6 +15,7 @@ from kto_fused import (
     fused_linear_dpo_loss,
     fused_linear_kto_loss,
     linear_sequence_logps,
+    linear_token_logps,
     reference,
 )
 from kto_fused.layout import MASKED, row_targets
@@ -48,6 +49,7 @@ TWINS = {
     fused_linear_kto_loss: reference.linear_kto_loss,
     fused_linear_dpo_loss: reference.linear_dpo_loss,
     linear_sequence_logps: reference.linear_sequence_logps,
+    linear_token_logps: reference.linear_token_logps,
 }
 KTO = (fused_kto_loss, fused_linear_kto_loss, reference.kto_loss, reference.linear_kto_loss)
 
@@ -159,7 +161,7 @@ def check_loss_and_metrics(actual, expected, dtype: torch.dtype) -> None:
     tolerance = LOGP_TOLERANCE[dtype] * 10
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close(loss, exact_loss, tolerance, "loss")
-    for name in ("logps", "ref_logps", "rewards", "reference_point", "entropy", "mean_logits"):
+    for name in ("logps", "ref_logps", "rewards", "reference_point", "entropy", "mean_logits", "token_accuracy"):
         expected = getattr(exact_metrics, name)
         actual = getattr(metrics, name)
         if expected is None:

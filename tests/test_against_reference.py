@@ -266,7 +266,7 @@ def test_summaries_agree(engine, function):
     actual, expected = metrics.summary(), expected.summary()
     names = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
     names |= {"logits/chosen", "logits/rejected", "entropy"}
-    names |= {"kl"} if function is fused_kto_loss else {"rewards/accuracies"}
+    names |= {"kl"} if function is fused_kto_loss else {"rewards/accuracies", "mean_token_accuracy"}
     assert set(actual) == set(expected) == names
     for name in names:
         assert_close(actual[name], expected[name], 1e-12, name)
@@ -280,6 +280,7 @@ def test_summary_by_hand():
         token_counts=torch.tensor([1, 3, 2, 0]),
         entropy=torch.tensor([2.0, 1.0, 0.5, torch.nan]),
         mean_logits=torch.tensor([4.0, 0.0, 3.0, torch.nan]),
+        token_accuracy=torch.tensor([1.0, 1 / 3, 0.5, torch.nan], dtype=torch.float64),
     )
     summary = {name: value.item() for name, value in metrics.summary().items()}
     assert summary == {
@@ -291,6 +292,7 @@ def test_summary_by_hand():
         "logps/rejected": -5.0,
         "logits/chosen": 1.0,  # over tokens: (1 * 4 + 3 * 0) / 4
         "logits/rejected": 3.0,
+        "mean_token_accuracy": 0.5,  # of the chosen alone: (1 * 1 + 3 * 1/3) / 4
         "entropy": 1.0,  # (1 * 2 + 3 * 1 + 2 * 0.5) / 6
     }
 

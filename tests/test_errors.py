@@ -15,6 +15,7 @@ from kto_fused import (
     fused_linear_dpo_loss,
     fused_linear_kto_loss,
     linear_sequence_logps,
+    linear_token_logps,
     reference,
 )
 
@@ -401,7 +402,7 @@ def hidden_arguments(function=fused_linear_kto_loss, **changes):
     values = {"hidden": HIDDEN, "lm_head_weight": WEIGHT, "labels": case.labels}
     if function in (fused_linear_kto_loss, reference.linear_kto_loss):
         values["desirable"] = case.desirable
-    if function not in (linear_sequence_logps, reference.linear_sequence_logps):
+    if "logps" not in function.__name__:
         values["ref_logps"] = torch.zeros(B)
     values.update(changes)
     return {name: value for name, value in values.items() if value is not ...}
@@ -458,7 +459,7 @@ LM_HEAD_ERRORS = {
     "a flag as chunk_bytes": ({"chunk_bytes": True}, TypeError, "chunk_bytes must be an int, got bool"),
     "label V": ({"labels": torch.full((B, T), V)}, IndexError, "labels[0, 1] is 7: expected a token id in [0, 7)"),
 }
-HIDDEN_FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps]
+HIDDEN_FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps, linear_token_logps]
 with_twins = pytest.mark.parametrize(
     "function", [f for fused in HIDDEN_FUNCTIONS for f in (fused, TWINS[fused])], ids=lambda f: f.__name__
 )
@@ -470,6 +471,12 @@ def test_hidden_states_and_lm_head(function, name):
     changes, error, message = LM_HEAD_ERRORS[name]
     with pytest.raises(error, match=re.escape(message)):
         function(**hidden_arguments(function, **changes))
+
+
+@pytest.mark.parametrize("function", [linear_token_logps, reference.linear_token_logps], ids=["fused", "reference"])
+def test_a_flag_that_is_none(function):
+    with pytest.raises(TypeError, match="return_metrics must be True or False, got 1"):
+        function(**hidden_arguments(function, return_metrics=1))
 
 
 FROM_HIDDEN = {"ref_logps": ..., "ref_hidden": HIDDEN}

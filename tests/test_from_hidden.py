@@ -31,7 +31,15 @@ from test_properties import to_device
 from torch.autograd import gradcheck
 
 import kto_fused
-from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, heads, linear_sequence_logps, projection, reference
+from kto_fused import (
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    heads,
+    linear_sequence_logps,
+    linear_token_logps,
+    projection,
+    reference,
+)
 from kto_fused.from_hidden import HiddenOptions, LossFromHidden
 from kto_fused.from_logits import LogitOptions
 from kto_fused.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
@@ -258,6 +266,53 @@ def test_linear_sequence_logps(engine, dtype, layout, trained):
             assert_same_gradient(grad, exact_grads[name])
 
 
+@pytest.mark.parametrize("layout", [name for name, options in LAYOUTS.items() if "average_log_prob" not in options])
+@by_dtype
+@by_trained
+def test_linear_token_logps(engine, dtype, layout, trained):
+    case = make_hidden_case(dtype=dtype, bias=True, **LAYOUTS[layout], **on(engine))
+
+    def run(function, case):
+        inputs = {name: getattr(case, name).clone().requires_grad_(name in trained) for name in INPUTS}
+        options = {**case.options, "lm_head_bias": inputs["bias"], "return_metrics": True}
+        logps, metrics = function(inputs["hidden"], inputs["weight"], case.labels, **options)
+        # uneven incoming gradients, also of positions that predict nothing
+        (logps * torch.linspace(-1, 2, logps.numel(), device=engine[1]).view(logps.shape)).sum().backward()
+        return logps, metrics, {name: x.grad for name, x in inputs.items() if name in trained}
+
+    exact_logps, exact_metrics, exact_grads = run(reference.linear_token_logps, case.map(torch.Tensor.double))
+    for num_tokens in some(engine, [3, None]):
+        with chunks_of(num_tokens):
+            logps, metrics, grads = run(linear_token_logps, case)
+        assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert logps[is_masked(case)].eq(0).all()
+        assert_close(logps, exact_logps, LOGP_TOLERANCE[dtype] * 5, "logps")
+        for name, exact in vars(exact_metrics).items():
+            values = getattr(metrics, name)
+            assert not values.requires_grad
+            assert_close(values, exact, LOGP_TOLERANCE[dtype] * 5, name)
+        for name, grad in grads.items():
+            assert grad.dtype == dtype
+            assert_same_gradient(grad, exact_grads[name])
+        assert "hidden" not in grads or grads["hidden"][is_masked(case)].eq(0).all()
+
+
+@by_dtype
+@pytest.mark.parametrize("transform", [{}, TRANSFORMS["all"]], ids=["plain", "softcap"])
+def test_token_logps_equal_those_from_logits(engine, dtype, transform):
+    """Of logits that no rounding separates; and metrics change no log-probability."""
+    case = make_hidden_case(vocab=16, dtype=dtype, **transform, **on(engine))
+    # logits are the hidden states themselves
+    case = replace(case, weight=torch.eye(16, dtype=dtype, device=engine[1]), hidden=case.hidden.nan_to_num())
+    logps, metrics = linear_token_logps(case.hidden, case.weight, case.labels, return_metrics=True, **case.options)
+    alone = linear_token_logps(case.hidden, case.weight, case.labels, **case.options)
+    assert torch.equal(alone, logps)
+    expected = kto_fused.token_logps(case.hidden, case.labels, **case.options)
+    assert_close(logps, expected, LOGP_TOLERANCE[dtype], "logps")
+    sums = linear_sequence_logps(case.hidden, case.weight, case.labels, **case.options)
+    assert_close(sums, logps.double().sum(1), LOGP_TOLERANCE[dtype], "sums")
+
+
 @by_function
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation(engine, function, mode):
@@ -308,6 +363,8 @@ def test_twins_have_the_same_arguments():
         del options["ref_logits"]
         assert keywords(fused) == keywords(TWINS[fused]) | options | engine
     assert keywords(linear_sequence_logps) == keywords(reference.linear_sequence_logps) | engine
+    del engine["average_log_prob"]
+    assert keywords(linear_token_logps) == keywords(reference.linear_token_logps) | engine
 
 
 # ---- chunks -------------------------------------------------------------------------------------------------------
@@ -343,7 +400,7 @@ def test_any_chunk_gives_the_same_result(engine, setting, packed):
 def compare(actual, expected, tolerance: float = LOGP_TOLERANCE[torch.float64]) -> None:
     (loss, metrics, grads), (expected_loss, expected_metrics, expected_grads) = actual, expected
     assert_close(loss, expected_loss, tolerance, "loss")
-    for name in ("logps", "ref_logps", "rewards", "entropy", "mean_logits"):
+    for name in ("logps", "ref_logps", "rewards", "entropy", "mean_logits", "token_accuracy"):
         assert_close(getattr(metrics, name), getattr(expected_metrics, name), tolerance, name)
     for name, grad in grads.items():
         assert_same_gradient(grad, expected_grads[name])
@@ -431,11 +488,24 @@ def test_gradients_of_sequence_logps(engine, average_log_prob, trained, packed):
     check_gradients(engine, logps, inputs, 2, trained)
 
 
+@pytest.mark.parametrize("trained", [INPUTS, FROZEN, HEAD_ONLY], ids="-".join)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_gradients_of_token_logps(engine, trained, packed):
+    transform = {"temperature": 0.8, "logit_scale": 1.2, "logit_softcap": 4.0}
+    case, inputs = small_case(engine, packed=packed, **transform)
+
+    def logps(hidden, weight, bias):
+        return linear_token_logps(hidden, weight, case.labels, lm_head_bias=bias, **case.options)
+
+    check_gradients(engine, logps, inputs, 2, trained)
+
+
 def test_a_second_derivative_raises(engine):
     case, (hidden, weight, bias) = small_case(engine)
     tensors, options = (hidden, weight, case.labels), {"backend": engine[0]}
     losses = {
         "sequences": lambda: linear_sequence_logps(*tensors, **options).sum(),
+        "tokens": lambda: linear_token_logps(*tensors, **options).sum(),
         "kto": lambda: fused_linear_kto_loss(*tensors, case.desirable, ref_hidden=hidden, **options)[0],
         "dpo": lambda: fused_linear_dpo_loss(*tensors, ref_hidden=hidden, reduction="none", **options)[0].sum(),
     }
@@ -521,16 +591,23 @@ def test_no_packed_positions_at_all(engine, trained):
     loss, metrics, grads = run_hidden(fused_linear_kto_loss, case, trained=trained, cu_seqlens=offsets)
     assert loss.item() == 0.5
     assert all(grad.eq(0).all() for grad in grads.values())
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_("weight" in trained)
+    logps = linear_token_logps(hidden, weight, case.labels, cu_seqlens=offsets, backend=engine[0])
+    assert logps.shape == (0,)
+    logps.sum().backward()
+    assert weight.grad is None or weight.grad.eq(0).all()
 
 
 @by_trained
-@pytest.mark.parametrize("function", [*FUNCTIONS, linear_sequence_logps], ids=["kto", "dpo", "logps"])
+@pytest.mark.parametrize(
+    "function", [*FUNCTIONS, linear_sequence_logps, linear_token_logps], ids=["kto", "dpo", "logps", "token logps"]
+)
 def test_masked_positions_are_never_read(engine, function, trained):
     case = make_hidden_case(dtype=torch.bfloat16, bias=True, **on(engine))
     results = []
     for poison in some(engine, [0.0, math.nan, math.inf], count=2):
         case.hidden[is_masked(case)] = case.ref_hidden[is_masked(case)] = poison
-        if function is linear_sequence_logps:
+        if function in (linear_sequence_logps, linear_token_logps):
             inputs = [getattr(case, name).clone().requires_grad_(name in trained) for name in INPUTS]
             loss = function(*inputs[:2], case.labels, lm_head_bias=inputs[2], backend=engine[0])
             loss.sum().backward()
@@ -557,8 +634,9 @@ def test_a_label_outside_the_vocabulary(engine, function, shift, monkeypatch):
     message = r"labels\[2, 3\] is 9: expected a token id in \[0, 9\)"
     with pytest.raises(IndexError, match=message):
         run_hidden(function, case)
-    with pytest.raises(IndexError, match=message):
-        linear_sequence_logps(case.hidden, case.weight, case.labels, shift=shift, backend=engine[0])
+    for logps in (linear_sequence_logps, linear_token_logps):
+        with pytest.raises(IndexError, match=message):
+            logps(case.hidden, case.weight, case.labels, shift=shift, backend=engine[0])
 
 
 @by_trained
@@ -576,6 +654,15 @@ def test_unchecked_labels_give_nan(engine, trained, monkeypatch):
         _, metrics, grads = run_hidden(fused_linear_kto_loss, case, trained=trained, reduction=reduction, **options)
         assert metrics.logps.isnan().tolist() == [False, False, True, True]
         assert grads["hidden"].isfinite().flatten(1).all(1).tolist() == [True, True, False, False]
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_("weight" in trained)
+    options = {"lm_head_bias": case.bias, "return_metrics": True, "backend": engine[0]}
+    logps, metrics = linear_token_logps(hidden, weight, case.labels, **options)
+    logps.sum().backward()
+    invalid = torch.zeros(4, 5, dtype=torch.bool, device=engine[1])
+    invalid[2, 2] = invalid[3, 1] = True  # the positions before the labels'
+    assert torch.equal(logps.isnan(), invalid)
+    assert torch.equal(hidden.grad.isnan().any(-1), invalid)
+    assert metrics.is_top1[invalid].eq(0).all()
 
 
 @by_function

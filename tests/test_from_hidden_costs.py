@@ -11,7 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from kto_fused import checks, from_hidden, fused_linear_dpo_loss, fused_linear_kto_loss, layout, linear_sequence_logps
+from kto_fused import (
+    checks,
+    from_hidden,
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    layout,
+    linear_sequence_logps,
+    linear_token_logps,
+)
 from kto_fused.measure import peak_bytes
 
 MIB = 2**20
@@ -44,7 +52,7 @@ def long_case(engine=("torch", "cpu"), *, tokens: int, prompt: int, vocab: int, 
 
 # what a chunk holds of 4 sequences of 8 tokens
 ONE_TOKEN, ONE_SEQUENCE, ONE_PAIR, ALL = 1, 10, 18, None
-KTO, DPO, LOGPS = fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps
+KTO, DPO, LOGPS, TOKEN_LOGPS = fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps, linear_token_logps
 FIXED = {"reference_point": 0.1}
 MEAN = {"reference_point": "batch_mean"}
 EACH = {"reduction": "none"}
@@ -71,6 +79,9 @@ GEMMS = {
     "log-probabilities, no gradient": (LOGPS, (), {}, ONE_TOKEN, 1),
     "log-probabilities, frozen": (LOGPS, FROZEN, {}, ONE_SEQUENCE, 2),
     "log-probabilities, trained": (LOGPS, INPUTS, {}, ALL, 4),
+    "tokens' log-probabilities, no gradient": (TOKEN_LOGPS, (), {"return_metrics": True}, ONE_TOKEN, 1),
+    "tokens' log-probabilities, frozen": (TOKEN_LOGPS, FROZEN, {}, ONE_SEQUENCE, 2),
+    "tokens' log-probabilities, trained": (TOKEN_LOGPS, INPUTS, {}, ALL, 4),
 }
 V, H, TOKENS = 509, 64, 8
 
@@ -78,7 +89,7 @@ V, H, TOKENS = 509, 64, 8
 def gemms(function, case, trained, **options) -> float:
     """Units of 2 N H V operations of value and gradient."""
     with FlopCounterMode(display=False) as counter:
-        if function is linear_sequence_logps:
+        if function in (LOGPS, TOKEN_LOGPS):
             inputs = [getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS]
             options = {"backend": case.options["backend"], **options}
             logps = function(*inputs[:2], case.labels, lm_head_bias=inputs[2], **options)
@@ -131,6 +142,8 @@ MEMORY = {
     "pairs": (DPO, INPUTS, {}),
     "one loss per sequence": (KTO, INPUTS, EACH),
     "log-probabilities": (LOGPS, INPUTS, {}),
+    "tokens' log-probabilities": (TOKEN_LOGPS, INPUTS, {}),
+    "tokens' log-probabilities, frozen": (TOKEN_LOGPS, FROZEN, {}),
 }
 
 
@@ -139,13 +152,13 @@ def inputs_and_step(function, case, trained, **options):
     options = {**case.options, **options}
     inputs = [getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS[:2]]
     tensors = (*inputs, case.labels, *([case.desirable] if function is fused_linear_kto_loss else []))
-    if function is linear_sequence_logps:
+    if function in (LOGPS, TOKEN_LOGPS):
         options.pop("ref_logps")
     needed = [x for x in inputs if x.requires_grad]
 
     def step() -> None:
         result = function(*tensors, **options)
-        loss = result if function is linear_sequence_logps else result[0]
+        loss = result if function in (LOGPS, TOKEN_LOGPS) else result[0]
         if needed:
             torch.autograd.grad(loss.sum(), needed)
 
@@ -265,6 +278,21 @@ def test_the_host_waits_once(as_on_a_gpu, monkeypatch, setting, packed, dtype):
         run_hidden(function, case, trained=trained, chunk_bytes=1000)
     allowed = 2 if setting == "one loss per sequence" else 1
     assert sum(waits.names.values()) <= allowed, dict(waits.names)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
+@pytest.mark.parametrize("trained", [(), FROZEN, INPUTS], ids="-".join)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_token_logps_wait_once_a_pass(as_on_a_gpu, monkeypatch, trained, packed):
+    case = make_hidden_case(dtype=torch.bfloat16, packed=packed, backend="triton")
+    inputs = [getattr(case, name).requires_grad_(name in trained) for name in INPUTS[:2]]
+    with Waits(monkeypatch) as waits:
+        logps, _ = linear_token_logps(*inputs, case.labels, return_metrics=True, chunk_bytes=1000, **case.options)
+        assert sum(waits.names.values()) == 1, dict(waits.names)
+        if trained:
+            logps.sum().backward()
+    allowed = 2 if "weight" in trained else 1  # a trained head's backward finds the tokens again
+    assert sum(waits.names.values()) == allowed, dict(waits.names)
 
 
 @needs_gpu

@@ -16,6 +16,7 @@ from kto_fused import (
     fused_linear_kto_loss,
     heads,
     linear_sequence_logps,
+    linear_token_logps,
     reference,
 )
 
@@ -101,10 +102,10 @@ def test_the_operators_are_well_formed(engine):
     transform = (1.5, 4.0, 0.7, backend)
     of_rows = (case.logits, case.labels, None, -100, True, *transform)
     check(from_logits._token_logprobs.op, of_rows)
-    targets, logps, row_max, log_sum, entropy, mean_logits = from_logits._token_logprobs(*of_rows)
-    of_sequences = (targets, logps, entropy, mean_logits, None, 2, False, backend)
+    targets, logps, row_max, log_sum, *metrics = from_logits._token_logprobs(*of_rows)
+    of_sequences = (targets, logps, *metrics, None, 2, False, backend)
     check(from_logits.sequence_sums.op, of_sequences)
-    sequences, counts, _, _ = from_logits.sequence_sums(*of_sequences)
+    sequences, counts, *_ = from_logits.sequence_sums(*of_sequences)
     one = torch.ones((), device=device)
     check(from_logits.sequence_backward.op, (targets, counts, sequences, one, None, False, torch.float32, backend))
     gradient = (targets, logps, row_max, log_sum, *transform)
@@ -208,7 +209,7 @@ def linear_inputs(device: str = DEVICE, packed: bool = False, dtype: torch.dtype
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("loss", ["kto", "dpo", "none", "logps"])
+@pytest.mark.parametrize("loss", ["kto", "dpo", "none", "logps", "token logps"])
 def test_losses_from_hidden_states_compile_as_one_graph(engine, loss, packed, frozen):
     lm_head, layer, inputs, case = linear_inputs(engine[1], packed)
     lm_head.requires_grad_(not frozen)
@@ -219,6 +220,9 @@ def test_losses_from_hidden_states_compile_as_one_graph(engine, loss, packed, fr
         hidden = layer(inputs)
         if loss == "logps":
             return (linear_sequence_logps(hidden, lm_head.weight, labels, **options).sum(),)
+        if loss == "token logps":
+            logps, metrics = linear_token_logps(hidden, lm_head.weight, labels, return_metrics=True, **options)
+            return (logps * logps.detach()).sum(), logps, metrics.entropy, metrics.mean_logits, metrics.is_top1
         if loss == "dpo":
             value, metrics = fused_linear_dpo_loss(
                 hidden, lm_head.weight, labels, ref_hidden=reference_hidden, **options
@@ -269,7 +273,8 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
     case.ref_hidden.nan_to_num_()
     tensors = (case.hidden, case.weight, case.bias, case.labels, None)
     dtypes = (torch.float32, torch.float32)
-    options = (-100, True, False, 0.7, 1.5, 4.0, backend, *dtypes, 2**30, *needs)
+    options = (-100, True, False, 0.7, 1.5, 4.0, backend, *dtypes, 2**30, False, *needs)
+    of_positions = (*options[:-4], True, *needs)
     logps = torch.zeros(2, device=device, dtype=torch.float64)
     forward = [
         ((None, None, None, None, []), ("", "", "", torch.float32, [])),
@@ -278,7 +283,10 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
     ]
     for reference_and_tensors, head in forward:
         torch.library.opcheck(from_hidden._linear_forward.op, (*tensors, *reference_and_tensors, *options, *head))
+    reference_and_tensors, head = forward[0]
+    torch.library.opcheck(from_hidden._linear_forward.op, (*tensors, *reference_and_tensors, *of_positions, *head))
     torch.library.opcheck(from_hidden._linear_backward.op, (*tensors, logps + 1, *options))
+    torch.library.opcheck(from_hidden._linear_backward.op, (*tensors, torch.ones(6, device=device), *of_positions))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -25,12 +25,12 @@ class Model:
         self.logits = logits  # by the id of the labels' first token: the completions, or the mismatched pairs
 
     def __call__(self, input_ids, labels, **_):
-        logps, entropy, mean_logits, _ = reference._tokens("logits", self.logits[int(input_ids[0, 0])], labels)
+        logps, entropy, mean_logits, is_top1, _ = reference._tokens("logits", self.logits[int(input_ids[0, 0])], labels)
         return SimpleNamespace(
             log_probs=logps[:, :-1],
             entropy=entropy[:, :-1],
             mean_logits=mean_logits[:, :-1],
-            is_top1=torch.zeros(labels.shape[0], labels.shape[1] - 1, dtype=torch.bool),
+            is_top1=is_top1[:, :-1].bool(),
             aux_loss=None,
         )
 
@@ -54,6 +54,7 @@ def trl_trainer(**settings) -> SimpleNamespace:
 def case():
     case = make_case(batch=B, seq_len=T, vocab=V, seed=3)
     case.labels = torch.randint(1, V, (B, T))
+    case.labels[:, -1] = case.logits[:, -2].argmax(-1)  # some of the greedy choices
     case.labels[:, : T // 2] = -100
     case.labels[2, -2:] = -100
     return case
@@ -137,4 +138,6 @@ def test_dpo(case, loss_type):
     )
     torch.testing.assert_close(loss, expected, rtol=2e-5, atol=2e-6)
     sides = [f"{kind}/{side}" for kind in ("rewards", "logps", "logits") for side in ("chosen", "rejected")]
-    assert_logged_alike(trainer, metrics, [*sides, "rewards/margins", "rewards/accuracies", "entropy"])
+    assert_logged_alike(
+        trainer, metrics, [*sides, "rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy"]
+    )
