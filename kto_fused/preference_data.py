@@ -438,23 +438,24 @@ def mismatched_partners(prompts: np.ndarray, lengths: np.ndarray, seed: int = 0)
     distinct, prompts = np.unique(prompts, return_inverse=True)
     prompts = random.permutation(len(distinct))[prompts]  # the order in which they are stepped through below
     partners = np.full(len(prompts), -1, dtype=np.int64)
-    waiting = order[:0]  # without a partner yet; all of one prompt, because two prompts find partners in each other
+    waiting = []  # for a partner; all of one prompt, because examples of two prompts are each other's partners
     for start in range(0, len(order), NEIGHBOURS):
-        members = np.concatenate([waiting[:NEIGHBOURS], order[start : start + NEIGHBOURS]])
-        waiting = waiting[NEIGHBOURS:]
+        members = np.concatenate([waiting[-NEIGHBOURS:], order[start : start + NEIGHBOURS]]).astype(np.int64)
+        del waiting[-NEIGHBOURS:]
         members = members[np.argsort(prompts[members], kind="stable")]
         _, first, counts = np.unique(prompts[members], return_index=True, return_counts=True)
         largest = counts.argmax()
         surplus = max(0, 2 * counts[largest] - len(members))
         alone = slice(first[largest], first[largest] + surplus)
-        waiting = np.concatenate([members[alone], waiting])
+        waiting.extend(members[alone].tolist())
         members = np.delete(members, alone)
-        # sorted by prompt, no prompt longer than this step, nor than the way back round the end
-        partners[members] = np.roll(members, -(counts[largest] - surplus))
-    # the last to wait step between two examples of other prompts: their partner is its partner, and it is theirs
-    hosts = order[partners[order] >= 0]
-    if len(waiting):
+        # they stand prompt by prompt, and no prompt is longer than this step or than the step back round the end
+        partners[members] = np.roll(members, surplus - counts[largest])
+    if waiting:
+        # each goes between an example and its partner, where neither has its prompt: such pairs are never too few,
+        # unless the prompt has more than half of all examples
         own = prompts[waiting[0]]
+        hosts = order[partners[order] >= 0]
         hosts = hosts[(prompts[hosts] != own) & (prompts[partners[hosts]] != own)][: len(waiting)]
         waiting = waiting[: len(hosts)]
         partners[waiting], partners[hosts] = partners[hosts], waiting

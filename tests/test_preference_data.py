@@ -19,7 +19,7 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed: th
 
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kto_fused import preference_data
 from kto_fused.preference_data import (
@@ -371,6 +371,15 @@ def test_the_fingerprint_is_what_decides_the_tokens(tmp_path):
     lowercase = one_token_a_word()
     lowercase.add_tokens(["new"])
     assert len({before, *map(fingerprint, [*others, lowercase])}) == 6
+
+
+def test_the_fingerprint_knows_tokenizers_written_in_python():
+    tokenizers = [ByT5Tokenizer(), ByT5Tokenizer(), ByT5Tokenizer(eos_token="<pad>"), ByT5Tokenizer(extra_ids=3)]
+    prints = [fingerprint(tokenizer) for tokenizer in tokenizers]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+    row = prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizers[0], mismatch=False).dataset[0]
+    assert bytes(token - 3 for token in row["completion_ids"][:-1]) == b" one two"
 
 
 # tokens
