@@ -304,7 +304,7 @@ def test_token_logps_equal_those_from_logits(engine, dtype, transform):
     case = make_hidden_case(vocab=16, dtype=dtype, **transform, **on(engine))
     # logits are the hidden states themselves
     case = replace(case, weight=torch.eye(16, dtype=dtype, device=engine[1]), hidden=case.hidden.nan_to_num())
-    logps, metrics = linear_token_logps(case.hidden, case.weight, case.labels, return_metrics=True, **case.options)
+    logps, _ = linear_token_logps(case.hidden, case.weight, case.labels, return_metrics=True, **case.options)
     alone = linear_token_logps(case.hidden, case.weight, case.labels, **case.options)
     assert torch.equal(alone, logps)
     expected = kto_fused.token_logps(case.hidden, case.labels, **case.options)
