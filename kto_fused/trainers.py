@@ -37,7 +37,7 @@ from .functional import (
     sequence_logps,
 )
 from .metrics import LossMetrics, Totals
-from .preference_data import PairedCollator, UnpairedCollator
+from .preference_data import PairedCollator, Prepared, UnpairedCollator
 from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 
 
@@ -46,6 +46,7 @@ class FusedTrainer(Trainer):
 
     config_class: type[FusedPreferenceConfig]
     loss_functions: tuple[Callable, Callable]  # from hidden states, from logits
+    logps_functions: tuple[Callable, Callable] = (linear_sequence_logps, sequence_logps)
     columns: tuple[str, ...]  # of a prepared dataset
     ref_columns: tuple[str, ...]  # those added when the reference is precomputed
 
@@ -87,6 +88,7 @@ class FusedTrainer(Trainer):
             model.enable_input_require_grads()
         if args.disable_dropout:
             _disable_dropout(model)
+        self.data_counts: dict[str, dict[str, int]] = {}  # of each dataset: examples, truncated, dropped
         with args.main_process_first(desc="preparing the data"):
             train_dataset = self._prepare_data(train_dataset, args, "train")
             eval_dataset = self._prepare_data(eval_dataset, args, "eval")
@@ -117,7 +119,7 @@ class FusedTrainer(Trainer):
     def _collator(self, args: FusedPreferenceConfig) -> UnpairedCollator | PairedCollator:
         raise NotImplementedError
 
-    def _tokenize(self, source: preference_data.Source, args: FusedPreferenceConfig, name: str) -> Dataset:
+    def _tokenize(self, source: preference_data.Source, args: FusedPreferenceConfig, name: str) -> Prepared:
         raise NotImplementedError
 
     def _loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
@@ -135,7 +137,13 @@ class FusedTrainer(Trainer):
             return None
         if type(source) is dict:
             return {key: self._prepare_data(value, args, key) for key, value in source.items()}
-        return self._tokenize(source, args, name)
+        prepared = self._tokenize(source, args, name)
+        self.data_counts[name] = {
+            "examples": len(prepared.dataset),
+            "truncated": prepared.truncated,
+            "dropped": prepared.dropped,
+        }
+        return prepared.dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*self.columns, *self.ref_columns]
@@ -185,10 +193,11 @@ class FusedTrainer(Trainer):
 
     def _logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """[B] sequence log-probabilities, without a gradient."""
+        from_hidden, from_logits = self.logps_functions
         with torch.no_grad():
             if self.args.loss_from == "hidden":
-                return huggingface.apply(linear_sequence_logps, model, inputs, labels=labels, **self._options)
-            return huggingface.apply_to_logits(sequence_logps, model, inputs, labels=labels, **self._options)
+                return huggingface.apply(from_hidden, model, inputs, labels=labels, **self._options)
+            return huggingface.apply_to_logits(from_logits, model, inputs, labels=labels, **self._options)
 
     def _ref_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         with self._reference(model) as reference:
@@ -387,7 +396,7 @@ class FusedKTOTrainer(FusedTrainer):
     def _collator(self, args: FusedKTOConfig) -> UnpairedCollator:
         return UnpairedCollator(_pad_token_id(self._tokenizer), args.pad_to_multiple_of)
 
-    def _tokenize(self, source: preference_data.Source, args: FusedKTOConfig, name: str) -> Dataset:
+    def _tokenize(self, source: preference_data.Source, args: FusedKTOConfig, name: str) -> Prepared:
         return preference_data.prepare_unpaired(
             source,
             self._tokenizer,
@@ -396,7 +405,7 @@ class FusedKTOTrainer(FusedTrainer):
             seed=args.seed,
             num_proc=args.dataset_num_proc,
             name=name,
-        ).dataset
+        )
 
     def get_batch_samples(self, *arguments) -> tuple[list, torch.Tensor | int | None]:
         batches, num_items = super().get_batch_samples(*arguments)
@@ -476,10 +485,10 @@ class FusedDPOTrainer(FusedTrainer):
     def _collator(self, args: FusedDPOConfig) -> PairedCollator:
         return PairedCollator(_pad_token_id(self._tokenizer), args.pad_to_multiple_of)
 
-    def _tokenize(self, source: preference_data.Source, args: FusedDPOConfig, name: str) -> Dataset:
+    def _tokenize(self, source: preference_data.Source, args: FusedDPOConfig, name: str) -> Prepared:
         return preference_data.prepare_paired(
             source, self._tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name
-        ).dataset
+        )
 
     def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         sides = _chosen_then_rejected(inputs)
