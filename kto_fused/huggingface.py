@@ -6,10 +6,10 @@ on or off, sharded weights are gathered around the head, gradients are reduced b
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier")
 DIVIDED_BY = ("logits_scaling",)
 CHECKED_TOKENS = 8
+ROUNDINGS = 8  # that those tokens' logits may be apart, of the largest
 
 
 class UnsupportedModelError(ValueError):
@@ -66,8 +67,8 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     gradient_path, outcome = model(**model_inputs, fused_call=_Call(function, arguments))
     result = outcome.result
     first = result[0] if isinstance(result, tuple) else result
-    if first.requires_grad:
-        first = _through(gradient_path, first)
+    if gradient_path is not first:
+        first = _OnBothPaths.apply(first, gradient_path)
     if not isinstance(result, tuple):
         return first
     if outcome.aux_loss is not None:
@@ -102,19 +103,22 @@ def attach(model: nn.Module) -> None:
         TypeError: ``model`` holds no ``PreTrainedModel``.
     """
     inner = unwrap(model)
-    _check_head(inner)  # each time: an adapter may have come since
-    if getattr(inner, "_has_fused_call", False):
-        return
-    if "_original_forward" in inner.__dict__:
+    layers = _head_layers(inner)
+    # what pickle brings back is the class's own forward
+    is_attached = getattr(inner, "_has_fused_call", False) and _forward_of(inner) is not type(inner).forward
+    if not is_attached and "_original_forward" in inner.__dict__:
         raise UnsupportedModelError(
             "model was prepared by accelerate before it knew the fused loss, which would run outside of autocast: "
             "call kto_fused.huggingface.attach(model) before accelerator.prepare(model)"
         )
+    for layer in layers:  # each time: the head may have been replaced since
+        if _forward_of(layer) is not _head_forward:
+            layer.forward = MethodType(_head_forward, layer)
+    if is_attached:
+        return
     # an instance's own forward is somebody else's patch; as a bound method it follows the model when that is copied
     inner._unfused_forward = inner.__dict__.get("forward")
-    inner.forward = MethodType(functools.wraps(type(inner).forward)(_forward), inner)
-    for linear in _linears(inner.get_output_embeddings()):
-        linear.forward = MethodType(_head_forward, linear)
+    inner.forward = MethodType(_forward_like(type(inner).forward), inner)
     inner._has_fused_call = True
     try:
         _check_logits(inner)
@@ -128,8 +132,9 @@ def detach(model: nn.Module) -> None:
     inner = unwrap(model)
     if not getattr(inner, "_has_fused_call", False):
         return
-    for linear in _linears(inner.get_output_embeddings()):
-        del linear.forward
+    for layer in inner.get_output_embeddings().modules():
+        if _forward_of(layer) is _head_forward:
+            del layer.forward
     del inner.forward
     if inner._unfused_forward is not None:
         inner.forward = inner._unfused_forward
@@ -181,41 +186,66 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
 # ---- inside the model's forward -----------------------------------------------------------------------------------
 
 
-@dataclass
-class _Call:
-    """A function of hidden states and LM head, on its way through the wrappers as one opaque object: FSDP2's mixed
-    precision would round tensors it recognises among the arguments.
-    """
+# Both are plain objects because wrappers look for tensors in tuples, dicts and dataclasses: FSDP2's mixed precision
+# would round the reference's log-probabilities on their way in and the loss on its way out.
 
-    function: Callable
-    arguments: dict[str, Any]
+
+class _Call:
+    """A function of hidden states and LM head with the rest of its arguments."""
+
+    def __init__(self, function: Callable, arguments: dict[str, Any]):
+        self.function, self.arguments = function, arguments
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: dict) -> Any:
         return self.function(hidden=hidden, lm_head_weight=weight, lm_head_bias=bias, **{**options, **self.arguments})
 
 
-@dataclass
 class _Outcome:
-    """The function's result, out of reach of wrappers that round outputs, and the mixture of experts' own loss."""
+    """The function's result, and the mixture of experts' own loss."""
 
-    result: Any
-    aux_loss: torch.Tensor | None = None
+    def __init__(self, result: Any):
+        self.result, self.aux_loss = result, None
 
 
-def _forward(self: PreTrainedModel, *args, fused_call: _Call | None = None, **kwargs) -> Any:
+class _OnBothPaths(torch.autograd.Function):
+    """``exact`` with its own gradient; zeros run along ``wrapped``, what wrappers made of it, through their hooks."""
+
+    @staticmethod
+    def forward(ctx, exact: torch.Tensor, wrapped: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(wrapped)
+        return exact.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad, torch.zeros_like(*ctx.saved_tensors)
+
+
+def _forward_like(forward: Callable) -> Callable:
+    """``_forward`` under the signature that ``generate`` and ``Trainer`` look at."""
+
+    def fused_forward(self: PreTrainedModel, *args, fused_call: _Call | None = None, **kwargs) -> Any:
+        return _forward(self, fused_call, *args, **kwargs)
+
+    # not functools.wraps, whose __wrapped__ accelerate follows when it takes its own wrappers off
+    fused_forward.__signature__ = inspect.signature(forward)
+    fused_forward.__name__ = "forward"
+    return fused_forward
+
+
+def _forward(self: PreTrainedModel, fused_call: _Call | None, *args, **kwargs) -> Any:
     if fused_call is None:
         unfused = self._unfused_forward
         return type(self).forward(self, *args, **kwargs) if unfused is None else unfused(*args, **kwargs)
     inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names what it leaves out
     inputs["use_cache"] = False
-    if getattr(self.config.get_text_config(), "output_router_logits", False) and torch.is_grad_enabled():
-        inputs["output_router_logits"] = True
+    if getattr(self.config.get_text_config(), "output_router_logits", False):
+        inputs.setdefault("output_router_logits", True)
     outputs = self.base_model(*args, **inputs)
     head = self.get_output_embeddings()
     gradient_path, outcome = head(
         outputs.last_hidden_state, fused_call=functools.partial(fused_call, options=logit_options(self.config))
     )
-    if "output_router_logits" in inputs:
+    if inputs.get("output_router_logits", False) and isinstance(outcome.result, tuple):
         outcome.aux_loss = _router_loss(self, outputs.router_logits, inputs.get("attention_mask"))
     return gradient_path, outcome
 
@@ -227,19 +257,20 @@ def _head_forward(self: nn.Linear, hidden: torch.Tensor, fused_call: Callable | 
     return result[0] if isinstance(result, tuple) else result, _Outcome(result)
 
 
-def _through(gradient_path: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """``exact``'s value with ``gradient_path``'s graph, on which the wrappers have hung their hooks."""
-    if gradient_path.dtype == exact.dtype:
-        return gradient_path
-    rounded = gradient_path.to(exact.dtype)
-    return rounded + (exact - rounded).detach()
+_head_forward.__name__ = "forward"  # by which pickle finds the class's own in what it restores
 
 
 def _router_loss(
     model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """The load-balancing loss by the architecture's own function, weighted by its own coefficient."""
-    balance = sys.modules[_architecture(model).__module__].load_balancing_loss_func
+    balance = getattr(sys.modules[_architecture(model).__module__], "load_balancing_loss_func", lambda: None)
+    names = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+    if list(inspect.signature(balance).parameters) != names or not hasattr(model, "router_aux_loss_coef"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s router loss is not a known one: train without it "
+            "(model.config.output_router_logits = False), or pass the model's logits to the losses that take logits"
+        )
     loss = balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
     return model.router_aux_loss_coef * loss
 
@@ -254,12 +285,8 @@ def _architecture(model: PreTrainedModel) -> type:
 # ---- what may be attached -----------------------------------------------------------------------------------------
 
 
-def _linears(head: nn.Module) -> Iterator[nn.Linear]:
-    """The head itself, or the copies PEFT's ``modules_to_save`` holds of it."""
-    return (module for module in head.modules() if isinstance(module, nn.Linear))
-
-
-def _check_head(model: PreTrainedModel) -> None:
+def _head_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """The plain linear layer that is the LM head, or the copies of it that PEFT's ``modules_to_save`` holds."""
     name = type(model).__name__
     head = model.get_output_embeddings()
     if head is None or model.config.is_encoder_decoder:
@@ -275,7 +302,7 @@ def _check_head(model: PreTrainedModel) -> None:
                 "apply nor train: leave 'lm_head' out of target_modules, or train it whole with "
                 "modules_to_save=['lm_head']"
             )
-        if not isinstance(layer, nn.Linear) or _forward_of(layer) not in (nn.Linear.forward, _head_forward):
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             raise UnsupportedModelError(
                 f"{name}'s LM head is a {type(layer).__name__}, not a plain nn.Linear: keep the head out of "
                 "quantisation and casts (llm_int8_skip_modules=['lm_head'])"
@@ -285,10 +312,16 @@ def _check_head(model: PreTrainedModel) -> None:
                 f"{name}'s LM head is quantised to {layer.weight.dtype}: keep the head out "
                 "(llm_int8_skip_modules=['lm_head'])"
             )
+        if _forward_of(layer) not in (nn.Linear.forward, _head_forward):
+            raise UnsupportedModelError(
+                f"{name}'s LM head has a forward of its own (a patch, or accelerate's hooks of a device_map), which "
+                "the fused loss would pass by: remove it, or put the whole model on one device"
+            )
+    return layers
 
 
-def _forward_of(layer: nn.Module) -> Callable | None:
-    return getattr(layer.__dict__.get("forward", type(layer).forward), "__func__", type(layer).forward)
+def _forward_of(module: nn.Module) -> Callable:
+    return getattr(module.forward, "__func__", module.forward)
 
 
 @contextmanager
@@ -315,21 +348,19 @@ def _check_logits(model: PreTrainedModel) -> None:
     with _evaluating(model):
         own = model(input_ids=input_ids, use_cache=False).logits
         _, outcome = model(input_ids=input_ids, fused_call=_Call(_plain_logits, {}))
-    own, ours = own.double(), outcome.result.double()
+    name, (ours,) = type(model).__name__, outcome.result
     if own.shape != ours.shape:
+        raise UnsupportedModelError(f"{name}'s logits are {tuple(own.shape)}, its LM head gives {tuple(ours.shape)}")
+    own = own.double()
+    difference, largest = (own - ours.double()).abs().max(), own.abs().max()
+    if not difference <= ROUNDINGS * torch.finfo(ours.dtype).eps * largest:
         raise UnsupportedModelError(
-            f"{type(model).__name__}'s logits are {tuple(own.shape)}, its LM head gives {tuple(ours.shape)}"
-        )
-    difference, largest = (own - ours).abs().max(), own.abs().max()
-    tolerance = 32 * torch.finfo(outcome.result.dtype).eps
-    if not difference <= tolerance * largest:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}'s logits differ by up to {difference:.1e} (largest {largest:.1e}) from its head "
-            f"with {logit_options(model.config)}: it computes something else there, so give the losses its "
-            "logits (loss_from='logits')"
+            f"{name}'s logits differ by up to {difference:.1e} (largest {largest:.1e}) from its head with "
+            f"{logit_options(model.config)}: it computes something else there, so pass its logits to the losses that "
+            "take logits"
         )
 
 
-def _plain_logits(hidden, lm_head_weight, lm_head_bias, logit_scale, logit_softcap) -> torch.Tensor:
+def _plain_logits(hidden, lm_head_weight, lm_head_bias, logit_scale, logit_softcap) -> tuple[torch.Tensor]:
     logits = F.linear(hidden, lm_head_weight, lm_head_bias) * logit_scale
-    return logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)
+    return (logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap),)

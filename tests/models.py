@@ -1,0 +1,92 @@
+"""Tiny random models of every architecture that the fused losses are tested with, and a batch for them."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, reference
+
+VOCAB = 101
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+SOFT_CAP = {"final_logit_softcapping": 5.0, "head_dim": 8}
+MIXTURE = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+# by the configuration's model_type: what is changed in it, so that the part of its logits that is its own shows
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+    "mistral": {},
+    "gemma2": SOFT_CAP,
+    "gemma3_text": SOFT_CAP,
+    "phi3": {},
+    "phi": NO_DROPOUT,  # a head with a bias
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **NO_DROPOUT},
+    "gpt_neox": {"attention_dropout": 0.0, "hidden_dropout": 0.0},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.25},
+    "olmo2": {},
+    "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    "mixtral": {"num_local_experts": 4, **MIXTURE},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, **MIXTURE},
+}
+
+# each function from hidden states, and its twin from logits
+TWINS = {
+    fused_linear_kto_loss: reference.kto_loss,
+    fused_linear_dpo_loss: reference.dpo_loss,
+    linear_sequence_logps: reference.sequence_logps,
+}
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model in training mode whose biases and norms are random too, with logits of a few nats."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES.get(name, {}), **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        model.get_output_embeddings().weight *= 4
+    return model.to(dtype).train()
+
+
+def make_batch(function, batch: int = 4, seq_len: int = 9, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model_inputs, arguments) for ``function``: prompts of three tokens, and padding behind two of the sequences."""
+    random = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCAB, (batch, seq_len), generator=random)
+    lengths = torch.tensor([seq_len - 3, seq_len, seq_len - 1, seq_len]).repeat(batch // 4 + 1)[:batch]
+    attention_mask = (torch.arange(seq_len) < lengths[:, None]).long()
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :3] = -100
+    arguments: dict[str, Any] = {"labels": labels}
+    if function is not linear_sequence_logps:
+        arguments["ref_logps"] = -25.0 - 5.0 * torch.rand(batch, generator=random)
+    if function is fused_linear_kto_loss:
+        arguments.update(desirable=torch.arange(batch) % 2 == 0, reference_point=0.3)
+    return {"input_ids": input_ids.masked_fill(attention_mask == 0, 0), "attention_mask": attention_mask}, arguments
+
+
+def from_own_logits(function, model, model_inputs: dict[str, Any], **arguments: Any) -> torch.Tensor:
+    """The loss or log-probabilities of ``function``'s twin from the model's own logits, its router loss added."""
+    outputs = model(**model_inputs)
+    result = TWINS[function](outputs.logits, **arguments)
+    if function is linear_sequence_logps:
+        return result
+    loss = result[0]
+    if getattr(outputs, "aux_loss", None) is not None:
+        loss = loss + model.config.router_aux_loss_coef * outputs.aux_loss
+    return loss

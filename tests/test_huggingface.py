@@ -1,0 +1,543 @@
+"""Hugging Face models: the loss inside their forward is the loss of their own logits, whatever wraps them."""
+
+import copy
+import inspect
+import io
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cases import GRAD_TOLERANCE, assert_same_gradient
+from models import ARCHITECTURES, TWINS, VOCAB, from_own_logits, make_batch, make_model
+from torch import nn
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from kto_fused import fused_linear_kto_loss, huggingface, linear_sequence_logps, reference
+from kto_fused.huggingface import UnsupportedModelError
+
+by_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+by_function = pytest.mark.parametrize("function", TWINS, ids=lambda function: function.__name__)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small are fastest on one, also where other work shares the cores."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def loss_of(function, model, model_inputs, **arguments) -> torch.Tensor:
+    result = huggingface.apply(function, model, model_inputs, **arguments)
+    return result if function is linear_sequence_logps else result[0]
+
+
+def backward(model: nn.Module, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients by parameter, of the losses each with a weight of its own; none is left behind."""
+    model.zero_grad()
+    (losses.flatten() * torch.linspace(1, 2, losses.numel())).sum().backward()
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], roundings=4.0) -> None:
+    """Of every parameter; where a gradient vanishes (keys' biases), what is left of the largest one's rounding."""
+    assert actual.keys() == expected.keys()
+    assert expected
+    largest = max(grad.norm().item() for grad in expected.values())
+    assert largest > 0
+    for name, grad in actual.items():
+        try:
+            assert_same_gradient(grad, expected[name], floor=GRAD_TOLERANCE[grad.dtype] * largest, roundings=roundings)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def check_against_own_logits(function, model, seed: int = 0) -> None:
+    """Value and every gradient."""
+    model_inputs, arguments = make_batch(function, seed=seed)
+    expected = from_own_logits(function, model, model_inputs, **arguments)
+    expected_grads = backward(model, expected)
+    actual = loss_of(function, model, model_inputs, **arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(backward(model, actual), expected_grads)
+
+
+def kto(model, seed: int = 0, **more) -> torch.Tensor:
+    model_inputs, arguments = make_batch(fused_linear_kto_loss, seed=seed)
+    return loss_of(fused_linear_kto_loss, model, model_inputs, **{**arguments, **more})
+
+
+# ---- every architecture -------------------------------------------------------------------------------------------
+
+
+@by_function
+@by_architecture
+def test_is_the_loss_of_the_models_own_logits(name, function):
+    check_against_own_logits(function, make_model(name))
+
+
+@by_architecture
+def test_bfloat16_models_are_not_refused_for_their_rounding(name):
+    model = make_model(name, torch.bfloat16)
+    huggingface.attach(model)
+    torch.testing.assert_close(kto(model), kto(make_model(name)), rtol=0.01, atol=0.01)
+
+
+def test_the_architectures_exercise_what_logits_may_be():
+    """A scale, a soft cap, a tied head and a head's bias each stand in the table, and change the loss."""
+    options = {name: huggingface.logit_options(make_model(name).config) for name in ARCHITECTURES}
+    scales = {name: option["logit_scale"] for name, option in options.items() if option["logit_scale"] != 1}
+    assert scales == {"granite": pytest.approx(1 / 3), "cohere": 0.25, "falcon_h1": 0.3}
+    assert {name for name, option in options.items() if option["logit_softcap"]} == {"gemma2", "gemma3_text"}
+    tied = {name for name in ARCHITECTURES if make_model(name).config.tie_word_embeddings}
+    assert tied >= {"qwen2", "gpt2", "gemma2", "gemma3_text"}
+    assert make_model("phi").lm_head.bias.abs().min() > 0
+    for name in [*scales, "gemma2"]:
+        model = make_model(name)
+        assert abs(kto(model) - kto(model, logit_scale=1.0, logit_softcap=None)) > 1e-4, name
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_router_loss_is_added_to_losses_with_and_without_gradients(name):
+    model, twin = make_model(name), make_model(name, output_router_logits=False)
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    added = model.config.router_aux_loss_coef * model(**model_inputs).aux_loss
+    assert added > 0.1
+    torch.testing.assert_close(kto(model), kto(twin) + added)
+    with torch.no_grad():
+        torch.testing.assert_close(kto(model), kto(twin) + added)
+    torch.testing.assert_close(kto(model, reduction="none"), kto(twin, reduction="none") + added)
+    without = loss_of(fused_linear_kto_loss, model, {**model_inputs, "output_router_logits": False}, **arguments)
+    torch.testing.assert_close(without, kto(twin))
+
+
+def test_padding_on_the_right_changes_nothing():
+    model = make_model("llama")
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    longer = {name: nn.functional.pad(value, (0, 3)) for name, value in model_inputs.items()}
+    arguments_of_longer = {**arguments, "labels": nn.functional.pad(arguments["labels"], (0, 3), value=-100)}
+    torch.testing.assert_close(
+        loss_of(fused_linear_kto_loss, model, longer, **arguments_of_longer),
+        loss_of(fused_linear_kto_loss, model, model_inputs, **arguments),
+    )
+
+
+def test_packed_sequences_and_embeddings_as_inputs():
+    model = make_model("llama")
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    is_token = model_inputs["attention_mask"].bool()
+    lengths = is_token.sum(1)
+    packed = {
+        "inputs_embeds": model.get_input_embeddings()(model_inputs["input_ids"][is_token][None]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+    }
+    arguments_of_packed = {
+        **arguments,
+        "labels": arguments["labels"][is_token],
+        "cu_seqlens": nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+    }
+    expected = kto(model)
+    actual = loss_of(fused_linear_kto_loss, model, packed, **arguments_of_packed)
+    torch.testing.assert_close(actual, expected)
+    assert_same_gradients(backward(model, actual), backward(model, expected))
+
+
+# ---- PEFT ---------------------------------------------------------------------------------------------------------
+
+
+def with_lora(model, **settings):
+    """A PEFT model whose adapters change its outputs."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+
+
+@by_architecture
+def test_lora_is_trained_and_switched_off(name):
+    base = make_model(name)
+    base_loss = kto(base)
+    # PEFT refuses a Mamba layer's projections
+    model = with_lora(base, **({"target_modules": ["q_proj", "gate_proj"]} if name == "falcon_h1" else {}))
+    check_against_own_logits(fused_linear_kto_loss, model)
+    assert {"lora_A", "lora_B"} == {key.split(".")[-3] for key in backward(model, kto(model))}
+    assert abs(kto(model) - base_loss) > 1e-5
+    with model.disable_adapter():
+        torch.testing.assert_close(kto(model), base_loss)
+
+
+@by_function
+def test_a_head_trained_whole_beside_lora(function):
+    model = with_lora(make_model("phi"), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        head = model.get_base_model().lm_head.modules_to_save["default"]
+        head.weight += torch.randn_like(head.weight)
+    check_against_own_logits(function, model)
+    grads = backward(model, kto(model))
+    assert [name for name in grads if "lm_head" in name] == [
+        "base_model.model.lm_head.modules_to_save.default.weight",
+        "base_model.model.lm_head.modules_to_save.default.bias",
+    ]
+    with model.disable_adapter():
+        torch.testing.assert_close(kto(model), kto(make_model("phi")))
+    assert abs(kto(model) - kto(make_model("phi"))) > 1e-3
+
+
+def test_adapters_that_come_after_the_first_loss():
+    base = make_model("llama")
+    kto(base)
+    model = with_lora(base, modules_to_save=["lm_head"])
+    check_against_own_logits(fused_linear_kto_loss, model)
+    assert any("lm_head" in name for name in backward(model, kto(model)))
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def refuses(model: nn.Module, *words: str):
+    """The call raises with those words, and leaves every module's forward as it was."""
+    before = [(module, own_forwards(module)) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError) as error:
+        yield
+    for word in words:
+        assert word in str(error.value)
+    for module, forwards in before:
+        assert own_forwards(module) == forwards, f"{type(module).__name__} was changed"
+
+
+def own_forwards(module: nn.Module) -> dict:
+    """What an instance holds of its own that has to do with its forward, or with us."""
+    return {name: value for name, value in vars(module).items() if "forward" in name or "fused" in name}
+
+
+def test_refuses_an_adapter_on_the_head():
+    model = with_lora(make_model("llama"), target_modules=["q_proj", "lm_head"])
+    with refuses(model, "LM head carries an adapter", "leave 'lm_head' out of target_modules", "modules_to_save"):
+        huggingface.attach(model)
+
+
+def test_refuses_an_adapter_that_comes_to_the_head_later():
+    model = make_model("llama")
+    kto(model)
+    model = with_lora(model, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UnsupportedModelError, match="LM head carries an adapter"):
+        kto(model)
+    huggingface.detach(model)
+    assert "forward" not in model.get_base_model().__dict__
+
+
+def test_refuses_prompts_that_are_learned():
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(make_model("llama"), config)
+    with refuses(model, "learns prompts", "PROMPT_TUNING", "use LoRA"):
+        huggingface.attach(model)
+
+
+class CastingLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).float()
+
+
+def test_refuses_a_head_that_is_no_plain_linear_layer():
+    model = make_model("llama")
+    model.lm_head = CastingLinear(32, VOCAB)
+    with refuses(model, "LM head is a CastingLinear", "keep the head out of quantisation"):
+        huggingface.attach(model)
+
+
+def test_refuses_a_quantised_head():
+    model = make_model("llama")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    with refuses(model, "torch.int8", "keep the head out"):
+        huggingface.attach(model)
+
+
+def test_refuses_a_patched_head():
+    model = make_model("llama")
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * plain(x)
+    with refuses(model, "a forward of its own", "remove it"):
+        huggingface.attach(model)
+
+
+def test_refuses_a_model_spread_by_a_device_map():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = accelerate.dispatch_model(make_model("llama"), {"": "cpu"}, force_hooks=True)
+    with refuses(model, "device_map", "on one device"):
+        huggingface.attach(model)
+
+
+def test_refuses_data_parallel():
+    model = nn.DataParallel(make_model("llama"))
+    with refuses(model, "nn.DataParallel", "torchrun", "CUDA_VISIBLE_DEVICES"):
+        huggingface.attach(model)
+
+
+def test_refuses_an_encoder_decoder():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))
+    with refuses(model, "T5ForConditionalGeneration is no causal language model", "AutoModelForCausalLM"):
+        huggingface.attach(model)
+
+
+def test_refuses_a_model_without_a_head():
+    model = make_model("llama").model
+    with refuses(model, "LlamaModel is no causal language model", "AutoModelForCausalLM"):
+        huggingface.attach(model)
+
+
+def test_refuses_the_meta_device():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(make_model("llama").config)
+    with refuses(model, "meta device", "load its weights first"):
+        huggingface.attach(model)
+
+
+def test_refuses_an_architecture_with_logits_of_its_own():
+    if "hyperclovax" not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no architecture that is known to differ")
+    model = make_model("hyperclovax", logits_scaling=3.0)
+    with refuses(model, "HyperCLOVAXForCausalLM's logits differ", "computes something else", "losses that take logits"):
+        huggingface.attach(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refuses_logits_that_are_a_tenth_too_large(dtype):
+    model = make_model("llama", dtype)
+    plain = model.forward
+
+    def patched(*args, **kwargs):
+        outputs = plain(*args, **kwargs)
+        outputs.logits = outputs.logits * 1.1
+        return outputs
+
+    model.forward = patched
+    with refuses(model, "LlamaForCausalLM's logits differ"):
+        huggingface.attach(model)
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "doge"])
+def test_refuses_a_router_loss_it_does_not_know(name):
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "output_router_logits": True}
+    if name == "doge":
+        sizes = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2, "output_router_logits": True}
+    model = make_model(name, **sizes)
+    with refuses(model, "router loss is not a known one", "output_router_logits = False"):
+        huggingface.attach(model)
+    model.config.output_router_logits = False
+    huggingface.attach(model)
+
+
+def test_what_holds_no_model_is_a_type_error():
+    with pytest.raises(TypeError, match=r"must be or wrap a transformers.PreTrainedModel, got Linear"):
+        huggingface.attach(nn.Linear(2, 2))
+
+
+# ---- without a loss the model is what it was ----------------------------------------------------------------------
+
+
+def test_attaching_leaves_modes_random_numbers_and_gradients_alone():
+    model = make_model("llama")
+    model.model.layers[0].eval()
+    modes, random_state = [module.training for module in model.modules()], torch.get_rng_state()
+    huggingface.attach(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_logits_and_generation_are_unchanged(name):
+    model = make_model(name).eval()
+    model_inputs, _ = make_batch(linear_sequence_logps)
+    prompt = {"input_ids": model_inputs["input_ids"][:, :4], "max_new_tokens": 5, "do_sample": False}
+    logits, tokens = model(**model_inputs).logits, model.generate(**prompt)
+    kto(model)
+    assert torch.equal(model(**model_inputs).logits, logits)
+    assert torch.equal(model.generate(**prompt), tokens)
+    with pytest.raises(ValueError, match="nonsense"):  # generate looks arguments up in forward's signature
+        model.generate(**prompt, nonsense=1)
+
+
+def test_each_model_keeps_its_own_signature():
+    models = [make_model("llama"), make_model("gpt2")]
+    before = [inspect.signature(model.forward) for model in models]
+    for model in models:
+        huggingface.attach(model)
+    assert [inspect.signature(model.forward) for model in models] == before
+    assert before[0] != before[1]
+
+
+def test_saving_and_loading(tmp_path):
+    model = make_model("llama")
+    keys = model.state_dict().keys()
+    huggingface.attach(model)
+    assert model.state_dict().keys() == keys
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model_inputs, _ = make_batch(linear_sequence_logps)
+    assert torch.equal(loaded(**model_inputs).logits, model.eval()(**model_inputs).logits)
+    assert torch.equal(kto(loaded), kto(model))
+
+
+def pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_uses_its_own_weights(duplicate):
+    model = make_model("llama")
+    loss = kto(model)
+    other = duplicate(model)
+    with torch.no_grad():
+        other.lm_head.weight *= 0.5
+        other.model.norm.weight *= 0.9
+    assert torch.equal(kto(model), loss)
+    assert abs(kto(other) - loss) > 1e-3
+    check_against_own_logits(fused_linear_kto_loss, other)
+    model_inputs, _ = make_batch(linear_sequence_logps)
+    hidden = other.model(**model_inputs).last_hidden_state
+    assert torch.equal(other(**model_inputs).logits, hidden @ other.lm_head.weight.T)
+    assert torch.equal(kto(model), loss)
+
+
+def test_detaching_restores_the_model_and_attaching_twice_is_attaching_once():
+    model = make_model("llama")
+    before = [(module, own_forwards(module)) for module in model.modules()]
+    huggingface.attach(model)
+    forward, head_forward = model.forward, model.lm_head.forward
+    huggingface.attach(model)
+    assert model.forward is forward
+    assert model.lm_head.forward is head_forward
+    huggingface.detach(model)
+    huggingface.detach(model)
+    for module, forwards in before:
+        assert own_forwards(module) == forwards
+    torch.testing.assert_close(kto(model), kto(make_model("llama")))
+
+
+def test_an_earlier_patch_of_forward_still_runs_and_comes_back():
+    model = make_model("llama")
+    plain, calls = model.forward, []
+
+    def patched(*args, **kwargs):
+        calls.append(kwargs)
+        return plain(*args, **kwargs)
+
+    model.forward = patched
+    huggingface.attach(model)
+    calls.clear()
+    model_inputs, _ = make_batch(linear_sequence_logps)
+    model(**model_inputs)
+    assert len(calls) == 1
+    assert calls[0].keys() == model_inputs.keys()
+    huggingface.detach(model)
+    assert model.forward is patched
+
+
+def test_a_head_that_is_replaced_after_attaching():
+    model = make_model("llama")
+    kto(model)
+    model.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    check_against_own_logits(fused_linear_kto_loss, model)
+
+
+# ---- wrappers in one process --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_compiled_once_for_every_step(name, attached_first):
+    torch.use_deterministic_algorithms(False)  # which torch.compile guards on
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model, eager = make_model(name), make_model(name)
+    if attached_first:
+        huggingface.attach(model)
+    compiled = torch.compile(model, backend=count)
+    numbers = []
+    for seed in range(4):
+        z0 = torch.tensor(0.1 * seed)
+        options = {"reference_point": z0, "beta": 0.2, "desirable_weight": 1.3, "seed": seed}
+        actual, expected = kto(compiled, **options), kto(eager, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert_same_gradients(backward(model, actual), backward(eager, expected))
+        numbers.append(len(graphs))
+    assert numbers == numbers[:1] * 4
+
+
+def test_autocast_rounds_the_gemms_inputs_and_no_logit():
+    model = make_model("phi")
+    model_inputs, arguments = make_batch(linear_sequence_logps)
+    huggingface.attach(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = huggingface.apply(linear_sequence_logps, model, model_inputs, **arguments)
+        hidden = model.model(**model_inputs).last_hidden_state
+        own = from_own_logits(linear_sequence_logps, model, model_inputs, **arguments)
+    weight, bias = model.lm_head.weight.bfloat16().double(), model.lm_head.bias.double()
+    logits = nn.functional.linear(hidden.bfloat16().double(), weight, bias)
+    exact = reference.sequence_logps(logits, arguments["labels"])
+    torch.testing.assert_close(actual, exact, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, own.double(), rtol=0, atol=0.5)
+    assert (own - exact).abs().max() > 1e-3  # the model's own are rounded
+    grads, own_grads = backward(model, actual), backward(model, own)
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - own_grads[name]).norm() <= 0.05 * own_grads[name].norm() + 0.01, name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_gradient_checkpointing(name, use_reentrant):
+    model = make_model(name)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+    check_against_own_logits(fused_linear_kto_loss, model)
+
+
+@pytest.fixture
+def accelerator():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_prepared_by_accelerate_with_mixed_precision(accelerator):
+    model = make_model("llama")
+    huggingface.attach(model)
+    prepared = accelerator.prepare(model)
+    loss = kto(prepared)
+    assert loss.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss, kto(make_model("llama")))
+    assert loss != kto(make_model("llama"))
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    torch.testing.assert_close(kto(unwrapped), kto(make_model("llama")))
+
+
+def test_refuses_a_model_that_accelerate_prepared_first(accelerator):
+    model = accelerator.prepare(make_model("llama"))
+    with refuses(model, "prepared by accelerate before", "attach(model) before accelerator.prepare(model)"):
+        huggingface.attach(model)
