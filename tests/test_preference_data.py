@@ -645,6 +645,16 @@ def test_mismatched_completions_are_those_of_other_prompts_cut_to_what_fits():
     assert sorted(givers) == [0, 1, 2, 3, 4]
 
 
+def test_a_mismatched_completion_is_cut_to_what_its_new_prompt_leaves():
+    records = [
+        {"prompt": "red", "completion": " one two three", "label": True},
+        {"prompt": "red green blue", "completion": " four", "label": False},
+    ]
+    for max_length, cut in ((5, "one two"), (6, "one two three"), (None, "one two three </s>")):
+        dataset = prepare_unpaired(Dataset.from_list(records), one_token_a_word(), max_length=max_length).dataset
+        assert dataset["kl_completion_ids"][:] == [ids("four </s>"), ids(cut)]
+
+
 def test_examples_of_one_prompt_have_no_mismatched_completion(caplog):
     records = [record | {"prompt": "red"} for record in UNPAIRED]
     dataset = prepare_unpaired(Dataset.from_list(records), one_token_a_word()).dataset
