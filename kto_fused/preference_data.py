@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 BUNDLED = Path(__file__).with_name("data") / "feedback.jsonl"
 IGNORE_INDEX = -100
 UNPAIRED, PAIRED = ("prompt", "completion", "label"), ("prompt", "chosen", "rejected")
+RENDERED = ("tools", "chat_template_kwargs")  # what a chat template would render too; without it the text is another
 CACHE_FORMAT = 1  # part of every cache's key: raise it when the same input gives other rows
 NEIGHBOURS = 64  # completions of like length among which mismatched partners are drawn
 MESSAGE = {"role": Value("string"), "content": Value("string")}
@@ -67,7 +68,7 @@ def load(source: Source) -> Dataset:
     """Every record of a ``Dataset``, or of one or more ``.jsonl``, ``.json`` (one record a line) or ``.parquet`` files.
 
     Files are read once and then found in the cache of ``datasets``, until they change. All records must be of one
-    form; other columns are dropped.
+    form; other columns are dropped, but for ``tools`` and ``chat_template_kwargs``, which are refused.
 
     Returns:
         ``prompt``, ``completion``, ``label`` (bool), or ``prompt``, ``chosen``, ``rejected``.
@@ -144,6 +145,9 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
         raise DataError(f"{name}: holds no records")
     dataset = dataset.with_format(None)
     form = _form(dataset[0], f"{name}, row 0")
+    for field in set(RENDERED) & set(dataset.column_names):
+        if dataset.data.column(field).null_count < len(dataset):
+            raise DataError(f"{name}, field {field!r}: not supported, expected texts or conversations alone")
     dataset = dataset.select_columns(list(form.fields))
     tables = dataset.with_format("arrow").iter(1000)
     for row, record in enumerate(chain.from_iterable(table.to_pylist() for table in tables)):
@@ -173,6 +177,9 @@ def _checked(record: Any, form: _Form, where: str) -> dict[str, Any]:
     own = _form(record, where)
     if own != form:
         raise DataError(f"{where}: holds {own}, expected {form} as in the first record")
+    for field in RENDERED:
+        if record.get(field):
+            raise DataError(f"{where}, field {field!r}: not supported, expected texts or conversations alone")
     checked = {}
     for field in form.fields:
         value, here = record[field], f"{where}, field {field!r}"
@@ -508,7 +515,7 @@ class UnpairedCollator(_Padding):
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` [B, T] int64, ``desirable`` [B] bool; if the examples have
         ``kl_completion_ids``, ``kl_input_ids``, ``kl_attention_mask``, ``kl_labels`` [B, T'], a row without mismatched
-        completion being its prompt with no label; if they have them, ``ref_logps`` and ``ref_kl_logps`` [B] float32.
+        completion being its prompt with no label; if they have them, ``ref_logps`` and ``ref_kl_logps`` [B] float64.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -519,7 +526,7 @@ class UnpairedCollator(_Padding):
             mismatched = self._pad(columns["prompt_ids"], columns["kl_completion_ids"])
             batch |= {f"kl_{name}": tensor for name, tensor in mismatched.items()}
         for name in {"ref_logps", "ref_kl_logps"} & columns.keys():
-            batch[name] = torch.tensor(columns[name], dtype=torch.float32)
+            batch[name] = torch.tensor(columns[name], dtype=torch.float64)
         return batch
 
 
@@ -530,7 +537,7 @@ class PairedCollator(_Padding):
     The first dimension counts pairs, so that whatever counts or splits a batch by its rows keeps pairs whole.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T] int64; ``ref_logps`` [B, 2] float32, if the examples
+        ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T] int64; ``ref_logps`` [B, 2] float64, if the examples
         have ``ref_chosen_logps`` and ``ref_rejected_logps``.
     """
 
@@ -541,5 +548,5 @@ class PairedCollator(_Padding):
         batch = {name: tensor.view(len(examples), 2, -1) for name, tensor in rows.items()}
         if {"ref_chosen_logps", "ref_rejected_logps"} <= examples[0].keys():
             logps = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]
-            batch["ref_logps"] = torch.tensor(logps, dtype=torch.float32)
+            batch["ref_logps"] = torch.tensor(logps, dtype=torch.float64)
         return batch

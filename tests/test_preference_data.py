@@ -159,6 +159,20 @@ def test_rows_of_a_shuffled_dataset_are_looked_at_in_its_order():
         load(dataset)
 
 
+@pytest.mark.parametrize("field", ["tools", "chat_template_kwargs"])
+def test_what_a_template_would_render_too_is_refused(tmp_path, field):
+    records = [
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": "c", "completion": "d", "label": False, field: {"name": "search"}},
+    ]
+    path = tmp_path / "feedback.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(preference_data.DataError, match=f"line 2, field '{field}': not supported"):
+        preference_data.load(path)
+    with pytest.raises(preference_data.DataError, match=f"dataset, field '{field}': not supported"):
+        preference_data.load(Dataset.from_list([records[1], records[1]]))
+
+
 def test_null_columns_of_messages_are_dropped():
     records = FORMS["unpaired conversations"]
     wider = [record | {"prompt": [{**m, "tool_calls": None} for m in record["prompt"]]} for record in records]
@@ -703,7 +717,7 @@ def test_unpaired_batch_with_reference_and_without_mismatched():
     assert batch["input_ids"].tolist() == [[5, 7] + [3] * 6] * 2
     assert batch["desirable"].tolist() == [True, True]
     for name, value in (("ref_logps", -1.5), ("ref_kl_logps", -2.0)):
-        assert batch[name].dtype == torch.float32
+        assert batch[name].dtype == torch.float64
         assert batch[name].tolist() == [value, value]
 
 
@@ -725,7 +739,7 @@ def test_paired_batch():
     )
     assert batch["input_ids"].shape == (2, 2, 6)
     assert batch["ref_logps"].tolist() == [[-1, -2], [0, -4]]
-    assert batch["ref_logps"].dtype == torch.float32
+    assert batch["ref_logps"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("collator", [UnpairedCollator, PairedCollator])
