@@ -1,0 +1,184 @@
+"""A training step of a real architecture with random weights: this package's trainers and TRL's, on equal batches."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Trainer,
+)
+
+from kto_fused.integrations.trl import fuse
+from kto_fused.trainers import FusedDPOConfig, FusedDPOTrainer, FusedKTOConfig, FusedKTOTrainer
+
+# attention heads of 64 throughout, as in the models themselves
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "Llama 20M": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+    ),
+    "Qwen2.5-0.5B": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+    ),
+    "Llama-3.2-1B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+    ),
+}
+LEARNING_RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model with its reference, and one batch: half of each sequence is prompt."""
+
+    loss: str  # kto or dpo
+    model: PreTrainedModel
+    ref_model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    dataset: Dataset
+    sequences: int
+
+    @property
+    def rows(self) -> int:
+        """Examples of the batch: sequences, or pairs."""
+        return self.sequences if self.loss == "kto" else self.sequences // 2
+
+
+def make_problem(loss: str, architecture: str, sequences: int, seq_len: int, device: torch.device) -> Problem:
+    config = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokenizer = word_tokenizer(config.vocab_size)
+    words = torch.randint(1, config.vocab_size, (3, sequences, seq_len // 2)).tolist()
+
+    def text(ids: list[int]) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+    records = []
+    for row in range(sequences if loss == "kto" else sequences // 2):
+        prompt, first, second = (text(kind[row]) for kind in words)
+        # the space that ends the prompt is no token; the last word gives its place to the end of text
+        first, second = (" " + completion.rsplit(" ", 1)[0] + " <eos>" for completion in (first, second))
+        if loss == "kto":
+            records.append({"prompt": prompt, "completion": first, "label": row % 2 == 0})
+        else:
+            records.append({"prompt": prompt, "chosen": first, "rejected": second})
+    return Problem(loss, model, copy.deepcopy(model), tokenizer, Dataset.from_list(records), sequences)
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A token per word: texts of exactly the wanted length."""
+    vocabulary = {"<eos>": 0} | {f"w{i}": i for i in range(1, vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+class Training:
+    """A trainer on the one batch, taken out of its loop: ``step`` is what it does for every batch."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        trainer.create_optimizer_and_scheduler(num_training_steps=1000)
+        self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped = self.model
+        self.batch = next(iter(trainer.get_train_dataloader()))
+
+    def step(self) -> torch.Tensor:
+        device = self.trainer.args.device
+        batches, num_items = self.trainer.get_batch_samples(iter([dict(self.batch)]), 1, device)
+        self.trainer.current_gradient_accumulation_steps = 1
+        loss = self.trainer.training_step(self.model, batches[0], num_items)
+        self.optimizer.step()
+        return loss
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+
+Contender = Callable[[Problem], Training]
+
+
+def _arguments(problem: Problem, folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": problem.rows,
+        "learning_rate": LEARNING_RATE,
+        "gradient_checkpointing": False,  # a Trainer turns it on when its loop starts; make_problem already has
+        "bf16": problem.model.device.type != "cpu",
+        "use_cpu": problem.model.device.type == "cpu",
+        "max_length": None,
+        "report_to": [],
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }
+
+
+def _training(trainer_class: type, config_class: type, problem: Problem) -> Trainer:
+    with tempfile.TemporaryDirectory() as folder:
+        return trainer_class(
+            model=problem.model,
+            ref_model=problem.ref_model,
+            args=config_class(**_arguments(problem, folder)),
+            train_dataset=problem.dataset,
+            processing_class=problem.tokenizer,
+        )
+
+
+def ours(problem: Problem) -> Training:
+    kinds = {"kto": (FusedKTOTrainer, FusedKTOConfig), "dpo": (FusedDPOTrainer, FusedDPOConfig)}
+    return Training(_training(*kinds[problem.loss], problem))
+
+
+def trl(problem: Problem) -> Training:
+    return Training(_trl_trainer(problem))
+
+
+def fused_trl(problem: Problem) -> Training:
+    return Training(fuse(_trl_trainer(problem)))
+
+
+def _trl_trainer(problem: Problem) -> Trainer:
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # here: seconds to import
+
+    kinds = {"kto": (KTOTrainer, KTOConfig), "dpo": (DPOTrainer, DPOConfig)}
+    return _training(*kinds[problem.loss], problem)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "kto-fused trainer": ours,
+    "TRL 1.16": trl,
+    "TRL 1.16, fused": fused_trl,
+}

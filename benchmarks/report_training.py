@@ -1,0 +1,182 @@
+"""A training step end to end: this package's trainers, TRL's, and TRL's with the loss taken over."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from contenders_training import CONTENDERS, Contender, Problem, Training, make_problem
+from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_of, take_turns, write
+
+from kto_fused.measure import peak_bytes
+
+LOSSES = ("kto", "dpo")
+
+
+@dataclass(frozen=True)
+class Size:
+    architecture: str
+    sequences: int
+    seq_len: int
+
+    def __str__(self) -> str:
+        return f"{self.architecture}, {self.sequences} sequences of {self.seq_len} tokens"
+
+
+@dataclass(frozen=True)
+class Plan:
+    sizes: tuple[Size, ...]
+    rounds: int
+    # the longest sequence is sought on the first architecture, with its number of sequences, up to ``longest``
+    longest: int
+    # bytes a step may allocate beside weights, optimizer and batch; None: what the device has
+    budget: int | None
+    losses: tuple[str, ...] = LOSSES
+
+
+PLANS = {
+    "cpu": Plan(sizes=(Size("Llama 20M", 4, 512),), rounds=3, longest=8192, budget=2**30),
+    "cuda": Plan(
+        sizes=(Size("Qwen2.5-0.5B", 8, 2048), Size("Llama-3.2-1B", 8, 2048)), rounds=5, longest=131072, budget=None
+    ),
+}
+
+
+@dataclass
+class Row:
+    """One trainer on one batch: the median of a step, and what it allocates at most, its gradients included."""
+
+    loss: str
+    size: str
+    contender: str
+    ms: float
+    peak_mib: float
+
+
+@dataclass
+class Longest:
+    """The longest sequences a step went through with, of those tried: powers of two and the halves between."""
+
+    loss: str
+    size: str
+    contender: str
+    seq_len: int
+
+
+class TrainingTurn(Turn):
+    def __init__(self, name: str, contender: Contender, problem: Problem):
+        super().__init__(name)
+        self.contender, self.problem = contender, problem
+        self.training: Training | None = None
+
+    def warm_up(self, device: torch.device) -> None:
+        self.training = self.contender(self.problem)
+        self.training.step()  # the optimizer's states are there before memory is looked at
+        super().warm_up(device)
+
+    def fresh(self) -> None:
+        self.training.clear_gradients()
+
+    def steps(self):
+        return (self.training.step,)
+
+    def drop(self) -> None:
+        if self.training is not None:
+            self.training.clear_gradients()
+
+
+def fits(contender: Contender, loss: str, size: Size, budget: int | None, device: torch.device) -> bool:
+    """Whether a step goes through within the budget."""
+    free(device)
+    training = contender(make_problem(loss, size.architecture, size.sequences, size.seq_len, device))
+    try:
+        training.step()
+        training.clear_gradients()
+        return budget is None or peak_bytes(training.step, device) <= budget
+    except torch.OutOfMemoryError:
+        return False
+
+
+def longest(contender: Contender, loss: str, plan: Plan, device: torch.device) -> int:
+    """Twice as long until it no longer fits, then once between; 0 if nothing fits."""
+    first = plan.sizes[0]
+    best, seq_len = 0, first.seq_len
+
+    def tried(length: int) -> bool:
+        size = Size(first.architecture, first.sequences, length)
+        return length <= plan.longest and fits(contender, loss, size, plan.budget, device)
+
+    while tried(seq_len):
+        best, seq_len = seq_len, 2 * seq_len
+    between = best + best // 2
+    return between if tried(between) else best
+
+
+def title(loss: str, size: Size | str) -> str:
+    return f"{loss.upper()}, {size}"
+
+
+def tables(report: dict) -> str:
+    lines = [
+        f"# A training step, {report['device']}",
+        "",
+        f"{report['machine']}; torch {report['torch']}. Random weights, gradient checkpointing, AdamW; a step is what "
+        "a trainer does for one batch: reference and mismatched passes, policy forward and backward, optimizer. Half "
+        f"of each sequence is prompt. Medians of {report['rounds']} rounds in which all took turns. "
+        f"{how_timed(report['device'])} Peak memory is what a step allocates at most, the gradients included, beside "
+        "weights, optimizer and batch.",
+    ]
+    for loss, size in dict.fromkeys((row["loss"], row["size"]) for row in report["rows"]):
+        lines += ["", f"## {title(loss, size)}", "", "| | ms | peak MiB |", "|---|---:|---:|"]
+        for row in report["rows"]:
+            if (row["loss"], row["size"]) == (loss, size):
+                lines.append(f"| {row['contender']} | {row['ms']:.1f} | {row['peak_mib']:.0f} |")
+        lines += left_out_line(report, title(loss, size))
+    if report["longest"]:
+        budget = report["budget_mib"]
+        limit = "before running out of memory" if budget is None else f"within {budget:.0f} MiB"
+        lines += [
+            "",
+            f"## The longest sequences {limit}",
+            "",
+            f"{report['longest'][0]['size']}; tried were lengths twice as long, and once between the last two, up to "
+            f"{report['longest_tried']} tokens.",
+            "",
+            "| | " + " | ".join(LOSSES).upper() + " |",
+            "|---|---:|---:|",
+        ]
+        for contender in CONTENDERS:
+            found = {row["loss"]: row["seq_len"] for row in report["longest"] if row["contender"] == contender}
+            lines.append(f"| {contender} | " + " | ".join(str(found.get(loss, "-")) for loss in LOSSES) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def run(device: torch.device, plan: Plan, out: Path) -> None:
+    report = new_report(device, plan.rounds) | {
+        "longest": [],
+        "longest_tried": plan.longest,
+        "budget_mib": None if plan.budget is None else plan.budget / 2**20,
+    }
+    for size in plan.sizes:
+        for loss in plan.losses:
+            free(device)
+            turns = [
+                TrainingTurn(
+                    name, contender, make_problem(loss, size.architecture, size.sequences, size.seq_len, device)
+                )
+                for name, contender in CONTENDERS.items()
+            ]
+            for turn in take_turns(turns, plan.rounds, title(loss, size), report["left_out"], device):
+                row = Row(loss, str(size), turn.name, turn.milliseconds[0], turn.peak_mib)
+                print(f"{title(loss, size)}: {row.contender:20} {row.ms:9.1f} ms {row.peak_mib:8.0f} MiB", flush=True)
+                report["rows"].append(asdict(row))
+            del turns
+            write(report, tables, out, "-training")
+    first = plan.sizes[0]
+    of_first = f"{first.architecture}, {first.sequences} sequences"
+    for loss in plan.losses:
+        for name, contender in CONTENDERS.items():
+            seq_len = longest(contender, loss, plan, device)
+            print(f"{loss.upper()}, {of_first}: {name:20} up to {seq_len} tokens", flush=True)
+            report["longest"].append(asdict(Longest(loss, of_first, name, seq_len)))
+            write(report, tables, out, "-training")
+    print(f"wrote {path_of(report, out, '-training.json')} and .md")
