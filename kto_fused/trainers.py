@@ -178,7 +178,9 @@ class FusedTrainer(Trainer):
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
             return fsdp2_prepare_model(self.accelerator, ref_model)
-        return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.accelerator._models.pop()  # with a model prepared, evaluate() would take the policy to be, and not do it
+        return ref_model
 
     @contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
