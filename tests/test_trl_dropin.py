@@ -2,15 +2,14 @@
 
 import copy
 import gc
-import logging
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: nothing to fuse")
@@ -61,22 +60,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def data(kind: type, desirable: bool | None = None, prompt: bool = True) -> Dataset:
+def data(kind: type, desirable: bool | None = None, prompt: bool = True, rows: int = 2 * STEPS * BATCH) -> Dataset:
     random = torch.Generator().manual_seed(1)
 
     def text(longest: int) -> str:
         length = int(torch.randint(1, longest + 1, (1,), generator=random))
-        return "".join(f" w{i}" for i in torch.randint(WORDS, (length,), generator=random).tolist())
+        words = torch.randint(WORDS, (length,), generator=random).tolist()
+        repeats = torch.randint(2, (length,), generator=random).tolist()
+        return "".join(f" w{words[i - 1 if i % 2 and repeats[i] else i]}" for i in range(length))
 
-    rows = []
-    for row in range(STEPS * BATCH * 2):
+    records = []
+    for row in range(rows):
         record = {"prompt": text(5) if prompt else ""}
         if kind is KTOTrainer:
             record |= {"completion": text(7), "label": row % 3 != 0 if desirable is None else desirable}
         else:
             record |= {"chosen": text(7), "rejected": text(7)}
-        rows.append(record)
-    return Dataset.from_list(rows)
+        records.append(record)
+    return Dataset.from_list(records)
 
 
 def model(seed: int = 0, vocab: int = VOCAB, experts: bool = False):
@@ -88,12 +89,21 @@ def model(seed: int = 0, vocab: int = VOCAB, experts: bool = False):
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
-        "initializer_range": 0.3,  # log-probabilities that differ
+        "initializer_range": 0.15,  # log-probabilities that differ
     }
     torch.manual_seed(seed)
     if experts:
-        return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, output_router_logits=True))
-    return LlamaForCausalLM(LlamaConfig(**sizes))
+        made = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, output_router_logits=True))
+    else:
+        made = LlamaForCausalLM(LlamaConfig(**sizes))
+    with torch.no_grad():  # it says the same word again, as the data does half of the time
+        embedding = made.get_input_embeddings().weight.mul_(5)
+        made.lm_head.weight.add_(0.5 * embedding)
+    return made
+
+
+def experts():
+    return model(experts=True)
 
 
 def make_trainer(
@@ -102,6 +112,7 @@ def make_trainer(
     *,
     subclass: type | None = None,
     policy=None,
+    make_policy: Callable = model,
     own_reference: bool = True,
     lora: bool = False,
     train_dataset: Dataset | None = None,
@@ -109,7 +120,7 @@ def make_trainer(
     **settings,
 ):
     config = KTOConfig if kind is KTOTrainer else DPOConfig
-    policy = model() if policy is None else policy
+    policy = make_policy() if policy is None else policy
     reference = None
     if own_reference:
         reference = copy.deepcopy(policy)
@@ -148,6 +159,10 @@ def make_trainer(
     )
 
 
+def timeless(log: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in log.items() if not name.endswith(TIMES)}
+
+
 def steps(trainer) -> tuple[list[float], list[dict[str, float]], dict[str, torch.Tensor]]:
     """(each batch's loss, everything logged, the parameters at the end)"""
     losses, training_step = [], trainer.training_step
@@ -159,7 +174,7 @@ def steps(trainer) -> tuple[list[float], list[dict[str, float]], dict[str, torch
 
     trainer.training_step = recorded
     trainer.train()
-    logs = [{n: v for n, v in log.items() if not n.endswith(TIMES)} for log in trainer.state.log_history]
+    logs = [timeless(log) for log in trainer.state.log_history]
     return losses, logs, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
@@ -237,6 +252,7 @@ def test_dpo_trains_and_logs_alike(tmp_path, loss_type):
     names = {f"{kind}/{side}" for kind in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
     names |= {"rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "num_tokens", "grad_norm"}
     assert names < logs[0].keys()
+    assert 0.1 < logs[0]["mean_token_accuracy"] < 0.9
 
 
 @pytest.mark.parametrize(
@@ -264,6 +280,7 @@ def test_dpo_trains_alike_with_any_reference(tmp_path, loss_type, reference):
     "settings",
     [
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        {"make_policy": experts, "f_divergence_type": "reverse_kl", "loss_type": ["nca_pair"]},
         {"loss_weights": [0.5]},
         {"ld_alpha": 0.5},
         {"f_divergence_type": "js_divergence"},
@@ -275,9 +292,8 @@ def test_dpo_trains_alike_with_any_reference(tmp_path, loss_type, reference):
 )
 def test_what_only_trl_defines_stays_trls_and_is_said_once(tmp_path, settings, calls, caplog):
     assert_same_training(DPOTrainer, tmp_path, **settings)
-    said = [record.getMessage() for record in caplog.records if record.name == dropin.__name__]
-    assert len(said) == 1
-    assert list(settings)[-1] in said[0] or str(settings["loss_type"]) in said[0]
+    (message,) = said(caplog)
+    assert list(settings)[-1] in message or str(settings["loss_type"]) in message
     if "use_weighting" in settings:
         only(calls, own=STEPS * 3, linear_token_logps=STEPS)
     else:
@@ -292,13 +308,326 @@ def test_the_whole_loss_is_one_call_and_trls_head_never_runs(tmp_path, calls):
     only(calls, fused_linear_dpo_loss=STEPS, linear_sequence_logps=STEPS)
 
 
-@pytest.mark.parametrize("kind", [KTOTrainer, DPOTrainer])
-@pytest.mark.parametrize("case", ["accumulation", "checkpointing", "reentrant", "dropout-off-by-default"])
-def test_what_the_trainer_brings_keeps_working(tmp_path, kind, case):
-    settings = {
+# ---- what trainers bring ------------------------------------------------------------------------------------------
+
+both_trainers = pytest.mark.parametrize("kind", [KTOTrainer, DPOTrainer])
+
+
+@both_trainers
+@pytest.mark.parametrize(
+    "case", ["accumulation", "checkpointing", "reentrant-checkpointing", "experts", "experts-precomputed", "adapter"]
+)
+def test_what_trainers_bring_keeps_working(tmp_path, kind, case):
+    arguments = {
         "accumulation": {"gradient_accumulation_steps": 2},
         "checkpointing": {"gradient_checkpointing": True, "lora": True, "own_reference": False},
-        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        "dropout-off-by-default": {"policy": model(dropout=0.5)},
+        "reentrant-checkpointing": {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        "experts": {"make_policy": experts, "router_aux_loss_coef": 0.3},
+        "experts-precomputed": {"make_policy": experts, "precompute_ref_log_probs": True},
+        "adapter": {"make_policy": with_trained_adapter, "own_reference": False},
     }
-    assert_same_training(kind, tmp_path, **settings[case])
+    logs = assert_same_training(kind, tmp_path, **arguments[case])
+    assert ("aux_loss" in logs[0]) == case.startswith("experts")
+
+
+def with_trained_adapter():
+    """TRL copies such an adapter into one named "ref", its reference."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model(), settings)
+
+
+@both_trainers
+def test_evaluation_logs_alike(tmp_path, kind):
+    arguments = {"eval_dataset": data(kind, rows=7), "per_device_eval_batch_size": BATCH, "eval_strategy": "steps"}
+    logs = assert_same_training(kind, tmp_path, **arguments, eval_steps=2)
+    assert any("eval_rewards/margins" in log for log in logs)
+    own, fused = make_trainer(kind, tmp_path, **arguments), fuse(make_trainer(kind, tmp_path, **arguments))
+    for trainer in (own, fused):  # asked for logits, the loss is TRL's, and so are they
+        trainer.compute_metrics = lambda prediction: {"sum": float(prediction.predictions.sum())}
+    assert_same_logs([timeless(fused.evaluate())], [timeless(own.evaluate())])
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("desirable", [True, False])
+def test_a_batch_of_one_class_logs_no_other(tmp_path, loss_type, desirable):
+    rows = data(KTOTrainer, desirable=desirable)
+    logs = assert_same_training(KTOTrainer, tmp_path, loss_type=loss_type, train_dataset=rows)
+    assert ("rewards/chosen" in logs[0]) is desirable
+    assert ("rewards/rejected" in logs[0]) is not desirable
+    assert "rewards/margins" not in logs[0]
+
+
+@both_trainers
+def test_bfloat16_autocast_covers_policy_and_reference(tmp_path, kind, monkeypatch):
+    """TRL prepares the reference itself, with accelerate's autocast around its forward."""
+    dtypes = []
+    for name in ("linear_sequence_logps", "fused_linear_kto_loss", "fused_linear_dpo_loss"):
+        function = getattr(dropin, name)
+
+        def recorded(function=function, **arguments):
+            dtypes.append((arguments["hidden"].dtype, torch.is_autocast_enabled("cpu")))
+            return function(**arguments)
+
+        monkeypatch.setattr(dropin, name, recorded)
+    _, own_logs, _ = steps(make_trainer(kind, tmp_path, bf16=True))
+    _, logs, _ = steps(fuse(make_trainer(kind, tmp_path, bf16=True)))
+    assert set(dtypes) == {(torch.float32, True)}
+    for ours, theirs in zip(logs, own_logs, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in {"loss", "train_loss", "entropy", "logits/chosen", "logits/rejected"} & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-2, abs=2e-2), name
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid"])
+def test_completions_without_a_prompt_train_alike(tmp_path, loss_type, calls):
+    """Of those TRL's lengths count the first token, which nothing predicts."""
+    rows = data(DPOTrainer, prompt=False)
+    assert_same_training(DPOTrainer, tmp_path, loss_type=[loss_type], beta=0.5, train_dataset=rows)
+    assert calls["fused_linear_dpo_loss"] == (0 if loss_type == "ipo" else STEPS)
+
+
+# ---- the answers to TRL's own calls -------------------------------------------------------------------------------
+
+
+def batch() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(4)
+    input_ids = torch.randint(3, VOCAB, (3, 9), generator=random)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 6:] = 0
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :3] = -100
+    labels[2] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@pytest.mark.parametrize("make_policy", ["llama", "experts"])
+@pytest.mark.parametrize("layout", ["labels", "shift_labels", "num_items_in_batch"])
+def test_every_field_of_trls_output_is_answered(tmp_path, make_policy, layout):
+    policy = model(experts=make_policy == "experts")
+    trainer = make_trainer(DPOTrainer, tmp_path, policy=policy)
+    inputs = batch()
+    if layout == "shift_labels":
+        inputs["shift_labels"] = inputs.pop("labels").roll(-1, 1)
+    elif layout == "num_items_in_batch":
+        inputs["num_items_in_batch"] = torch.tensor(7)
+
+    def answers():
+        policy.zero_grad()
+        output = policy(**inputs, fused_lm_head=True)
+        weights = torch.randn(output.log_probs.shape, generator=torch.Generator().manual_seed(5))
+        (output.loss + (weights * output.log_probs).sum()).backward()
+        return output, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+    own, own_grads = answers()
+    fuse(trainer)
+    output, grads = answers()
+    assert type(output) is type(own)
+    assert list(output) == list(own)
+    for name in own:
+        torch.testing.assert_close(output[name], own[name], rtol=2e-5, atol=5e-6)
+        assert output[name].requires_grad == own[name].requires_grad, name
+    assert grads.keys() == own_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, own_grads[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_by_the_entropy_is_an_error_not_zero(tmp_path):
+    trainer = fuse(make_trainer(DPOTrainer, tmp_path))
+    output = trainer.model(**batch(), fused_lm_head=True)
+    with pytest.raises(RuntimeError, match="entropy of a fused trainer has no gradient"):
+        (output.log_probs.sum() + output.entropy.sum()).backward()
+
+
+def test_without_the_fused_head_the_model_is_what_it_was(tmp_path):
+    policy, inputs = model(), batch()
+    own_logits = policy(**inputs).logits
+    trainer = fuse(make_trainer(DPOTrainer, tmp_path, policy=policy))
+    assert torch.equal(trainer.model(**inputs).logits, own_logits)
+    assert trainer.model.generate(inputs["input_ids"], max_new_tokens=2, pad_token_id=1).shape == (3, 11)
+
+
+# ---- costs --------------------------------------------------------------------------------------------------------
+
+
+def lm_head_gemms(folder: Path, kind: type, **arguments) -> float:
+    """GEMMs of 2 N H V operations for a policy's forward and backward: what grows with V."""
+    operations = []
+    for vocab in (VOCAB, 2 * VOCAB):
+        policy = model(vocab=vocab)
+        trainer = fuse(make_trainer(kind, folder, policy=policy, precompute_ref_log_probs=True, **arguments))
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        with FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(trainer.model, inputs).backward()
+        operations.append(counter.get_total_flops())
+    tokens = int(inputs["completion_mask"][:, 1:].sum())
+    return (operations[1] - operations[0]) / (2 * tokens * HIDDEN * VOCAB)
+
+
+def test_the_whole_loss_takes_three_gemms_log_probabilities_four(tmp_path):
+    assert lm_head_gemms(tmp_path, KTOTrainer, loss_type="apo_zero_unpaired") == 3
+    assert lm_head_gemms(tmp_path, DPOTrainer) == 3
+    assert lm_head_gemms(tmp_path, DPOTrainer, loss_type=["nca_pair"]) == 4
+    assert lm_head_gemms(tmp_path, DPOTrainer, own_reference=False, lora=True) == 2
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what makes the host wait for a device."""
+
+    READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu", "numpy")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in self.READS
+        return function(*args, **(kwargs or {}))
+
+
+@both_trainers
+def test_all_logged_values_are_read_at_once(tmp_path, kind, monkeypatch):
+    settings = {"loss_type": "apo_zero_unpaired"} if kind is KTOTrainer else {}
+    trainer = fuse(make_trainer(kind, tmp_path, precompute_ref_log_probs=True, **settings))
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    counts = []
+    for log in (dropin._log, lambda trainer, batch, loss, metrics, aux_loss: loss):
+        monkeypatch.setattr(dropin, "_log", log)
+        with HostReads() as reads:
+            trainer.compute_loss(trainer.model, inputs)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] + 1
+
+
+# ---- what is not taken over, and errors ---------------------------------------------------------------------------
+
+
+def said(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == dropin.__name__]
+
+
+@both_trainers
+@pytest.mark.parametrize("method", ["_compute_loss", "compute_loss"])
+def test_a_loss_of_ones_own_gets_fused_log_probabilities(tmp_path, kind, method, calls, caplog):
+    def doubled(self, *args, **kwargs):
+        return 2 * getattr(kind, method)(self, *args, **kwargs)
+
+    subclass = type("MyTrainer", (kind,), {method: doubled})
+    assert_same_training(kind, tmp_path, subclass=subclass)
+    assert calls["linear_token_logps"] > 0
+    assert not calls["fused_linear_kto_loss"] + calls["fused_linear_dpo_loss"]
+    (message,) = said(caplog)
+    assert f"MyTrainer.{method} is not {kind.__name__}'s" in message
+
+
+def test_settings_changed_later_are_followed(tmp_path, calls):
+    trainer = fuse(make_trainer(DPOTrainer, tmp_path, max_steps=1))
+    trainer.ld_alpha = 0.5
+    steps(trainer)
+    only(calls, linear_token_logps=2)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "reason"),
+    [
+        ("beta", 0.0, "beta=0.0 is not positive"),
+        ("label_smoothing", 0.5, "label_smoothing=0.5 lies outside"),
+        ("undesirable_weight", -1.0, "a class weight is negative"),
+        ("_is_vlm", True, "TRL computes everything as before: vision-language"),
+    ],
+)
+def test_what_stays_trls_is_named(tmp_path, attribute, value, reason, caplog):
+    kind = KTOTrainer if attribute == "undesirable_weight" else DPOTrainer
+    settings = {"loss_type": ["robust"], "label_smoothing": 0.1} if attribute == "label_smoothing" else {}
+    trainer = make_trainer(kind, tmp_path, **settings)
+    setattr(trainer, attribute, value)
+    fuse(trainer)
+    (message,) = said(caplog)
+    assert reason in message
+    assert "_compute_loss" not in vars(trainer)
+
+
+def test_fusing_again_changes_nothing(tmp_path):
+    trainer = make_trainer(DPOTrainer, tmp_path)
+    assert fuse(trainer) is trainer
+    before = snapshot(trainer)
+    assert fuse(trainer) is trainer
+    assert snapshot(trainer) == before
+
+
+def test_two_trainers_may_share_a_model(tmp_path, calls):
+    """TRL patches it again for the second, over what the first one's fuse did."""
+    policy = model()
+    steps(fuse(make_trainer(KTOTrainer, tmp_path, policy=policy)))
+    calls.update(dict.fromkeys(calls, 0))
+    steps(fuse(make_trainer(DPOTrainer, tmp_path, policy=policy)))
+    only(calls, fused_linear_dpo_loss=STEPS, linear_sequence_logps=STEPS)
+
+
+def snapshot(trainer) -> dict[str, object]:
+    found = {"loss": vars(trainer).get("_compute_loss"), "fused": vars(trainer).get("_is_fused")}
+    for name, one in (("policy", trainer.model), ("reference", trainer.ref_model)):
+        for module_name, module in one.named_modules():
+            for attribute in ("forward", "_original_forward", "_unfused_forward", "_has_fused_call"):
+                found[f"{name}.{module_name}.{attribute}"] = module.__dict__.get(attribute)
+    return found
+
+
+@pytest.mark.parametrize("refused", ["model", "ref_model"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_after_a_refusal_nothing_is_patched(tmp_path, refused, bf16):
+    trainer = make_trainer(DPOTrainer, tmp_path, bf16=bf16)
+
+    class OtherHead(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) * 2
+
+    getattr(trainer, refused).lm_head = OtherHead(HIDDEN, VOCAB, bias=False)
+    before = snapshot(trainer)
+    with pytest.raises(huggingface.UnsupportedModelError, match="OtherHead"):
+        fuse(trainer)
+    assert snapshot(trainer) == before
+
+
+def test_another_version_of_trl_is_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(DPOTrainer, tmp_path)
+    before = snapshot(trainer)
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(ImportError, match=r"knows TRL 1\.16\.\*, found TRL 1\.17\.0"):
+        fuse(trainer)
+    assert snapshot(trainer) == before
+
+
+def test_another_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"trainer must be a trl\.KTOTrainer or trl\.DPOTrainer, got object"):
+        fuse(object())
+
+
+# ---- two processes ------------------------------------------------------------------------------------------------
+
+
+def two_processes(rank: int, folder: Path, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
+    os.environ.update(LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    gc.freeze()
+    for kind, settings in ((KTOTrainer, {}), (DPOTrainer, {"loss_type": ["ipo"]})):
+        # one row is left for the last batch, of which TRL gathers but one rank's values
+        rows = data(kind, rows=2 * BATCH + 1)
+        logs = assert_same_training(
+            kind, folder / f"{rank}", train_dataset=rows, num_train_epochs=1, max_steps=-1, **settings
+        )
+        assert len(logs) == 3
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_log_alike(tmp_path):
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes, (tmp_path, port), nprocs=2)
