@@ -32,7 +32,6 @@ from .functional import (
     fused_kto_loss,
     fused_linear_dpo_loss,
     fused_linear_kto_loss,
-    kto_reference_point,
     linear_sequence_logps,
     sequence_logps,
 )
@@ -111,7 +110,9 @@ class FusedTrainer(Trainer):
         self._train_totals, self._eval_totals = Totals(), Totals()
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.ref_model = self._make_reference(ref_model)
-        if args.needs_reference and args.precompute_ref_log_probs:
+        precomputes, is_base = args.needs_reference and args.precompute_ref_log_probs, ref_model is None
+        self._reference_is_gone = precomputes and not (self._is_peft and is_base)
+        if precomputes:
             self._precompute_references()
 
     # ---- of each loss ----
@@ -122,8 +123,10 @@ class FusedTrainer(Trainer):
     def _tokenize(self, source: preference_data.Source, args: FusedPreferenceConfig, name: str) -> Prepared:
         raise NotImplementedError
 
-    def _loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
-        """The batch's mean loss."""
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
+    ) -> tuple[torch.Tensor, LossMetrics]:
+        """The batch's mean loss, or with ``reduction="none"`` each sequence's (pair's)."""
         raise NotImplementedError
 
     def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -274,7 +277,7 @@ class FusedTrainer(Trainer):
         loss, metrics = self._loss(model, inputs)
         rows = len(inputs["input_ids"])
         if model.training:
-            self._train_totals.add(metrics.totals() | {"loss": _weighted(loss, rows)})
+            self._train_totals.add(metrics.totals() | {"loss": self._loss_total(loss, rows)})
             self._num_tokens += inputs["attention_mask"].sum()
         if num_items_in_batch is not None:
             share = rows * self.accelerator.num_processes / num_items_in_batch
@@ -290,11 +293,21 @@ class FusedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         """The loss alone: there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
+        inputs, gather = self._prepare_inputs(inputs), self.accelerator.gather_for_metrics
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
-        self._eval_totals.add(metrics.gathered(self.accelerator.gather_for_metrics).totals())
-        return loss.detach(), None, None
+            losses, metrics = self._loss(model, inputs, reduction="none")
+        # of single sequences, for a last batch may hold some that accelerate repeats to fill it
+        self._eval_totals.add(metrics.gathered(gather).totals() | {"loss": self._loss_total(gather(losses))})
+        return losses.mean(), None, None
+
+    def _loss_total(self, losses: torch.Tensor, weight: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted sum, weight) of losses that weigh the same."""
+        losses = losses.detach().double()
+        weights = torch.full_like(losses, weight)
+        if self.args.logging_nan_inf_filter:
+            is_finite = losses.isfinite()
+            losses, weights = losses.where(is_finite, 0.0), weights.where(is_finite, 0.0)
+        return (losses * weights).sum(), weights.sum()
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._eval_totals = Totals()
@@ -303,23 +316,25 @@ class FusedTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
-    def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
-        """As ``Trainer.evaluate``; a dataset that is not prepared yet is tokenized first."""
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As ``Trainer``'s; a dataset that is not prepared yet is tokenized first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_new(eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        return super().get_eval_dataloader(eval_dataset)
 
-    def _prepare_new(self, source: Any) -> Any:
-        if type(source) is dict:
-            return {name: self._prepare_new(dataset) for name, dataset in source.items()}
-        if isinstance(source, Dataset) and set(self.columns) <= set(source.column_names):
-            return source
-        if self.args.needs_reference and self.args.precompute_ref_log_probs and not self._is_peft:
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As ``Trainer``'s; a dataset that is not prepared yet is tokenized first."""
+        return super().get_test_dataloader(self._prepare_new(test_dataset))
+
+    def _prepare_new(self, source: Any) -> Dataset:
+        is_prepared = isinstance(source, Dataset) and set(self.columns) <= set(source.column_names)
+        dataset = source if is_prepared else self._prepare_data(source, self.args, "eval")
+        if self._reference_is_gone and not set(self.ref_columns) <= set(dataset.column_names):
             raise ValueError(
                 "eval_dataset is new, and with precompute_ref_log_probs there is no reference model to score it: "
                 "pass it to the trainer's constructor"
             )
-        return self._prepare_data(source, self.args, "eval")
+        return dataset
 
     # ---- logging and resuming ----
 
@@ -377,7 +392,6 @@ class FusedKTOTrainer(FusedTrainer):
 
     config_class = FusedKTOConfig
     loss_functions = (fused_linear_kto_loss, fused_kto_loss)
-    columns = ("prompt_ids", "completion_ids", "label", "kl_completion_ids", "length")
 
     def __init__(self, *arguments, **named_arguments):
         self._step_batches: list[dict[str, torch.Tensor]] | None = None
@@ -390,6 +404,11 @@ class FusedKTOTrainer(FusedTrainer):
                 f"{args.world_size} processes, gradient_accumulation_steps={args.gradient_accumulation_steps}; "
                 "use 'mismatched' or a number"
             )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        columns = ("prompt_ids", "completion_ids", "label", "length")
+        return (*columns, "kl_completion_ids") if self.args.needs_mismatched else columns
 
     @property
     def ref_columns(self) -> tuple[str, ...]:
@@ -428,20 +447,23 @@ class FusedKTOTrainer(FusedTrainer):
         return self._step_reference_point
 
     def _estimate(self, model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        policy_logps, ref_logps = [], []
+        """``kto_reference_point`` of all ranks' pairs, without waiting for their number; 0 where there is none."""
+        log_ratios, is_pair = [], []
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             model_inputs, labels = _model_inputs(inputs, "kl_"), inputs["kl_labels"]
-            is_pair = (labels != preference_data.IGNORE_INDEX).any(1)  # some prompts have no other prompt's completion
-            policy_logps.append(self._logps(model, model_inputs, labels)[is_pair])
-            if "ref_kl_logps" in inputs:
-                ref_logps.append(inputs["ref_kl_logps"][is_pair])
-            else:
-                ref_logps.append(self._ref_logps(model, model_inputs, labels)[is_pair])
-        policy_logps, ref_logps = torch.cat(policy_logps), torch.cat(ref_logps)
-        reference_point = kto_reference_point(policy_logps, ref_logps)
-        # without a pair on any rank there is no estimate: 0, its lower bound
-        return reference_point if len(policy_logps) else reference_point.nan_to_num(0.0)
+            ref_logps = inputs.get("ref_kl_logps")
+            policy_logps = self._logps(model, model_inputs, labels)
+            if ref_logps is None:
+                ref_logps = self._ref_logps(model, model_inputs, labels)
+            log_ratios.append(policy_logps.double() - ref_logps.double())
+            is_pair.append((labels != preference_data.IGNORE_INDEX).any(1))  # a prompt may have no other's completion
+        sums = torch.stack([torch.cat(log_ratios), torch.cat(is_pair).double()], 1)  # [pairs, 2]; 0, 0 for no pair
+        if model.training:
+            total, count = self.accelerator.reduce(sums.sum(0))
+        else:
+            total, count = self.accelerator.gather_for_metrics(sums).sum(0)
+        return (total / count.clamp(min=1)).clamp(min=0)
 
     def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         logps = (self._ref_logps(model, _model_inputs(inputs), inputs["labels"]),)
@@ -449,7 +471,9 @@ class FusedKTOTrainer(FusedTrainer):
             logps += (self._ref_logps(model, _model_inputs(inputs, "kl_"), inputs["kl_labels"]),)
         return logps
 
-    def _loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
+    ) -> tuple[torch.Tensor, LossMetrics]:
         args, labels = self.args, inputs["labels"]
         reference_point = self._reference_point(model, inputs)
         model_inputs = _model_inputs(inputs)
@@ -465,6 +489,7 @@ class FusedKTOTrainer(FusedTrainer):
             desirable_weight=args.desirable_weight,
             undesirable_weight=args.undesirable_weight,
             loss_type=args.loss_type,
+            reduction=reduction,
         )
 
 
@@ -496,7 +521,9 @@ class FusedDPOTrainer(FusedTrainer):
         sides = _chosen_then_rejected(inputs)
         return self._ref_logps(model, _model_inputs(sides), sides["labels"]).chunk(2)
 
-    def _loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
+    ) -> tuple[torch.Tensor, LossMetrics]:
         args, sides = self.args, _chosen_then_rejected(inputs)
         model_inputs, labels, ref_logps = _model_inputs(sides), sides["labels"], None
         if args.needs_reference:
@@ -510,6 +537,7 @@ class FusedDPOTrainer(FusedTrainer):
             loss_type=args.loss_type,
             label_smoothing=args.label_smoothing,
             gamma=args.gamma,
+            reduction=reduction,
         )
 
 
@@ -539,11 +567,6 @@ def _model_inputs(inputs: dict[str, torch.Tensor], prefix: str = "") -> dict[str
 def _chosen_then_rejected(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """[b, 2, ...] -> [2b, ...], all chosen first."""
     return {name: values.transpose(0, 1).flatten(0, 1) for name, values in inputs.items()}
-
-
-def _weighted(mean: torch.Tensor, weight: int) -> tuple[torch.Tensor, torch.Tensor]:
-    mean = mean.detach().double()
-    return mean * weight, torch.full_like(mean, weight)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,0 +1,660 @@
+"""The trainers against plain loops: losses, steps, accumulation, precision, evaluation, resuming, references, errors."""
+
+# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
+
+import copy
+import gc
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from conftest import HAS_GPU
+from torch.utils._python_dispatch import TorchDispatchMode
+
+datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
+pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
+
+import transformers
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tiny_training import (
+    CONFIGS,
+    TRAINERS,
+    WORDS,
+    StopAt,
+    assert_near,
+    data,
+    history,
+    make_trainer,
+    model,
+    tokenizer,
+    weights,
+)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from kto_fused import reference, reference_cache, trainers
+from kto_fused.huggingface import UnsupportedModelError
+from kto_fused.losses import DPO_LOSS_TYPES
+from kto_fused.metrics import LossMetrics, Totals
+from kto_fused.preference_data import IGNORE_INDEX
+from kto_fused.trainers import FusedTrainer
+
+KINDS = ["kto", "dpo"]
+RUN = {"loss", "grad_norm", "learning_rate", "num_tokens", "epoch", "step"}
+SIDES = {f"{value}/{side}" for value in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
+LOGGED = {
+    "kto": SIDES | {"rewards/margins", "kl", "entropy"},
+    "dpo": SIDES | {"rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy"},
+}
+SMOOTHED = {"sigmoid": 0.1, "robust": 0.2, "simpo": 0.1}
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_machine():
+    """One thread for tiny tensors; and what was imported is no garbage, which every train() searches for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+# ---- the plain loop ----
+
+
+def plain_reference_point(policy, ref, batch, args):
+    if args.reference_point != "mismatched":
+        return args.reference_point
+
+    def logps(model):
+        logits = model(input_ids=batch["kl_input_ids"], attention_mask=batch["kl_attention_mask"]).logits
+        return reference.sequence_logps(logits, batch["kl_labels"], average_log_prob=args.average_log_prob)
+
+    has_partner = (batch["kl_labels"] != IGNORE_INDEX).any(1)
+    with torch.no_grad():
+        return (logps(policy) - logps(ref))[has_partner].mean().clamp(min=0)
+
+
+def plain_kto(policy, ref, batch, args):
+    model_inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        ref_logits = ref(**model_inputs).logits
+    return reference.kto_loss(
+        policy(**model_inputs).logits,
+        batch["labels"],
+        batch["desirable"],
+        ref_logits=ref_logits,
+        reference_point="batch_mean"
+        if args.loss_type == "apo_zero_unpaired"
+        else plain_reference_point(policy, ref, batch, args),
+        beta=args.beta,
+        desirable_weight=args.desirable_weight,
+        undesirable_weight=args.undesirable_weight,
+        loss_type=args.loss_type,
+        average_log_prob=args.average_log_prob,
+    )
+
+
+def plain_dpo(policy, ref, batch, args):
+    chosen_then_rejected = {name: torch.cat([values[:, 0], values[:, 1]]) for name, values in batch.items()}
+    labels = chosen_then_rejected.pop("labels")
+    ref_logits = None
+    if ref is not None:
+        with torch.no_grad():
+            ref_logits = ref(**chosen_then_rejected).logits
+    return reference.dpo_loss(
+        policy(**chosen_then_rejected).logits,
+        labels,
+        ref_logits=ref_logits,
+        beta=args.beta,
+        loss_type=args.loss_type,
+        label_smoothing=args.label_smoothing,
+        gamma=args.gamma,
+    )
+
+
+PLAIN = {"kto": plain_kto, "dpo": plain_dpo}
+
+
+def in_order(trainer, rows, batch_size):
+    """The batches of a sequential sampler."""
+    for start in range(0, len(rows), batch_size):
+        yield trainer.data_collator([rows[row] for row in range(start, min(start + batch_size, len(rows)))])
+
+
+def plain_training(kind, policy, ref, trainer):
+    """(log history, policy) of a loop by hand, in float64."""
+    policy, args = copy.deepcopy(policy).double(), trainer.args
+    ref = None if ref is None else copy.deepcopy(ref).double()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=args.learning_rate)
+    entries, num_tokens = [], 0
+    for batch in in_order(trainer, trainer.train_dataset, args.per_device_train_batch_size):
+        optimizer.zero_grad()
+        loss, metrics = PLAIN[kind](policy, ref, batch, args)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        optimizer.step()
+        num_tokens += int(batch["attention_mask"].sum())
+        entries.append({"loss": loss.detach(), "grad_norm": grad_norm, "num_tokens": num_tokens, **metrics.summary()})
+    return [{name: float(value) for name, value in entry.items()} for entry in entries], policy
+
+
+def check_against_plain_training(kind, folder, **settings):
+    policy = model()
+    ref = model(seed=1) if settings.get("loss_type") != "simpo" else None
+    trainer = make_trainer(
+        kind,
+        folder,
+        policy=copy.deepcopy(policy),
+        ref_model=copy.deepcopy(ref),
+        train=11,
+        train_sampling_strategy="sequential",
+        **settings,
+    )
+    expected, trained = plain_training(kind, policy, ref, trainer)
+    trainer.train()
+    assert len(expected) == 3
+    assert_near(history(trainer), expected)
+    assert_same_steps(weights(trainer), trained.state_dict(), policy.state_dict())
+    return trainer, expected
+
+
+def assert_same_steps(actual, expected, start, tolerance=1e-4):
+    """The same way from ``start``, relative to its length, and to the rounding of what it ends at."""
+    for name, target in expected.items():
+        way, rounding = target.double() - start[name], 2e-7 * target.norm()
+        assert way.norm() > 100 * rounding, f"{name} has not moved"
+        error = (actual[name].double() - target).norm()
+        assert error <= tolerance * way.norm() + rounding, f"{name}: {error:.1e} of {way.norm():.1e}"
+
+
+@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reference_point": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5},
+        {"reference_point": "batch_mean"},
+        {"loss_type": "kto_squared", "beta": 0.5},
+        {"loss_type": "apo_zero_unpaired"},
+        {"average_log_prob": True, "beta": 1.0},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())) or "mismatched",
+)
+def test_kto_trains_as_a_plain_loop(tmp_path, settings, loss_from):
+    trainer, expected = check_against_plain_training("kto", tmp_path, loss_from=loss_from, **settings)
+    if trainer.args.needs_mismatched:
+        assert any(entry["kl"] > 0.05 for entry in expected), "z0 was cut off at 0 throughout"
+
+
+@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
+def test_dpo_trains_as_a_plain_loop(tmp_path, loss_type, loss_from):
+    check_against_plain_training(
+        "dpo", tmp_path, loss_type=loss_type, loss_from=loss_from, label_smoothing=SMOOTHED.get(loss_type, 0.0)
+    )
+
+
+# ---- accumulation ----
+
+
+@pytest.mark.parametrize("rows", [24, 22, 19, 17], ids=lambda rows: f"{rows}_rows")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("kto", {}), ("kto", {"loss_from": "logits"}), ("dpo", {}), ("dpo", {"loss_type": "ipo"})],
+    ids=["kto", "kto-logits", "dpo", "ipo"],
+)
+def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, kind, settings, rows):
+    """The last step's are whole (24 rows), end with a part (22), are fewer and a part (19), or a single row (17)."""
+    runs = {}
+    for size, number in ((8, 1), (4, 2), (2, 4)):
+        trainer = make_trainer(
+            kind,
+            tmp_path,
+            ref_model=model(seed=1),
+            train=rows,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=number,
+            **settings,
+        )
+        trainer.train()
+        runs[number] = trainer
+    for number in (2, 4):
+        assert_near(history(runs[number]), history(runs[1]), but=("epoch",))
+        assert_same_steps(weights(runs[number]), weights(runs[1]), model().state_dict())
+    assert len(history(runs[1])) == 3
+
+
+# ---- precision, checkpointing, clipping, compiling ----
+
+
+@by_kind
+@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+def test_bf16_autocast_stays_near_float32(tmp_path, kind, loss_from):
+    runs = {}
+    for bf16 in (False, True):
+        trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), bf16=bf16, loss_from=loss_from)
+        trainer.train()
+        runs[bf16] = trainer
+        assert trainer.model.dtype == torch.float32
+    near, exact = history(runs[True]), history(runs[False])
+    assert_near(near, exact, tolerance=5e-2)
+    assert near[0]["loss"] != exact[0]["loss"]
+
+
+@by_kind
+def test_a_model_in_bf16_stays_near_float32(tmp_path, kind):
+    runs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        policy, ref = model().to(dtype), model(seed=1).to(dtype)
+        trainer = make_trainer(kind, tmp_path, policy=policy, ref_model=ref)
+        trainer.train()
+        runs[dtype] = history(trainer)
+        assert trainer.model.dtype == dtype
+    assert_near(runs[torch.bfloat16], runs[torch.float32], tolerance=8e-2)
+    assert runs[torch.bfloat16][0]["loss"] != runs[torch.float32][0]["loss"]
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="fp16 needs a GPU")
+@by_kind
+def test_fp16_stays_near_float32(tmp_path, kind):
+    runs = {}
+    for fp16 in (False, True):
+        trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), fp16=fp16, use_cpu=False)
+        trainer.train()
+        runs[fp16] = history(trainer)
+    assert_near(runs[True], runs[False], tolerance=2e-2, but=("grad_norm",))
+
+
+@by_kind
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_before_the_first_step_policy_and_reference_agree_to_the_bit(tmp_path, kind, bf16):
+    """In training, and in an evaluation before it, whatever the precision."""
+    trainer = make_trainer(kind, tmp_path, evaluation=5, bf16=bf16)
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_rewards/chosen"] == evaluated["eval_rewards/rejected"] == 0
+    trainer.train()
+    first, second, *_ = history(trainer)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert second["rewards/chosen"] != 0
+    never_evaluated = make_trainer(kind, tmp_path, bf16=bf16)
+    never_evaluated.train()
+    assert history(trainer) == history(never_evaluated)
+
+
+class Forwards:
+    """Counts the calls of a module."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.count = 0
+        module.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.count += 1
+
+
+@by_kind
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_checkpointed_layers_run_twice_and_change_nothing(tmp_path, kind, lora):
+    runs, forwards = {}, {}
+    for reentrant in (None, False, True):
+        policy = model()
+        forwards[reentrant] = Forwards(policy.model.layers[0].mlp)
+        trainer = make_trainer(
+            kind,
+            tmp_path,
+            policy=policy,
+            ref_model=model(seed=1),
+            peft_config=lora_config() if lora else None,
+            gradient_checkpointing=reentrant is not None,
+            gradient_checkpointing_kwargs=None if reentrant is None else {"use_reentrant": reentrant},
+        )
+        start = weights(trainer)
+        trainer.train()
+        runs[reentrant] = trainer
+    steps = runs[None].state.global_step
+    for reentrant in (False, True):
+        assert forwards[reentrant].count == forwards[None].count + steps
+        assert history(runs[reentrant]) == history(runs[None])
+        for name, tensor in weights(runs[reentrant]).items():
+            assert tensor.equal(weights(runs[None])[name]), name
+    trained = [name for name, tensor in weights(runs[None]).items() if not tensor.equal(start[name])]
+    assert trained
+    assert all("lora_" in name for name in trained) == lora
+
+
+def lora_config(**options):
+    """Adapters that are not zero at the start."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options})
+
+
+def distance(one, other):
+    return torch.stack([(one[name].double() - other[name]).norm() for name in one]).norm().item()
+
+
+@by_kind
+def test_max_grad_norm_clips_the_gradient_of_the_whole_step(tmp_path, kind):
+    ways = {}
+    for limit in (0.0, 0.01):
+        trainer = make_trainer(
+            kind,
+            tmp_path,
+            ref_model=model(seed=1),
+            train=8,
+            gradient_accumulation_steps=2,
+            max_grad_norm=limit,
+        )
+        trainer.train()
+        (entry,) = history(trainer)
+        ways[limit] = distance(weights(trainer), model().state_dict()), entry["grad_norm"]
+    assert ways[0.0][1] == pytest.approx(ways[0.01][1], rel=1e-6)
+    assert ways[0.0][0] == pytest.approx(0.5 * ways[0.0][1], rel=1e-4)
+    assert ways[0.01][0] == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+@by_kind
+def test_trains_compiled(tmp_path, kind):
+    """Forward and backward traced, and run by PyTorch's own operators: compiling them takes a minute or two."""
+    torch.use_deterministic_algorithms(False)  # which torch.compile guards on
+    runs = {}
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch._dynamo.reset()
+        trainer = make_trainer(
+            kind,
+            tmp_path,
+            policy=model(num_hidden_layers=1),
+            ref_model=model(seed=1, num_hidden_layers=1),
+            train=8,
+            pad_to_multiple_of=32,  # one shape, traced once
+            **settings,
+        )
+        trainer.train()
+        runs[len(settings) > 0] = trainer
+    assert_near(history(runs[True]), history(runs[False]))
+    assert hasattr(runs[True].model_wrapped, "_orig_mod")
+    assert not hasattr(runs[False].model_wrapped, "_orig_mod")
+
+
+# ---- evaluation ----
+
+
+def plain_evaluation(kind, policy, ref, trainer, rows, batch_size):
+    """Loss and metrics of a whole dataset: KTO's z0 is a batch's, everything else a mean over sequences or tokens."""
+    totals, kl = Totals(), []
+    with torch.no_grad():
+        for batch in in_order(trainer, rows, batch_size):
+            loss, metrics = PLAIN[kind](policy, ref, batch, trainer.args)
+            size = torch.tensor(len(batch["input_ids"]), dtype=torch.float64)
+            totals.add(metrics.totals() | {"loss": (loss * size, size)})
+    return {f"eval_{name}": value for name, value in totals.pop().items()}
+
+
+@by_kind
+@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+def test_evaluation_is_that_of_the_whole_dataset(tmp_path, kind, loss_from):
+    """9 rows in batches of 4: the last one weighs a quarter."""
+    policy, ref = model(), model(seed=1)
+    trainer = make_trainer(
+        kind,
+        tmp_path,
+        policy=policy,
+        ref_model=ref,
+        evaluation=9,
+        loss_from=loss_from,
+        train_sampling_strategy="sequential",
+    )
+    expected = plain_evaluation(kind, policy, ref, trainer, trainer.eval_dataset, batch_size=4)
+    assert {f"eval_{name}" for name in LOGGED[kind] | {"loss"}} == expected.keys()
+    assert_near([trainer.evaluate()], [expected])
+
+
+def test_batches_of_evaluation_change_nothing_where_z0_is_given(tmp_path):
+    for kind, settings in (("kto", {"reference_point": 0.2}), ("dpo", {})):
+        evaluated = [
+            make_trainer(
+                kind, tmp_path, ref_model=model(seed=1), evaluation=9, per_device_eval_batch_size=size, **settings
+            ).evaluate()
+            for size in (2, 9)
+        ]
+        names = [f"eval_{name}" for name in LOGGED[kind] | {"loss"}]
+        assert_near(evaluated[:1], [{name: evaluated[1][name] for name in names}])
+
+
+@by_kind
+def test_several_evaluation_sets_are_reported_by_name(tmp_path, kind):
+    sets = {"few": data(kind, 5, seed=3), "more": data(kind, 9, seed=4)}
+    together = make_trainer(kind, tmp_path, ref_model=model(seed=1), evaluation=sets).evaluate()
+    for name, rows in sets.items():
+        alone = make_trainer(kind, tmp_path, ref_model=model(seed=1), evaluation=rows).evaluate()
+        for metric in LOGGED[kind] | {"loss"}:
+            assert together[f"eval_{name}_{metric}"] == alone[f"eval_{metric}"], metric
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("kto", {}), ("kto", {"loss_type": "apo_zero_unpaired"}), ("kto", {"reference_point": 0.1}), ("dpo", {})],
+    ids=["kto", "apo_zero_unpaired", "given z0", "dpo"],
+)
+def test_evaluate_takes_new_data_and_prepared_data(tmp_path, kind, settings):
+    trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), evaluation=5, **settings)
+    given = trainer.evaluate()
+    names = {"eval_loss", *(f"eval_{name}" for name in LOGGED[kind])}
+    for rows in (data(kind, 5, seed=1), trainer.eval_dataset):
+        evaluated = trainer.evaluate(rows)
+        assert {name: evaluated[name] for name in names} == {name: given[name] for name in names}
+        evaluated = trainer.evaluate({"again": rows})
+        assert evaluated["eval_again_loss"] == given["eval_loss"]
+
+
+class Log(TrainerCallback):
+    """What a reporting integration sees."""
+
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.entries.append(dict(logs))
+
+
+def test_the_best_checkpoint_by_a_metric_of_ours_is_kept_and_stops_the_run(tmp_path):
+    """The pairs of evaluation are those of training the wrong way round: each step makes their margin worse."""
+    pairs = data("dpo", 8)
+    swapped = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    after_the_first_step = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == 1:
+                after_the_first_step.update(copy.deepcopy(model.state_dict()))
+
+    trainer = make_trainer(
+        "dpo",
+        tmp_path,
+        train=pairs,
+        evaluation=swapped,
+        per_device_train_batch_size=8,
+        num_train_epochs=9,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="eval_rewards/margins",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2), Keep()],
+    )
+    trainer.train()
+    margins = [entry["eval_rewards/margins"] for entry in history(trainer) if "eval_loss" in entry]
+    assert len(margins) == 3
+    assert margins == sorted(margins, reverse=True)
+    assert trainer.state.best_metric == margins[0]
+    for name, tensor in weights(trainer).items():
+        assert tensor.equal(after_the_first_step[name]), name
+
+
+# ---- what is logged ----
+
+
+@by_kind
+def test_the_names_that_are_logged(tmp_path, kind):
+    log = Log()
+    trainer = make_trainer(
+        kind, tmp_path, train=8, per_device_train_batch_size=8, evaluation=4, eval_strategy="epoch", callbacks=[log]
+    )
+    trainer.train()
+    train, evaluation, summary = log.entries
+    assert train.keys() == LOGGED[kind] | RUN - {"step"}
+    assert {name for name in evaluation if not name.endswith(("runtime", "per_second"))} == {
+        "epoch",
+        "eval_loss",
+        *(f"eval_{name}" for name in LOGGED[kind]),
+    }
+    assert not LOGGED[kind] & summary.keys()
+    assert all(isinstance(value, (int, float)) for entry in log.entries for value in entry.values())
+
+
+@by_kind
+def test_a_log_entry_is_the_mean_over_its_steps(tmp_path, kind):
+    """Sequences and tokens weigh the same, whichever step they came in; the last steps of 4 are never logged."""
+    settings = {
+        "train": 27,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-9,
+        "train_sampling_strategy": "sequential",
+    }
+    each = make_trainer(kind, tmp_path, ref_model=model(seed=1), **settings)
+    each.train()
+    every_third = make_trainer(kind, tmp_path, ref_model=model(seed=1), logging_steps=3, **settings)
+    every_third.train()
+    (entry,) = history(every_third)
+    steps = history(each)
+    assert entry["loss"] == pytest.approx(sum(step["loss"] for step in steps[:3]) / 3, rel=1e-6)
+    assert entry["num_tokens"] == steps[2]["num_tokens"]
+    rows = [every_third.train_dataset[row] for row in range(18)]
+    chosen = [row for row in rows if row["label"]] if kind == "kto" else rows
+    lengths = [len(row["completion_ids" if kind == "kto" else "chosen_ids"]) for row in chosen]
+    policy = model()
+    with torch.no_grad():
+        batch = every_third.data_collator(chosen)
+        names = ("input_ids", "attention_mask", "labels")
+        ids, mask, labels = (batch[name] if kind == "kto" else batch[name][:, 0] for name in names)
+        logits = policy(input_ids=ids, attention_mask=mask).logits
+        logps = reference.sequence_logps(logits, labels)
+    assert sum(lengths) == (labels != IGNORE_INDEX).sum()
+    assert entry["logps/chosen"] == pytest.approx(logps.mean().item(), rel=1e-5)
+    is_completion = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    assert entry["logits/chosen"] == pytest.approx(logits[is_completion].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("kto", {"loss_type": "apo_zero_unpaired"}), ("dpo", {}), ("dpo", {"loss_type": "ipo"})],
+    ids=["apo_zero_unpaired", "dpo", "ipo"],
+)
+def test_a_step_logs_what_trl_logs(tmp_path, kind, settings):
+    trl = pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    if not trl.__version__.startswith("1.16."):
+        pytest.skip(f"compares with TRL 1.16, found {trl.__version__}")
+    trl_trainer, trl_config = {"kto": (trl.KTOTrainer, trl.KTOConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig)}[kind]
+    common = {
+        "per_device_train_batch_size": 6,
+        "logging_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "max_length": 64,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "num_train_epochs": 1,
+        "beta": 0.2,
+        **settings,
+    }
+    other = trl_trainer(
+        model(),
+        model(seed=1),
+        args=trl_config(
+            output_dir=str(tmp_path), bf16=False, gradient_checkpointing=False, save_strategy="no", **common
+        ),
+        train_dataset=data(kind, 6),
+        processing_class=tokenizer(),
+    )
+    other.train()
+    trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), train=6, **common)
+    trainer.train()
+    (ours,), (theirs,) = history(trainer), history(other)
+    assert ours.keys() <= theirs.keys() | {"kl"}
+    assert LOGGED[kind] - {"kl"} <= theirs.keys()
+    assert_near([ours], [{name: theirs[name] for name in ours if name != "kl"}], tolerance=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU, by name."""
+
+    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.counts = Counter()
+        for name in ("tolist", "numpy", "cpu"):
+            monkeypatch.setattr(torch.Tensor, name, self.counting(name, getattr(torch.Tensor, name)))
+
+    def counting(self, name, method):
+        def counted(tensor, *args, **kwargs):
+            self.counts[name] += 1
+            return method(tensor, *args, **kwargs)
+
+        return counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith("index"):  # by a mask: as many rows as it holds ones
+            indices = [index for index in args[1] if index is not None] if isinstance(args[1], (list, tuple)) else []
+            self.counts[f"{name} by mask"] += any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+        self.counts[name] += name in self.OPERATORS
+        return func(*args, **(kwargs or {}))
+
+
+def count_waits(kind, folder, monkeypatch, steps, **settings):
+    trainer = make_trainer(kind, folder, train=8 * steps, logging_steps=1000, **settings)
+    with monkeypatch.context() as patch, Waits(patch) as waits:
+        trainer.train()
+    return +waits.counts, trainer
+
+
+@by_kind
+@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+def test_metrics_are_recorded_without_waiting_for_the_device(tmp_path, kind, loss_from, monkeypatch):
+    settings = {"gradient_accumulation_steps": 2, "loss_from": loss_from}
+    recorded, trainer = count_waits(kind, tmp_path, monkeypatch, 3, **settings)
+    assert trainer._train_totals.values
+    monkeypatch.setattr(Totals, "add", lambda self, totals: None)
+    monkeypatch.setattr(LossMetrics, "totals", lambda self: {})
+    unrecorded, trainer = count_waits(kind, tmp_path, monkeypatch, 3, **settings)
+    assert not trainer._train_totals.values
+    assert recorded == unrecorded
+    assert sum(recorded.values()) > 0  # what a forward pass waits for: the number of completion tokens
+
+
+def test_the_reference_point_waits_for_nothing_but_its_forward_passes(tmp_path, monkeypatch):
+    trainer = make_trainer("kto", tmp_path, ref_model=model(seed=1))
+    (batch,) = in_order(trainer, trainer.train_dataset, 16)
+    kl_inputs = {name: batch[f"kl_{name}"] for name in ("input_ids", "attention_mask")}
+    with monkeypatch.context() as patch, Waits(patch) as passes:
+        trainer._logps(trainer.model, kl_inputs, batch["kl_labels"])
+        trainer._logps(trainer.ref_model, kl_inputs, batch["kl_labels"])
+    with monkeypatch.context() as patch, Waits(patch) as estimate:
+        trainer._estimate(trainer.model, [batch])
+    assert +estimate.counts == +passes.counts

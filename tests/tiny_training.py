@@ -1,0 +1,141 @@
+"""A trainer in a second: a Llama of a few thousand parameters, a tokenizer of whole words, feedback on random ones."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from kto_fused.trainer_configs import FusedDPOConfig, FusedKTOConfig
+from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
+
+WORDS = [f"w{number}" for number in range(61)]
+TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
+CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
+CLOCK = ("runtime", "per_second", "total_flos", "preparation_time")
+
+
+def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "</s>", "<pad>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>", model_max_length=64
+    )
+
+
+def model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    """Weights are large, so that log-ratios are too."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": len(WORDS) + 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+
+
+def data(kind: str, rows: int, seed: int = 0) -> Dataset:
+    """Unpaired feedback for "kto", pairs for "dpo"."""
+    draw = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return "".join(f" {word}" for word in draw.choices(WORDS, k=draw.randint(1, longest)))
+
+    records = []
+    for row in range(rows):
+        record = {"prompt": text(4)}
+        if kind == "kto":
+            record |= {"completion": text(8), "label": row % 3 != 0}
+        else:
+            record |= {"chosen": text(8), "rejected": text(8)}
+        records.append(record)
+    return Dataset.from_list(records)
+
+
+def make_trainer(
+    kind: str,
+    folder: str | Path,
+    *,
+    policy: Any = None,
+    ref_model: Any = None,
+    train: Any = 16,
+    evaluation: Any = None,
+    peft_config: Any = None,
+    callbacks: list[TrainerCallback] | None = None,
+    words: list[str] = WORDS,
+    **settings: Any,
+) -> FusedTrainer:
+    """``train`` and ``evaluation`` are data, or how many rows of it. The optimizer is SGD, at a constant rate: Adam
+    divides a gradient's rounding by the gradient.
+    """
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    args = CONFIGS[kind](**{**defaults, **settings})
+    return TRAINERS[kind](
+        model() if policy is None else policy,
+        ref_model,
+        args,
+        train_dataset=data(kind, train) if isinstance(train, int) else train,
+        eval_dataset=data(kind, evaluation, seed=1) if isinstance(evaluation, int) else evaluation,
+        processing_class=tokenizer(words),
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+
+
+def history(trainer: FusedTrainer) -> list[dict[str, float]]:
+    """What was logged, without times and the summary at the end."""
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(CLOCK)}
+        for entry in trainer.state.log_history
+        if "train_runtime" not in entry
+    ]
+
+
+def weights(trainer: FusedTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_near(
+    actual: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float = 2e-5, but: tuple = ()
+) -> None:
+    """The entries of ``expected`` within ``tolerance``, relative where they are larger than 1."""
+    assert len(actual) == len(expected)
+    for step, (entry, truth) in enumerate(zip(actual, expected, strict=True)):
+        for name in truth.keys() - set(but):
+            error = abs(entry[name] - truth[name])
+            assert error <= tolerance * max(1, abs(truth[name])), f"{step}, {name}: {entry[name]} for {truth[name]}"
+
+
+class StopAt(TrainerCallback):
+    """Ends the run with a checkpoint after step ``step``."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
