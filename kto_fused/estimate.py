@@ -530,7 +530,7 @@ def table(settings: EstimateSettings, numbers: Estimate) -> str:
     rows = [("whole step, plain", step.peak(numbers.plain)), ("whole step, fused", step.peak(numbers.fused))]
     lines += _rows(rows)
     gradients = "; gradients count throughout, as when they accumulate" if shape.is_head_trained else ""
-    lines.append(f"at the loss, or at one layer's backward after it, whichever is more{gradients}")
+    lines.append(f"at the loss or one layer's backward, whichever is more{gradients}")
 
     lines += ["", f"Longest T that fits {settings.batch} {unit}, {RESERVED_BYTES / GIB:g} GiB left for the driver"]
     lines.append(f"{'':44}{'plain':>12}{'fused':>12}")
