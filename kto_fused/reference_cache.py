@@ -33,7 +33,7 @@ def add_ref_logps(
     ``batches(dataset)`` yields, batch after batch in the dataset's order, one [b] tensor per column, the same on all
     processes. It is given the dataset longest first, so that batches pad little and the largest comes first.
     """
-    name = xxhash.xxh3_128_hexdigest("\n".join([hash_tokens(dataset), *columns, *depends_on]))
+    name = xxhash.xxh3_128_hexdigest("\n".join([hash_tokens(dataset), *columns, *depends_on]).encode())
     path = Path(folder or Path(huggingface_hub.constants.HF_HOME) / "kto_fused") / f"{name}.safetensors"
     values = _read(path, columns, len(dataset))
     if values is None:

@@ -187,11 +187,11 @@ class FusedTrainer(Trainer):
 
     @contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference model: its own, or ``model``, the policy, with adapters off."""
+        """The reference model: its own, or ``model``, the policy, with adapters and dropout off."""
         if self.ref_model is not None:
             yield self.ref_model
         elif self._is_peft:
-            with self.accelerator.unwrap_model(self.model).disable_adapter():
+            with huggingface._evaluating(model), self.accelerator.unwrap_model(self.model).disable_adapter():
                 yield model
         else:
             yield model
@@ -242,7 +242,8 @@ class FusedTrainer(Trainer):
                 yield self.accelerator.gather_for_metrics(self._ref_logps_of(model, inputs))
 
         def add(dataset: Dataset) -> Dataset:
-            depends_on = (weights, self.accelerator.mixed_precision, str(args.average_log_prob))
+            precision = (self.accelerator.mixed_precision, args.loss_from)  # logits are rounded under autocast
+            depends_on = (weights, *precision, str(args.average_log_prob))
             return reference_cache.add_ref_logps(dataset, self.ref_columns, batches, args.ref_cache_dir, depends_on)
 
         model.eval()

@@ -1,10 +1,10 @@
-"""The trainers against plain loops: losses, steps, accumulation, precision, evaluation, resuming, references, errors."""
+"""The trainers against plain loops: steps, accumulation, precision, evaluation, resuming, references, errors."""
 
 # ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
 
 import copy
 import gc
-import logging
+import math
 from collections import Counter
 
 import pytest
@@ -16,11 +16,9 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed: th
 pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 
 import transformers
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_training import (
     CONFIGS,
-    TRAINERS,
     WORDS,
     StopAt,
     assert_near,
@@ -33,12 +31,12 @@ from tiny_training import (
 )
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from kto_fused import reference, reference_cache, trainers
+from kto_fused import reference, reference_cache
 from kto_fused.huggingface import UnsupportedModelError
 from kto_fused.losses import DPO_LOSS_TYPES
 from kto_fused.metrics import LossMetrics, Totals
 from kto_fused.preference_data import IGNORE_INDEX
-from kto_fused.trainers import FusedTrainer
+from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
 
 KINDS = ["kto", "dpo"]
 RUN = {"loss", "grad_norm", "learning_rate", "num_tokens", "epoch", "step"}
@@ -392,7 +390,7 @@ def test_trains_compiled(tmp_path, kind):
 
 def plain_evaluation(kind, policy, ref, trainer, rows, batch_size):
     """Loss and metrics of a whole dataset: KTO's z0 is a batch's, everything else a mean over sequences or tokens."""
-    totals, kl = Totals(), []
+    totals = Totals()
     with torch.no_grad():
         for batch in in_order(trainer, rows, batch_size):
             loss, metrics = PLAIN[kind](policy, ref, batch, trainer.args)
@@ -658,3 +656,372 @@ def test_the_reference_point_waits_for_nothing_but_its_forward_passes(tmp_path, 
     with monkeypatch.context() as patch, Waits(patch) as estimate:
         trainer._estimate(trainer.model, [batch])
     assert +estimate.counts == +passes.counts
+
+
+@by_kind
+@pytest.mark.parametrize("filtered", [False, True])
+def test_nan_losses_are_left_out_of_the_logged_mean_only_if_asked(tmp_path, kind, filtered, monkeypatch):
+    def run(**settings):
+        trainer = make_trainer(kind, tmp_path, train=12, evaluation=8, logging_steps=3, **settings)
+        trainer.create_optimizer = lambda: setattr(trainer, "optimizer", torch.optim.SGD([torch.zeros(1)], lr=0.1))
+        trainer.train()
+        return history(trainer)[0]["loss"], trainer.evaluate()["eval_loss"]
+
+    trainer_class = FusedKTOTrainer if kind == "kto" else FusedDPOTrainer
+    calls, whole = Counter(), trainer_class._loss
+
+    def first_is_nan(self, model, *args, **options):
+        loss, metrics = whole(self, model, *args, **options)
+        calls[model.training] += 1
+        return (loss * float("nan") if calls[model.training] == 1 else loss), metrics
+
+    monkeypatch.setattr(trainer_class, "_loss", first_is_nan)
+    for value in run(logging_nan_inf_filter=filtered):
+        assert math.isfinite(value) == filtered
+    assert calls == {True: 3, False: 2}
+
+
+# ---- stopping and resuming ----
+
+
+@pytest.mark.parametrize("sampling", ["group_by_length", "random"])
+@by_kind
+def test_a_run_stopped_at_any_step_ends_as_one_that_was_not(tmp_path, kind, sampling):
+    """Two epochs of 4 steps; the last of an epoch has 2 + 1 examples, the others 2 + 2; every third step is logged."""
+
+    def run(folder, stop_at=None, resume_from=None, **settings):
+        trainer = make_trainer(
+            kind,
+            tmp_path / folder,
+            policy=model(attention_dropout=0.1),
+            train=15,
+            evaluation=5,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            num_train_epochs=2,
+            logging_steps=3,
+            eval_strategy="steps",
+            eval_steps=4,
+            optim="adamw_torch",
+            learning_rate=0.01,
+            lr_scheduler_type="linear",
+            train_sampling_strategy=sampling,
+            callbacks=[] if stop_at is None else [StopAt(stop_at)],
+            **{"disable_dropout": False, **settings},
+        )
+        trainer.train(resume_from_checkpoint=resume_from)
+        return trainer
+
+    whole = run("whole")
+    steps = whole.state.global_step
+    assert steps == 8
+    assert history(run("no_dropout", disable_dropout=True)) != history(whole), "dropout does nothing"
+    for step in range(1, steps + 1):
+        stopped = run(f"stopped_{step}", stop_at=step)
+        assert stopped.state.global_step == step
+        resumed = run(f"stopped_{step}", resume_from=str(tmp_path / f"stopped_{step}" / f"checkpoint-{step}"))
+        assert history(resumed) == history(whole), f"stopped at {step}"
+        for name, tensor in weights(resumed).items():
+            assert tensor.equal(weights(whole)[name]), f"stopped at {step}: {name}"
+
+
+def test_epochs_of_similar_lengths_are_in_an_order_of_their_own(tmp_path):
+    trainer = make_trainer("dpo", tmp_path, train=32, num_train_epochs=3)
+    compute_loss, batches = trainer.compute_loss, []
+
+    def recording(model, inputs, **options):
+        batches.append(inputs["input_ids"])
+        return compute_loss(model, inputs, **options)
+
+    trainer.compute_loss = recording
+    trainer.train()
+    epochs = [batches[start : start + 8] for start in (0, 8, 16)]
+    orders = {str([batch.tolist() for batch in epoch]) for epoch in epochs}
+    assert len(orders) == 3
+    for epoch in epochs:
+        assert sum(len(batch) for batch in epoch) == 32
+    shuffled = make_trainer("dpo", tmp_path, train=32, train_sampling_strategy="random").get_train_dataloader()
+    width = sum(batch["input_ids"].shape[-1] for batch in shuffled)
+    assert all(sum(batch.shape[-1] for batch in epoch) < width for epoch in epochs)
+
+
+# ---- the reference ----
+
+
+@by_kind
+@pytest.mark.parametrize("lora", [None, "peft_config", "PeftModel"])
+def test_without_a_reference_model_it_is_the_model_before_its_first_step(tmp_path, kind, lora):
+    """A copy that stays; with adapters the model without them, also where they and dropout are at work in training."""
+    peft = pytest.importorskip("peft") if lora else None
+
+    def run(ref_model):
+        policy = model(attention_dropout=0.3)
+        torch.manual_seed(3)
+        if lora == "PeftModel":
+            policy = peft.get_peft_model(policy, lora_config(lora_dropout=0.3))
+        trainer = make_trainer(
+            kind,
+            tmp_path,
+            policy=policy,
+            ref_model=ref_model,
+            evaluation=5,
+            eval_strategy="epoch",
+            disable_dropout=False,
+            peft_config=lora_config(lora_dropout=0.3) if lora == "peft_config" else None,
+        )
+        trainer.train()
+        return trainer
+
+    own, given = run(None), run(model(attention_dropout=0.3))
+    assert history(own) == history(given)
+    assert (own.ref_model is None) == (lora is not None)
+    start = model().state_dict()
+    for name, tensor in given.ref_model.state_dict().items():
+        assert tensor.equal(start[name])
+    if lora is None:
+        assert not any(parameter.requires_grad for parameter in own.ref_model.parameters())
+        assert all(tensor.equal(start[name]) for name, tensor in own.ref_model.state_dict().items())
+        assert not all(tensor.equal(start[name]) for name, tensor in weights(own).items())
+
+
+@pytest.fixture
+def ref_passes(monkeypatch):
+    """Counts the forward passes of the reference."""
+    counter, passes = Counter(), FusedTrainer._ref_logps
+
+    def counted(self, *args):
+        counter["passes"] += 1
+        return passes(self, *args)
+
+    monkeypatch.setattr(FusedTrainer, "_ref_logps", counted)
+
+    def count():
+        return counter.pop("passes", 0)
+
+    return count
+
+
+def run_precomputed(kind, tmp_path, **settings):
+    trainer = make_trainer(
+        kind, tmp_path / "out", precompute_ref_log_probs=True, ref_cache_dir=str(tmp_path / "cache"), **settings
+    )
+    trainer.train()
+    return trainer
+
+
+@by_kind
+@pytest.mark.parametrize("source", ["given", "copy", "adapters off"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_precomputed_is_live_to_the_bit(tmp_path, kind, source, bf16, ref_passes):
+    settings = {"train": 6, "evaluation": 3, "eval_strategy": "epoch", "bf16": bf16}
+    settings |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}  # padding rounds otherwise
+    if source == "adapters off":
+        settings["peft_config"] = lora_config()
+    ref = model(seed=1) if source == "given" else None
+    live = make_trainer(kind, tmp_path, ref_model=ref, **settings)
+    live.train()
+    assert ref_passes() > 0
+    ref = model(seed=1) if source == "given" else None
+    precomputed = run_precomputed(kind, tmp_path, ref_model=ref, **settings)
+    passes = ref_passes()
+    assert passes == 9 * len(precomputed.ref_columns if kind == "kto" else [0])
+    assert precomputed.ref_model is None
+    assert history(precomputed) == history(live)
+    again = run_precomputed(kind, tmp_path, ref_model=model(seed=1) if source == "given" else None, **settings)
+    assert ref_passes() == 0
+    assert history(again) == history(live)
+
+
+@by_kind
+def test_precomputed_in_other_batches_is_live_to_rounding(tmp_path, kind):
+    live = make_trainer(kind, tmp_path, ref_model=model(seed=1), train=11)
+    live.train()
+    for size in (None, 3):
+        settings = {"ref_model": model(seed=1), "train": 11, "precompute_ref_batch_size": size}
+        assert_near(history(run_precomputed(kind, tmp_path / str(size), **settings)), history(live))
+
+
+CHANGES = {
+    "a weight": {"changed_weight": True},
+    "a record": {"changed_record": True},
+    "the tokenizer": {"words": WORDS[::-1]},
+    "max_length": {"max_length": 7},
+    "loss_from": {"loss_from": "logits"},
+    "precision": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(kind, change) for kind in KINDS for change in CHANGES.values()] + [("kto", {"average_log_prob": True})],
+    ids=[f"{kind}-{change}" for kind in KINDS for change in CHANGES] + ["kto-average_log_prob"],
+)
+def test_a_stale_cache_is_never_used(tmp_path, kind, change, ref_passes):
+    change = dict(change)
+    ref, rows = model(seed=1), data(kind, 8)
+    run_precomputed(kind, tmp_path, ref_model=copy.deepcopy(ref), train=rows)
+    ref_passes()
+    if change.pop("changed_weight", False):
+        with torch.no_grad():
+            ref.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-3
+    if change.pop("changed_record", False):
+        side = "completion" if kind == "kto" else "rejected"
+        rows = rows.map(lambda record, row: {side: " w1" if row == 4 else record[side]}, with_indices=True)
+    settings = {"train": rows, **change}
+    precomputed = run_precomputed(kind, tmp_path, ref_model=copy.deepcopy(ref), **settings)
+    assert ref_passes() > 0
+    live = make_trainer(kind, tmp_path, ref_model=copy.deepcopy(ref), **settings)
+    live.train()
+    assert_near(history(precomputed), history(live), tolerance=5e-2 if change.get("bf16") else 2e-5)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "garbage", "empty", "too short", "other columns"])
+def test_a_damaged_cache_is_computed_again_and_replaced(tmp_path, damage, ref_passes):
+    whole = run_precomputed("dpo", tmp_path, ref_model=model(seed=1), train=8)
+    (path,) = (tmp_path / "cache").iterdir()
+    content = path.read_bytes()
+    if damage in ("cut off", "garbage", "empty"):
+        path.write_bytes({"cut off": content[:-9], "garbage": content[::-1], "empty": b""}[damage])
+    else:
+        names = whole.ref_columns if damage == "too short" else ("one", "other")
+        save_file({name: torch.zeros(7 if damage == "too short" else 8) for name in names}, path)
+    ref_passes()
+    again = run_precomputed("dpo", tmp_path, ref_model=model(seed=1), train=8)
+    assert ref_passes() > 0
+    assert history(again) == history(whole)
+    assert path.read_bytes() == content
+    assert list((tmp_path / "cache").iterdir()) == [path]
+
+
+@pytest.mark.parametrize("killed_in", ["save_file", "os.replace"])
+def test_a_killed_write_leaves_nothing(tmp_path, killed_in, monkeypatch, ref_passes):
+    def killed(values, draft, *_):
+        if killed_in == "save_file":
+            with open(draft, "wb") as file:
+                file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    owner = reference_cache if killed_in == "save_file" else reference_cache.os
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, killed_in.split(".")[-1], killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_precomputed("dpo", tmp_path, ref_model=model(seed=1), train=8)
+    assert list((tmp_path / "cache").iterdir()) == []
+    ref_passes()
+    run_precomputed("dpo", tmp_path, ref_model=model(seed=1), train=8)
+    assert ref_passes() > 0
+
+
+def test_simpo_has_no_reference(tmp_path, ref_passes):
+    for settings in ({}, {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}):
+        trainer = make_trainer("dpo", tmp_path, loss_type="simpo", **settings)
+        trainer.train()
+        assert trainer.ref_model is None
+        assert ref_passes() == 0
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="ref_model is given, but loss_type='simpo' has no reference"):
+        make_trainer("dpo", tmp_path, loss_type="simpo", ref_model=model(seed=1))
+
+
+# ---- errors ----
+
+
+@by_kind
+def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
+    config = CONFIGS[kind]
+
+    def refused(match, **options):
+        with pytest.raises((ValueError, TypeError), match=match):
+            config(output_dir=str(tmp_path), use_cpu=True, **options)
+
+    refused("loss_type.*'kto_squared'.*apo_zero_unpaired|loss_type.*'sigmoid'.*'apo_down'", loss_type="squared")
+    refused("loss_from.*'hidden'.*'logits'.*'text'", loss_from="text")
+    refused("beta", beta=0.0)
+    for rubbish in (0, -3, 2.5, "64", True):
+        refused(f"max_length must be a positive integer or None, got {rubbish!r}", max_length=rubbish)
+    refused("max_length must hold a prompt and a completion", max_length=1)
+    for name in ("precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
+        refused(f"{name} must be a positive integer or None, got 0", **{name: 0})
+    refused("chunk_bytes", chunk_bytes=-1)
+    if kind == "dpo":
+        refused("label_smoothing", label_smoothing=0.5)
+    else:
+        refused("undesirable_weight", undesirable_weight=-1.0)
+        for rubbish in ("mean", "nan", "inf", None, [0.1]):
+            refused("reference_point must be 'mismatched', 'batch_mean' or a finite number", reference_point=rubbish)
+
+
+@by_kind
+def test_arguments_of_the_wrong_kind_are_refused(tmp_path, kind):
+    trainer, config = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}[kind], CONFIGS[kind]
+    policy, words = model(), tokenizer()
+    other = CONFIGS["dpo" if kind == "kto" else "kto"]
+    for args in (TrainingArguments(str(tmp_path)), other(str(tmp_path), use_cpu=True)):
+        with pytest.raises(TypeError, match=f"args must be a {config.__name__}, got {type(args).__name__}"):
+            trainer(policy, args=args, processing_class=words)
+    args = config(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="ref_model is the model itself: leave it out"):
+        trainer(policy, policy, args, processing_class=words)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"2 GPUs are visible.*torchrun.*CUDA_VISIBLE_DEVICES"):
+        trainer(policy, args=args, processing_class=words)
+
+
+def test_batch_mean_is_refused_where_a_batch_lies_in_parts(tmp_path):
+    with pytest.raises(ValueError, match=r"reference_point='batch_mean'.*gradient_accumulation_steps=2"):
+        make_trainer("kto", tmp_path, reference_point="batch_mean", gradient_accumulation_steps=2)
+
+
+@by_kind
+def test_new_data_is_refused_once_the_reference_is_gone(tmp_path, kind):
+    """Not scored by the policy in its place; where adapters can be taken off, the reference is still there."""
+    settings = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache"), "evaluation": 5}
+    new, prepared = data(kind, 5, seed=7), make_trainer(kind, tmp_path, evaluation=data(kind, 5, seed=7)).eval_dataset
+    given = make_trainer(kind, tmp_path, ref_model=model(seed=1), **settings)
+    copied = make_trainer(kind, tmp_path, **settings)
+    with_adapters = make_trainer(kind, tmp_path, ref_model=model(seed=1), peft_config=lora_config(), **settings)
+    for trainer in (given, copied, with_adapters):
+        for rows in (new, prepared, {"new": new}):
+            with pytest.raises(ValueError, match="eval_dataset is new, and with precompute_ref_log_probs"):
+                trainer.evaluate(rows)
+        with pytest.raises(ValueError, match="eval_dataset is new, and with precompute_ref_log_probs"):
+            trainer.predict(new)
+        assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.eval_dataset)["eval_loss"]
+    adapters_off = make_trainer(kind, tmp_path, peft_config=lora_config(), **settings)
+    live = make_trainer(kind, tmp_path, peft_config=lora_config(), evaluation=new)
+    assert adapters_off.evaluate(new)["eval_loss"] == live.evaluate()["eval_loss"]
+
+
+@by_kind
+def test_adapters_that_cannot_be_are_refused(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(TypeError, match=r"peft_config must be a peft\.PeftConfig, got dict"):
+        make_trainer(kind, tmp_path, peft_config={"r": 2})
+    with pytest.raises(ValueError, match="peft_config is given, but the model carries adapters already"):
+        make_trainer(kind, tmp_path, policy=peft.get_peft_model(model(), lora_config()), peft_config=lora_config())
+    on_head = {"peft_config": lora_config(target_modules=["q_proj", "lm_head"])}
+    with pytest.raises(UnsupportedModelError, match=r"LM head carries an adapter.*leave 'lm_head' out"):
+        make_trainer(kind, tmp_path, **on_head)
+    from_logits = make_trainer(kind, tmp_path, loss_from="logits", **on_head)
+    start = weights(from_logits)
+    from_logits.train()
+    name = "base_model.model.lm_head.lora_A.default.weight"
+    assert not weights(from_logits)[name].equal(start[name])
+
+
+def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
+    create = Trainer.create_accelerator_and_postprocess
+
+    def under_deepspeed(self):
+        create(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", under_deepspeed)
+    with pytest.raises(NotImplementedError, match=r"DeepSpeed is not supported yet.*FSDP2"):
+        make_trainer("dpo", tmp_path)
+
+
+def test_publishing_a_model_is_left_to_the_trainer_of_transformers():
+    published = ("create_model_card", "push_to_hub", "_push_from_checkpoint", "init_hf_repo", "save_model", "_save")
+    for trainer in (FusedKTOTrainer, FusedDPOTrainer):
+        assert all(getattr(trainer, name) is getattr(Trainer, name) for name in published)
