@@ -32,10 +32,14 @@ class LMHead:
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """The weight in ``dtype``, some rows at a time."""
-        size = max(1, CAST_BYTES // (self.weight.shape[1] * dtype.itemsize))
-        for start in range(0, self.weight.shape[0], size):
-            rows = slice(start, start + size)
-            yield rows, self.weight[rows].to(dtype)
+        vocab_size, hidden_size = self.weight.shape
+        size = min(vocab_size, max(1, CAST_BYTES // (hidden_size * dtype.itemsize)))
+        cast = self.weight.new_empty(
+            size, hidden_size, dtype=dtype
+        )  # one for all: a new one would come beside the last
+        for start in range(0, vocab_size, size):
+            rows = slice(start, min(start + size, vocab_size))
+            yield rows, cast[: rows.stop - start].copy_(self.weight[rows])
 
 
 @functools.cache
