@@ -23,6 +23,7 @@ SIZES = {
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 SOFT_CAP = {"final_logit_softcapping": 5.0, "head_dim": 8}
 MIXTURE = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 
 # by the configuration's model_type: what is changed in it, so that the part of its logits that is its own shows
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.25},
     "olmo2": {},
-    "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    "falcon_h1": {"lm_head_multiplier": 0.3, **MAMBA},
     "mixtral": {"num_local_experts": 4, **MIXTURE},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, **MIXTURE},
 }

@@ -3,13 +3,21 @@
 import copy
 import inspect
 import io
+import sys
+import traceback
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import GRAD_TOLERANCE, assert_same_gradient
 from models import ARCHITECTURES, TWINS, VOCAB, from_own_logits, make_batch, make_model
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -167,7 +175,8 @@ def test_lora_is_trained_and_switched_off(name):
     base_loss = kto(base)
     # PEFT refuses a Mamba layer's projections
     model = with_lora(base, **({"target_modules": ["q_proj", "gate_proj"]} if name == "falcon_h1" else {}))
-    check_against_own_logits(fused_linear_kto_loss, model)
+    for function in TWINS:
+        check_against_own_logits(function, model)
     assert {"lora_A", "lora_B"} == {key.split(".")[-3] for key in backward(model, kto(model))}
     assert abs(kto(model) - base_loss) > 1e-5
     with model.disable_adapter():
@@ -326,16 +335,16 @@ def test_refuses_logits_that_are_a_tenth_too_large(dtype):
         huggingface.attach(model)
 
 
-@pytest.mark.parametrize("name", ["jetmoe", "doge"])
-def test_refuses_a_router_loss_it_does_not_know(name):
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "output_router_logits": True}
-    if name == "doge":
-        sizes = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2, "output_router_logits": True}
-    model = make_model(name, **sizes)
-    with refuses(model, "router loss is not a known one", "output_router_logits = False"):
+def test_refuses_a_router_loss_it_does_not_know(monkeypatch):
+    jetmoe = make_model("jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=8, output_router_logits=True)
+    mixtral = make_model("mixtral")
+    other = lambda gate_logits, num_experts, num_keys=1, top_k=2, attention_mask=None: torch.zeros(())  # noqa: E731
+    monkeypatch.setattr(sys.modules[type(mixtral).__module__], "load_balancing_loss_func", other)
+    for model in (jetmoe, mixtral):
+        with refuses(model, "router loss is not a known one", "output_router_logits = False"):
+            huggingface.attach(model)
+        model.config.output_router_logits = False
         huggingface.attach(model)
-    model.config.output_router_logits = False
-    huggingface.attach(model)
 
 
 def test_what_holds_no_model_is_a_type_error():
@@ -541,3 +550,229 @@ def test_refuses_a_model_that_accelerate_prepared_first(accelerator):
     model = accelerator.prepare(make_model("llama"))
     with refuses(model, "prepared by accelerate before", "attach(model) before accelerator.prepare(model)"):
         huggingface.attach(model)
+
+
+# ---- wrappers over two processes ----------------------------------------------------------------------------------
+
+ACROSS_RANKS = {}
+
+
+def across_ranks(check):
+    """A test of two processes: one pair runs all of them, ``outcomes`` holds what became of each."""
+    ACROSS_RANKS[check.__name__] = check
+
+    def test(outcomes):
+        for outcome in outcomes:
+            if (reason := outcome[check.__name__]).startswith("skipped: "):
+                pytest.skip(reason.removeprefix("skipped: "))
+            assert reason == "passed", reason
+
+    return test
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_all, (folder,), nprocs=2)
+    return [torch.load(folder / str(rank)) for rank in range(2)]
+
+
+def run_all(rank: int, folder) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    outcome = {}
+    for name, check in ACROSS_RANKS.items():
+        try:
+            check()
+            outcome[name] = "passed"
+        except pytest.skip.Exception as reason:
+            outcome[name] = f"skipped: {reason}"
+        except Exception:
+            outcome[name] = f"rank {rank}: {traceback.format_exc()}"
+    torch.save(outcome, folder / str(rank))
+    dist.destroy_process_group()
+
+
+def half(rank: int, seed: int) -> tuple[dict, dict]:
+    model_inputs, arguments = make_batch(fused_linear_kto_loss, seed=seed)
+    rows = slice(2 * rank, 2 * rank + 2)
+    model_inputs = {name: value[rows] for name, value in model_inputs.items()}
+    arguments = {name: value if name == "reference_point" else value[rows] for name, value in arguments.items()}
+    return model_inputs, arguments
+
+
+def check_training(wrapped: nn.Module, plain: nn.Module) -> None:
+    """Two steps on the ranks' halves are two steps of one process on both; the reference path follows."""
+    models = [huggingface.unwrap(model) for model in (wrapped, plain)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    for seed in range(2):
+        losses = []
+        for rank in range(2):
+            model_inputs, arguments = half(rank, seed)
+            losses.append(from_own_logits(fused_linear_kto_loss, plain, model_inputs, **arguments))
+        model_inputs, arguments = half(dist.get_rank(), seed)
+        actual = loss_of(fused_linear_kto_loss, wrapped, model_inputs, **arguments)
+        torch.testing.assert_close(actual, losses[dist.get_rank()], rtol=1e-5, atol=1e-5)
+        actual.backward()
+        (sum(losses) / 2).backward()
+        grads, expected = (
+            {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None} for model in models
+        )
+        assert_same_gradients(grads, expected)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            logps = loss_of(linear_sequence_logps, wrapped, model_inputs, labels=arguments["labels"])
+            expected = from_own_logits(linear_sequence_logps, plain, model_inputs, labels=arguments["labels"])
+            torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
+
+
+@across_ranks
+def test_ddp():
+    check_training(DistributedDataParallel(make_model("llama")), make_model("llama"))
+
+
+@across_ranks
+def test_ddp_that_looks_for_unused_parameters():
+    model = DistributedDataParallel(make_model("mixtral"), find_unused_parameters=True)
+    check_training(model, make_model("mixtral"))
+
+
+@across_ranks
+def test_ddp_with_a_static_graph():
+    check_training(DistributedDataParallel(make_model("mixtral"), static_graph=True), make_model("mixtral"))
+
+
+def sharded(model: nn.Module, tail: bool = False, **options) -> nn.Module:
+    """Layers and root each a group of FSDP2; ``tail``: the last norm and the head another, as accelerate makes it."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    if tail:
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+@across_ranks
+def test_fsdp2_of_layers_and_root():
+    check_training(sharded(make_model("llama")), make_model("llama"))
+
+
+@across_ranks
+def test_fsdp2_with_the_head_in_a_group_of_its_own():
+    check_training(sharded(make_model("llama"), tail=True), make_model("llama"))
+
+
+@across_ranks
+def test_fsdp2_with_a_tied_head():
+    check_training(sharded(make_model("gemma2")), make_model("gemma2"))
+
+
+@across_ranks
+def test_fsdp2_attached_first():
+    model = make_model("llama")
+    huggingface.attach(model)
+    check_training(sharded(model, tail=True), make_model("llama"))
+
+
+@across_ranks
+def test_fsdp2_of_a_mixture_of_experts():
+    check_training(sharded(make_model("mixtral")), make_model("mixtral"))
+
+
+@across_ranks
+def test_fsdp2_with_lora_whose_adapters_are_off_for_the_reference():
+    plain = with_lora(make_model("llama"), modules_to_save=["lm_head"])
+    model = with_lora(make_model("llama"), modules_to_save=["lm_head"])
+    sharded(model.get_base_model())
+    check_training(model, plain)
+    model_inputs, arguments = half(0, 0)
+    with torch.no_grad(), model.disable_adapter():
+        logps = loss_of(linear_sequence_logps, model, model_inputs, labels=arguments["labels"])
+    expected = loss_of(linear_sequence_logps, make_model("llama"), model_inputs, labels=arguments["labels"])
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
+
+
+def sharded_by_accelerate(model: nn.Module, mp_policy: MixedPrecisionPolicy | None = None) -> nn.Module:
+    """By its own function, called directly because its ``Accelerator`` shards on no CPU."""
+    utils = pytest.importorskip("accelerate.utils", reason="accelerate is not installed")
+    plugin = utils.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
+        mixed_precision_policy=mp_policy,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh={("ranks",): dist.device_mesh.init_device_mesh("cpu", (2,))},
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["ranks"]),
+        mixed_precision="no",
+        device=torch.device("cpu"),
+        is_main_process=dist.get_rank() == 0,
+    )
+    huggingface.attach(model)
+    model = utils.fsdp_utils.fsdp2_prepare_model(accelerator, model)
+    assert type(model.lm_head) is not nn.Linear  # which shards the head by itself
+    return model
+
+
+@across_ranks
+def test_fsdp2_as_accelerate_prepares_it():
+    check_training(sharded_by_accelerate(make_model("llama")), make_model("llama"))
+
+
+@across_ranks
+def test_fsdp2_as_accelerate_prepares_a_tied_head():
+    check_training(sharded_by_accelerate(make_model("gemma2")), make_model("gemma2"))
+
+
+def check_nothing_is_rounded(shard) -> None:
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
+    model = shard(make_model("llama"), mp_policy=policy)
+    seen = {}
+
+    def watched(hidden, lm_head_weight, **arguments):
+        loss, metrics = fused_linear_kto_loss(hidden, lm_head_weight, **arguments)
+        loss.register_hook(lambda grad: seen.update(grad=grad))
+        seen.update(loss=loss.detach(), metrics=metrics, dtype=lm_head_weight.dtype, **arguments)
+        return loss, metrics
+
+    model_inputs, arguments = half(dist.get_rank(), 0)
+    loss, metrics = huggingface.apply(watched, model, model_inputs, **arguments, reduction="none")
+    assert seen["dtype"] == torch.bfloat16
+    assert torch.equal(seen["ref_logps"], arguments["ref_logps"])
+    assert not torch.equal(arguments["ref_logps"], arguments["ref_logps"].bfloat16().float())
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, seen["loss"])
+    assert not torch.equal(loss, loss.bfloat16().float())
+    assert metrics is seen["metrics"]
+    assert metrics.logps.dtype != torch.bfloat16
+    weights = torch.tensor([1 / 3, 1 / 7])
+    (loss * weights).sum().backward()
+    assert torch.equal(seen["grad"], weights)
+    plain = make_model("llama")
+    for rank in range(2):
+        model_inputs, arguments = half(rank, 0)
+        loss = loss_of(fused_linear_kto_loss, plain, model_inputs, **arguments, reduction="none")
+        (loss * weights).sum().div(2).backward()
+    for name, parameter in plain.named_parameters():
+        grad = whole(model.get_parameter(name).grad)
+        assert grad.dtype == torch.float32
+        assert (grad - parameter.grad).norm() <= 0.03 * parameter.grad.norm(), name
+
+
+@across_ranks
+def test_fsdp2_in_mixed_precision_rounds_no_loss():
+    check_nothing_is_rounded(sharded)
+
+
+@across_ranks
+def test_fsdp2_in_mixed_precision_rounds_no_loss_of_a_head_in_a_group_of_its_own():
+    check_nothing_is_rounded(partial(sharded, tail=True))
+
+
+@across_ranks
+def test_fsdp2_in_mixed_precision_as_accelerate_prepares_it_rounds_no_loss():
+    check_nothing_is_rounded(sharded_by_accelerate)
