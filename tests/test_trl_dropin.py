@@ -124,9 +124,10 @@ def make_trainer(
     reference = None
     if own_reference:
         reference = copy.deepcopy(policy)
+        random = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in reference.parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
     peft_config = None
     if lora:
         peft = pytest.importorskip("peft")
@@ -623,6 +624,7 @@ def two_processes(rank: int, folder: Path, port: int) -> None:
             kind, folder / f"{rank}", train_dataset=rows, num_train_epochs=1, max_steps=-1, **settings
         )
         assert len(logs) == 3
+        assert kind is DPOTrainer or logs[0]["kl"] > 0
     torch.distributed.destroy_process_group()
 
 
