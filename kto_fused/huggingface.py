@@ -339,9 +339,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _check_logits(model: PreTrainedModel) -> None:
     """Compare the model's logits of a few tokens with its head, scale and soft cap applied to its hidden states."""
-    device = model.get_input_embeddings().weight.device
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
     if device.type == "meta":
         raise UnsupportedModelError("model lies on the meta device: load its weights first")
+    if hasattr(embeddings.weight, "ds_id") and not embeddings._forward_pre_hooks:
+        raise UnsupportedModelError(
+            "model was partitioned by DeepSpeed ZeRO-3, whose engine alone gathers its weights: make the engine first "
+            "(deepspeed.initialize), and pass it to apply or attach"
+        )
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=generator).to(device)

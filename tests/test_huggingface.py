@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import os
 import sys
 import traceback
 from contextlib import contextmanager
@@ -312,6 +313,13 @@ def test_refuses_the_meta_device():
         huggingface.attach(model)
 
 
+def test_refuses_weights_that_zero3_partitioned_before_there_is_an_engine():
+    model = make_model("llama")
+    model.model.embed_tokens.weight.ds_id = 0  # as DeepSpeed marks them
+    with refuses(model, "DeepSpeed ZeRO-3", "make the engine first"):
+        huggingface.attach(model)
+
+
 def test_refuses_an_architecture_with_logits_of_its_own():
     if "hyperclovax" not in CONFIG_MAPPING:
         pytest.skip("this version of transformers has no architecture that is known to differ")
@@ -602,18 +610,24 @@ def half(rank: int, seed: int) -> tuple[dict, dict]:
     return model_inputs, arguments
 
 
+def both_losses(wrapped: nn.Module, plain: nn.Module, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """This rank's loss, and those of both ranks' halves from the plain model's logits."""
+    expected = []
+    for rank in range(2):
+        model_inputs, arguments = half(rank, seed)
+        expected.append(from_own_logits(fused_linear_kto_loss, plain, model_inputs, **arguments))
+    model_inputs, arguments = half(dist.get_rank(), seed)
+    actual = loss_of(fused_linear_kto_loss, wrapped, model_inputs, **arguments)
+    torch.testing.assert_close(actual, expected[dist.get_rank()], rtol=1e-5, atol=1e-5)
+    return actual, expected
+
+
 def check_training(wrapped: nn.Module, plain: nn.Module) -> None:
     """Two steps on the ranks' halves are two steps of one process on both; the reference path follows."""
     models = [huggingface.unwrap(model) for model in (wrapped, plain)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
     for seed in range(2):
-        losses = []
-        for rank in range(2):
-            model_inputs, arguments = half(rank, seed)
-            losses.append(from_own_logits(fused_linear_kto_loss, plain, model_inputs, **arguments))
-        model_inputs, arguments = half(dist.get_rank(), seed)
-        actual = loss_of(fused_linear_kto_loss, wrapped, model_inputs, **arguments)
-        torch.testing.assert_close(actual, losses[dist.get_rank()], rtol=1e-5, atol=1e-5)
+        actual, losses = both_losses(wrapped, plain, seed)
         actual.backward()
         (sum(losses) / 2).backward()
         grads, expected = (
@@ -623,6 +637,7 @@ def check_training(wrapped: nn.Module, plain: nn.Module) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        model_inputs, arguments = half(dist.get_rank(), seed)
         with torch.no_grad():
             logps = loss_of(linear_sequence_logps, wrapped, model_inputs, labels=arguments["labels"])
             expected = from_own_logits(linear_sequence_logps, plain, model_inputs, labels=arguments["labels"])
@@ -776,3 +791,32 @@ def test_fsdp2_in_mixed_precision_rounds_no_loss_of_a_head_in_a_group_of_its_own
 @across_ranks
 def test_fsdp2_in_mixed_precision_as_accelerate_prepares_it_rounds_no_loss():
     check_nothing_is_rounded(sharded_by_accelerate)
+
+
+@across_ranks
+def test_deepspeed_zero3():
+    deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE="2")
+    model, plain = make_model("llama"), make_model("llama")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (model, plain)]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizers[0],
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "gradient_clipping": 0.0,  # 1 unless told
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    assert model.lm_head.weight.numel() == 0
+    for seed in range(2):
+        actual, losses = both_losses(engine, plain, seed)
+        engine.backward(actual)
+        engine.step()
+        optimizers[1].zero_grad()
+        (sum(losses) / 2).backward()
+        optimizers[1].step()
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            torch.testing.assert_close(parameter.data, plain.get_parameter(name).data, rtol=0, atol=1e-6)
