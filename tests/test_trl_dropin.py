@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ if not trl.__version__.startswith("1.16."):
 # ruff: noqa: E402  (what follows needs TRL)
 import datasets
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
@@ -364,20 +366,32 @@ def test_a_batch_of_one_class_logs_no_other(tmp_path, loss_type, desirable):
 
 
 @both_trainers
-def test_bfloat16_autocast_covers_policy_and_reference(tmp_path, kind, monkeypatch):
-    """TRL prepares the reference itself, with accelerate's autocast around its forward."""
-    dtypes = []
+@pytest.mark.parametrize("prepared", ["reference", "policy"])
+def test_autocast_covers_a_model_that_was_prepared_before(tmp_path, kind, prepared, monkeypatch):
+    """TRL has accelerate prepare the reference, and an evaluation before training the policy."""
+    autocasts = []
     for name in ("linear_sequence_logps", "fused_linear_kto_loss", "fused_linear_dpo_loss"):
         function = getattr(dropin, name)
 
         def recorded(function=function, **arguments):
-            dtypes.append((arguments["hidden"].dtype, torch.is_autocast_enabled("cpu")))
+            autocasts.append(torch.is_autocast_enabled("cpu"))
             return function(**arguments)
 
         monkeypatch.setattr(dropin, name, recorded)
-    _, own_logs, _ = steps(make_trainer(kind, tmp_path, bf16=True))
-    _, logs, _ = steps(fuse(make_trainer(kind, tmp_path, bf16=True)))
-    assert set(dtypes) == {(torch.float32, True)}
+    arguments = {"bf16": True, "eval_dataset": data(kind, rows=BATCH)}
+    if prepared == "policy":
+        arguments.update(precompute_ref_log_probs=True, own_reference=False)
+
+    def trainer():
+        made = make_trainer(kind, tmp_path, **arguments)
+        if prepared == "policy":
+            made.evaluate()
+        assert "_original_forward" in vars(made.model if prepared == "policy" else made.ref_model)
+        return made
+
+    _, own_logs, _ = steps(trainer())
+    _, logs, _ = steps(fuse(trainer()))
+    assert set(autocasts) == {True}
     for ours, theirs in zip(logs, own_logs, strict=True):
         assert ours.keys() == theirs.keys()
         for name in {"loss", "train_loss", "entropy", "logits/chosen", "logits/rejected"} & theirs.keys():
@@ -539,7 +553,6 @@ def test_settings_changed_later_are_followed(tmp_path, calls):
         ("beta", 0.0, "beta=0.0 is not positive"),
         ("label_smoothing", 0.5, "label_smoothing=0.5 lies outside"),
         ("undesirable_weight", -1.0, "a class weight is negative"),
-        ("_is_vlm", True, "TRL computes everything as before: vision-language"),
     ],
 )
 def test_what_stays_trls_is_named(tmp_path, attribute, value, reason, caplog):
@@ -551,6 +564,35 @@ def test_what_stays_trls_is_named(tmp_path, attribute, value, reason, caplog):
     (message,) = said(caplog)
     assert reason in message
     assert "_compute_loss" not in vars(trainer)
+
+
+@pytest.mark.parametrize(
+    ("reason", "changed"),
+    [
+        ("DeepSpeed ZeRO-3", {"is_deepspeed_enabled": True, "deepspeed_plugin": SimpleNamespace(zero_stage=3)}),
+        ("FSDP1", {"is_fsdp_enabled": True, "fsdp_plugin": SimpleNamespace(fsdp_version=1)}),
+        ("parallelism", {"parallelism_config": ParallelismConfig(tp_size=2)}),
+        ("parallelism", {"parallelism_config": ParallelismConfig(cp_size=2)}),
+        ("vision-language", {"_is_vlm": True}),
+        ("MPS", {"device": torch.device("mps")}),
+    ],
+)
+def test_what_cannot_be_fused_is_left_alone(tmp_path, reason, changed, caplog):
+    trainer = make_trainer(DPOTrainer, tmp_path)
+    before = snapshot(trainer)
+    plugins = {name: changed.get(name) for name in ("deepspeed_plugin", "fsdp_plugin")}
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(**plugins),
+        parallelism_config=changed.get("parallelism_config"),
+        device=changed.get("device", torch.device("cpu")),
+    )
+    for name in ("is_deepspeed_enabled", "is_fsdp_enabled", "_is_vlm"):
+        setattr(trainer, name, changed.get(name, False))
+    assert fuse(trainer) is trainer
+    assert snapshot(trainer) == before
+    (message,) = said(caplog)
+    assert message.startswith("TRL computes everything as before")
+    assert reason in message
 
 
 def test_fusing_again_changes_nothing(tmp_path):

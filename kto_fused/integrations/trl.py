@@ -43,11 +43,14 @@ def fuse(trainer: Trainer) -> Trainer:
       DPO's ``sigmoid``, ``hinge``, ``ipo``, ``robust``, ``apo_zero`` and ``apo_down``, one of them alone with weight
       1, without ``ld_alpha`` and ``use_weighting``, and with ``f_divergence_type="reverse_kl"``.
 
-    What is not taken over stays TRL's, and a warning says so once. Three differences remain: logits are not rounded to
-    half precision, as TRL's are; with ``disable_dropout=False`` dropout draws in another order, since the reference
-    comes before the policy; and where a sequence's log-probability is NaN, KTO's loss is NaN, not only its gradient.
-    Reference log-probabilities that were precomputed (``precompute_ref_log_probs=True``) come from the trainer's own
-    ``__init__``, before this call.
+    What is not taken over stays TRL's, and a warning says so once: all of it for vision-language models, DeepSpeed
+    ZeRO-3, FSDP1, tensor, context and sequence parallelism; evaluation that asks for logits (``compute_metrics``); and
+    an ``ipo`` batch with an empty prompt. Precomputed reference log-probabilities (``precompute_ref_log_probs=True``)
+    come from the trainer's own ``__init__``, before this call.
+
+    Three differences remain. Logits are not rounded to half precision, as TRL's are. With ``disable_dropout=False``
+    dropout draws in another order, since the reference comes before the policy. Where a sequence's log-probability is
+    NaN, so is KTO's loss; TRL's is the mean of the others, with a gradient of NaN.
 
     Args:
         trainer: of TRL 1.16. Fusing it again changes nothing.
@@ -78,17 +81,17 @@ def fuse(trainer: Trainer) -> Trainer:
         logger.warning("TRL computes everything as before: %s.", unsupported)
         return trainer
 
-    models = [trainer.model, trainer.ref_model]
+    is_weighted = getattr(trainer, "use_weighting", False)
+    models = [trainer.ref_model] if is_weighted else [trainer.model, trainer.ref_model]
+    _install([model for model in models if model is not None], trainer.accelerator)
+    trainer._is_fused = True
     not_whole = _overridden(trainer, own) or _not_whole(trainer)
-    if getattr(trainer, "use_weighting", False):
-        models = [trainer.ref_model]
+    if is_weighted:
         logger.warning("TRL computes the policy's log-probabilities and the loss: use_weighting asks for more of them.")
     elif not_whole is not None:
         logger.warning("TRL computes the loss, from this package's log-probabilities: %s.", not_whole)
-    _install([model for model in models if model is not None], trainer.accelerator)
-    if not_whole is None:
+    else:
         trainer._compute_loss = MethodType(compute_loss, trainer)
-    trainer._is_fused = True
     return trainer
 
 
@@ -219,22 +222,32 @@ def _token_logps(
 
     is_shifted = shift_labels is not None
     targets = shift_labels if is_shifted else labels
-    call = _Call(linear_token_logps, {"labels": targets, "shift": not is_shifted, "return_metrics": True})
+    call = _Call(_predicted_logps, {"labels": targets, "shift": not is_shifted})
     gradient_path, outcome = _call(model, call, *args, **kwargs)
-    log_probs, metrics = outcome.result
+    log_probs, entropy, mean_logits, is_top1 = outcome.result
     log_probs = _exact(log_probs, gradient_path)
-    entropy = _WithoutGradient.apply(metrics.entropy, log_probs)
-    fields = {"log_probs": log_probs, "entropy": entropy, "mean_logits": metrics.mean_logits}
-    fields["is_top1"] = metrics.is_top1 == 1
-    if not is_shifted:  # the last position predicts nothing
-        fields = {name: values[:, :-1] for name, values in fields.items()}
-        targets = targets[:, 1:]
-    label_mask = targets != -100
+    label_mask = (targets if is_shifted else targets[:, 1:]) != -100
     num_items = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    loss = -fields["log_probs"].sum() / num_items
+    loss = -log_probs.sum() / num_items
     if outcome.aux_loss is not None:
         loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * outcome.aux_loss
-    return FusedCausalLMOutput(loss=loss, **fields, label_mask=label_mask, aux_loss=outcome.aux_loss)
+    return FusedCausalLMOutput(
+        loss=loss,
+        log_probs=log_probs,
+        entropy=_WithoutGradient.apply(entropy, log_probs),
+        mean_logits=mean_logits,
+        is_top1=is_top1 == 1,
+        label_mask=label_mask,
+        aux_loss=outcome.aux_loss,
+    )
+
+
+def _predicted_logps(*, shift: bool, **arguments) -> tuple[torch.Tensor, ...]:
+    """(log-probabilities, entropy, mean logits, is_top1), each [B, T]; with ``shift`` [B, T-1], as TRL has them."""
+    logps, metrics = linear_token_logps(**arguments, shift=shift, return_metrics=True)
+    predicting = slice(None, -1 if shift else None)
+    # not views, of which FSDP2 warns
+    return tuple(x[:, predicting].clone() for x in (logps, metrics.entropy, metrics.mean_logits, metrics.is_top1))
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -243,7 +256,7 @@ class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: torch.Tensor, differentiable: torch.Tensor) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        return values.view_as(values)
+        return values.clone()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor | None) -> tuple[None, None]:
@@ -259,9 +272,9 @@ class _WithoutGradient(torch.autograd.Function):
 
 def _kto_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """In place of ``KTOTrainer._compute_loss``."""
+    batch = _on_device(self, inputs)
     if return_outputs or _not_whole(self) is not None:
         return type(self)._compute_loss(self, model, inputs, return_outputs)
-    batch = _on_device(self, inputs)
     model_inputs, labels = _model_inputs(batch)
     if self.calculate_KL:
         mismatched = _model_inputs(batch, prefix="KL_")
@@ -294,9 +307,9 @@ def _kto_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_ou
 
 def _dpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """In place of ``DPOTrainer._compute_loss``."""
-    if return_outputs or _not_whole(self) is not None or _ipo_lengths_differ(self, inputs):
-        return type(self)._compute_loss(self, model, inputs, return_outputs)
     batch = _on_device(self, inputs)
+    if return_outputs or _not_whole(self) is not None or _ipo_lengths_differ(self, batch):
+        return type(self)._compute_loss(self, model, inputs, return_outputs)
     model_inputs, labels = _model_inputs(batch)
     if self.precompute_ref_logps:
         ref_logps = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
@@ -317,13 +330,13 @@ def _dpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_ou
     return _log(self, batch, loss, metrics, aux_loss)
 
 
-def _ipo_lengths_differ(trainer: Trainer, inputs: dict[str, Any]) -> bool:
+def _ipo_lengths_differ(trainer: Trainer, batch: dict[str, Any]) -> bool:
     """Whether any rank has a completion without a prompt: TRL divides by its length with the first token, which nothing
     predicts and which is not counted here. Waits for the device.
     """
     if trainer.loss_types != ["ipo"]:
         return False
-    return bool(trainer.accelerator.gather(inputs["completion_mask"][:, 0].max()).any())
+    return bool(trainer.accelerator.gather(batch["completion_mask"][:, 0].max()).any())
 
 
 def _on_device(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
