@@ -1,48 +1,75 @@
-"""The command ``kto-fused``."""
+"""The command ``kto-fused``. What a command needs is imported once it is chosen."""
 
 import argparse
+import importlib.util
 import sys
-from pathlib import Path
+
+TRAINING = ("accelerate", "datasets", "matplotlib", "peft", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
+COMMANDS = {
+    "train": "train a model with KTO or DPO on files of feedback or pairs",
+    "demo": "train a small language model with KTO on real text, and compare with the plain reference",
+    "estimate": "the memory a model's loss needs, plainly and fused, and the longest sequences that fit a GPU",
+    "env": "versions, devices, and which kernels are used on them",
+}
+NEEDS = {"train": TRAINING, "demo": TRAINING, "estimate": ("transformers", "yaml"), "env": ()}
+
+
+class CommandError(Exception):
+    """What the user can mend; the message is one sentence that names it."""
+
+
+def sentence(error: BaseException) -> str:
+    """The error's message on one line."""
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="kto-fused", description="Fused KTO and DPO losses for PyTorch.")
-    commands = top.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="train a small language model with KTO on real text, and compare with the plain reference",
-        description="Train a small Llama (or --model) with KTO on a feedback file, print loss, rewards, margin and "
-        "reference point, then run the first steps again through plain PyTorch and compare. Ends in under 2 minutes "
-        "on a CPU with its defaults.",
-        argument_default=argparse.SUPPRESS,
+    top = argparse.ArgumentParser(
+        prog="kto-fused",
+        description="Fused KTO and DPO losses for PyTorch.",
+        epilog="kto-fused COMMAND --help lists a command's flags.",
     )
-    demo.add_argument("--data", type=Path, metavar="FILE.jsonl", help="prompt, completion, label per line (bundled)")
-    demo.add_argument("--model", metavar="PATH_OR_ID", help="a Hugging Face checkpoint instead of a small new Llama")
-    demo.add_argument(
-        "--from",
-        dest="loss_from",
-        choices=("hidden", "logits"),
-        help="the loss takes hidden states and the LM head, or the model's logits (hidden)",
-    )
-    demo.add_argument("--steps", type=int, help="KTO steps (40)")
-    demo.add_argument("--batch-size", type=int, help="examples per step, at least 2 (16)")
-    demo.add_argument("--beta", type=float, help="pull towards the reference model (0.1)")
-    demo.add_argument("--seed", type=int, help="for weights and batches (0)")
-    demo.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    demo.add_argument("--backend", choices=("triton", "torch"), help="the faster one on the device")
-    demo.add_argument("--out", type=Path, metavar="FOLDER", help="for metrics.json and curves.png (runs/demo)")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, does in COMMANDS.items():
+        commands.add_parser(name, help=does, add_help=False)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = vars(parser().parse_args(arguments))
-    command = options.pop("command")
-
-    from . import demo  # transformers takes seconds to import: not for --help
-
+    """Run a command. Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = parser().parse_args(arguments[:1]).command
     try:
-        demo.run(demo.Settings(**options))
-    except (demo.DemoError, demo.feedback.FeedbackError) as error:
+        missing = [name for name in NEEDS[command] if importlib.util.find_spec(name) is None]
+        if missing:
+            raise CommandError(f"needs {', '.join(missing)}: pip install 'kto-fused[train]'")
+        return run(command, arguments[1:])
+    except CommandError as error:
         print(f"kto-fused {command}: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print(f"kto-fused {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(command: str, arguments: list[str]) -> int:
+    if command == "train":
+        from . import train
+
+        return train.main(arguments)
+    if command == "demo":
+        from . import demo
+
+        return demo.main(arguments)
+    if command == "estimate":
+        from . import estimate, flags
+
+        settings = flags.parse(estimate.EstimateSettings, arguments, command, f"Print {COMMANDS[command]}.")
+        try:
+            return estimate.run(settings)
+        except estimate.EstimateError as error:
+            raise CommandError(sentence(error)) from error
+    from . import environment
+
+    argparse.ArgumentParser(prog="kto-fused env", description=f"Print {COMMANDS[command]}.").parse_args(arguments)
+    return environment.run()

@@ -1,0 +1,108 @@
+"""Dataclasses filled from flags and YAML files. Whatever does not fit is a ``CommandError``: one sentence."""
+
+import difflib
+import functools
+import json
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .cli import CommandError, sentence
+
+NULL = "null"
+
+
+class FlagParser(HfArgumentParser):
+    """A flag for each field of the dataclasses ``kinds``, but for those ``left_out``.
+
+    ``null`` is None where a field may be None. Flags are not abbreviated: a misspelt one is an error.
+    """
+
+    def __init__(self, kinds: list[type], command: str, left_out: Iterable[str] = (), **settings: Any):
+        self._left_out = frozenset(left_out)
+        super().__init__(kinds, prog=f"kto-fused {command}", allow_abbrev=False, **settings)
+        hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+        for action in self._actions:
+            hint = hints.get(action.dest)
+            if hint == bool | None:  # --flag alone, as where None is no choice
+                action.nargs, action.const = "?", True
+            if type(None) in typing.get_args(hint) and action.type is not None:
+                action.type = _null_or(action.type)
+                if action.choices is not None:
+                    action.metavar = "{" + ",".join(map(str, [*action.choices, NULL])) + "}"
+                    action.choices = [*action.choices, None]
+
+    def _parse_dataclass_field(self, parser: Any, field: Field) -> None:
+        if field.name not in self._left_out:
+            HfArgumentParser._parse_dataclass_field(parser, field)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise CommandError(message)
+
+    def values(self, arguments: list[str]) -> dict[str, Any]:
+        """What the flags say, and the defaults of the others."""
+        namespace, rest = self.parse_known_args(arguments)
+        if rest:
+            name = rest[0].partition("=")[0]
+            if name.startswith("-"):
+                raise CommandError(f"{name} is not a flag{_nearest(name, self._option_string_actions)}")
+            raise CommandError(f"{rest[0]!r} follows no flag that takes it")
+        return vars(namespace)
+
+    def arguments_from(self, settings: dict[str, Any], path: str) -> list[str]:
+        """The settings of a YAML file as flags that say the same."""
+        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        arguments = []
+        for name, value in settings.items():
+            if name not in actions:
+                raise CommandError(f"{path}: {name!r} is not a setting{_nearest(str(name), actions)}")
+            if isinstance(value, list):
+                if actions[name].nargs != "+":
+                    raise CommandError(f"{path}: {name!r} takes one value, got the list {value}")
+                arguments += [f"--{name}", *map(str, value)]
+            else:
+                arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        return arguments
+
+
+def parse(kind: type, arguments: list[str], command: str, description: str) -> Any:
+    """The dataclass that the flags describe."""
+    return build(kind, FlagParser([kind], command, description=description).values(arguments))
+
+
+def build(kind: type, values: dict[str, Any]) -> Any:
+    """``kind`` of those of ``values`` that are its fields; what it refuses is a ``CommandError``."""
+    try:
+        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise CommandError(sentence(error)) from error
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Names and values; each scalar as it is written, to be understood as the flag's value would be."""
+    try:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--config {path} cannot be read: {sentence(error)}") from error
+    except yaml.YAMLError as error:
+        raise CommandError(f"--config {path} is not YAML: {sentence(error)}") from error
+    if not isinstance(settings, dict):
+        raise CommandError(f"--config {path}: expected names with values, got {type(settings).__name__}")
+    return settings
+
+
+def _null_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    @functools.wraps(convert, updated=())  # argparse names the type in its errors
+    def converted(text: str) -> Any:
+        return None if text == NULL else convert(text)
+
+    return converted
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    return f"; the nearest is {difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]}"

@@ -1,0 +1,427 @@
+"""``kto-fused train``: a model, files of feedback or pairs, and every option of the trainers as a flag or in YAML."""
+
+import json
+import math
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_torch_bf16_gpu_available
+
+from . import backends, preference_data
+from .cli import CommandError, sentence
+from .flags import FlagParser, build, read_yaml
+from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
+from .trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
+
+CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
+TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
+DESCRIPTION = (
+    "Train a model with KTO on feedback (prompt, completion, label) or with DPO on pairs (prompt, chosen, rejected). "
+    "Into --output_dir go the model, its tokenizer, metrics.json and curves.png. Ctrl-C saves a checkpoint, from which "
+    "--resume_from_checkpoint true goes on. The flags of --loss dpo are listed with it."
+)
+# flags that would change nothing here: the command trains, the losses have no classes to smooth and return no logits,
+# and the columns are known
+LEFT_OUT = (
+    *("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config"),
+    *("label_smoothing_factor", "label_names", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
+    *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+    *("remove_unused_columns", "length_column_name"),
+)
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+}
+# what is printed of a log, and how it is called
+REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
+LINE = {"loss": "loss", **REWARDS, "rewards/accuracies": "accuracy", "kl": "z0"}
+COLORS = {"rewards/chosen": "tab:green", "rewards/rejected": "tab:red", "rewards/margins": "tab:blue"}
+SETUP_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
+INTERRUPTED = b"\nfinishing this step, then saving a checkpoint; Ctrl-C again stops at once\n"
+
+
+@dataclass
+class TrainSettings:
+    """What the trainer's constructor takes."""
+
+    _argument_group_name = "what is trained on what"
+
+    model: str = field(metadata={"help": "the policy: a Hugging Face model's folder, or its id on the Hub"})
+    data: list[str] = field(metadata={"help": ".jsonl, .json (a record a line) or .parquet files"})
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata={"help": "files to evaluate on; after each epoch, unless --eval_strategy or --eval_steps say"},
+    )
+    loss: Literal["kto", "dpo"] = field(default="kto", metadata={"help": "the loss; pairs are feedback for kto too"})
+    ref_model: str | None = field(
+        default=None, metadata={"help": "the reference, as --model; else the policy as it is before training"}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "of the weights; small updates are lost in 16 bits, unless an adapter is trained"},
+    )
+    lora_rank: int = field(default=0, metadata={"help": "train a LoRA adapter of this rank; 0: train all weights"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank if not given"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "names of the layers to adapt; all linear layers but the head if not given"}
+    )
+
+    def __post_init__(self):
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be more than 0, got {self.lora_alpha}")
+        for name in ("lora_alpha", "lora_target_modules"):
+            if not self.lora_rank and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, but lora_rank is 0: there is no adapter")
+
+
+def main(arguments: list[str]) -> int:
+    return run(*parse(arguments))
+
+
+def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
+    """Train and write the results. Returns 130 if Ctrl-C ended the training, else 0. Raises ``CommandError``."""
+    check_writable(config.output_dir)
+    checkpoint = starting_checkpoint(config)
+    with refusals(*SETUP_ERRORS):
+        trainer = make_trainer(settings, config)
+    with CtrlC() as ctrl_c:
+        trainer.add_callback(ctrl_c)
+        metrics = fit(trainer, checkpoint)
+    if ctrl_c.checkpoint is not None:
+        if trainer.is_world_process_zero():
+            print(
+                f"\nStopped after step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
+                f"{ctrl_c.checkpoint}.\nTo go on: the same command with --resume_from_checkpoint true"
+            )
+        return 130
+    with refusals(OSError, doing=f"{config.output_dir} cannot be written: "):
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            print_summary(metrics)
+            write(config.output_dir, {"settings": vars(settings), "config": config.to_dict(), **metrics})
+            print(f"\nWrote the model, metrics.json and curves.png into {config.output_dir}")
+    return 0
+
+
+# ---- what to do ---------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
+    """From flags and, where they say nothing, the file of ``--config``."""
+    first_look = FlagParser([], "train", add_help=False)
+    for flag in ("--config", "--loss"):
+        first_look.add_argument(flag)
+    first, _ = first_look.parse_known_args(arguments)
+    file = read_yaml(first.config) if first.config else {}
+    loss = str(first.loss or file.get("loss", "kto"))
+    parser = FlagParser(
+        [TrainSettings, CONFIGS.get(loss, FusedKTOConfig)], "train", description=DESCRIPTION, left_out=LEFT_OUT
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings under the flags' names; flags come before it")
+    parser.set_defaults(output_dir=f"runs/{loss}", logging_first_step=True, save_total_limit=1)
+    parser.set_defaults(bf16=None, eval_strategy=None)  # depend on other flags
+    values = parser.values([*parser.arguments_from(file, first.config), *arguments])
+    if values["eval_strategy"] is None:
+        strategy = "epoch" if values["eval_steps"] is None else "steps"
+        values["eval_strategy"] = strategy if values["eval_data"] else "no"
+    if values["bf16"] is None:
+        values["bf16"] = not (values["fp16"] or values["use_cpu"]) and is_torch_bf16_gpu_available()
+    for name, least in AT_LEAST.items():
+        if not least <= values[name] < math.inf:
+            raise CommandError(f"--{name} must be a finite number of at least {least}, got {values[name]}")
+    if values["max_steps"] <= 0 and values["num_train_epochs"] == 0:
+        raise CommandError("--num_train_epochs must be more than 0, or --max_steps given")
+    return build(TrainSettings, values), build(CONFIGS[loss], values)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raises ``CommandError`` if no file can be made in ``folder``, or where it would be. Leaves no trace."""
+    folder = Path(folder)
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise CommandError(f"{folder} cannot be written: {sentence(error)}") from error
+
+
+def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
+    """The checkpoint to resume from. A folder that holds another run's is refused: nobody could tell them apart."""
+    folder, wanted = config.output_dir, config.resume_from_checkpoint
+    latest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if wanted is None:
+        if latest is not None:
+            raise CommandError(
+                f"--output_dir {folder} holds {Path(latest).name} of another run: go on with it "
+                "(--resume_from_checkpoint true), or name another folder"
+            )
+        return None
+    if wanted.lower() == "true":
+        if latest is None:
+            raise CommandError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
+        return latest
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise CommandError(f"--resume_from_checkpoint {wanted} is no checkpoint: it has no trainer_state.json")
+    return wanted
+
+
+def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> FusedTrainer:
+    backends.resolve(config.backend, config.device)
+    for files in (settings.data, settings.eval_data):
+        if files:
+            preference_data.load(files)  # a bad record is found before a large model is loaded
+    set_seed(config.seed)  # for the adapter's weights
+    tokenizer, model = load(settings.model, settings.dtype)
+    ref_model = load(settings.ref_model, settings.dtype, "ref_model")[1] if settings.ref_model else None
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and (config.max_length is None or config.max_length > positions):
+        raise CommandError(f"--max_length {config.max_length} is more than the model's {positions} positions")
+    trainer = TRAINERS[settings.loss](
+        model,
+        ref_model,
+        config,
+        train_dataset=settings.data,
+        eval_dataset=settings.eval_data,
+        processing_class=tokenizer,
+        peft_config=lora(settings) if settings.lora_rank else None,
+    )
+    return trainer
+
+
+def load(name: str, dtype: str, flag: str = "model") -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Raises ``CommandError`` if the folder or id is not a causal language model with a tokenizer."""
+    try:
+        AutoConfig.from_pretrained(name)  # its errors are the clearest
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:  # files of others, which may fail in any way
+        raise CommandError(f"--{flag} {name} cannot be loaded: {sentence(error)}") from error
+    if flag == "model" and getattr(model, "_hf_peft_config_loaded", False):
+        raise CommandError(f"--{flag} {name} is an adapter: merge it into its model first (peft's merge_and_unload)")
+    return tokenizer, model
+
+
+def lora(settings: TrainSettings) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
+        target_modules=settings.lora_target_modules or "all-linear",
+    )
+
+
+@contextmanager
+def refusals(*kinds: type[Exception], doing: str = "") -> Iterator[None]:
+    """Errors of these kinds, from libraries and the disk, become a ``CommandError``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CommandError(
+            "the GPU's memory is not enough: lower --per_device_train_batch_size and raise "
+            "--gradient_accumulation_steps, or use --gradient_checkpointing or --lora_rank"
+        ) from error
+    except kinds as error:
+        raise CommandError(doing + sentence(error)) from error
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) -> dict[str, Any]:
+    """Train, with a line for every ``every``-th step that is logged. Returns what ``metrics.json`` holds of it."""
+    show_bar_alone(trainer)
+    trainer.add_callback(LogLines(every))
+    device = trainer.args.device
+    backend = backends.resolve(trainer.args.backend, device)
+    if trainer.is_world_process_zero():
+        print(
+            f"{len(trainer.train_dataset)} examples, {trainer.model.num_parameters():,} parameters, "
+            f"{trainer.get_num_trainable_parameters():,} of them trained, {device}, kernels: {backend}"
+        )
+    with refusals(ValueError, ImportError, OSError):  # some of the trainer's settings are looked at only now
+        timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    history = trainer.state.log_history
+    return {
+        "torch": torch.__version__,
+        "device": str(device),
+        "backend": backend,
+        "data": trainer.data_counts,
+        "seconds": timing["train_runtime"],
+        "samples_per_second": timing["train_samples_per_second"],
+        "steps": [entry for entry in history if "loss" in entry],
+        "evaluations": [entry for entry in history if "eval_loss" in entry],
+    }
+
+
+def show_bar_alone(trainer: FusedTrainer) -> None:
+    """Logs are not printed as they come."""
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Bar())
+
+
+class CtrlC(TrainerCallback):
+    """While entered, a first Ctrl-C ends training after the step, with a checkpoint; a second one at once."""
+
+    def __init__(self):
+        self.is_pressed = False
+        self.checkpoint: Path | None = None  # set once training has been ended
+
+    def __enter__(self) -> "CtrlC":
+        self._previous = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        if self.is_pressed:
+            raise KeyboardInterrupt
+        self.is_pressed = True
+        os.write(2, INTERRUPTED)  # print() may be what was interrupted
+
+    def on_step_end(
+        self, args: FusedPreferenceConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step < state.max_steps and self._is_pressed_anywhere(args):
+            self.checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control: TrainerControl, **kwargs: Any) -> None:
+        if self.checkpoint is not None:  # the epoch was cut short
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def _is_pressed_anywhere(self, args: FusedPreferenceConfig) -> bool:
+        """On any rank: all of them must end after the same step."""
+        if args.world_size == 1:
+            return self.is_pressed
+        is_pressed = torch.tensor(self.is_pressed, dtype=torch.int32, device=args.device)
+        torch.distributed.all_reduce(is_pressed, torch.distributed.ReduceOp.MAX)
+        return bool(is_pressed)
+
+
+class Bar(ProgressCallback):
+    """Without the logs."""
+
+    def on_log(self, *_, **__) -> None:
+        pass
+
+
+class LogLines(TrainerCallback):
+    """A line of numbers for each log; of training steps for every ``every``-th, the first and the last."""
+
+    def __init__(self, every: int = 1):
+        self.every = every
+        self.names: list[str] = []  # of the columns, once the first line has been printed
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last step too
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, float], **kwargs: Any) -> None:
+        prefix = "eval_" if "eval_loss" in logs else ""
+        step = state.global_step
+        is_due = prefix or step in (1, state.max_steps) or step % self.every == 0
+        if not (state.is_world_process_zero and is_due and f"{prefix}loss" in logs):
+            return
+        if not self.names:
+            self.names = [name for name in LINE if prefix + name in logs]
+            tqdm.write("  step " + " ".join(f"{LINE[name]:>10}" for name in self.names))
+        values = (logs.get(prefix + name) for name in self.names)
+        line = f"{step:6d} " + " ".join(f"{'-':>10}" if value is None else f"{value:10.4f}" for value in values)
+        tqdm.write(f"{line}  evaluation" if prefix else line)
+
+
+# ---- results ------------------------------------------------------------------------------------------------------
+
+
+def print_summary(metrics: dict[str, Any]) -> None:
+    steps, evaluations = metrics["steps"], metrics["evaluations"]
+    columns = [("", steps[0]), ("", steps[-1])]
+    if evaluations:
+        columns += [("eval_", evaluations[0]), ("eval_", evaluations[-1])]
+    titles = [("eval, " if prefix else "") + f"step {entry['step']}" for prefix, entry in columns]
+    print(f"\n{'':20}" + " ".join(f"{title:>15}" for title in titles))
+    for name in (*LINE, "entropy"):
+        values = [entry.get(prefix + name) for prefix, entry in columns]
+        if any(value is not None for value in values):
+            cells = (f"{'-':>15}" if value is None else f"{value:15.4f}" for value in values)
+            print(f"{name:20}" + " ".join(cells))
+    print(
+        f"\n{steps[-1]['num_tokens']} tokens, {metrics['seconds']:.1f} s, "
+        f"{metrics['samples_per_second']:.1f} examples a second"
+    )
+    for name, count in metrics["data"].items():
+        print(
+            f"{name} data: {count['examples']} examples, {count['truncated']} with a completion cut at --max_length, "
+            f"{count['dropped']} more dropped"
+        )
+
+
+def plot(metrics: dict[str, Any], path: Path) -> None:
+    """Loss and rewards over the steps; evaluations as dots."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, reward_axes = figure.subplots(1, 2)
+
+    def draw(axes: Any, name: str, color: str, label: str | None = None) -> None:
+        for entries, prefix, style in ((metrics["steps"], "", "-"), (metrics["evaluations"], "eval_", "o")):
+            points = [(entry["step"], entry[prefix + name]) for entry in entries if prefix + name in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, label=None if prefix else label)
+
+    draw(loss_axes, "loss", "black")
+    loss_axes.set(title="loss", xlabel="step")
+    for name, color in COLORS.items():
+        draw(reward_axes, name, color, REWARDS[name])
+    reward_axes.set(title="rewards (nats x beta)", xlabel="step")
+    reward_axes.legend()
+    if metrics["evaluations"]:
+        figure.supxlabel("dots: evaluation data", fontsize="small")
+    figure.savefig(path, dpi=120, format="png")
+
+
+def write(folder: str | Path, metrics: dict[str, Any]) -> None:
+    """``metrics.json`` and ``curves.png``, both or neither: written beside their place, then moved there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        draft = Path(scratch)
+        (draft / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str) + "\n", encoding="utf-8")
+        plot(metrics, draft / "curves.png")
+        for name in ("metrics.json", "curves.png"):
+            os.replace(draft / name, folder / name)
