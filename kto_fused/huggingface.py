@@ -64,7 +64,13 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     [3, 3]
     """
     attach(model)
-    gradient_path, outcome = model(**model_inputs, fused_call=_Call(function, arguments))
+    answer = model(**model_inputs, fused_call=_Call(function, arguments))
+    if not isinstance(answer, tuple) or not isinstance(answer[-1], _Outcome):
+        raise UnsupportedModelError(
+            f"model ({type(model).__name__}) calls the forward that it found when it was made: call "
+            "kto_fused.huggingface.attach(model) before the wrapping"
+        )
+    gradient_path, outcome = answer
     result = outcome.result
     first = result[0] if isinstance(result, tuple) else result
     if gradient_path is not first:
@@ -296,11 +302,11 @@ def _head_layers(model: PreTrainedModel) -> list[nn.Linear]:
     else:
         layers = [head]
     for layer in layers:
-        if hasattr(layer, "base_layer"):
+        if type(layer).__module__.startswith("peft."):
             raise UnsupportedModelError(
                 f"{name}'s LM head carries an adapter ({type(layer).__name__}), which the fused loss would neither "
-                "apply nor train: leave 'lm_head' out of target_modules, or train it whole with "
-                "modules_to_save=['lm_head']"
+                "apply nor train: leave 'lm_head' out of target_modules and trainable_token_indices, or train it whole "
+                "with modules_to_save=['lm_head']"
             )
         if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             raise UnsupportedModelError(

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kto_fused import fused_linear_kto_loss, huggingface, linear_sequence_logps, reference
+from kto_fused import fused_kto_loss, fused_linear_kto_loss, huggingface, linear_sequence_logps, reference
 from kto_fused.huggingface import UnsupportedModelError
 
 by_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -128,6 +128,19 @@ def test_router_loss_is_added_to_losses_with_and_without_gradients(name):
     torch.testing.assert_close(without, kto(twin))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "hyperclovax"])
+def test_a_loss_of_the_models_logits(name):
+    """The way that is left to a model which is refused."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {name}")
+    model = make_model(name, logits_scaling=3.0)
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    expected = from_own_logits(fused_linear_kto_loss, model, model_inputs, **arguments)
+    actual, _ = huggingface.apply_to_logits(fused_kto_loss, model, model_inputs, **arguments)
+    torch.testing.assert_close(actual, expected)
+    assert_same_gradients(backward(model, actual), backward(model, expected))
+
+
 def test_padding_on_the_right_changes_nothing():
     model = make_model("llama")
     model_inputs, arguments = make_batch(fused_linear_kto_loss)
@@ -229,8 +242,11 @@ def own_forwards(module: nn.Module) -> dict:
     return {name: value for name, value in vars(module).items() if "forward" in name or "fused" in name}
 
 
-def test_refuses_an_adapter_on_the_head():
-    model = with_lora(make_model("llama"), target_modules=["q_proj", "lm_head"])
+@pytest.mark.parametrize(
+    "on_the_head", [{"target_modules": ["q_proj", "lm_head"]}, {"trainable_token_indices": {"lm_head": [3, 4]}}]
+)
+def test_refuses_an_adapter_on_the_head(on_the_head):
+    model = with_lora(make_model("llama"), **on_the_head)
     with refuses(model, "LM head carries an adapter", "leave 'lm_head' out of target_modules", "modules_to_save"):
         huggingface.attach(model)
 
@@ -243,6 +259,16 @@ def test_refuses_an_adapter_that_comes_to_the_head_later():
         kto(model)
     huggingface.detach(model)
     assert "forward" not in model.get_base_model().__dict__
+
+
+def test_refuses_a_wrapper_that_kept_the_forward_from_before():
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+    with pytest.raises(UnsupportedModelError, match=r"PeftModelForCausalLM.*attach\(model\) before the wrapping"):
+        kto(peft.get_peft_model(make_model("llama"), config))
+    model = make_model("llama")
+    huggingface.attach(model)
+    check_against_own_logits(fused_linear_kto_loss, peft.get_peft_model(model, config))
 
 
 def test_refuses_prompts_that_are_learned():
