@@ -1,6 +1,6 @@
 """A training step end to end: this package's trainers, TRL's, and TRL's with the loss taken over."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ class Size:
 class Plan:
     sizes: tuple[Size, ...]
     rounds: int
-    # the longest sequence is sought on the first architecture, with its number of sequences, up to ``longest``
+    search: Size  # where the longest sequence is sought: from its length on, up to ``longest``
     longest: int
     # bytes a step may allocate beside weights, optimizer and batch; None: what the device has
     budget: int | None
@@ -34,9 +34,15 @@ class Plan:
 
 
 PLANS = {
-    "cpu": Plan(sizes=(Size("Llama 20M", 4, 512),), rounds=3, longest=8192, budget=2**30),
+    "cpu": Plan(
+        sizes=(Size("Llama 20M", 4, 512),), rounds=3, search=Size("Llama 20M", 2, 256), longest=8192, budget=2**30
+    ),
     "cuda": Plan(
-        sizes=(Size("Qwen2.5-0.5B", 8, 2048), Size("Llama-3.2-1B", 8, 2048)), rounds=5, longest=131072, budget=None
+        sizes=(Size("Qwen2.5-0.5B", 8, 2048), Size("Llama-3.2-1B", 8, 2048)),
+        rounds=5,
+        search=Size("Qwen2.5-0.5B", 2, 8192),
+        longest=131072,
+        budget=None,
     ),
 }
 
@@ -98,11 +104,10 @@ def fits(contender: Contender, loss: str, size: Size, budget: int | None, device
 
 def longest(contender: Contender, loss: str, plan: Plan, device: torch.device) -> int:
     """Twice as long until it no longer fits, then once between; 0 if nothing fits."""
-    first = plan.sizes[0]
-    best, seq_len = 0, first.seq_len
+    best, seq_len = 0, plan.search.seq_len
 
     def tried(length: int) -> bool:
-        size = Size(first.architecture, first.sequences, length)
+        size = replace(plan.search, seq_len=length)
         return length <= plan.longest and fits(contender, loss, size, plan.budget, device)
 
     while tried(seq_len):
@@ -171,12 +176,11 @@ def run(device: torch.device, plan: Plan, out: Path) -> None:
                 report["rows"].append(asdict(row))
             del turns
             write(report, tables, out, "-training")
-    first = plan.sizes[0]
-    of_first = f"{first.architecture}, {first.sequences} sequences"
+    searched = f"{plan.search.architecture}, {plan.search.sequences} sequences"
     for loss in plan.losses:
         for name, contender in CONTENDERS.items():
             seq_len = longest(contender, loss, plan, device)
-            print(f"{loss.upper()}, {of_first}: {name:20} up to {seq_len} tokens", flush=True)
-            report["longest"].append(asdict(Longest(loss, of_first, name, seq_len)))
+            print(f"{loss.upper()}, {searched}: {name:20} up to {seq_len} tokens", flush=True)
+            report["longest"].append(asdict(Longest(loss, searched, name, seq_len)))
             write(report, tables, out, "-training")
     print(f"wrote {path_of(report, out, '-training.json')} and .md")
