@@ -16,6 +16,7 @@ import torch
 import xxhash
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 ROWS_AT_A_TIME = 1000
@@ -27,16 +28,18 @@ def add_ref_logps(
     batches: Callable[[Dataset], Iterator[tuple[torch.Tensor, ...]]],
     folder: str | None,
     depends_on: tuple[str, ...],
+    on_every_rank: Callable[[bool], bool] = bool,
 ) -> Dataset:
     """``dataset`` with the float64 columns ``columns``, from the disk or from ``batches``.
 
     ``batches(dataset)`` yields, batch after batch in the dataset's order, one [b] tensor per column, the same on all
     processes. It is given the dataset longest first, so that batches pad little and the largest comes first.
+    ``on_every_rank(flag)`` says whether a flag is true on all processes: they compute together, or not at all.
     """
     name = xxhash.xxh3_128_hexdigest("\n".join([hash_tokens(dataset), *columns, *depends_on]).encode())
     path = Path(folder or Path(huggingface_hub.constants.HF_HOME) / "kto_fused") / f"{name}.safetensors"
     values = _read(path, columns, len(dataset))
-    if values is None:
+    if not on_every_rank(values is not None):
         order = np.argsort(-np.asarray(dataset["length"]), kind="stable")
         found = [torch.cat(parts).double().cpu() for parts in zip(*batches(dataset.select(order)), strict=True)]
         values = {}
@@ -66,7 +69,10 @@ def hash_model(model: PreTrainedModel, adapter_prefix: str | None = None) -> str
     digest = xxhash.xxh3_128(repr(sorted(configuration.items(), key=str)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if adapter_prefix is None or adapter_prefix not in name:
-            values = tensor.detach().contiguous().cpu()
+            values = tensor.detach()
+            if isinstance(values, DTensor):  # sharded: each rank asks for the whole, and they hash the same
+                values = values.full_tensor()
+            values = values.contiguous().cpu()
             digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
             digest.update(values.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -241,10 +241,16 @@ class FusedTrainer(Trainer):
             for inputs in progress:
                 yield self.accelerator.gather_for_metrics(self._ref_logps_of(model, inputs))
 
+        def on_every_rank(is_found: bool) -> bool:
+            found = self.accelerator.reduce(torch.tensor(int(is_found), device=args.device))
+            return found.item() == self.accelerator.num_processes
+
         def add(dataset: Dataset) -> Dataset:
             precision = (self.accelerator.mixed_precision, args.loss_from)  # logits are rounded under autocast
             depends_on = (weights, *precision, str(args.average_log_prob))
-            return reference_cache.add_ref_logps(dataset, self.ref_columns, batches, args.ref_cache_dir, depends_on)
+            return reference_cache.add_ref_logps(
+                dataset, self.ref_columns, batches, args.ref_cache_dir, depends_on, on_every_rank
+            )
 
         model.eval()
         with self.accelerator.autocast():
@@ -311,8 +317,11 @@ class FusedTrainer(Trainer):
         return (losses * weights).sum(), weights.sum()
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        self._eval_totals = Totals()
+        self._eval_totals, is_first_use = Totals(), not self.accelerator._models
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if is_first_use:  # the model was prepared to evaluate: left so, it would be trained without DDP
+            self.accelerator._models.clear()
+            self.model_wrapped, self.model._is_accelerate_prepared = self.model, False
         means = self._eval_totals.pop()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
@@ -361,8 +370,10 @@ class FusedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and os.path.exists(self._metrics_file(checkpoint)):
-            state = torch.load(self._metrics_file(checkpoint), map_location=self.args.device, weights_only=True)
-            self._train_totals.values, self._num_tokens = state["totals"], state["num_tokens"]
+            state = torch.load(self._metrics_file(checkpoint), map_location="cpu", weights_only=True)
+            device = self.args.device  # not a map_location where it is a "cpu:0"
+            self._train_totals.values = {name: values.to(device) for name, values in state["totals"].items()}
+            self._num_tokens = state["num_tokens"].to(device)
 
 
 class FusedKTOTrainer(FusedTrainer):
