@@ -39,7 +39,8 @@ def test_the_wheel_holds_kernels_inside_the_package_alone(wheel):
     info = f"kto_fused-{version()}.dist-info/"
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith(info)}
     expected = {f"kto_fused/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    expected |= {f"kto_fused/{path.name}" for path in (ROOT / "kto_fused").glob("*.py")}
+    package = ROOT / "kto_fused"
+    expected |= {f"kto_fused/{path.relative_to(package)}" for path in package.rglob("*.py")}
     assert names == expected | {"kto_fused/py.typed", "kto_fused/data/feedback.jsonl"}
 
 
