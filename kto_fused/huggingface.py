@@ -331,7 +331,7 @@ def _forward_of(module: nn.Module) -> Callable:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and router noise off, without a lasting change of any module's mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -357,7 +357,7 @@ def _check_logits(model: PreTrainedModel) -> None:
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=generator).to(device)
-    with _evaluating(model):
+    with evaluating(model):
         own = model(input_ids=input_ids, use_cache=False).logits
         _, outcome = model(input_ids=input_ids, fused_call=_Call(_plain_logits, {}))
     name, (ours,) = type(model).__name__, outcome.result

@@ -191,7 +191,7 @@ class FusedTrainer(Trainer):
         if self.ref_model is not None:
             yield self.ref_model
         elif self._is_peft:
-            with huggingface._evaluating(model), self.accelerator.unwrap_model(self.model).disable_adapter():
+            with huggingface.evaluating(model), self.accelerator.unwrap_model(self.model).disable_adapter():
                 yield model
         else:
             yield model
