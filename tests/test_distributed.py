@@ -1,0 +1,179 @@
+"""Two processes on CPUs (gloo), under DistributedDataParallel or sharded by FSDP2, train as one on the same batches."""
+
+# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
+pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this PyTorch has no gloo: no processes to train in", allow_module_level=True)
+
+import transformers
+from tiny_training import assert_near
+from train_distributed import KINDS, WRAPPERS, cases
+
+SCRIPT = Path(__file__).with_name("train_distributed.py")
+EVERYWHERE = [f"{wrapper}-{kind}" for wrapper in WRAPPERS for kind in KINDS]
+on_everything = pytest.mark.parametrize("name", EVERYWHERE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_machine():
+    """One thread for tiny tensors; and what was imported is no garbage, which every train() searches for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """A case's result on two processes, from the one launch in which all of them are run."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, folder]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+    }
+    launch = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert launch.returncode == 0, launch.stderr[-4000:]
+    results = json.loads((folder / "results.json").read_text())
+
+    def result(case):
+        assert "error" not in results[case], results[case]["error"]
+        return results[case]
+
+    return result
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory):
+    """The same case's in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield lambda case: cases()[case](tmp_path_factory.mktemp("one"))
+
+
+def assert_same_run(actual, expected, tolerance=2e-5):
+    assert_near(actual["history"], expected["history"], tolerance)
+    for name, values in expected["weights"].items():
+        torch.testing.assert_close(
+            torch.tensor(actual["weights"][name]),
+            torch.tensor(values),
+            rtol=0,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@on_everything
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_trains_as_one_process(on_one, on_two, name, head):
+    """Losses, z0, gradient norms, metrics, token counts and weights."""
+    two, one = on_two(f"{name}-{head}"), on_one(f"{name}-{head}")
+    assert (two["is_ddp"], two["is_fsdp"]) == (name.startswith("ddp"), name.startswith("fsdp"))
+    assert not one["is_ddp"]
+    assert not one["is_fsdp"]
+    assert_same_run(two, one)
+    assert len(one["history"]) == 4
+    if "kto" in name:
+        assert any(entry["kl"] > 0.05 for entry in one["history"]), "z0 was cut off at 0 throughout"
+
+
+@on_everything
+def test_accumulates_as_one_process(on_one, on_two, name):
+    """The last step has one batch instead of two."""
+    assert_same_run(on_two(f"{name}-accumulated"), on_one(f"{name}-accumulated"))
+
+
+@on_everything
+def test_the_copy_that_is_the_reference_is_that_of_one_process(on_one, on_two, name):
+    two = on_two(f"{name}-copied reference")
+    assert two["history"][0]["rewards/chosen"] == 0
+    assert_same_run(two, on_one(f"{name}-copied reference"))
+
+
+@on_everything
+def test_adapters_train_as_in_one_process(on_one, on_two, name):
+    assert_same_run(on_two(f"{name}-lora"), on_one(f"{name}-lora"))
+
+
+@on_everything
+def test_bf16_rounds_policy_and_reference_alike(on_one, on_two, name):
+    two, one = on_two(f"{name}-bf16"), on_one(f"{name}-bf16")
+    first = two["history"][0]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert_near(two["history"], one["history"], tolerance=5e-2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        f"{wrapper}-{setting}"
+        for wrapper in WRAPPERS
+        for setting in ("dpo-logits", "dpo-random", "dpo-simpo", "kto-checkpointed")
+    ]
+    + ["ddp-kto-used"],
+)
+def test_other_settings_train_as_one_process(on_one, on_two, case):
+    """The loss from logits, a random order, no reference, checkpointed layers, no search for unused parameters."""
+    assert_same_run(on_two(case), on_one(case))
+
+
+@on_everything
+def test_a_stopped_run_resumes_to_the_bit(on_two, name):
+    runs = on_two(f"{name}-resumed")
+    assert runs["resumed"] == runs["whole"]
+    assert len(runs["whole"]["history"]) == 2
+
+
+@on_everything
+def test_an_evaluation_counts_no_row_twice(on_one, on_two, name):
+    """9 rows: of the last batches one is not full and one is empty, and accelerate fills them with other rows."""
+    assert_near(on_two(f"{name}-evaluated"), on_one(f"{name}-evaluated"))
+
+
+@on_everything
+def test_precomputed_references_are_those_of_one_process(on_one, on_two, name):
+    (computed, found, live), (on_its_own, _, _) = on_two(f"{name}-precomputed"), on_one(f"{name}-precomputed")
+    assert computed["passes"] == on_its_own["passes"] > 0
+    assert found["passes"] == 0
+    assert found["history"] == computed["history"]
+    assert_same_run(computed, live)
+    assert_same_run(computed, on_its_own)
+
+
+def test_processes_compute_references_together_where_one_has_lost_them(on_two):
+    computed, found, lost = on_two("ddp-dpo-two disks")
+    assert computed == lost > 0
+    assert found == 0
+
+
+def test_a_last_batch_too_small_for_all_processes_is_filled_with_the_first_rows(on_one, on_two):
+    """What accelerate does: of 14 rows in batches of 4 the last step takes rows 12, 13, 0 and 1."""
+    assert_same_run(on_two("ddp-dpo-repeated"), on_one("ddp-dpo-repeated"))
+
+
+def test_what_two_processes_cannot_do_is_refused(on_two):
+    refusals = {
+        "batch_mean": "reference_point='batch_mean' couples a batch that lies in several parts: 2 processes",
+        "adapters precomputed": "precompute_ref_log_probs with adapters under FSDP: leave it out",
+    }
+    for case, words in refusals.items():
+        assert words in on_two(case)

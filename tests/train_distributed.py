@@ -1,0 +1,253 @@
+"""Training in this process alone, or as ``torchrun --nproc_per_node 2 train_distributed.py FOLDER``, which writes each
+case's results to ``FOLDER/results.json``. The global batches are the same, whatever the number of processes.
+"""
+
+import functools
+import gc
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from datasets import concatenate_datasets
+from tiny_training import CLOCK, StopAt, data, history, make_trainer, model, weights
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kto_fused.trainers import FusedTrainer
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+KINDS = ("kto", "dpo")
+WRAPPERS = ("ddp", "fsdp")
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    },
+}
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards on accelerators alone; what it sets up for them, set up for CPUs too."""
+    initialise = AcceleratorState.__init__
+
+    @functools.wraps(initialise)
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+def make(kind: str, wrapper: str, folder: Path, *, batch: int = 4, lora: bool = False, **settings: Any) -> FusedTrainer:
+    """``batch`` is the number of examples on all processes together."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which accelerate sets, and keeps
+    if wrapper == "fsdp" and PROCESSES > 1:
+        settings |= FSDP
+    if lora:
+        import peft
+
+        torch.manual_seed(5)
+        settings["policy"] = peft.get_peft_model(settings.get("policy") or model(), peft.LoraConfig(**LORA))
+    return make_trainer(
+        kind,
+        folder,
+        per_device_train_batch_size=batch // PROCESSES,
+        per_device_eval_batch_size=batch // PROCESSES,
+        ddp_timeout=60,
+        **settings,
+    )
+
+
+def outcome(trainer: FusedTrainer) -> dict[str, Any]:
+    """Log and weights; and a proof of what the model was wrapped in."""
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    return {
+        "history": history(trainer),
+        "weights": {name: whole(tensor).flatten().tolist() for name, tensor in weights(trainer).items()},
+        "is_ddp": isinstance(trainer.model_wrapped, DistributedDataParallel),
+        "is_fsdp": isinstance(trainer.model_wrapped, FSDPModule),
+    }
+
+
+def train(folder: Path, kind: str, wrapper: str, *, tied: bool = False, own_reference: bool = True, **settings: Any):
+    policy = model(tie_word_embeddings=tied)
+    ref_model = model(seed=1, tie_word_embeddings=tied) if own_reference else None
+    trainer = make(kind, wrapper, folder, policy=policy, ref_model=ref_model, **settings)
+    trainer.train()
+    return outcome(trainer)
+
+
+def stop_and_resume(folder: Path, kind: str, wrapper: str):
+    """A whole run, and one that was stopped between two log entries of its second epoch, with dropout at work."""
+
+    def run(name: str, stop_at: int | None = None, resume_from: Path | None = None):
+        trainer = make(
+            kind,
+            wrapper,
+            folder / name,
+            policy=model(attention_dropout=0.1),
+            disable_dropout=False,
+            train=16,
+            gradient_accumulation_steps=2,
+            num_train_epochs=3,
+            logging_steps=3,
+            optim="adamw_torch",
+            learning_rate=0.01,
+            callbacks=[] if stop_at is None else [StopAt(stop_at)],
+        )
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        return outcome(trainer)
+
+    whole = run("whole")
+    run("stopped", stop_at=4)
+    return {"whole": whole, "resumed": run("stopped", resume_from=folder / "stopped" / "checkpoint-4")}
+
+
+def evaluate(folder: Path, kind: str, wrapper: str):
+    """9 rows, of which the last fills a part of the processes' last batches; before training, and after it."""
+    trainer = make(kind, wrapper, folder, ref_model=model(seed=1), evaluation=9, train=4)
+    entries = []
+    if wrapper == "ddp":  # accelerate shards a model with its optimizer, so not before training
+        entries.append(trainer.evaluate())
+    trainer.train()
+    entries.append(trainer.evaluate())
+    return [{name: value for name, value in entry.items() if not name.endswith(CLOCK)} for entry in entries]
+
+
+def precompute_once(kind: str, wrapper: str, folder: Path, cache: Path, **settings: Any):
+    passes, count = FusedTrainer._ref_logps, 0
+
+    def counted(self, *args):
+        nonlocal count
+        count += 1
+        return passes(self, *args)
+
+    FusedTrainer._ref_logps = counted
+    try:
+        trainer = make(
+            kind,
+            wrapper,
+            folder,
+            ref_model=model(seed=1),
+            train=12,
+            evaluation=5,
+            eval_strategy="epoch",
+            precompute_ref_log_probs=True,
+            ref_cache_dir=str(cache),
+            **settings,
+        )
+        trainer.train()
+    finally:
+        FusedTrainer._ref_logps = passes
+    return {"passes": count, **outcome(trainer)}
+
+
+def precompute(folder: Path, kind: str, wrapper: str):
+    """A run that computes the reference's log-probabilities, one that finds them, and one without."""
+    runs = [precompute_once(kind, wrapper, folder, folder / f"cache_of_{PROCESSES}") for _ in range(2)]
+    return [*runs, train(folder, kind, wrapper, train=12, evaluation=5, eval_strategy="epoch")]
+
+
+def precompute_on_two_disks(folder: Path):
+    """The second process has lost what both had computed: how often each computes then."""
+    rank, passes = int(os.environ.get("RANK", 0)), []
+    for is_lost in (False, False, True):
+        cache = folder / f"cache_of_rank_{rank}"
+        if is_lost and rank == 1:
+            shutil.rmtree(cache)
+        passes.append(precompute_once("dpo", "ddp", folder, cache)["passes"])
+    return passes
+
+
+def repeated(folder: Path, kind: str, wrapper: str, rows: int):
+    """In the order of the data, ``rows`` of it and then the first ones again to fill the last global batch."""
+    rows_of_data = data(kind, rows)
+    if PROCESSES == 1:
+        rows_of_data = concatenate_datasets([rows_of_data, rows_of_data.select(range(-rows % 4))])
+    return train(folder, kind, wrapper, train=rows_of_data, train_sampling_strategy="sequential")
+
+
+def refusal(folder: Path, kind: str, wrapper: str, **settings: Any):
+    try:
+        make(kind, wrapper, folder, **settings)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+
+
+def cases() -> dict[str, Callable[[Path], Any]]:
+    found = {}
+    for wrapper in WRAPPERS:
+        for kind in KINDS:
+            run = functools.partial(train, kind=kind, wrapper=wrapper)
+            name = f"{wrapper}-{kind}"
+            found |= {
+                f"{name}-untied": functools.partial(run, tied=False),
+                f"{name}-tied": functools.partial(run, tied=True),
+                f"{name}-accumulated": functools.partial(run, train=20, gradient_accumulation_steps=2),
+                f"{name}-copied reference": functools.partial(run, own_reference=False),
+                f"{name}-bf16": functools.partial(run, own_reference=False, bf16=True),
+                f"{name}-lora": functools.partial(run, own_reference=False, lora=True),
+                f"{name}-resumed": functools.partial(stop_and_resume, kind=kind, wrapper=wrapper),
+                f"{name}-evaluated": functools.partial(evaluate, kind=kind, wrapper=wrapper),
+                f"{name}-precomputed": functools.partial(precompute, kind=kind, wrapper=wrapper),
+            }
+        found[f"{wrapper}-dpo-logits"] = functools.partial(train, kind="dpo", wrapper=wrapper, loss_from="logits")
+        found[f"{wrapper}-kto-checkpointed"] = functools.partial(
+            train, kind="kto", wrapper=wrapper, gradient_checkpointing=True
+        )
+        found[f"{wrapper}-dpo-random"] = functools.partial(
+            train, kind="dpo", wrapper=wrapper, train_sampling_strategy="random"
+        )
+        found[f"{wrapper}-dpo-simpo"] = functools.partial(
+            train, kind="dpo", wrapper=wrapper, loss_type="simpo", own_reference=False
+        )
+    found["ddp-kto-used"] = functools.partial(train, kind="kto", wrapper="ddp", ddp_find_unused_parameters=False)
+    found["ddp-dpo-repeated"] = functools.partial(repeated, kind="dpo", wrapper="ddp", rows=14)
+    found["ddp-dpo-two disks"] = precompute_on_two_disks
+    found["batch_mean"] = functools.partial(refusal, kind="kto", wrapper="ddp", reference_point="batch_mean")
+    found["adapters precomputed"] = functools.partial(
+        refusal, kind="dpo", wrapper="fsdp", lora=True, precompute_ref_log_probs=True
+    )
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    gc.freeze()  # every train() looks through all that is not
+    shard_on_cpus()
+    results = {}
+    for name, case in cases().items():
+        try:
+            results[name] = case(folder / name)
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    if os.environ["RANK"] == "0":
+        (folder / "results.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
