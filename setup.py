@@ -17,12 +17,21 @@ setup(
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",
-        "transformers>=4.56",
-        "tqdm",
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis", "numpy", "ruff"],
-        "demo": ["matplotlib"],
+        # what the trainers and the command import; numpy and pyarrow come with datasets, tokenizers with transformers
+        "train": [
+            "accelerate>=1.6",
+            "datasets>=4.0",
+            "matplotlib",
+            "peft",
+            "pyyaml",
+            "safetensors",
+            "tqdm",
+            "transformers>=5.17",
+            "xxhash",
+        ],
         "bench": ["matplotlib", "trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
     },
     entry_points={"console_scripts": ["kto-fused = kto_fused.cli:main"]},

@@ -146,12 +146,7 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     first, _ = first_look.parse_known_args(arguments)
     file = read_yaml(first.config) if first.config else {}
     loss = str(first.loss or file.get("loss", "kto"))
-    parser = FlagParser(
-        [TrainSettings, CONFIGS.get(loss, FusedKTOConfig)], "train", description=DESCRIPTION, left_out=LEFT_OUT
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings under the flags' names; flags come before it")
-    parser.set_defaults(output_dir=f"runs/{loss}", logging_first_step=True, save_total_limit=1)
-    parser.set_defaults(bf16=None, eval_strategy=None)  # depend on other flags
+    parser = flags_of(loss)
     values = parser.values([*parser.arguments_from(file, first.config), *arguments])
     if values["eval_strategy"] is None:
         strategy = "epoch" if values["eval_steps"] is None else "steps"
@@ -164,6 +159,16 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     if values["max_steps"] <= 0 and values["num_train_epochs"] == 0:
         raise CommandError("--num_train_epochs must be more than 0, or --max_steps given")
     return build(TrainSettings, values), build(CONFIGS[loss], values)
+
+
+def flags_of(loss: str) -> FlagParser:
+    parser = FlagParser(
+        [TrainSettings, CONFIGS.get(loss, FusedKTOConfig)], "train", description=DESCRIPTION, left_out=LEFT_OUT
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings under the flags' names; flags come before it")
+    parser.set_defaults(output_dir=f"runs/{loss}", logging_first_step=True, save_total_limit=1)
+    parser.set_defaults(bf16=None, eval_strategy=None)  # depend on other flags
+    return parser
 
 
 def check_writable(folder: str | Path) -> None:
@@ -221,15 +226,13 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
 
 def load(name: str, dtype: str, flag: str = "model") -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Raises ``CommandError`` if the folder or id is not a causal language model with a tokenizer."""
+    if (Path(name) / "adapter_config.json").is_file():
+        raise CommandError(f"--{flag} {name} is an adapter: merge it into its model first (peft's merge_and_unload)")
     try:
         AutoConfig.from_pretrained(name)  # its errors are the clearest
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:  # files of others, which may fail in any way
         raise CommandError(f"--{flag} {name} cannot be loaded: {sentence(error)}") from error
-    if flag == "model" and getattr(model, "_hf_peft_config_loaded", False):
-        raise CommandError(f"--{flag} {name} is an adapter: merge it into its model first (peft's merge_and_unload)")
-    return tokenizer, model
 
 
 def lora(settings: TrainSettings) -> Any:

@@ -1,0 +1,491 @@
+"""The command ``kto-fused``: what ``train`` leaves behind and resumes, how flags and YAML are read, how it fails."""
+
+# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("datasets", "accelerate", "peft", "matplotlib"):
+    pytest.importorskip(package, reason=f"kto-fused train needs {package}")
+
+import datasets
+import tiny_training
+import transformers.training_args
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kto_fused import cli, train
+from kto_fused.cli import CommandError
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--use_cpu", "--disable_tqdm", "--learning_rate", "0.01", "--per_device_train_batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A model, and data for both losses."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny_training.model(max_position_embeddings=1024).save_pretrained(folder / "model")
+    tiny_training.tokenizer().save_pretrained(folder / "model")
+    for loss in ("kto", "dpo"):
+        tiny_training.data(loss, 16).to_json(folder / f"{loss}.jsonl")
+        tiny_training.data(loss, 8, seed=1).to_json(folder / f"{loss}-eval.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def in_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def command(files: Path, loss: str, *more: str) -> list[str]:
+    data = ["--model", str(files / "model"), "--data", str(files / f"{loss}.jsonl"), "--loss", loss]
+    return ["train", *data, *FAST, *more]
+
+
+def results(folder: str | Path) -> dict:
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def losses(folder: str | Path) -> list[float]:
+    return [step["loss"] for step in results(folder)["steps"]]
+
+
+# what train does
+
+
+def test_kto_leaves_a_trained_model_curves_and_metrics(files, capsys):
+    assert cli.main(command(files, "kto", "--num_train_epochs", "2", "--logging_steps", "3")) == 0
+    trained = AutoModelForCausalLM.from_pretrained("runs/kto")
+    assert not torch.equal(trained.lm_head.weight, tiny_training.model().lm_head.weight)
+    assert AutoTokenizer.from_pretrained("runs/kto").get_vocab() == tiny_training.tokenizer().get_vocab()
+    assert Path("runs/kto/curves.png").read_bytes().startswith(b"\x89PNG")
+    metrics = results("runs/kto")
+    assert [step["step"] for step in metrics["steps"]] == [1, 3, 6, 8]  # the first and the last too
+    assert metrics["data"] == {"train": {"examples": 16, "truncated": 0, "dropped": 0}}
+    assert metrics["settings"]["model"] == str(files / "model")
+    assert metrics["config"]["learning_rate"] == 0.01
+
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    (header,) = (line for line in lines if line[:1] == ["step"] and "loss" in line)
+    assert header == ["step", "loss", "chosen", "rejected", "margin", "z0"]
+    first, last = metrics["steps"][0], metrics["steps"][-1]
+    assert ["8", *(f"{last[name]:.4f}" for name in train.LINE if name in last)] in lines
+    assert ["loss", f"{first['loss']:.4f}", f"{last['loss']:.4f}"] in lines
+    assert f"{last['num_tokens']} tokens" in printed
+    assert "train data: 16 examples, 0 with a completion cut" in printed
+
+
+def test_dpo_is_evaluated_after_each_epoch(files, capsys):
+    evaluation = ["--eval_data", str(files / "dpo-eval.jsonl"), "--num_train_epochs", "2", "--save_strategy", "no"]
+    assert cli.main(command(files, "dpo", *evaluation)) == 0
+    metrics = results("runs/dpo")
+    assert [entry["step"] for entry in metrics["evaluations"]] == [4, 8]
+    assert "eval_rewards/accuracies" in metrics["evaluations"][0]
+    assert metrics["data"]["eval"]["examples"] == 8
+    printed = capsys.readouterr().out
+    assert len(re.findall("^ +[48] .* evaluation$", printed, re.MULTILINE)) == 2
+    assert re.search("^rewards/accuracies( +[01][.][0-9]{4}){4}$", printed, re.MULTILINE)
+
+
+def test_what_was_cut_and_dropped_is_reported(files, capsys):
+    assert cli.main(command(files, "kto", "--max_length", "6", "--max_steps", "1")) == 0
+    counts = results("runs/kto")["data"]["train"]
+    assert counts["truncated"] > 0
+    printed = capsys.readouterr().out
+    assert f"{counts['examples']} examples, {counts['truncated']} with a completion cut at --max_length" in printed
+
+
+def test_lora_saves_an_adapter_of_the_asked_rank(files):
+    lora = ["--lora_rank", "2", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "2"]
+    assert cli.main(command(files, "kto", *lora)) == 0
+    adapter = json.loads(Path("runs/kto/adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], set(adapter["target_modules"])) == (2, 4, {"q_proj", "v_proj"})
+
+
+def test_an_adapter_is_no_model_to_start_from(files, capsys):
+    assert cli.main(command(files, "kto", "--lora_rank", "2", "--max_steps", "1", "--output_dir", "adapter")) == 0
+    arguments = command(files, "kto", "--output_dir", "out")
+    arguments[arguments.index("--model") + 1] = "adapter"
+    assert cli.main(arguments) == 2
+    assert "--model adapter is an adapter: merge it" in capsys.readouterr().err
+
+
+def test_a_reference_of_its_own_gives_another_loss(files):
+    tiny_training.model(seed=1).save_pretrained("ref")
+    tiny_training.tokenizer().save_pretrained("ref")
+    few = ["--max_steps", "1", "--loss", "dpo"]
+    assert cli.main(command(files, "dpo", *few)) == 0
+    assert cli.main(command(files, "dpo", *few, "--ref_model", "ref", "--output_dir", "other")) == 0
+    assert losses("runs/dpo")[0] == pytest.approx(0.6931, abs=1e-4)
+    assert abs(losses("other")[0] - 0.6931) > 0.01
+
+
+def test_metrics_and_curves_are_written_both_or_neither(tmp_path, monkeypatch):
+    entry = {"step": 1, "loss": 0.5, "rewards/chosen": 0.1}
+    train.write("out", {"steps": [entry], "evaluations": []})
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    assert sorted(before) == ["curves.png", "metrics.json"]
+
+    def full_disk(metrics, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "plot", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train.write("out", {"steps": [entry, entry], "evaluations": []})
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+# Ctrl-C and resuming
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_it_had_not_been(files, tmp_path):
+    arguments = command(files, "kto", "--max_steps", "150", "--logging_steps", "1")
+    stopped = [*arguments, "--output_dir", str(tmp_path / "stopped")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "kto_fused", *stopped],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    ) as process:
+        while process.stdout.readline().split()[:1] != ["1"]:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "finishing this step, then saving a checkpoint" in errors
+    step = int(re.search("Stopped after step ([0-9]+) of 150", printed)[1])
+    assert 1 <= step < 150
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+
+    assert cli.main([*stopped, "--resume_from_checkpoint", "true"]) == 0
+    assert cli.main([*arguments, "--output_dir", "whole"]) == 0
+    assert len(losses("whole")) == 150
+    assert losses("stopped") == losses("whole")
+
+
+def test_the_first_ctrl_c_waits_for_the_step_the_second_does_not():
+    before = signal.getsignal(signal.SIGINT)
+    with train.CtrlC() as ctrl_c:
+        signal.raise_signal(signal.SIGINT)
+        assert ctrl_c.is_pressed
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def press_ctrl_c_after(monkeypatch, step: int) -> None:
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.CtrlC, "on_step_begin", on_step_begin)
+
+
+def test_a_stop_within_an_epoch_does_not_evaluate(files, monkeypatch, capsys):
+    press_ctrl_c_after(monkeypatch, 1)
+    evaluation = ["--eval_data", str(files / "kto-eval.jsonl"), "--save_strategy", "epoch"]
+    assert cli.main(command(files, "kto", *evaluation)) == 130
+    printed = capsys.readouterr().out
+    assert "Stopped after step 2 of 12, saved in runs/kto/checkpoint-2" in printed
+    assert "evaluation" not in printed
+    assert not Path("runs/kto/metrics.json").exists()
+
+
+def test_ctrl_c_in_the_last_step_changes_nothing(files, monkeypatch):
+    press_ctrl_c_after(monkeypatch, 2)
+    assert cli.main(command(files, "kto", "--max_steps", "3")) == 0
+    assert Path("runs/kto/metrics.json").exists()
+
+
+def test_ctrl_c_before_training_ends_the_command(files, monkeypatch, capsys):
+    monkeypatch.setattr(train, "make_trainer", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert cli.main(command(files, "kto")) == 130
+    assert capsys.readouterr().err == "kto-fused train: interrupted\n"
+
+
+def test_a_run_is_resumed_from_a_named_checkpoint(files):
+    arguments = command(files, "kto", "--logging_steps", "1", "--save_steps", "2", "--save_total_limit", "9")
+    assert cli.main([*arguments, "--max_steps", "6", "--lr_scheduler_type", "constant"]) == 0
+    whole = losses("runs/kto")
+    resumed = ["--max_steps", "6", "--lr_scheduler_type", "constant", "--output_dir", "again"]
+    assert cli.main([*arguments, *resumed, "--resume_from_checkpoint", "runs/kto/checkpoint-4"]) == 0
+    assert losses("again") == whole
+
+
+def test_a_folder_with_another_runs_checkpoint_is_refused(files, capsys):
+    assert cli.main(command(files, "kto", "--max_steps", "1")) == 0
+    before = results("runs/kto")
+    assert cli.main(command(files, "kto", "--max_steps", "2")) == 2
+    assert "--output_dir runs/kto holds checkpoint-1 of another run" in capsys.readouterr().err
+    assert results("runs/kto") == before
+
+
+# flags and YAML
+
+
+def test_every_field_is_a_flag_but_those_that_would_change_nothing():
+    for loss, kind in train.CONFIGS.items():
+        settings, config = train.parse(["--model", "m", "--data", "d", "--loss", loss, "--use_cpu"])
+        names = {field.name for field in fields(kind) if field.init}
+        assert names > set(train.LEFT_OUT)
+        parser = train.flags_of(loss)
+        flags = {action.dest for action in parser._actions} - {"help", "config"}
+        assert flags == names - set(train.LEFT_OUT) | {field.name for field in fields(train.TrainSettings)}
+        assert (settings.loss, type(config)) == (loss, kind)
+
+
+def test_defaults_train_at_once():
+    _, config = train.parse(["--model", "m", "--data", "d", "--use_cpu"])
+    assert (config.output_dir, config.report_to, config.save_total_limit) == ("runs/kto", [], 1)
+    assert train.parse(["--model", "m", "--data", "d", "--use_cpu", "--loss", "dpo"])[1].output_dir == "runs/dpo"
+    assert config.eval_strategy == "no"
+    assert config.max_length == 1024
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], "epoch"), (["--eval_steps", "5"], "steps"), (["--eval_strategy", "no"], "no")]
+)
+def test_evaluation_data_are_used(flags, expected):
+    _, config = train.parse(["--model", "m", "--data", "d", "--use_cpu", "--eval_data", "e", *flags])
+    assert config.eval_strategy == expected
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], True), (["--fp16"], False), (["--bf16", "false"], False)])
+def test_a_gpu_with_bfloat16_computes_in_it(monkeypatch, flags, expected):
+    for module in (train, transformers.training_args):
+        monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
+    assert train.parse(["--model", "m", "--data", "d", *flags])[1].bf16 is expected
+
+
+FILE = """
+model: m
+data: [a.jsonl, b.jsonl]
+loss: dpo
+loss_type: simpo
+learning_rate: 1e-3
+max_length: null
+save_strategy: no
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+lora_rank: 4
+lora_target_modules: [q_proj]
+backend: torch
+gamma: 0.25
+use_cpu: yes
+"""
+FLAGS = [
+    *("--model", "m", "--data", "a.jsonl", "b.jsonl", "--loss", "dpo", "--loss_type", "simpo"),
+    *("--learning_rate", "1e-3"),
+    *("--max_length", "null", "--save_strategy", "no", "--gradient_checkpointing"),
+    *("--gradient_checkpointing_kwargs", '{"use_reentrant": false}', "--lora_rank", "4"),
+    *("--lora_target_modules", "q_proj", "--backend", "torch", "--gamma", "0.25", "--use_cpu"),
+]
+
+
+def said(arguments: list[str]) -> list[dict]:
+    settings, config = train.parse(arguments)
+    return [vars(settings), config.to_dict()]
+
+
+def test_a_file_says_what_flags_say():
+    Path("file.yaml").write_text(FILE)
+    settings, config = train.parse(["--config", "file.yaml"])
+    assert said(["--config", "file.yaml"]) == said(FLAGS)
+    assert settings.data == ["a.jsonl", "b.jsonl"]
+    assert (config.max_length, config.learning_rate, config.save_strategy) == (None, 1e-3, "no")
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_flags_come_before_the_file():
+    Path("file.yaml").write_text(FILE)
+    over = ["--data", "c.jsonl", "--gamma", "1", "--backend", "null", "--no_disable_dropout"]
+    settings, config = train.parse(["--config", "file.yaml", *over])
+    assert (settings.data, config.gamma, config.backend, config.disable_dropout) == (["c.jsonl"], 1.0, None, False)
+
+
+def test_the_files_command_trains(files):
+    arguments = command(files, "kto", "--max_steps", "2")[1:]
+    settings = {"model": str(files / "model"), "data": str(files / "kto.jsonl"), "max_steps": 2, "output_dir": "yaml"}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 0.01, "per_device_train_batch_size": 4}
+    Path("file.yaml").write_text(yaml.safe_dump(settings))
+    assert cli.main(["train", "--config", "file.yaml"]) == 0
+    assert cli.main(["train", *arguments]) == 0
+    assert losses("yaml") == losses("runs/kto")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "file.yaml: 'lerning_rate' is not a setting; the nearest is learning_rate"),
+        ("gamma: 1", "file.yaml: 'gamma' is not a setting"),  # of --loss dpo alone
+        ("label_smoothing_factor: 0.1", "file.yaml: 'label_smoothing_factor' is not a setting"),
+        ("config: other.yaml", "file.yaml: 'config' is not a setting"),
+        ("max_steps: [1, 2]", "file.yaml: 'max_steps' takes one value, got the list ['1', '2']"),
+        ("max_steps: many", "--max_steps/--max-steps: invalid int value: 'many'"),
+        ("loss: sft", "--loss: invalid choice: 'sft'"),
+        ("max_steps: 1: 2", "--config file.yaml is not YAML: mapping values are not allowed here"),
+        ("- a", "--config file.yaml: expected names with values, got list"),
+        ("", "--config file.yaml: expected names with values, got NoneType"),
+    ],
+)
+def test_a_file_that_cannot_be_used(text, message):
+    Path("file.yaml").write_text(text)
+    with pytest.raises(CommandError, match=re.escape(message)):
+        train.parse(["--model", "m", "--data", "d", "--use_cpu", "--config", "file.yaml"])
+
+
+# errors
+
+
+def refusal(capsys, arguments: list[str]) -> str:
+    """The one sentence on stderr, with exit code 2 and nothing written."""
+    assert cli.main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    (sentence,) = (line for line in errors.splitlines() if line.startswith(f"kto-fused {arguments[0]}: "))
+    assert not Path("runs").exists()
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lerning_rate", "1"], "--lerning_rate is not a flag; the nearest is --learning_rate"),
+        (["--learning", "1"], "--learning is not a flag"),
+        (["--do_train"], "--do_train is not a flag"),
+        (["--beta", "1", "2"], "'2' follows no flag that takes it"),
+        (["--max_steps", "ten"], "--max_steps/--max-steps: invalid int value: 'ten'"),
+        (["--loss", "sft"], "--loss: invalid choice: 'sft'"),
+        (["--loss_type", "sigmoid"], "invalid choice: 'sigmoid'"),
+        (["--data"], "--data: expected at least one argument"),
+        (["--config", "missing.yaml"], "--config missing.yaml cannot be read: No such file or directory"),
+        (["--beta", "0"], "beta must be a finite number > 0, got 0.0"),
+        (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be a finite number of at least 1"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be more than 0"),
+        (["--max_length", "1025"], "--max_length 1025 is more than the model's 1024 positions"),
+        (["--max_length", "null"], "--max_length None is more than the model's 1024 positions"),
+        (["--lora_alpha", "8"], "lora_alpha is given, but lora_rank is 0"),
+        (["--lora_rank", "2", "--lora_target_modules", "lm_head"], "LM head carries an adapter"),
+        (["--lora_rank", "2", "--lora_target_modules", "nothing"], "nothing"),
+        (["--model", "no/such/model"], "--model no/such/model cannot be loaded"),
+        (["--ref_model", "no/such/model"], "--ref_model no/such/model cannot be loaded"),
+        (["--data", "missing.jsonl"], "missing.jsonl: cannot be read"),
+        (["--eval_data", "missing.jsonl"], "missing.jsonl: cannot be read"),
+        (["--data", "broken.jsonl"], "broken.jsonl, line 1, field 'label': missing"),
+        (["--loss", "dpo"], "train data: DPO needs pairs"),
+        (["--output_dir", "broken.jsonl/out"], "broken.jsonl/out cannot be written: Not a directory"),
+        (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no checkpoint in runs/kto"),
+        (["--resume_from_checkpoint", "there"], "--resume_from_checkpoint there is no checkpoint"),
+        (["--eval_strategy", "steps"], "eval_strategy"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(files, capsys, flags, message):
+    Path("broken.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    assert message in refusal(capsys, command(files, "kto", *flags))
+
+
+def test_what_must_be_given():
+    with pytest.raises(CommandError, match="the following arguments are required: --model, --data"):
+        train.parse([])
+
+
+def test_a_folder_without_a_model(capsys, files):
+    Path("empty").mkdir()
+    assert "--model empty cannot be loaded" in refusal(capsys, command(files, "kto", "--model", "empty"))
+
+
+def test_a_setting_that_the_trainer_refuses(capsys, files):
+    arguments = command(files, "kto", "--reference_point", "batch_mean", "--gradient_accumulation_steps", "2")
+    assert "reference_point='batch_mean' couples" in refusal(capsys, [*arguments, "--output_dir", "out"])
+
+
+def test_an_optimizer_that_is_not_installed(capsys, files):
+    arguments = command(files, "kto", "--optim", "adamw_bnb_8bit", "--output_dir", "out")
+    assert "bitsandbytes" in refusal(capsys, arguments)
+
+
+def test_too_little_memory_names_flags_that_exist():
+    with pytest.raises(CommandError) as refused, train.refusals(OSError):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    named = re.findall("--[a-z_]+", str(refused.value))
+    assert len(named) == 4
+    known = train.flags_of("kto")._option_string_actions
+    assert set(named) <= set(known)
+
+
+@pytest.mark.parametrize("name", ["train", "demo"])
+def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert refusal(capsys, [name]) == f"kto-fused {name}: needs accelerate, datasets: pip install 'kto-fused[train]'"
+
+
+# the other commands
+
+
+def test_estimate_takes_its_settings_as_flags(files, capsys):
+    assert cli.main(["estimate", "--model", str(files / "model"), "--seq", "64", "--loss", "dpo", "--batch", "3"]) == 0
+    assert "DPO, 3 pairs of T = 64" in capsys.readouterr().out
+    assert "--seq must be" in refusal(capsys, ["estimate", "--model", str(files / "model"), "--seq", "0"])
+    assert "--model nothing: its config" in refusal(capsys, ["estimate", "--model", "nothing"])
+
+
+def test_env_prints_versions(capsys):
+    assert cli.main(["env"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["env", "more"]])
+def test_what_is_no_command_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: kto-fused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_command_lists_its_flags(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: kto-fused {name}" in capsys.readouterr().out
+
+
+def test_help_needs_no_heavy_package():
+    """The command's own module, without the package's: that is the library, and imports PyTorch."""
+    code = (
+        "import sys, types\n"
+        f"package = types.ModuleType('kto_fused'); package.__path__ = [{str(ROOT / 'kto_fused')!r}]\n"
+        "sys.modules['kto_fused'] = package\n"
+        "from kto_fused import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: print([name for name in ('torch', 'transformers', 'yaml') if name in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "estimate" in printed
+    assert printed.splitlines()[-1] == "[]"
