@@ -125,6 +125,7 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
                 f"\nStopped after step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
                 f"{ctrl_c.checkpoint}.\nTo go on: the same command with --resume_from_checkpoint true"
             )
+        trainer.accelerator.end_training()
         return 130
     with refusals(OSError, doing=f"{config.output_dir} cannot be written: "):
         trainer.save_model()
@@ -132,6 +133,7 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
             print_summary(metrics)
             write(config.output_dir, {"settings": vars(settings), "config": config.to_dict(), **metrics})
             print(f"\nWrote the model, metrics.json and curves.png into {config.output_dir}")
+    trainer.accelerator.end_training()
     return 0
 
 

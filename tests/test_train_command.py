@@ -205,10 +205,10 @@ def press_ctrl_c_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(train.CtrlC, "on_step_begin", on_step_begin)
 
 
-def test_a_stop_within_an_epoch_does_not_evaluate(files, monkeypatch, capsys):
+@pytest.mark.parametrize("due", [["--save_strategy", "epoch"], ["--eval_steps", "2"]], ids=["epoch", "steps"])
+def test_a_stop_does_not_evaluate(files, monkeypatch, capsys, due):
     press_ctrl_c_after(monkeypatch, 1)
-    evaluation = ["--eval_data", str(files / "kto-eval.jsonl"), "--save_strategy", "epoch"]
-    assert cli.main(command(files, "kto", *evaluation)) == 130
+    assert cli.main(command(files, "kto", "--eval_data", str(files / "kto-eval.jsonl"), *due)) == 130
     printed = capsys.readouterr().out
     assert "Stopped after step 2 of 12, saved in runs/kto/checkpoint-2" in printed
     assert "evaluation" not in printed
