@@ -2,6 +2,7 @@
 case's results to ``FOLDER/results.json``. The global batches are the same, whatever the number of processes.
 """
 
+import faulthandler
 import functools
 import gc
 import json
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kto_fused.trainers import FusedTrainer
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+LONGEST = 300  # seconds
 KINDS = ("kto", "dpo")
 WRAPPERS = ("ddp", "fsdp")
 FSDP = {
@@ -71,7 +73,6 @@ def make(kind: str, wrapper: str, folder: Path, *, batch: int = 4, lora: bool = 
         folder,
         per_device_train_batch_size=batch // PROCESSES,
         per_device_eval_batch_size=batch // PROCESSES,
-        ddp_timeout=60,
         **settings,
     )
 
@@ -233,6 +234,7 @@ def cases() -> dict[str, Callable[[Path], Any]]:
 
 
 def main(folder: Path) -> None:
+    faulthandler.dump_traceback_later(LONGEST, exit=True)  # processes that wait for one another
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
