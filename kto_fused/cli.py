@@ -4,7 +4,8 @@ import argparse
 import importlib.util
 import sys
 
-TRAINING = ("accelerate", "datasets", "matplotlib", "peft", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
+TRAINING = ("accelerate", "datasets", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
+INSTALL = "pip install 'kto-fused[train]'"
 COMMANDS = {
     "train": "train a model with KTO or DPO on files of feedback or pairs",
     "demo": "train a small language model with KTO on real text, and compare with the plain reference",
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         missing = [name for name in NEEDS[command] if importlib.util.find_spec(name) is None]
         if missing:
-            raise CommandError(f"needs {', '.join(missing)}: pip install 'kto-fused[train]'")
+            raise CommandError(f"needs {', '.join(missing)}: {INSTALL}")
         return run(command, arguments[1:])
     except CommandError as error:
         print(f"kto-fused {command}: {error}", file=sys.stderr)

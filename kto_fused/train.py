@@ -30,10 +30,10 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_peft_available, is_torch_bf16_gpu_available
 
 from . import backends, preference_data
-from .cli import CommandError, sentence
+from .cli import INSTALL, CommandError, sentence
 from .flags import FlagParser, build, read_yaml
 from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from .trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
@@ -238,6 +238,8 @@ def load(name: str, dtype: str, flag: str = "model") -> tuple[PreTrainedTokenize
 
 
 def lora(settings: TrainSettings) -> Any:
+    if not is_peft_available():
+        raise CommandError(f"--lora_rank needs peft: {INSTALL}")
     from peft import LoraConfig
 
     return LoraConfig(
@@ -274,7 +276,8 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
     if trainer.is_world_process_zero():
         print(
             f"{len(trainer.train_dataset)} examples, {trainer.model.num_parameters():,} parameters, "
-            f"{trainer.get_num_trainable_parameters():,} of them trained, {device}, kernels: {backend}"
+            f"{trainer.get_num_trainable_parameters():,} of them trained, {device}, kernels: {backend}, "
+            f"mixed precision: {trainer.accelerator.mixed_precision}"
         )
     with refusals(ValueError, ImportError, OSError):  # some of the trainer's settings are looked at only now
         timing = trainer.train(resume_from_checkpoint=checkpoint).metrics

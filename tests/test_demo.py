@@ -1,6 +1,6 @@
 """The command ``kto-fused demo``: what it learns, what it writes, and how it fails."""
 
-# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+# ruff: noqa: E402 (where packages are missing, their absence comes before the imports that need it)
 
 import json
 import subprocess
@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: there is no data to train on")
+for package in ("datasets", "accelerate", "matplotlib"):
+    pytest.importorskip(package, reason=f"kto-fused demo needs {package}")
+
+import datasets
 
 from kto_fused import cli, demo
 from kto_fused.preference_data import BUNDLED, load

@@ -1,6 +1,6 @@
 """The command ``kto-fused``: what ``train`` leaves behind and resumes, how flags and YAML are read, how it fails."""
 
-# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+# ruff: noqa: E402 (where packages are missing, their absence comes before the imports that need it)
 
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("datasets", "accelerate", "peft", "matplotlib"):
+for package in ("datasets", "accelerate", "matplotlib"):
     pytest.importorskip(package, reason=f"kto-fused train needs {package}")
 
 import datasets
@@ -114,6 +114,7 @@ def test_what_was_cut_and_dropped_is_reported(files, capsys):
 
 
 def test_lora_saves_an_adapter_of_the_asked_rank(files):
+    pytest.importorskip("peft")
     lora = ["--lora_rank", "2", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "2"]
     assert cli.main(command(files, "kto", *lora)) == 0
     adapter = json.loads(Path("runs/kto/adapter_config.json").read_text())
@@ -121,6 +122,7 @@ def test_lora_saves_an_adapter_of_the_asked_rank(files):
 
 
 def test_an_adapter_is_no_model_to_start_from(files, capsys):
+    pytest.importorskip("peft")
     assert cli.main(command(files, "kto", "--lora_rank", "2", "--max_steps", "1", "--output_dir", "adapter")) == 0
     arguments = command(files, "kto", "--output_dir", "out")
     arguments[arguments.index("--model") + 1] = "adapter"
@@ -390,8 +392,6 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--max_length", "1025"], "--max_length 1025 is more than the model's 1024 positions"),
         (["--max_length", "null"], "--max_length None is more than the model's 1024 positions"),
         (["--lora_alpha", "8"], "lora_alpha is given, but lora_rank is 0"),
-        (["--lora_rank", "2", "--lora_target_modules", "lm_head"], "LM head carries an adapter"),
-        (["--lora_rank", "2", "--lora_target_modules", "nothing"], "nothing"),
         (["--model", "no/such/model"], "--model no/such/model cannot be loaded"),
         (["--ref_model", "no/such/model"], "--ref_model no/such/model cannot be loaded"),
         (["--data", "missing.jsonl"], "missing.jsonl: cannot be read"),
@@ -407,6 +407,18 @@ def refusal(capsys, arguments: list[str]) -> str:
 def test_what_cannot_be_trained_is_one_sentence(files, capsys, flags, message):
     Path("broken.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     assert message in refusal(capsys, command(files, "kto", *flags))
+
+
+@pytest.mark.parametrize(("layer", "message"), [("lm_head", "LM head carries an adapter"), ("nothing", "nothing")])
+def test_layers_that_cannot_be_adapted(files, capsys, layer, message):
+    pytest.importorskip("peft")
+    assert message in refusal(capsys, command(files, "kto", "--lora_rank", "2", "--lora_target_modules", layer))
+
+
+def test_lora_without_peft(files, capsys, monkeypatch):
+    monkeypatch.setattr(train, "is_peft_available", lambda: False)
+    message = "kto-fused train: --lora_rank needs peft: pip install 'kto-fused[train]'"
+    assert refusal(capsys, command(files, "kto", "--lora_rank", "2")) == message
 
 
 def test_what_must_be_given():
