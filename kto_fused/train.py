@@ -367,7 +367,8 @@ class LogLines(TrainerCallback):
         if not (state.is_world_process_zero and is_due and f"{prefix}loss" in logs):
             return
         if not self.names:
-            self.names = [name for name in LINE if prefix + name in logs]
+            other_losses = "rewards/accuracies" if isinstance(args, FusedKTOConfig) else "kl"
+            self.names = [name for name in LINE if name != other_losses]  # some are missing from a batch of one class
             tqdm.write("  step " + " ".join(f"{LINE[name]:>10}" for name in self.names))
         values = (logs.get(prefix + name) for name in self.names)
         line = f"{step:6d} " + " ".join(f"{'-':>10}" if value is None else f"{value:10.4f}" for value in values)

@@ -93,6 +93,14 @@ def test_kto_leaves_a_trained_model_curves_and_metrics(files, capsys):
     assert "train data: 16 examples, 0 with a completion cut" in printed
 
 
+def test_a_first_batch_of_one_class_hides_no_column(files, capsys):
+    assert cli.main(command(files, "kto", "--per_device_train_batch_size", "1", "--logging_steps", "1")) == 0
+    assert [name for name in train.REWARDS if name not in results("runs/kto")["steps"][0]]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["step", "loss", "chosen", "rejected", "margin", "z0"] in lines
+    assert sum(line[:1] == ["1"] and line.count("-") == 2 and len(line) == 6 for line in lines) == 1
+
+
 def test_dpo_is_evaluated_after_each_epoch(files, capsys):
     evaluation = ["--eval_data", str(files / "dpo-eval.jsonl"), "--num_train_epochs", "2", "--save_strategy", "no"]
     assert cli.main(command(files, "dpo", *evaluation)) == 0
