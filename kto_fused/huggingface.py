@@ -87,13 +87,19 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
 
     ``function`` is one that takes logits: ``fused_kto_loss``, ``fused_dpo_loss``, ``sequence_logps``, or a twin. The
     auxiliary loss of a mixture of experts is treated as in ``apply``.
+
+    Raises:
+        UnsupportedModelError: the auxiliary loss has a weight of another name than ``router_aux_loss_coef``.
     """
     outputs = model(**model_inputs, use_cache=False)
     result = function(outputs.logits, **arguments)
     aux_loss = getattr(outputs, "aux_loss", None)
     if aux_loss is None or not isinstance(result, tuple):
         return result
-    return result[0] + unwrap(model).router_aux_loss_coef * aux_loss.to(result[0]), *result[1:]
+    inner = unwrap(model)
+    if not hasattr(inner, "router_aux_loss_coef"):
+        raise _unknown_router_loss(inner)
+    return result[0] + inner.router_aux_loss_coef * aux_loss.to(result[0]), *result[1:]
 
 
 def attach(model: nn.Module) -> None:
@@ -109,7 +115,7 @@ def attach(model: nn.Module) -> None:
         TypeError: ``model`` holds no ``PreTrainedModel``.
     """
     inner = unwrap(model)
-    layers = _head_layers(inner)
+    layers = head_layers(inner)
     # what pickle brings back is the class's own forward
     is_attached = getattr(inner, "_has_fused_call", False) and _forward_of(inner) is not type(inner).forward
     if not is_attached and "_original_forward" in inner.__dict__:
@@ -273,12 +279,16 @@ def _router_loss(
     balance = getattr(sys.modules[_architecture(model).__module__], "load_balancing_loss_func", lambda: None)
     names = ["gate_logits", "num_experts", "top_k", "attention_mask"]
     if list(inspect.signature(balance).parameters) != names or not hasattr(model, "router_aux_loss_coef"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}'s router loss is not a known one: train without it "
-            "(model.config.output_router_logits = False), or pass the model's logits to the losses that take logits"
-        )
+        raise _unknown_router_loss(model)
     loss = balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
     return model.router_aux_loss_coef * loss
+
+
+def _unknown_router_loss(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__}'s router loss is not a known one: train without it "
+        "(model.config.output_router_logits = False), or add it yourself to a loss of the model's logits"
+    )
 
 
 def _architecture(model: PreTrainedModel) -> type:
@@ -291,7 +301,7 @@ def _architecture(model: PreTrainedModel) -> type:
 # ---- what may be attached -----------------------------------------------------------------------------------------
 
 
-def _head_layers(model: PreTrainedModel) -> list[nn.Linear]:
+def head_layers(model: PreTrainedModel) -> list[nn.Linear]:
     """The plain linear layer that is the LM head, or the copies of it that PEFT's ``modules_to_save`` holds."""
     name = type(model).__name__
     head = model.get_output_embeddings()

@@ -7,6 +7,7 @@ ids (hence data and tokenizer), and the options of the log-probability. Whatever
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -67,15 +68,28 @@ def hash_model(model: PreTrainedModel, adapter_prefix: str | None = None) -> str
     """Of configuration and weights; without the adapters', whose names hold ``adapter_prefix``."""
     configuration = {key: value for key, value in model.config.to_diff_dict().items() if key != "_name_or_path"}
     digest = xxhash.xxh3_128(repr(sorted(configuration.items(), key=str)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if adapter_prefix is None or adapter_prefix not in name:
-            values = tensor.detach()
-            if isinstance(values, DTensor):  # sharded: each rank asks for the whole, and they hash the same
-                values = values.full_tensor()
-            values = values.contiguous().cpu()
-            digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy())
+            with _whole(tensor) as values:
+                values = values.contiguous().cpu()
+                digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+                digest.update(values.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextmanager
+def _whole(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Of what FSDP2 or ZeRO-3 shards each rank asks for the whole, so that they hash the same."""
+    values = tensor.detach()
+    if isinstance(values, DTensor):
+        yield values.full_tensor()
+    elif hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor.detach()
+    else:
+        yield values
 
 
 def _read(path: Path, columns: tuple[str, ...], length: int) -> dict[str, torch.Tensor] | None:

@@ -77,11 +77,12 @@ class FusedTrainer(Trainer):
             name = model if isinstance(model, str) else huggingface.unwrap(model).config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name)
         self._tokenizer = processing_class
+        self._model_path = model if isinstance(model, str) else None
         model, ref_model = _load(model), _load(ref_model)
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
         if args.loss_from == "hidden":
-            huggingface.attach(model)
+            _attach(model)
         self._is_peft = hasattr(model, "disable_adapter")
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -102,7 +103,7 @@ class FusedTrainer(Trainer):
             optimizers=optimizers,
         )
         if self.is_deepspeed_enabled:
-            raise NotImplementedError("DeepSpeed is not supported yet: shard the model with FSDP2 (fsdp_version: 2)")
+            self._check_deepspeed()
         self.model_accepts_loss_kwargs = True  # that losses are scaled for accumulation is compute_loss's work
         self._options = {"backend": args.backend, "average_log_prob": args.average_log_prob}
         if args.loss_from == "hidden":
@@ -166,12 +167,13 @@ class FusedTrainer(Trainer):
         if not self.args.needs_reference:
             return None
         if ref_model is None:
-            is_policy_enough = self._is_peft or (self.args.precompute_ref_log_probs and not self.is_fsdp_enabled)
+            is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+            is_policy_enough = self._is_peft or (self.args.precompute_ref_log_probs and is_whole)
             if is_policy_enough:
                 return None
-            ref_model = copy.deepcopy(self.model)
+            ref_model = self._copy_of_policy()
         if self.args.loss_from == "hidden":
-            huggingface.attach(ref_model)
+            _attach(ref_model)
         if self.args.disable_dropout:
             _disable_dropout(ref_model)
         ref_model.requires_grad_(False).eval()
@@ -181,9 +183,53 @@ class FusedTrainer(Trainer):
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
             return fsdp2_prepare_model(self.accelerator, ref_model)
+        if self.is_deepspeed_enabled:
+            return self._deepspeed_engine(ref_model)
         ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self.accelerator._models.pop()  # with a model prepared, evaluate() would take the policy to be, and not do it
         return ref_model
+
+    def _copy_of_policy(self) -> nn.Module:
+        if not _is_partitioned(self.model):
+            return copy.deepcopy(self.model)
+        if self._model_path is None:
+            raise ValueError(
+                "ref_model is missing, and model cannot be copied to serve as one, for DeepSpeed ZeRO-3 partitioned "
+                "its weights as it was loaded: pass ref_model, or the model's path as model"
+            )
+        return _load(self._model_path)
+
+    def _check_deepspeed(self) -> None:
+        started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
+        if started != self.args.world_size:
+            raise ValueError(
+                f"DeepSpeed needs processes that Trainer counts too; it counts {self.args.world_size}, and "
+                f"{started or 'none'} were started: use torchrun or accelerate launch, and use_cpu=True on CPUs"
+            )
+        # left out, DeepSpeed clips at a norm of its own choice
+        self._deepspeed_config().config.setdefault("gradient_clipping", self.args.max_grad_norm)
+
+    def _deepspeed_config(self) -> Any:
+        return self.accelerator.state.deepspeed_plugin.hf_ds_config
+
+    def _deepspeed_engine(self, ref_model: nn.Module) -> nn.Module:
+        """ZeRO-3 partitions the reference as it does the policy; under the other stages each process holds it whole."""
+        import deepspeed
+
+        described = copy.deepcopy(self._deepspeed_config())
+        for name in ("optimizer", "scheduler", "zero_optimization.offload_optimizer", "train_batch_size"):
+            described.del_config_sub_tree(name)
+        described.trainer_config_finalize(self.args, ref_model, num_training_steps=0)
+        config = described.config
+        config["gradient_accumulation_steps"] = (
+            1  # it never steps, but DeepSpeed asks for the batch it would step after
+        )
+        config["train_micro_batch_size_per_gpu"] = self.args.per_device_train_batch_size
+        if not described.is_zero3():
+            config["zero_optimization"] = {"stage": 0}
+        engine, *_ = deepspeed.initialize(model=ref_model, config=config)
+        engine.eval()
+        return engine
 
     @contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -222,9 +268,10 @@ class FusedTrainer(Trainer):
     def _precompute_references(self) -> None:
         """Add ``ref_columns`` to the datasets, from disk or by the reference, which is not needed afterwards."""
         args, has_policy = self.args, self.ref_model is None
-        if has_policy and self.is_fsdp_enabled:
+        if has_policy and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            wrapper = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise NotImplementedError(
-                "precompute_ref_log_probs with adapters under FSDP: leave it out, adapters off cost no memory"
+                f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, adapters off cost no memory"
             )
         model = self.model if has_policy else self.ref_model
         prefix = getattr(getattr(model, "base_model", None), "prefix", None) if self._is_peft and has_policy else None
@@ -264,6 +311,10 @@ class FusedTrainer(Trainer):
 
     # ---- steps ----
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As ``Trainer``'s, which under DeepSpeed would round reference log-probabilities to the model's dtype."""
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Sequences, or pairs, of an optimizer step over all ranks."""
         count = sum(len(batch["input_ids"]) for batch in batch_samples)
@@ -283,7 +334,7 @@ class FusedTrainer(Trainer):
         """
         loss, metrics = self._loss(model, inputs)
         rows = len(inputs["input_ids"])
-        if model.training:
+        if self.model.training:
             self._train_totals.add(metrics.totals() | {"loss": self._loss_total(loss, rows)})
             self._num_tokens += inputs["attention_mask"].sum()
         if num_items_in_batch is not None:
@@ -318,10 +369,14 @@ class FusedTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._eval_totals, is_first_use = Totals(), not self.accelerator._models
+        deepspeed_config = self._deepspeed_config().config if self.is_deepspeed_enabled else {}
+        of_training = copy.deepcopy(deepspeed_config)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if is_first_use:  # the model was prepared to evaluate: left so, it would be trained without DDP
             self.accelerator._models.clear()
             self.model_wrapped, self.model._is_accelerate_prepared = self.model, False
+            deepspeed_config.clear()  # to evaluate, the optimizer and what else it says of training was taken out
+            deepspeed_config.update(of_training)
         means = self._eval_totals.pop()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
@@ -394,7 +449,7 @@ class FusedKTOTrainer(FusedTrainer):
     Raises:
         ValueError, TypeError: an argument that cannot be used, by name; ``preference_data.DataError`` for a record,
             ``huggingface.UnsupportedModelError`` for a model whose logits the loss would not reproduce.
-        NotImplementedError: DeepSpeed.
+        NotImplementedError: what FSDP or DeepSpeed cannot do yet, by name.
 
     >>> trainer = FusedKTOTrainer(
     ...     "Qwen/Qwen2.5-0.5B-Instruct", args=FusedKTOConfig(output_dir="out"), train_dataset="feedback.jsonl"
@@ -451,7 +506,7 @@ class FusedKTOTrainer(FusedTrainer):
             return 0.0
         if not self.args.needs_mismatched:
             return self.args.reference_point
-        if not model.training:
+        if not self.model.training:  # DeepSpeed's engine does not say
             return self._estimate(model, [inputs])
         if self._step_reference_point is None:  # not before the step: resuming restores the random state in between
             self._step_reference_point = self._estimate(model, self._step_batches or [inputs])
@@ -471,7 +526,7 @@ class FusedKTOTrainer(FusedTrainer):
             log_ratios.append(policy_logps.double() - ref_logps.double())
             is_pair.append((labels != preference_data.IGNORE_INDEX).any(1))  # a prompt may have no other's completion
         sums = torch.stack([torch.cat(log_ratios), torch.cat(is_pair).double()], 1)  # [pairs, 2]; 0, 0 for no pair
-        if model.training:
+        if self.model.training:
             total, count = self.accelerator.reduce(sums.sum(0))
         else:
             total, count = self.accelerator.gather_for_metrics(sums).sum(0)
@@ -587,6 +642,19 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return token_id
     return 0
+
+
+def _attach(model: nn.Module) -> None:
+    """Before the model is prepared; a partitioned one has no logits to compare yet, so ``apply`` attaches it."""
+    if _is_partitioned(model):
+        huggingface.head_layers(huggingface.unwrap(model))
+    else:
+        huggingface.attach(model)
+
+
+def _is_partitioned(model: nn.Module) -> bool:
+    """By DeepSpeed ZeRO-3, as it was loaded: what it marks parameters with."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _load(model: Any) -> Any:

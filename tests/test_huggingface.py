@@ -381,6 +381,17 @@ def test_refuses_a_router_loss_it_does_not_know(monkeypatch):
         huggingface.attach(model)
 
 
+def test_refuses_a_router_loss_of_unknown_weight_beside_logits_too():
+    jetmoe = make_model("jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=8, output_router_logits=True)
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    assert jetmoe(**model_inputs).aux_loss > 0
+    with pytest.raises(UnsupportedModelError, match=r"router loss is not a known one.*router_logits = False"):
+        huggingface.apply_to_logits(fused_kto_loss, jetmoe, model_inputs, **arguments)
+    jetmoe.config.output_router_logits = False
+    loss, _ = huggingface.apply_to_logits(fused_kto_loss, jetmoe, model_inputs, **arguments)
+    assert loss.isfinite()
+
+
 def test_what_holds_no_model_is_a_type_error():
     with pytest.raises(TypeError, match=r"must be or wrap a transformers.PreTrainedModel, got Linear"):
         huggingface.attach(nn.Linear(2, 2))

@@ -1009,7 +1009,7 @@ def test_adapters_that_cannot_be_are_refused(tmp_path, kind):
     assert not weights(from_logits)[name].equal(start[name])
 
 
-def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
+def test_deepspeed_without_its_processes_is_refused(tmp_path, monkeypatch):
     create = Trainer.create_accelerator_and_postprocess
 
     def under_deepspeed(self):
@@ -1017,7 +1017,7 @@ def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
         self.is_deepspeed_enabled = True
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", under_deepspeed)
-    with pytest.raises(NotImplementedError, match=r"DeepSpeed is not supported yet.*FSDP2"):
+    with pytest.raises(ValueError, match=r"DeepSpeed needs processes.*counts 1, and none were started: use torchrun"):
         make_trainer("dpo", tmp_path)
 
 
