@@ -1,0 +1,284 @@
+"""Training in this process alone without DeepSpeed, or with it as ``torchrun --nproc_per_node 2 train_deepspeed.py
+FOLDER``, which writes each case's results to ``FOLDER/results.json``. The global batches are the same.
+"""
+
+import functools
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_training import CLOCK, StopAt, history, make_trainer, model
+
+from kto_fused import huggingface
+from kto_fused.trainers import FusedTrainer
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+KINDS = ("kto", "dpo")
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+SGD = {"type": "SGD", "params": {"lr": "auto"}}
+AUTO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+
+
+def make(
+    kind: str,
+    stage: int,
+    folder: Path,
+    *,
+    lora: bool = False,
+    optimizer: dict | None = None,
+    zero: dict | None = None,
+    **settings: Any,
+) -> FusedTrainer:
+    """With a batch of 4 on all processes together. ``zero`` is more of ZeRO's settings; an ``optimizer`` of DeepSpeed's
+    takes the place of another.
+    """
+    if PROCESSES > 1:
+        persistence = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": stage} | (persistence if stage == 3 else {}) | (zero or {}),
+        }
+        if optimizer is not None:
+            config |= {"optimizer": optimizer, "zero_allow_untested_optimizer": True}
+            settings["optim"] = "adamw_torch"
+        settings["deepspeed"] = config
+    if lora:
+        import peft
+
+        torch.manual_seed(5)
+        settings["policy"] = peft.get_peft_model(model(), peft.LoraConfig(**LORA))
+    return make_trainer(
+        kind,
+        folder,
+        per_device_train_batch_size=4 // PROCESSES,
+        per_device_eval_batch_size=4 // PROCESSES,
+        ddp_timeout=60,
+        **settings,
+    )
+
+
+def whole(parameter: torch.Tensor) -> list[float]:
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().float().flatten().tolist()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().float().flatten().tolist()
+
+
+def wrapping(module: torch.nn.Module | None) -> dict[str, int] | None:
+    """The stage of ZeRO, and how many weights this process holds of it between steps."""
+    if not hasattr(module, "zero_optimization_stage"):
+        return None
+    held = sum(parameter.numel() for parameter in huggingface.unwrap(module).parameters())
+    return {"stage": module.zero_optimization_stage(), "held": held}
+
+
+def outcome(trainer: FusedTrainer) -> dict[str, Any]:
+    return {
+        "history": history(trainer),
+        "weights": {name: whole(parameter) for name, parameter in trainer.model.named_parameters()},
+        "policy": wrapping(trainer.model_wrapped),
+        "reference": wrapping(trainer.ref_model),
+    }
+
+
+def train(folder: Path, kind: str, stage: int, *, tied: bool = False, own_reference: bool = True, **settings: Any):
+    policy = None if settings.get("lora") else model(tie_word_embeddings=tied)
+    ref_model = model(seed=1, tie_word_embeddings=tied) if own_reference else None
+    trainer = make(kind, stage, folder, policy=policy, ref_model=ref_model, **settings)
+    trainer.train()
+    return outcome(trainer)
+
+
+def on_disk(folder: Path, seed: int) -> str:
+    path = folder / f"model_{seed}"
+    if RANK == 0:
+        model(seed=seed).save_pretrained(path)
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+    return str(path)
+
+
+def from_path(folder: Path, kind: str, stage: int, *, own_reference: bool):
+    """Loaded while a configuration of DeepSpeed lives, so that ZeRO-3 partitions the weights at once."""
+    policy, ref_model = on_disk(folder, 0), on_disk(folder, 1) if own_reference else None
+    trainer = make(kind, stage, folder, policy=policy, ref_model=ref_model)
+    is_partitioned = all(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+    trainer.train()
+    return outcome(trainer) | {"is_partitioned_at_load": is_partitioned}
+
+
+def loaded_before(folder: Path, kind: str, stage: int):
+    """A model that is partitioned already, and no reference."""
+    path = on_disk(folder, 0)
+    config = make(kind, stage, folder, train=4).args  # kept while the model is loaded
+    policy = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert config.deepspeed
+    return refusal(folder, make, kind=kind, stage=stage, policy=policy)
+
+
+def stop_and_resume(folder: Path, kind: str, stage: int):
+    """A whole run, and one that was stopped between two log entries of its second epoch, with dropout at work."""
+
+    def run(name: str, stop_at: int | None = None, resume_from: Path | None = None):
+        trainer = make(
+            kind,
+            stage,
+            folder / name,
+            policy=model(attention_dropout=0.1),
+            disable_dropout=False,
+            gradient_accumulation_steps=2,
+            num_train_epochs=3,
+            logging_steps=3,
+            optim="adamw_torch",
+            learning_rate=0.01,
+            callbacks=[] if stop_at is None else [StopAt(stop_at)],
+        )
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        return outcome(trainer)
+
+    uninterrupted = run("whole")
+    run("stopped", stop_at=4)
+    return {"whole": uninterrupted, "resumed": run("stopped", resume_from=folder / "stopped" / "checkpoint-4")}
+
+
+def evaluate(folder: Path, kind: str, stage: int):
+    """9 rows, of which the last fills a part of the processes' last batches; before training, and after it. DeepSpeed's
+    own optimizer, which it takes out to evaluate, must be there again to train.
+    """
+    trainer = make(kind, stage, folder, ref_model=model(seed=1), evaluation=9, train=8, optimizer=SGD)
+    entries = [trainer.evaluate()]
+    trainer.train()
+    entries.append(trainer.evaluate())
+    seen = [{name: value for name, value in entry.items() if not name.endswith(CLOCK)} for entry in entries]
+    return {"evaluations": seen, **outcome(trainer)}
+
+
+def precompute(folder: Path, kind: str, stage: int, is_on_disk: bool = False, **settings: Any):
+    """Twice: the second time they are found on the disk."""
+    runs, passes = [], FusedTrainer._ref_logps
+    for _ in range(2):
+        count = 0
+
+        def counted(self, *args):
+            nonlocal count
+            count += 1
+            return passes(self, *args)
+
+        FusedTrainer._ref_logps = counted
+        if is_on_disk:
+            settings["policy"] = on_disk(folder, 0)
+        cache = str(folder / f"cache_of_{PROCESSES}")
+        try:
+            trainer = make(
+                kind, stage, folder, train=12, precompute_ref_log_probs=True, ref_cache_dir=cache, **settings
+            )
+            trainer.train()
+        finally:
+            FusedTrainer._ref_logps = passes
+        batch = next(iter(trainer.get_train_dataloader()))
+        is_unrounded = trainer._prepare_inputs(batch)["ref_logps"].equal(batch["ref_logps"])
+        runs.append({"passes": count, "is_unrounded": is_unrounded, **outcome(trainer)})
+    return runs
+
+
+def save(folder: Path, kind: str, stage: int):
+    """The model that is saved, as another process would load it."""
+    trainer = make(kind, stage, folder, train=4)
+    trainer.train()
+    trainer.save_model()
+    weights = load_file(folder / "model.safetensors") if RANK == 0 else {}
+    return {"saved": {name: tensor.flatten().tolist() for name, tensor in weights.items()}, **outcome(trainer)}
+
+
+def through_the_environment(folder: Path, kind: str, stage: int):
+    """As ``accelerate launch --use_deepspeed`` asks for it, without a word in the trainer's configuration."""
+    if PROCESSES == 1:
+        return train(folder, kind, stage)
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    os.environ.update(asked)
+    try:
+        policy, ref_model = model(), model(seed=1)
+        trainer = make_trainer(kind, folder, policy=policy, ref_model=ref_model, per_device_train_batch_size=2)
+        trainer.train()
+        return outcome(trainer)
+    finally:
+        for name in asked:
+            os.environ.pop(name, None)
+
+
+def refusal(folder: Path, run: Callable, **settings: Any):
+    try:
+        run(folder=folder, **settings)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+
+
+def cases() -> dict[str, Callable[[Path], Any]]:
+    found = {}
+    for kind in KINDS:
+        run = functools.partial(train, kind=kind, stage=3)
+        found |= {
+            f"3-{kind}-untied": functools.partial(run, tied=False),
+            f"3-{kind}-tied": functools.partial(run, tied=True),
+            f"3-{kind}-accumulated": functools.partial(run, train=20, gradient_accumulation_steps=2),
+            f"3-{kind}-copied reference": functools.partial(run, own_reference=False, zero=dict.fromkeys(AUTO, "auto")),
+            f"3-{kind}-lora": functools.partial(run, own_reference=False, lora=True),
+            f"3-{kind}-evaluated": functools.partial(evaluate, kind=kind, stage=3),
+            f"2-{kind}-untied": functools.partial(train, kind=kind, stage=2),
+        }
+    return found | {
+        "2-dpo-accumulated": functools.partial(
+            train, kind="dpo", stage=2, own_reference=False, train=20, gradient_accumulation_steps=2
+        ),
+        "3-kto-own path": functools.partial(from_path, kind="kto", stage=3, own_reference=True),
+        "3-dpo-same path": functools.partial(from_path, kind="dpo", stage=3, own_reference=False),
+        "3-dpo-bf16": functools.partial(train, kind="dpo", stage=3, own_reference=False, bf16=True),
+        "3-kto-checkpointed": functools.partial(train, kind="kto", stage=3, gradient_checkpointing=True),
+        "3-dpo-logits": functools.partial(train, kind="dpo", stage=3, loss_from="logits"),
+        "3-dpo-clipped": functools.partial(train, kind="dpo", stage=3, max_grad_norm=0.2),
+        "3-dpo-environment": functools.partial(through_the_environment, kind="dpo", stage=3),
+        "3-dpo-saved": functools.partial(save, kind="dpo", stage=3),
+        "3-kto-resumed": functools.partial(stop_and_resume, kind="kto", stage=3),
+        "2-kto-precomputed": functools.partial(precompute, kind="kto", stage=2),
+        "3-kto-precomputed": functools.partial(precompute, kind="kto", stage=3, is_on_disk=True),
+        "3-kto-precomputed in bf16": functools.partial(precompute, kind="kto", stage=3, bf16=True),
+        "adapters precomputed": functools.partial(
+            refusal, run=make, kind="dpo", stage=3, lora=True, precompute_ref_log_probs=True
+        ),
+        "processes": functools.partial(refusal, run=make, kind="dpo", stage=3, use_cpu=False),
+        "no reference": functools.partial(loaded_before, kind="dpo", stage=3),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    gc.freeze()  # every train() looks through all that is not
+    results = {}
+    for name, case in cases().items():
+        try:
+            results[name] = case(folder / name)
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    if RANK == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
