@@ -66,7 +66,8 @@ def hash_tokens(dataset: Dataset) -> str:
 
 def hash_model(model: PreTrainedModel, adapter_prefix: str | None = None) -> str:
     """Of configuration and weights; without the adapters', whose names hold ``adapter_prefix``."""
-    configuration = {key: value for key, value in model.config.to_diff_dict().items() if key != "_name_or_path"}
+    irrelevant = ("_name_or_path", "use_cache")  # Trainer sets the latter, of the policy alone
+    configuration = {key: value for key, value in model.config.to_diff_dict().items() if key not in irrelevant}
     digest = xxhash.xxh3_128(repr(sorted(configuration.items(), key=str)).encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if adapter_prefix is None or adapter_prefix not in name:

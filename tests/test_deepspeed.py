@@ -169,9 +169,11 @@ def test_a_stopped_run_resumes_to_the_bit(on_two):
 
 @pytest.mark.parametrize("case", ["2-kto-precomputed", "3-kto-precomputed"])
 def test_precomputed_references_are_those_of_one_process(on_one, on_two, case):
+    """And their fingerprint is that of the whole model, not of the parts that a process holds."""
     (computed, found), (on_its_own, _) = on_two(case), on_one(case)
     assert computed["passes"] == on_its_own["passes"] > 0
     assert found["passes"] == 0
+    assert computed["fingerprints"] == found["fingerprints"] == on_its_own["fingerprints"]
     assert found["history"] == computed["history"]
     assert_same_run(computed, on_its_own)
 

@@ -191,7 +191,8 @@ def precompute(folder: Path, kind: str, stage: int, is_on_disk: bool = False, **
             FusedTrainer._ref_logps = passes
         batch = next(iter(trainer.get_train_dataloader()))
         is_unrounded = trainer._prepare_inputs(batch)["ref_logps"].equal(batch["ref_logps"])
-        runs.append({"passes": count, "is_unrounded": is_unrounded, **outcome(trainer)})
+        fingerprints = sorted(os.listdir(cache))
+        runs.append({"passes": count, "is_unrounded": is_unrounded, "fingerprints": fingerprints, **outcome(trainer)})
     return runs
 
 
