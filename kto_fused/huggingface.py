@@ -19,10 +19,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 # what models multiply their logits by, or divide them by, and how their configurations call it
-MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier")
+MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVIDED_BY = ("logits_scaling",)
+SOFT_CAPPED_BY = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 CHECKED_TOKENS = 8
 ROUNDINGS = 8  # that those tokens' logits may be apart, of the largest
+PROBED = 100.0
 
 
 class UnsupportedModelError(ValueError):
@@ -64,8 +66,8 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     [3, 3]
     """
     attach(model)
-    answer = model(**model_inputs, fused_call=_Call(function, arguments))
-    if not isinstance(answer, tuple) or not isinstance(answer[-1], _Outcome):
+    answer = model(**model_inputs, fused_call=FusedCall(function, arguments))
+    if not isinstance(answer, tuple) or not isinstance(answer[-1], Outcome):
         raise UnsupportedModelError(
             f"model ({type(model).__name__}) calls the forward that it found when it was made: call "
             "kto_fused.huggingface.attach(model) before the wrapping"
@@ -74,7 +76,7 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     result = outcome.result
     first = result[0] if isinstance(result, tuple) else result
     if gradient_path is not first:
-        first = _OnBothPaths.apply(first, gradient_path)
+        first = OnBothPaths.apply(first, gradient_path)
     if not isinstance(result, tuple):
         return first
     if outcome.aux_loss is not None:
@@ -192,7 +194,8 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
         scale *= getattr(text, name, None) or 1.0
     for name in DIVIDED_BY:
         scale /= getattr(text, name, None) or 1.0
-    return {"logit_scale": scale, "logit_softcap": getattr(text, "final_logit_softcapping", None) or None}
+    softcaps = (getattr(text, name, None) or None for name in SOFT_CAPPED_BY)
+    return {"logit_scale": scale, "logit_softcap": next(filter(None, softcaps), None)}
 
 
 # ---- inside the model's forward -----------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
 # would round the reference's log-probabilities on their way in and the loss on its way out.
 
 
-class _Call:
+class FusedCall:
     """A function of hidden states and LM head with the rest of its arguments."""
 
     def __init__(self, function: Callable, arguments: dict[str, Any]):
@@ -212,14 +215,14 @@ class _Call:
         return self.function(hidden=hidden, lm_head_weight=weight, lm_head_bias=bias, **{**options, **self.arguments})
 
 
-class _Outcome:
+class Outcome:
     """The function's result, and the mixture of experts' own loss."""
 
     def __init__(self, result: Any):
         self.result, self.aux_loss = result, None
 
 
-class _OnBothPaths(torch.autograd.Function):
+class OnBothPaths(torch.autograd.Function):
     """``exact`` with its own gradient; zeros run along ``wrapped``, what wrappers made of it, through their hooks."""
 
     @staticmethod
@@ -235,7 +238,7 @@ class _OnBothPaths(torch.autograd.Function):
 def _forward_like(forward: Callable) -> Callable:
     """``_forward`` under the signature that ``generate`` and ``Trainer`` look at."""
 
-    def fused_forward(self: PreTrainedModel, *args, fused_call: _Call | None = None, **kwargs) -> Any:
+    def fused_forward(self: PreTrainedModel, *args, fused_call: FusedCall | None = None, **kwargs) -> Any:
         return _forward(self, fused_call, *args, **kwargs)
 
     # not functools.wraps, whose __wrapped__ accelerate follows when it takes its own wrappers off
@@ -244,7 +247,7 @@ def _forward_like(forward: Callable) -> Callable:
     return fused_forward
 
 
-def _forward(self: PreTrainedModel, fused_call: _Call | None, *args, **kwargs) -> Any:
+def _forward(self: PreTrainedModel, fused_call: FusedCall | None, *args, **kwargs) -> Any:
     if fused_call is None:
         unfused = self._unfused_forward
         return type(self).forward(self, *args, **kwargs) if unfused is None else unfused(*args, **kwargs)
@@ -266,7 +269,7 @@ def _head_forward(self: nn.Linear, hidden: torch.Tensor, fused_call: Callable | 
     if fused_call is None:
         return type(self).forward(self, hidden)
     result = fused_call(hidden, self.weight, self.bias)
-    return result[0] if isinstance(result, tuple) else result, _Outcome(result)
+    return result[0] if isinstance(result, tuple) else result, Outcome(result)
 
 
 _head_forward.__name__ = "forward"  # by which pickle finds the class's own in what it restores
@@ -354,7 +357,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _check_logits(model: PreTrainedModel) -> None:
-    """Compare the model's logits of a few tokens with its head, scale and soft cap applied to its hidden states."""
+    """Compare the model's logits of a few tokens with its head, scale and soft cap applied to its hidden states; and,
+    where half precision or small logits would hide a difference, what it makes of float32 numbers put in the head's
+    place.
+    """
     embeddings = model.get_input_embeddings()
     device = embeddings.weight.device
     if device.type == "meta":
@@ -367,15 +373,24 @@ def _check_logits(model: PreTrainedModel) -> None:
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=generator).to(device)
-    with evaluating(model):
+    with evaluating(model), _attention_of(model, device):
         own = model(input_ids=input_ids, use_cache=False).logits
-        _, outcome = model(input_ids=input_ids, fused_call=_Call(_plain_logits, {}))
-    name, (ours,) = type(model).__name__, outcome.result
+        _, outcome = model(input_ids=input_ids, fused_call=FusedCall(_plain_logits, {}))
+        (ours,) = outcome.result
+        probe = torch.linspace(-PROBED, PROBED, ours.numel(), device=ours.device).view(ours.shape)
+        with _head_giving(model, probe):
+            own_of_probe = model(input_ids=input_ids, use_cache=False).logits
+    _compare(model, own, ours)
+    _compare(model, own_of_probe, _transformed(probe, **logit_options(model.config)))
+
+
+def _compare(model: PreTrainedModel, own: torch.Tensor, ours: torch.Tensor) -> None:
+    name = type(model).__name__
     if own.shape != ours.shape:
         raise UnsupportedModelError(f"{name}'s logits are {tuple(own.shape)}, its LM head gives {tuple(ours.shape)}")
-    own = own.double()
-    difference, largest = (own - ours.double()).abs().max(), own.abs().max()
-    if not difference <= ROUNDINGS * torch.finfo(ours.dtype).eps * largest:
+    eps = max(torch.finfo(own.dtype).eps, torch.finfo(ours.dtype).eps)
+    difference, largest = (own.double() - ours.double()).abs().max(), own.double().abs().max()
+    if not difference <= ROUNDINGS * eps * largest:
         raise UnsupportedModelError(
             f"{name}'s logits differ by up to {difference:.1e} (largest {largest:.1e}) from its head with "
             f"{logit_options(model.config)}: it computes something else there, so pass its logits to the losses that "
@@ -384,5 +399,36 @@ def _check_logits(model: PreTrainedModel) -> None:
 
 
 def _plain_logits(hidden, lm_head_weight, lm_head_bias, logit_scale, logit_softcap) -> tuple[torch.Tensor]:
-    logits = F.linear(hidden, lm_head_weight, lm_head_bias) * logit_scale
-    return (logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap),)
+    return (_transformed(F.linear(hidden, lm_head_weight, lm_head_bias), logit_scale, logit_softcap),)
+
+
+def _transformed(logits: torch.Tensor, logit_scale: float, logit_softcap: float | None) -> torch.Tensor:
+    logits = logits * logit_scale
+    return logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)
+
+
+@contextmanager
+def _head_giving(model: PreTrainedModel, logits: torch.Tensor) -> Iterator[None]:
+    """The LM head answers with these logits, whatever it is given."""
+    layers = head_layers(model)
+    try:
+        for layer in layers:
+            layer.forward = lambda hidden: logits
+        yield
+    finally:
+        for layer in layers:
+            layer.forward = MethodType(_head_forward, layer)
+
+
+@contextmanager
+def _attention_of(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """An attention that runs where the model lies now: a GPU's kernels do not, before it is moved there."""
+    chosen = getattr(model.config, "_attn_implementation", None)
+    if device.type != "cpu" or chosen in (None, "eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)

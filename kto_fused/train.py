@@ -306,6 +306,7 @@ class CtrlC(TrainerCallback):
 
     def __init__(self):
         self.is_pressed = False
+        self._group: Any = None  # of all ranks, through their hosts: asking each other waits for no device
         self.checkpoint: Path | None = None  # set once training has been ended
 
     def __enter__(self) -> "CtrlC":
@@ -337,8 +338,10 @@ class CtrlC(TrainerCallback):
         """On any rank: all of them must end after the same step."""
         if args.world_size == 1:
             return self.is_pressed
-        is_pressed = torch.tensor(self.is_pressed, dtype=torch.int32, device=args.device)
-        torch.distributed.all_reduce(is_pressed, torch.distributed.ReduceOp.MAX)
+        if self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+        is_pressed = torch.tensor(self.is_pressed, dtype=torch.int32)
+        torch.distributed.all_reduce(is_pressed, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(is_pressed)
 
 

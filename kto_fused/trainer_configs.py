@@ -11,6 +11,13 @@ from .losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE
 
 MISMATCHED = "mismatched"
 LOSS_FROM = ("hidden", "logits")
+# options of ``TrainingArguments`` that mean nothing for these losses: name, the only value, why
+FIXED = {
+    "label_smoothing_factor": (0.0, "these losses have no classes to smooth; DPO has label_smoothing"),
+    "average_tokens_across_devices": (True, "a loss is the mean over the sequences of all devices"),
+    "length_column_name": ("length", "that is what tokenized data calls it"),
+    "include_for_metrics": ([], "there are no logits to pass to compute_metrics"),
+}
 
 
 def _option(default, text: str, **metadata):
@@ -64,6 +71,15 @@ class FusedPreferenceConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, (value, why) in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value!r}, got {getattr(self, name)!r}: {why}")
+        patches_head = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+        if self.use_liger_kernel and self.loss_from == "hidden" and patches_head:
+            raise ValueError(
+                "use_liger_kernel replaces the model's forward with a loss of its own: keep that one out with "
+                "liger_kernel_config={'fused_linear_cross_entropy': False}"
+            )
         checks.choice("loss_from", self.loss_from, LOSS_FROM)
         checks.chunk_bytes(self.chunk_bytes)
         for name in ("max_length", "precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
@@ -79,7 +95,8 @@ class FusedKTOConfig(FusedPreferenceConfig):
     """Options of ``FusedKTOTrainer``.
 
     ``reference_point`` is z0: ``"mismatched"``, the paper's estimate from prompts with other prompts' completions (two
-    more forward passes, without gradient), its mean over all ranks and accumulated batches of an optimizer step;
+    more forward passes, without gradient), its mean over all ranks and accumulated batches of an optimizer step (in
+    evaluation, over all ranks' batches at a time);
     ``"batch_mean"``, the batch's mean log-ratio (no more passes; one process, no accumulation); or a number in nats.
 
     >>> FusedKTOConfig(output_dir="out", use_cpu=True, desirable_weight=1.33).loss_type
@@ -95,12 +112,13 @@ class FusedKTOConfig(FusedPreferenceConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.reference_point not in (MISMATCHED, "batch_mean"):
+            given = self.reference_point
             try:
-                self.reference_point = float(self.reference_point)
+                self.reference_point = math.nan if isinstance(given, bool) else float(given)
             except (TypeError, ValueError):
                 self.reference_point = math.nan
             if not math.isfinite(self.reference_point):
-                raise ValueError("reference_point must be 'mismatched', 'batch_mean' or a finite number")
+                raise ValueError(f"reference_point must be 'mismatched', 'batch_mean' or a number, got {given!r}")
         number = self.reference_point if isinstance(self.reference_point, float) else 0.0
         checks.kto_options(
             self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean", None

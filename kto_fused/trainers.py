@@ -5,6 +5,7 @@ log-probabilities (another model, adapters off, or from disk) -> policy and loss
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from .functional import (
 from .metrics import LossMetrics, Totals
 from .preference_data import PairedCollator, Prepared, UnpairedCollator
 from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 
 class FusedTrainer(Trainer):
@@ -78,7 +81,13 @@ class FusedTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(name)
         self._tokenizer = processing_class
         self._model_path = model if isinstance(model, str) else None
-        model, ref_model = _load(model), _load(ref_model)
+        self._path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
+        model, ref_model = _load(model, self._path_dtype), _load(ref_model, self._path_dtype)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "model carries adapters without being a PeftModel, so its reference cannot be told from it: wrap it "
+                "with peft (get_peft_model, PeftModel.from_pretrained) instead of add_adapter or load_adapter"
+            )
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
         if args.loss_from == "hidden":
@@ -88,6 +97,7 @@ class FusedTrainer(Trainer):
             model.enable_input_require_grads()
         if args.disable_dropout:
             _disable_dropout(model)
+        _warn_of_lost_updates(model, args.learning_rate)
         self.data_counts: dict[str, dict[str, int]] = {}  # of each dataset: examples, truncated, dropped
         with args.main_process_first(desc="preparing the data"):
             train_dataset = self._prepare_data(train_dataset, args, "train")
@@ -197,7 +207,7 @@ class FusedTrainer(Trainer):
                 "ref_model is missing, and model cannot be copied to serve as one, for DeepSpeed ZeRO-3 partitioned "
                 "its weights as it was loaded: pass ref_model, or the model's path as model"
             )
-        return _load(self._model_path)
+        return _load(self._model_path, self._path_dtype)
 
     def _check_deepspeed(self) -> None:
         started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
@@ -273,6 +283,10 @@ class FusedTrainer(Trainer):
             raise NotImplementedError(
                 f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, adapters off cost no memory"
             )
+        if (
+            has_policy
+        ):  # which a Trainer leaves on the host until it trains, where evaluation is to be in half precision
+            self._move_model_to_device(self.model, args.device)
         model = self.model if has_policy else self.ref_model
         prefix = getattr(getattr(model, "base_model", None), "prefix", None) if self._is_peft and has_policy else None
         weights = reference_cache.hash_model(huggingface.unwrap(model), prefix)
@@ -310,6 +324,11 @@ class FusedTrainer(Trainer):
         self.ref_model = None
 
     # ---- steps ----
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """Starts counting anew: after a batch size that did not fit, or an earlier ``train``."""
+        self._train_totals, self._num_tokens = Totals(), torch.zeros_like(self._num_tokens)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _prepare_input(self, data: Any) -> Any:
         """As ``Trainer``'s, which under DeepSpeed would round reference log-probabilities to the model's dtype."""
@@ -383,7 +402,8 @@ class FusedTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As ``Trainer``'s; a dataset that is not prepared yet is tokenized first."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        is_name = isinstance(self.eval_dataset, dict) and isinstance(eval_dataset, str)
+        if eval_dataset is not None and not (is_name and eval_dataset in self.eval_dataset):
             eval_dataset = self._prepare_new(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -657,8 +677,17 @@ def _is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _load(model: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+def _load(model: Any, dtype: torch.dtype | str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype) if isinstance(model, str) else model
+
+
+def _warn_of_lost_updates(model: nn.Module, learning_rate: float) -> None:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    for dtype in dtypes & {torch.bfloat16, torch.float16}:
+        logger.warning(
+            f"the weights to train are {dtype}, where most updates of learning_rate={learning_rate:g} round away: "
+            "load the model in float32 (dtype=torch.float32) and compute in bfloat16 (bf16=True)"
+        )
 
 
 def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kto_fused import fused_kto_loss, fused_linear_kto_loss, huggingface, linear_sequence_logps, reference
@@ -296,6 +297,39 @@ def test_refuses_a_quantised_head():
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
     with refuses(model, "torch.int8", "keep the head out"):
         huggingface.attach(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("done_to_logits", [lambda x: 1.01 * x, lambda x: 30 * torch.tanh(x / 30)])
+def test_refuses_what_half_precision_and_small_logits_would_hide(dtype, done_to_logits):
+    model = make_model("llama", dtype)
+
+    class Capped(type(model)):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            return None if outputs is None else type(outputs)(logits=done_to_logits(outputs.logits))
+
+    Capped.__module__ = type(model).__module__
+    model.__class__ = Capped
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.01)
+    with refuses(model, "computes something else there", "logits"):
+        huggingface.attach(model)
+
+
+def test_the_check_runs_where_the_models_attention_does_not(monkeypatch):
+    """A GPU's kernel, while the model still lies on the CPU."""
+
+    def kernel(*args, **kwargs):
+        raise RuntimeError("needs a GPU")
+
+    model = make_model("llama")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "gpu_kernel", kernel)
+    model.config._attn_implementation = "gpu_kernel"
+    huggingface.attach(model)
+    assert model.config._attn_implementation == "gpu_kernel"
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        model(input_ids=torch.tensor([[1, 2]]))
 
 
 def test_refuses_a_patched_head():

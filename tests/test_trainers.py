@@ -950,8 +950,62 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
         refused("label_smoothing", label_smoothing=0.5)
     else:
         refused("undesirable_weight", undesirable_weight=-1.0)
-        for rubbish in ("mean", "nan", "inf", None, [0.1]):
+        for rubbish in ("mean", "nan", "inf", None, [0.1], True):
             refused("reference_point must be 'mismatched', 'batch_mean' or a number, got", reference_point=rubbish)
+
+
+@by_kind
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("label_smoothing_factor", 0.3, "no classes to smooth"),
+        ("average_tokens_across_devices", False, "sequences of all devices"),
+        ("length_column_name", "size", "tokenized data"),
+        ("include_for_metrics", ["inputs"], "compute_metrics"),
+        ("use_liger_kernel", True, "fused_linear_cross_entropy"),
+    ],
+)
+def test_arguments_that_would_change_nothing_are_refused(tmp_path, monkeypatch, kind, option, value, why):
+    monkeypatch.setattr("transformers.training_args.is_liger_kernel_available", lambda: True, raising=False)
+    with pytest.raises(ValueError, match=f"{option}.*{why}"):
+        CONFIGS[kind](output_dir=str(tmp_path), use_cpu=True, **{option: value})
+
+
+def test_a_model_from_a_path_is_trained_in_float32_and_one_in_half_precision_is_warned_of(tmp_path, caplog):
+    model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    trainer = make_trainer("dpo", tmp_path, policy=str(tmp_path / "model"))
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert trainer.ref_model.dtype == torch.float32
+    assert not caplog.records
+    make_trainer("dpo", tmp_path, policy=model().to(torch.bfloat16))
+    assert "most updates of learning_rate=0.5 round away" in caplog.text
+
+
+def test_adapters_without_a_peft_model_are_refused(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    policy = model()
+    policy.add_adapter(peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"without being a PeftModel.*get_peft_model"):
+        make_trainer("kto", tmp_path, policy=policy)
+
+
+@by_kind
+def test_evaluation_takes_a_path(tmp_path, kind):
+    trainer = make_trainer(kind, tmp_path, evaluation=6)
+    data(kind, 6, seed=3).to_json(tmp_path / "new.jsonl")
+    of_path, of_data = trainer.evaluate(str(tmp_path / "new.jsonl")), trainer.evaluate(data(kind, 6, seed=3))
+    assert of_path["eval_loss"] == of_data["eval_loss"]
+
+
+def test_a_second_training_counts_anew(tmp_path):
+    trainer = make_trainer("dpo", tmp_path, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    trainer._train_totals.add({"loss": (torch.tensor(99.0).double(), torch.tensor(1.0).double())})  # of a step cut off
+    trainer.train()
+    second = trainer.state.log_history[0]
+    assert (second["num_tokens"], second["loss"]) == (first["num_tokens"], first["loss"])
 
 
 @by_kind

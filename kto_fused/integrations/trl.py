@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 
 from .. import huggingface
 from ..functional import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
-from ..huggingface import _Call, _OnBothPaths, _Outcome
+from ..huggingface import FusedCall, OnBothPaths, Outcome
 from ..metrics import LossMetrics
 
 # what else is needed of TRL is imported where it is used: behind the check of the version
@@ -175,7 +175,7 @@ def _install(models: list[nn.Module], accelerator: Accelerator) -> None:
 def _answer_fused_lm_head(model: PreTrainedModel) -> None:
     unfused = model.forward
 
-    def forward(self, *args, fused_lm_head: bool | _Call = False, **kwargs) -> Any:
+    def forward(self, *args, fused_lm_head: bool | FusedCall = False, **kwargs) -> Any:
         if fused_lm_head is False:
             return unfused(*args, **kwargs)
         if fused_lm_head is True:
@@ -187,7 +187,7 @@ def _answer_fused_lm_head(model: PreTrainedModel) -> None:
     model.forward = MethodType(forward, model)
 
 
-def _call(model: PreTrainedModel, call: _Call, *args, **kwargs) -> tuple[torch.Tensor, _Outcome]:
+def _call(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tuple[torch.Tensor, Outcome]:
     """``call`` in place of the LM head, and the load-balancing loss, unweighted, where router logits are asked for."""
     inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names what it leaves out
     inputs["use_cache"] = False
@@ -222,7 +222,7 @@ def _token_logps(
 
     is_shifted = shift_labels is not None
     targets = shift_labels if is_shifted else labels
-    call = _Call(_predicted_logps, {"labels": targets, "shift": not is_shifted})
+    call = FusedCall(_predicted_logps, {"labels": targets, "shift": not is_shifted})
     gradient_path, outcome = _call(model, call, *args, **kwargs)
     log_probs, entropy, mean_logits, is_top1 = outcome.result
     log_probs = _exact(log_probs, gradient_path)
@@ -374,14 +374,14 @@ def _reference(trainer: Trainer) -> Iterator[nn.Module]:
 
 def _fused(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> tuple[Any, ...]:
     """``function``'s results, computed inside the model's forward, then the load-balancing loss or None."""
-    gradient_path, outcome = model(**model_inputs, fused_lm_head=_Call(function, arguments))
+    gradient_path, outcome = model(**model_inputs, fused_lm_head=FusedCall(function, arguments))
     first, *others = outcome.result if isinstance(outcome.result, tuple) else (outcome.result,)
     return _exact(first, gradient_path), *others, outcome.aux_loss
 
 
 def _exact(result: torch.Tensor, wrapped: torch.Tensor) -> torch.Tensor:
     """A result as it was computed, with the gradient hooks of the wrappers that may have rounded it."""
-    return result if wrapped is result else _OnBothPaths.apply(result, wrapped)
+    return result if wrapped is result else OnBothPaths.apply(result, wrapped)
 
 
 @torch.no_grad()
