@@ -32,6 +32,7 @@ setup(
             "transformers>=5.17",
             "xxhash",
         ],
+        "deepspeed": ["deepspeed>=0.19"],
         "bench": ["matplotlib", "trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
     },
     entry_points={"console_scripts": ["kto-fused = kto_fused.cli:main"]},

@@ -120,6 +120,10 @@ def title(loss: str, size: Size | str) -> str:
     return f"{loss.upper()}, {size}"
 
 
+def found_length(seq_len: int | None, tried: int) -> str:
+    return "-" if seq_len is None else f"at least {seq_len}" if seq_len == tried else str(seq_len)
+
+
 def tables(report: dict) -> str:
     lines = [
         f"# A training step, {report['device']}",
@@ -151,7 +155,8 @@ def tables(report: dict) -> str:
         ]
         for contender in CONTENDERS:
             found = {row["loss"]: row["seq_len"] for row in report["longest"] if row["contender"] == contender}
-            lines.append(f"| {contender} | " + " | ".join(str(found.get(loss, "-")) for loss in LOSSES) + " |")
+            cells = (found_length(found.get(loss), report["longest_tried"]) for loss in LOSSES)
+            lines.append(f"| {contender} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -119,7 +119,27 @@ def from_hidden_states_on_a_gpu() -> list[str]:
     return lines
 
 
-TABLES = [from_logits_on_a_cpu, from_hidden_states_on_a_cpu, from_logits_on_a_gpu, from_hidden_states_on_a_gpu]
+def training_steps_on_a_cpu() -> list[str]:
+    report = results("cpu-training.json")
+    steps, longest = ({(row["loss"], row["contender"]): row for row in report[kind]} for kind in ("rows", "longest"))
+    lines = [f"within {report['budget_mib']:.0f} MiB"]
+    for name in dict.fromkeys(contender for _, contender in steps):
+        cells = []
+        for loss in ("kto", "dpo"):
+            step, seq_len = steps[loss, name], longest[loss, name]["seq_len"]
+            cells.append(f"{step['ms']:.0f} / {step['peak_mib']:.0f}")
+            cells.append(f">= {seq_len}" if seq_len == report["longest_tried"] else str(seq_len))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+TABLES = [
+    from_logits_on_a_cpu,
+    from_hidden_states_on_a_cpu,
+    training_steps_on_a_cpu,
+    from_logits_on_a_gpu,
+    from_hidden_states_on_a_gpu,
+]
 
 
 @pytest.mark.parametrize("table", TABLES)
