@@ -447,9 +447,7 @@ def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
         if not spec.is_native:
             wide = spec.compute_dtype.itemsize
             weight = wide * spec.vocab_size * spec.hidden_size
-            block = min(CAST_BYTES, weight)  # of the weight, cast; the next one comes before the last one goes
-            passing += rows * wide + block
-            scratch = max(scratch, min(block, weight - block))
+            passing += rows * wide + min(CAST_BYTES, weight)  # hidden states, and a block of the weight, cast
     return sum(buffers.values()) + passing + scratch
 
 

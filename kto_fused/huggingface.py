@@ -75,8 +75,7 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     gradient_path, outcome = answer
     result = outcome.result
     first = result[0] if isinstance(result, tuple) else result
-    if gradient_path is not first:
-        first = OnBothPaths.apply(first, gradient_path)
+    first = exact(first, gradient_path)
     if not isinstance(result, tuple):
         return first
     if outcome.aux_loss is not None:
@@ -235,6 +234,11 @@ class OnBothPaths(torch.autograd.Function):
         return grad, torch.zeros_like(*ctx.saved_tensors)
 
 
+def exact(result: torch.Tensor, wrapped: torch.Tensor) -> torch.Tensor:
+    """A result as it was computed, with the gradient hooks of the wrappers that may have rounded it."""
+    return result if wrapped is result else OnBothPaths.apply(result, wrapped)
+
+
 def _forward_like(forward: Callable) -> Callable:
     """``_forward`` under the signature that ``generate`` and ``Trainer`` look at."""
 
@@ -251,18 +255,26 @@ def _forward(self: PreTrainedModel, fused_call: FusedCall | None, *args, **kwarg
     if fused_call is None:
         unfused = self._unfused_forward
         return type(self).forward(self, *args, **kwargs) if unfused is None else unfused(*args, **kwargs)
+    gradient_path, outcome, routed = call_at_head(self, fused_call, *args, **kwargs)
+    if routed is not None and isinstance(outcome.result, tuple):
+        outcome.aux_loss = _router_loss(self, *routed)
+    return gradient_path, outcome
+
+
+def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tuple[torch.Tensor, Outcome, Any]:
+    """The backbone, then ``call`` in place of the LM head; with (router logits, attention mask) where they are asked
+    for, else None.
+    """
     inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names what it leaves out
     inputs["use_cache"] = False
-    if getattr(self.config.get_text_config(), "output_router_logits", False):
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
-    outputs = self.base_model(*args, **inputs)
-    head = self.get_output_embeddings()
-    gradient_path, outcome = head(
-        outputs.last_hidden_state, fused_call=functools.partial(fused_call, options=logit_options(self.config))
+    outputs = model.base_model(*args, **inputs)
+    gradient_path, outcome = model.get_output_embeddings()(
+        outputs.last_hidden_state, fused_call=functools.partial(call, options=logit_options(model.config))
     )
-    if inputs.get("output_router_logits", False) and isinstance(outcome.result, tuple):
-        outcome.aux_loss = _router_loss(self, outputs.router_logits, inputs.get("attention_mask"))
-    return gradient_path, outcome
+    is_routed = inputs.get("output_router_logits", False)
+    return gradient_path, outcome, (outputs.router_logits, inputs.get("attention_mask")) if is_routed else None
 
 
 def _head_forward(self: nn.Linear, hidden: torch.Tensor, fused_call: Callable | None = None) -> Any:

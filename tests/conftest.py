@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run under Triton's interpreter, which must be chosen before Triton is imported."""
 
+import gc
 import os
 
 import torch
@@ -34,3 +35,22 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def small_machine():
+    """For tests that train: one thread for tiny tensors, quiet libraries, and what was imported is no garbage, which
+    every train() searches for.
+    """
+    import datasets
+    import transformers
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)

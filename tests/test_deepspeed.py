@@ -2,10 +2,7 @@
 
 # ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
 
-import gc
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,44 +13,18 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed: th
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 
-import transformers
-from tiny_training import assert_near, model
+from tiny_training import assert_near, model, run_on_two
 from train_deepspeed import KINDS, cases
 
-SCRIPT = Path(__file__).with_name("train_deepspeed.py")
+pytestmark = pytest.mark.usefixtures("small_machine")
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_machine():
-    """One thread for tiny tensors; and what was imported is no garbage, which every train() searches for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     """A case's result on two processes, from the one launch in which all of them are run."""
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, folder]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "HF_DATASETS_CACHE": str(folder / "datasets"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # of ninja, which builds its operator
-    }
-    launch = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
-    assert launch.returncode == 0, launch.stderr[-4000:]
-    results = json.loads((folder / "results.json").read_text())
+    ninja = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # builds DeepSpeed's operator
+    results = run_on_two("train_deepspeed.py", tmp_path_factory.mktemp("two"), DS_ACCELERATOR="cpu", PATH=ninja)
 
     def result(case):
         assert not isinstance(results[case], dict) or "error" not in results[case], results[case]["error"]

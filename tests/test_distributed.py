@@ -2,13 +2,6 @@
 
 # ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
 
-import gc
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,42 +11,18 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this PyTorch has no gloo: no processes to train in", allow_module_level=True)
 
 import transformers
-from tiny_training import assert_near
+from tiny_training import assert_near, run_on_two
 from train_distributed import KINDS, WRAPPERS, cases
 
-SCRIPT = Path(__file__).with_name("train_distributed.py")
+pytestmark = pytest.mark.usefixtures("small_machine")
 EVERYWHERE = [f"{wrapper}-{kind}" for wrapper in WRAPPERS for kind in KINDS]
 on_everything = pytest.mark.parametrize("name", EVERYWHERE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_machine():
-    """One thread for tiny tensors; and what was imported is no garbage, which every train() searches for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     """A case's result on two processes, from the one launch in which all of them are run."""
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, folder]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_DATASETS_CACHE": str(folder / "datasets"),
-    }
-    launch = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert launch.returncode == 0, launch.stderr[-4000:]
-    results = json.loads((folder / "results.json").read_text())
+    results = run_on_two("train_distributed.py", tmp_path_factory.mktemp("two"))
 
     def result(case):
         result = results[case]

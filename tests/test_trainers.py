@@ -3,7 +3,6 @@
 # ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
 
 import copy
-import gc
 import math
 from collections import Counter
 
@@ -15,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
 pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 
-import transformers
 from safetensors.torch import save_file
 from tiny_training import (
     CONFIGS,
@@ -47,20 +45,7 @@ LOGGED = {
 }
 SMOOTHED = {"sigmoid": 0.1, "robust": 0.2, "simpo": 0.1}
 by_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_machine():
-    """One thread for tiny tensors; and what was imported is no garbage, which every train() searches for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("small_machine")
 
 
 @pytest.fixture(autouse=True)

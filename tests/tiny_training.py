@@ -1,6 +1,10 @@
 """A trainer in a second: a Llama of a few thousand parameters, a tokenizer of whole words, feedback on random ones."""
 
+import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +143,24 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
             control.should_save = control.should_training_stop = True
+
+
+def run_on_two(script: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """What a script beside this file writes into ``folder / "results.json"`` when torchrun starts it twice on CPUs."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = subprocess.run(
+        [sys.executable, *launcher, Path(__file__).with_name(script), folder],
+        cwd=folder,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_DATASETS_CACHE": str(folder / "datasets"),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert launch.returncode == 0, launch.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text())

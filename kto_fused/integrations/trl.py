@@ -1,6 +1,5 @@
 """TRL's KTO and DPO trainers on this package: ``trainer = fuse(KTOTrainer(...))``."""
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 
 from .. import huggingface
 from ..functional import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
-from ..huggingface import FusedCall, OnBothPaths, Outcome
+from ..huggingface import FusedCall, Outcome
 from ..metrics import LossMetrics
 
 # what else is needed of TRL is imported where it is used: behind the check of the version
@@ -189,22 +188,15 @@ def _answer_fused_lm_head(model: PreTrainedModel) -> None:
 
 def _call(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tuple[torch.Tensor, Outcome]:
     """``call`` in place of the LM head, and the load-balancing loss, unweighted, where router logits are asked for."""
-    inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names what it leaves out
-    inputs["use_cache"] = False
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        inputs.setdefault("output_router_logits", True)
-    outputs = model.base_model(*args, **inputs)
-    options = huggingface.logit_options(model.config)
-    gradient_path, outcome = model.get_output_embeddings()(
-        outputs.last_hidden_state, fused_call=functools.partial(call, options=options)
-    )
-    if inputs.get("output_router_logits"):
+    gradient_path, outcome, routed = huggingface.call_at_head(model, call, *args, **kwargs)
+    if routed is not None:
         # TRL's choice for all architectures
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+        router_logits, attention_mask = routed
+        config = model.config.get_text_config()
         outcome.aux_loss = load_balancing_loss_func(
-            outputs.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask")
+            router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
         )
     return gradient_path, outcome
 
@@ -225,7 +217,7 @@ def _token_logps(
     call = FusedCall(_predicted_logps, {"labels": targets, "shift": not is_shifted})
     gradient_path, outcome = _call(model, call, *args, **kwargs)
     log_probs, entropy, mean_logits, is_top1 = outcome.result
-    log_probs = _exact(log_probs, gradient_path)
+    log_probs = huggingface.exact(log_probs, gradient_path)
     label_mask = (targets if is_shifted else targets[:, 1:]) != -100
     num_items = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -log_probs.sum() / num_items
@@ -376,12 +368,7 @@ def _fused(function: Callable, model: nn.Module, model_inputs: dict[str, Any], *
     """``function``'s results, computed inside the model's forward, then the load-balancing loss or None."""
     gradient_path, outcome = model(**model_inputs, fused_lm_head=FusedCall(function, arguments))
     first, *others = outcome.result if isinstance(outcome.result, tuple) else (outcome.result,)
-    return _exact(first, gradient_path), *others, outcome.aux_loss
-
-
-def _exact(result: torch.Tensor, wrapped: torch.Tensor) -> torch.Tensor:
-    """A result as it was computed, with the gradient hooks of the wrappers that may have rounded it."""
-    return result if wrapped is result else OnBothPaths.apply(result, wrapped)
+    return huggingface.exact(first, gradient_path), *others, outcome.aux_loss
 
 
 @torch.no_grad()
