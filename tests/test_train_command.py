@@ -233,7 +233,11 @@ def test_ctrl_c_in_the_last_step_changes_nothing(files, monkeypatch):
 
 def test_ctrl_c_before_training_ends_the_command(files, monkeypatch, capsys):
     monkeypatch.setattr(train, "make_trainer", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert cli.main(command(files, "kto")) == 130
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert cli.main(command(files, "kto")) == 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert capsys.readouterr().err == "kto-fused train: interrupted\n"
 
 
