@@ -62,7 +62,9 @@ class LossMetrics:
             if self.token_accuracy is not None:
                 totals["mean_token_accuracy"] = _total(self.token_accuracy, chosen * self.token_counts)
         if self.reference_point is not None:
-            totals["kl"] = _total(self.reference_point, torch.ones_like(self.reference_point))
+            # as the losses it is part of: each sequence's
+            weight = torch.full_like(self.reference_point, self.rewards.numel())
+            totals["kl"] = _total(self.reference_point, weight)
         if self.entropy is not None:
             totals["entropy"] = _total(self.entropy, self.token_counts)
         return totals
