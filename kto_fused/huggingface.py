@@ -330,8 +330,8 @@ def head_layers(model: PreTrainedModel) -> list[nn.Linear]:
         if type(layer).__module__.startswith("peft."):
             raise UnsupportedModelError(
                 f"{name}'s LM head carries an adapter ({type(layer).__name__}), which the fused loss would neither "
-                "apply nor train: leave 'lm_head' out of target_modules and trainable_token_indices, or train it whole "
-                "with modules_to_save=['lm_head']"
+                "apply nor train: leave 'lm_head' out of target_modules and trainable_token_indices, train it whole "
+                "with modules_to_save=['lm_head'], or train from logits (in a trainer: loss_from='logits')"
             )
         if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             raise UnsupportedModelError(
@@ -406,7 +406,7 @@ def _compare(model: PreTrainedModel, own: torch.Tensor, ours: torch.Tensor) -> N
         raise UnsupportedModelError(
             f"{name}'s logits differ by up to {difference:.1e} (largest {largest:.1e}) from its head with "
             f"{logit_options(model.config)}: it computes something else there, so pass its logits to the losses that "
-            "take logits"
+            "take logits (in a trainer: loss_from='logits')"
         )
 
 
