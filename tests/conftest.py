@@ -54,3 +54,13 @@ def small_machine():
     yield
     gc.unfreeze()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def on_one(request, tmp_path_factory):
+    """The result of one of the module's ``CASES`` in this process, alone."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield lambda case: request.module.CASES[case](tmp_path_factory.mktemp("one"))

@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 
-from tiny_training import assert_near, model, run_on_two
+from tiny_training import assert_near, assert_same_run, model, run_on_two
 from train_deepspeed import KINDS, cases
 
 pytestmark = pytest.mark.usefixtures("small_machine")
+CASES = cases()  # what on_one runs
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -31,27 +31,6 @@ def on_two(tmp_path_factory):
         return results[case]
 
     return result
-
-
-@pytest.fixture(scope="module")
-def on_one(tmp_path_factory):
-    """The same case's in this process, without DeepSpeed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield lambda case: cases()[case](tmp_path_factory.mktemp("one"))
-
-
-def assert_same_run(actual, expected, tolerance=2e-5, but=()):
-    assert_near(actual["history"], expected["history"], tolerance, but)
-    assert actual["weights"].keys() == expected["weights"].keys()
-    for name, values in expected["weights"].items():
-        torch.testing.assert_close(
-            torch.tensor(actual["weights"][name]),
-            torch.tensor(values),
-            rtol=0,
-            atol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
 
 
 @of_each_kind

@@ -11,10 +11,11 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this PyTorch has no gloo: no processes to train in", allow_module_level=True)
 
 import transformers
-from tiny_training import assert_near, run_on_two
+from tiny_training import assert_near, assert_same_run, run_on_two
 from train_distributed import KINDS, WRAPPERS, cases
 
 pytestmark = pytest.mark.usefixtures("small_machine")
+CASES = cases()  # what on_one runs
 EVERYWHERE = [f"{wrapper}-{kind}" for wrapper in WRAPPERS for kind in KINDS]
 on_everything = pytest.mark.parametrize("name", EVERYWHERE)
 
@@ -33,26 +34,6 @@ def on_two(tmp_path_factory):
         return result
 
     return result
-
-
-@pytest.fixture(scope="module")
-def on_one(tmp_path_factory):
-    """The same case's in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield lambda case: cases()[case](tmp_path_factory.mktemp("one"))
-
-
-def assert_same_run(actual, expected, tolerance=2e-5):
-    assert_near(actual["history"], expected["history"], tolerance)
-    for name, values in expected["weights"].items():
-        torch.testing.assert_close(
-            torch.tensor(actual["weights"][name]),
-            torch.tensor(values),
-            rtol=0,
-            atol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
 
 
 @on_everything

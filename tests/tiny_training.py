@@ -1,14 +1,19 @@
 """A trainer in a second: a Llama of a few thousand parameters, a tokenizer of whole words, feedback on random ones."""
 
+import gc
 import json
 import os
 import random
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -164,3 +169,58 @@ def run_on_two(script: str, folder: Path, **environment: str) -> dict[str, Any]:
     )
     assert launch.returncode == 0, launch.stderr[-4000:]
     return json.loads((folder / "results.json").read_text())
+
+
+def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
+    """In a process that ``run_on_two`` started: each case in a folder of its own, and what it returned or raised."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    gc.freeze()  # every train() looks through all that is not
+    results = {}
+    for name, case in cases.items():
+        try:
+            results[name] = case(folder / name)
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    if os.environ["RANK"] == "0":
+        (folder / "results.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+def stop_and_resume(folder: Path, make: Callable[..., FusedTrainer], outcome: Callable[[FusedTrainer], Any]) -> dict:
+    """A whole run, and one that was stopped between two log entries of its second epoch, with dropout at work."""
+
+    def run(name: str, stop_at: int | None = None, resume_from: Path | None = None):
+        trainer = make(
+            folder=folder / name,
+            policy=model(attention_dropout=0.1),
+            disable_dropout=False,
+            train=16,
+            gradient_accumulation_steps=2,
+            num_train_epochs=3,
+            logging_steps=3,
+            optim="adamw_torch",
+            learning_rate=0.01,
+            callbacks=[] if stop_at is None else [StopAt(stop_at)],
+        )
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        return outcome(trainer)
+
+    whole = run("whole")
+    run("stopped", stop_at=4)
+    return {"whole": whole, "resumed": run("stopped", resume_from=folder / "stopped" / "checkpoint-4")}
+
+
+def assert_same_run(actual: dict, expected: dict, tolerance: float = 2e-5, but: tuple[str, ...] = ()) -> None:
+    """Of two outcomes: their histories, without the entries ``but``, and their weights."""
+    assert_near(actual["history"], expected["history"], tolerance, but)
+    assert actual["weights"].keys() == expected["weights"].keys()
+    for name, values in expected["weights"].items():
+        torch.testing.assert_close(
+            torch.tensor(actual["weights"][name]),
+            torch.tensor(values),
+            rtol=0,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )

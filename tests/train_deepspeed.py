@@ -3,20 +3,16 @@ FOLDER``, which writes each case's results to ``FOLDER/results.json``. The globa
 """
 
 import functools
-import gc
-import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_training import CLOCK, StopAt, history, make_trainer, model
+from tiny_training import CLOCK, history, make_trainer, model, run_cases, stop_and_resume
 
 from kto_fused import huggingface
 from kto_fused.trainers import FusedTrainer
@@ -130,29 +126,8 @@ def loaded_before(folder: Path, kind: str, stage: int):
     return refusal(folder, make, kind=kind, stage=stage, policy=policy)
 
 
-def stop_and_resume(folder: Path, kind: str, stage: int):
-    """A whole run, and one that was stopped between two log entries of its second epoch, with dropout at work."""
-
-    def run(name: str, stop_at: int | None = None, resume_from: Path | None = None):
-        trainer = make(
-            kind,
-            stage,
-            folder / name,
-            policy=model(attention_dropout=0.1),
-            disable_dropout=False,
-            gradient_accumulation_steps=2,
-            num_train_epochs=3,
-            logging_steps=3,
-            optim="adamw_torch",
-            learning_rate=0.01,
-            callbacks=[] if stop_at is None else [StopAt(stop_at)],
-        )
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-        return outcome(trainer)
-
-    uninterrupted = run("whole")
-    run("stopped", stop_at=4)
-    return {"whole": uninterrupted, "resumed": run("stopped", resume_from=folder / "stopped" / "checkpoint-4")}
+def resume(folder: Path, kind: str, stage: int):
+    return stop_and_resume(folder, functools.partial(make, kind, stage), outcome)
 
 
 def evaluate(folder: Path, kind: str, stage: int):
@@ -253,7 +228,7 @@ def cases() -> dict[str, Callable[[Path], Any]]:
         "3-dpo-clipped": functools.partial(train, kind="dpo", stage=3, max_grad_norm=0.2),
         "3-dpo-environment": functools.partial(through_the_environment, kind="dpo", stage=3),
         "3-dpo-saved": functools.partial(save, kind="dpo", stage=3),
-        "3-kto-resumed": functools.partial(stop_and_resume, kind="kto", stage=3),
+        "3-kto-resumed": functools.partial(resume, kind="kto", stage=3),
         "2-kto-precomputed": functools.partial(precompute, kind="kto", stage=2),
         "3-kto-precomputed": functools.partial(precompute, kind="kto", stage=3, is_on_disk=True),
         "3-kto-precomputed in bf16": functools.partial(precompute, kind="kto", stage=3, bf16=True),
@@ -266,19 +241,7 @@ def cases() -> dict[str, Callable[[Path], Any]]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    gc.freeze()  # every train() looks through all that is not
-    results = {}
-    for name, case in cases().items():
-        try:
-            results[name] = case(folder / name)
-        except Exception:
-            results[name] = {"error": traceback.format_exc()}
-    if RANK == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    run_cases(cases(), folder)
 
 
 if __name__ == "__main__":

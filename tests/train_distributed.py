@@ -4,23 +4,18 @@ case's results to ``FOLDER/results.json``. The global batches are the same, what
 
 import faulthandler
 import functools
-import gc
-import json
 import os
 import shutil
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import concatenate_datasets
-from tiny_training import CLOCK, StopAt, data, history, make_trainer, model, weights
+from tiny_training import CLOCK, data, history, make_trainer, model, run_cases, stop_and_resume, weights
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -99,30 +94,8 @@ def train(folder: Path, kind: str, wrapper: str, *, tied: bool = False, own_refe
     return outcome(trainer)
 
 
-def stop_and_resume(folder: Path, kind: str, wrapper: str):
-    """A whole run, and one that was stopped between two log entries of its second epoch, with dropout at work."""
-
-    def run(name: str, stop_at: int | None = None, resume_from: Path | None = None):
-        trainer = make(
-            kind,
-            wrapper,
-            folder / name,
-            policy=model(attention_dropout=0.1),
-            disable_dropout=False,
-            train=16,
-            gradient_accumulation_steps=2,
-            num_train_epochs=3,
-            logging_steps=3,
-            optim="adamw_torch",
-            learning_rate=0.01,
-            callbacks=[] if stop_at is None else [StopAt(stop_at)],
-        )
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-        return outcome(trainer)
-
-    whole = run("whole")
-    run("stopped", stop_at=4)
-    return {"whole": whole, "resumed": run("stopped", resume_from=folder / "stopped" / "checkpoint-4")}
+def resume(folder: Path, kind: str, wrapper: str):
+    return stop_and_resume(folder, functools.partial(make, kind, wrapper), outcome)
 
 
 def evaluate(folder: Path, kind: str, wrapper: str):
@@ -209,7 +182,7 @@ def cases() -> dict[str, Callable[[Path], Any]]:
                 f"{name}-copied reference": functools.partial(run, own_reference=False),
                 f"{name}-bf16": functools.partial(run, own_reference=False, bf16=True),
                 f"{name}-lora": functools.partial(run, own_reference=False, lora=True),
-                f"{name}-resumed": functools.partial(stop_and_resume, kind=kind, wrapper=wrapper),
+                f"{name}-resumed": functools.partial(resume, kind=kind, wrapper=wrapper),
                 f"{name}-evaluated": functools.partial(evaluate, kind=kind, wrapper=wrapper),
                 f"{name}-precomputed": functools.partial(precompute, kind=kind, wrapper=wrapper),
             }
@@ -235,20 +208,8 @@ def cases() -> dict[str, Callable[[Path], Any]]:
 
 def main(folder: Path) -> None:
     faulthandler.dump_traceback_later(LONGEST, exit=True)  # processes that wait for one another
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    gc.freeze()  # every train() looks through all that is not
     shard_on_cpus()
-    results = {}
-    for name, case in cases().items():
-        try:
-            results[name] = case(folder / name)
-        except Exception:
-            results[name] = {"error": traceback.format_exc()}
-    if os.environ["RANK"] == "0":
-        (folder / "results.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    run_cases(cases(), folder)
 
 
 if __name__ == "__main__":
