@@ -47,14 +47,18 @@ def find_sequence(cu_seqlens_ptr, row, num_sequences, search_steps):
 
 
 @triton.jit
-def tanh(x):
-    """tanh to a few ulp: a continued fraction near zero, where 1 - exp(-2|x|) cancels; one division for both."""
+def tanh(x, height=1.0):
+    """height tanh(x) to a few ulp: a continued fraction near zero, where 1 - exp(-2|x|) cancels; one division for both.
+
+    The height goes into the division: as a product at the end, a GPU would fuse it with the subtraction of the largest
+    u, which is rounded, and leave an ulp where 0 should be.
+    """
     x2 = x * x
     e = tl.exp(-2.0 * tl.abs(x))
     near = tl.abs(x) < 0.5
     numerator = tl.where(near, x * (2027025.0 + x2 * (270270.0 + x2 * (6930.0 + x2 * 36.0))), 1.0 - e)
     denominator = tl.where(near, 2027025.0 + x2 * (945945.0 + x2 * (51975.0 + x2 * (630.0 + x2))), 1.0 + e)
-    ratio = numerator / denominator
+    ratio = height * numerator / denominator
     return tl.where((x < 0) & (near == 0), -ratio, ratio)
 
 
@@ -62,7 +66,7 @@ def tanh(x):
 def cap(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """u of the module's docstring."""
     if HAS_SOFTCAP:
-        x = softcap * tanh(x * (scale / softcap))
+        x = tanh(x * (scale / softcap), softcap)
     return x
 
 
@@ -382,13 +386,12 @@ def store_gradient(
         x = tl.load(logits_row_ptr + columns, mask=columns < last, other=float("-inf")).to(coefficient.dtype)
     else:
         x = tl.load(logits_row_ptr + columns).to(coefficient.dtype)
+    u = cap(x, scale, softcap, HAS_SOFTCAP)
+    p = tl.exp2((u - row_max) * log2_factor - log2_sum)
+    slope = coefficient
     if HAS_SOFTCAP:
         capped = tanh(x * (scale / softcap))
-        p = tl.exp2((softcap * capped - row_max) * log2_factor - log2_sum)
         slope = coefficient * (1.0 - capped * capped)
-    else:
-        p = tl.exp2((x - row_max) * log2_factor - log2_sum)
-        slope = coefficient
     grad = (slope * (tl.where(columns == target, 1.0, 0.0) - p)).to(grad_row_ptr.dtype.element_ty)
     if MASK:
         tl.store(grad_row_ptr + columns, grad, mask=columns < last)

@@ -71,6 +71,35 @@ def test_batches_of_one_class(engine, batch, desirable):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("softcap", [None, 10.0])
+def test_the_only_token_of_a_vocabulary_is_certain(engine, dtype, softcap):
+    case = case_on(engine, vocab=1, seq_len=50, dtype=dtype, logit_softcap=softcap)
+    _, metrics, grad = run(fused_kto_loss, case)
+    assert metrics.logps.eq(0).all()
+    assert metrics.entropy.eq(0).all()
+    assert grad.eq(0).all()
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.7), (0.6, 0.0)], ids=["desirable", "undesirable"])
+def test_a_class_of_weight_zero_has_a_gradient_of_exactly_0(engine, weights):
+    desirable_weight, undesirable_weight = weights
+    case = case_on(engine, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    case.labels[:] = 3
+    _, _, grad = run(fused_kto_loss, case)
+    is_weightless = case.desirable == (desirable_weight == 0)
+    assert grad[is_weightless].eq(0).all()
+    assert grad[~is_weightless, :-1].ne(0).any(-1).all()
+
+
+def test_pairs_beyond_the_hinge_have_a_gradient_of_exactly_0(engine):
+    logps = torch.tensor([3.0, 1.0, 1.0, 3.0], device=engine[1], requires_grad=True)
+    options = {"loss_type": "hinge", "beta": 1.0, "backend": engine[0]}
+    loss, _ = kto_fused.dpo_loss_from_logps(logps, torch.zeros_like(logps), **options)
+    loss.backward()
+    assert logps.grad.tolist() == [0.0, -0.5, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
 def test_huge_logits(engine, dtype, offset):
     case = case_on(engine, dtype=dtype, std=1.0, reduction="none", beta=0.01)
