@@ -50,15 +50,15 @@ def find_sequence(cu_seqlens_ptr, row, num_sequences, search_steps):
 def tanh(x, height=1.0):
     """height tanh(x) to a few ulp: a continued fraction near zero, where 1 - exp(-2|x|) cancels; one division for both.
 
-    The height goes into the division: as a product at the end, a GPU would fuse it with the subtraction of the largest
-    u, which is rounded, and leave an ulp where 0 should be.
+    The height comes before the sign is chosen: as a product at the end, a GPU would fuse it with the subtraction of
+    the largest u, which is rounded, and leave an ulp where 0 should be.
     """
     x2 = x * x
     e = tl.exp(-2.0 * tl.abs(x))
     near = tl.abs(x) < 0.5
     numerator = tl.where(near, x * (2027025.0 + x2 * (270270.0 + x2 * (6930.0 + x2 * 36.0))), 1.0 - e)
     denominator = tl.where(near, 2027025.0 + x2 * (945945.0 + x2 * (51975.0 + x2 * (630.0 + x2))), 1.0 + e)
-    ratio = height * numerator / denominator
+    ratio = height * (numerator / denominator)
     return tl.where((x < 0) & (near == 0), -ratio, ratio)
 
 
