@@ -7,9 +7,14 @@ z = factor * u are the logits of ``token_logprobs.py``. A row has a reference r,
 grow tile by tile, and with them the largest u, which says whether the target is the row's most likely token. What is
 kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative, in bfloat16, whose exponent
 is float32's: no later column needs to rescale it, short of one 2^60 times as large. With the target's own entry
-replaced by what makes it so, d logp / d logits = -P / s for every column: the gradient GEMMs read P as it is, and its
-rows' factors go to their other operand or their result.
+replaced by ``-others``, what the other columns add to s, d logp / d logits = -P / s for every column: the gradient
+GEMMs read P as it is, and its rows' factors go to their other operand or their result.
+
+P is kept for all columns, or for a panel of some tiles at a time. Before s is known the target's entry of a panel is 0,
+and its part of the product with the LM head, ``-others`` times one row of it, is added at the end.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,6 +26,7 @@ from .token_logprobs import INVALID_TARGET, LOG2_E, cap, tanh, tile_columns
 BLOCK = 1024
 VEC = 4
 NUM_WARPS = 4
+ROWS_BLOCK = 128  # of one program that visits rows' statistics alone
 # log2 of how far a column may exceed the row's reference before the row takes a new one
 HEADROOM = tl.constexpr(60.0)
 
@@ -98,8 +104,8 @@ def fold_tile_kernel(
     """Grid: (rows,). One program folds one row of a tile, columns first .. first + cols of the vocabulary.
 
     Reads each logit once (4 bytes, from the L2 cache if the tile fits there) and with KEEP writes P (2 bytes).
-    ``state`` is [6, rows]: reference, s, w, total, the target's u and the largest; ``references`` is each tile's,
-    [rows, tiles].
+    ``state`` is [6, rows]: reference, s, the target's u, w, total and the largest u; ``references`` is that of each
+    tile of the panel, [rows, tiles], and ``tile_index`` this one's place in it.
     """
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
@@ -107,13 +113,12 @@ def fold_tile_kernel(
 
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + row * tile_stride
-    kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride + first, VEC)
+    kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride, VEC)
     row_bias_ptr = bias_ptr + first
-    is_first = tile_index == 0
+    is_first = first == 0
     reference = tl.load(state_ptr + row, mask=not is_first, other=float("-inf"))
     row_sum = tl.load(state_ptr + num_rows + row, mask=not is_first, other=0.0)
-    row_weighted = tl.load(state_ptr + 2 * num_rows + row, mask=not is_first, other=0.0)
-    row_total = tl.load(state_ptr + 3 * num_rows + row, mask=not is_first, other=0.0)
+    row_weighted = tl.load(state_ptr + 3 * num_rows + row, mask=not is_first, other=0.0)
 
     if reference == float("-inf"):  # nothing but -inf so far
         lane_max = tl.full([LANES], float("-inf"), tl.float32)
@@ -140,8 +145,9 @@ def fold_tile_kernel(
         )  # fmt: skip
     tl.store(state_ptr + row, reference)
     tl.store(state_ptr + num_rows + row, row_sum + tile_sum)
-    tl.store(state_ptr + 2 * num_rows + row, row_weighted + tile_weighted)
-    tl.store(state_ptr + 3 * num_rows + row, row_total + tile_total)
+    tl.store(state_ptr + 3 * num_rows + row, row_weighted + tile_weighted)
+    row_total = tl.load(state_ptr + 4 * num_rows + row, mask=not is_first, other=0.0)
+    tl.store(state_ptr + 4 * num_rows + row, row_total + tile_total)
     if KEEP:
         tl.store(references_ptr + row * num_tiles + tile_index, reference)
 
@@ -150,57 +156,83 @@ def fold_tile_kernel(
         x = tl.load(row_ptr + target)
         if HAS_BIAS:
             x += tl.load(row_bias_ptr + target)
-        tl.store(state_ptr + 4 * num_rows + row, cap(x, scale, softcap, HAS_SOFTCAP))
+        tl.store(state_ptr + 2 * num_rows + row, cap(x, scale, softcap, HAS_SOFTCAP))
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab_size"])
-def finish_rows_kernel(
+@triton.jit(do_not_specialize=["first", "cols", "num_rows"])
+def keep_tile_kernel(
+    tile_ptr,
+    bias_ptr,
+    kept_ptr,
+    references_ptr,
+    first: tl.int32,
+    cols: tl.int32,
+    tile_stride,
+    kept_stride,
+    scale: tl.float64,
+    softcap: tl.float64,
+    factor: tl.float64,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Grid: (rows,). P of one row of a tile once more, under the reference that all its tiles led to."""
+    scale = tl.full([], scale, tl.float32)
+    softcap = tl.full([], softcap, tl.float32)
+    log2_factor = tl.full([], factor, tl.float32) * LOG2_E
+    row = tl.program_id(0).to(tl.int64)
+    reference = tl.load(references_ptr + row)
+    fold_columns(
+        tile_ptr + row * tile_stride, bias_ptr + first, kept_ptr + tl.multiple_of(row * kept_stride, VEC), cols,
+        tl.where(reference == float("-inf"), 0.0, reference), scale, softcap, log2_factor,
+        HAS_BIAS, HAS_SOFTCAP, True, LANES, VEC,
+    )  # fmt: skip
+
+
+@triton.jit
+def others_sum(u_target, reference, row_sum, log2_factor, softcap, HAS_SOFTCAP: tl.constexpr):
+    """What the columns other than the target's add to s, times the soft cap's derivative at the target."""
+    others = row_sum - tl.exp2((u_target - reference) * log2_factor)
+    if HAS_SOFTCAP:
+        capped = u_target / softcap
+        others = others * (1.0 - capped * capped)
+    return others
+
+
+@triton.jit(do_not_specialize=["first", "cols", "num_rows", "num_tiles", "hidden_size"])
+def settle_rows_kernel(
     kept_ptr,
     targets_ptr,
     state_ptr,
     references_ptr,
-    logps_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
+    product_ptr,
+    product_references_ptr,
+    first: tl.int32,
+    cols: tl.int32,
     num_rows: tl.int64,
     num_tiles: tl.int64,
     tile_cols,
-    vocab_size: tl.int64,
     kept_stride,
+    hidden_size: tl.int64,
     softcap: tl.float64,
     factor: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
-    KEEP: tl.constexpr,
+    IS_FOLDED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """Grid: (rows,). What a row's statistics say, computed in fp64 because r may lie far from the maximum.
+    """Grid: (rows,). Make a panel of P, columns first .. first + cols, ready for its GEMM.
 
-    With KEEP writes the target's entry of P, -(s - its own exponential), and rescales the tiles, if any, that were kept
-    under an older reference.
+    Rescales the tiles, if any, that were kept under an older reference than the row has now (IS_FOLDED), and what
+    earlier panels left in ``product`` [rows, hidden_size], under ``product_references`` [rows] (HAS_SUMS). Writes the
+    target's entry: 0 while s is not known (HAS_SUMS), else ``-others``.
     """
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    reference = tl.load(state_ptr + row).to(tl.float64)
-    row_sum = tl.load(state_ptr + num_rows + row)
-    weighted = tl.load(state_ptr + 2 * num_rows + row).to(tl.float64)
-    total = tl.load(state_ptr + 3 * num_rows + row).to(tl.float64)
-    is_token = target != INVALID_TARGET
-    u_target = tl.load(state_ptr + 4 * num_rows + row, mask=is_token, other=0.0)
-    row_max = tl.load(state_ptr + 5 * num_rows + row)
-    factor64 = tl.full([], factor, tl.float64)
-    log_sum = tl.log(row_sum.to(tl.float64))
-    logp = tl.where(is_token, factor64 * (u_target.to(tl.float64) - reference) - log_sum, float("nan"))
-    tl.store(logps_ptr + row, logp)
-    tl.store(entropy_ptr + row, log_sum - factor64 * weighted / row_sum)
-    tl.store(mean_logits_ptr + row, factor64 * total / vocab_size)
-    # maxima pass over a NaN, the log-probability does not
-    tl.store(is_top1_ptr + row, ((u_target >= row_max) & (logp == logp)).to(tl.float32))
-
-    if KEEP:
-        log2_factor = tl.full([], factor, tl.float32) * LOG2_E
-        reference = tl.load(state_ptr + row)
+    reference = tl.load(state_ptr + row)
+    log2_factor = tl.full([], factor, tl.float32) * LOG2_E
+    if IS_FOLDED:
         tiles = tl.arange(0, BLOCK_TILES)
         kept_under = tl.load(references_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=reference)
         is_old = (kept_under != reference) & (kept_under != float("-inf"))
@@ -209,22 +241,108 @@ def finish_rows_kernel(
                 old = tl.load(references_ptr + row * num_tiles + tile)
                 if (old != reference) & (old != float("-inf")):
                     rescale = tl.exp2((old - reference) * log2_factor)
-                    for start in range(0, tl.minimum(tile_cols, vocab_size - tile * tile_cols), BLOCK):
+                    for start in range(0, tl.minimum(tile_cols, cols - tile * tile_cols), BLOCK):
                         offsets = row * kept_stride + tile * tile_cols + start + tl.arange(0, BLOCK)
                         kept = tl.load(kept_ptr + offsets).to(tl.float32) * rescale
                         tl.store(kept_ptr + offsets, kept.to(kept_ptr.dtype.element_ty))
-        tl.debug_barrier()  # the target's entry comes after the rescaling
-        if is_token:
-            others = row_sum - tl.exp2((u_target - reference) * log2_factor)
-            if HAS_SOFTCAP:
-                capped = u_target / tl.full([], softcap, tl.float32)
-                others = others * (1.0 - capped * capped)
-            tl.store(kept_ptr + row * kept_stride + target, (-others).to(kept_ptr.dtype.element_ty))
+    if HAS_SUMS:
+        # before the first panel there is neither
+        old = tl.load(product_references_ptr + row, mask=first > 0, other=float("-inf"))
+        if (old != reference) & (old != float("-inf")):
+            rescale = tl.exp2((old - reference) * log2_factor)
+            for start in range(0, hidden_size, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                pointers = product_ptr + row * hidden_size + columns
+                product = tl.load(pointers, mask=columns < hidden_size, other=0.0)
+                tl.store(pointers, product * rescale, mask=columns < hidden_size)
+        tl.store(product_references_ptr + row, reference)
+    tl.debug_barrier()  # the target's entry comes after the rescaling
+    target = tl.load(targets_ptr + row)
+    if (target >= first) & (target < first + cols):
+        entry = tl.full([], 0.0, tl.float32)
+        if not HAS_SUMS:
+            entry = -others_sum(
+                tl.load(state_ptr + 2 * num_rows + row), reference, tl.load(state_ptr + num_rows + row), log2_factor,
+                tl.full([], softcap, tl.float32), HAS_SOFTCAP,
+            )  # fmt: skip
+        tl.store(kept_ptr + row * kept_stride + target - first, entry.to(kept_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab_size"])
+def finish_rows_kernel(
+    targets_ptr,
+    state_ptr,
+    logps_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    is_top1_ptr,
+    num_rows: tl.int64,
+    vocab_size: tl.int64,
+    factor: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (blocks of rows,). What the rows' statistics say, in fp64 because r may lie far from the maximum."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    target = tl.load(targets_ptr + row, mask=inside, other=INVALID_TARGET)
+    reference = tl.load(state_ptr + row, mask=inside, other=0.0).to(tl.float64)
+    row_sum = tl.load(state_ptr + num_rows + row, mask=inside, other=1.0)
+    weighted = tl.load(state_ptr + 3 * num_rows + row, mask=inside, other=0.0).to(tl.float64)
+    total = tl.load(state_ptr + 4 * num_rows + row, mask=inside, other=0.0).to(tl.float64)
+    is_token = target != INVALID_TARGET
+    u_target = tl.load(state_ptr + 2 * num_rows + row, mask=inside & is_token, other=0.0)
+    row_max = tl.load(state_ptr + 5 * num_rows + row, mask=inside, other=0.0)
+    factor64 = tl.full([], factor, tl.float64)
+    log_sum = tl.log(row_sum.to(tl.float64))
+    logp = tl.where(is_token, factor64 * (u_target.to(tl.float64) - reference) - log_sum, float("nan"))
+    tl.store(logps_ptr + row, logp, mask=inside)
+    tl.store(entropy_ptr + row, log_sum - factor64 * weighted / row_sum, mask=inside)
+    tl.store(mean_logits_ptr + row, factor64 * total / vocab_size, mask=inside)
+    # maxima pass over a NaN, the log-probability does not
+    tl.store(is_top1_ptr + row, ((u_target >= row_max) & (logp == logp)).to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "hidden_size"])
+def add_target_rows_kernel(
+    product_ptr,
+    weight_ptr,
+    targets_ptr,
+    state_ptr,
+    num_rows: tl.int64,
+    hidden_size: tl.int64,
+    weight_stride,
+    softcap: tl.float64,
+    factor: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (rows,). product[row] -= others * weight[target]: the target's part of P @ weight, once s is known."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    if target != INVALID_TARGET:
+        others = others_sum(
+            tl.load(state_ptr + 2 * num_rows + row), tl.load(state_ptr + row), tl.load(state_ptr + num_rows + row),
+            tl.full([], factor, tl.float32) * LOG2_E, tl.full([], softcap, tl.float32), HAS_SOFTCAP,
+        )  # fmt: skip
+        for start in range(0, hidden_size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < hidden_size
+            pointers = product_ptr + row * hidden_size + columns
+            weight = tl.load(weight_ptr + target.to(tl.int64) * weight_stride + columns, mask=inside, other=0.0)
+            product = tl.load(pointers, mask=inside, other=0.0)
+            tl.store(pointers, product - others * weight.to(tl.float32), mask=inside)
 
 
 def block_columns(vocab_size: int) -> int:
     """Columns of one step: a tile's width and a kept row's stride are multiples of it."""
     return min(BLOCK, max(32 * VEC, triton.next_power_of_2(vocab_size)))
+
+
+class PanelSums(NamedTuple):
+    """P @ weight of the panels so far, and what each row of it is relative to."""
+
+    product: torch.Tensor  # [rows, H] float32; undefined before the first panel
+    references: torch.Tensor  # [rows] float32
 
 
 def fold(
@@ -234,16 +352,18 @@ def fold(
     targets: torch.Tensor,
     state: torch.Tensor,
     references: torch.Tensor | None,
+    columns: slice,
     *,
-    first: int,
-    cols: int,
     tile_index: int,
     block: int,
     scale: float,
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Fold a tile of logits [rows, >= cols], columns first .. first + cols, into ``state`` [6, rows]."""
+    """Fold a tile of logits, those ``columns`` of the vocabulary, into ``state`` [6, rows].
+
+    ``kept`` takes its P, and column ``tile_index`` of ``references`` [rows, tiles] what that is relative to.
+    """
     fold_tile_kernel[(len(targets),)](
         tile,
         bias if bias is not None else tile,
@@ -251,8 +371,8 @@ def fold(
         targets,
         state,
         references if references is not None else state,
-        first=first,
-        cols=cols,
+        first=columns.start,
+        cols=columns.stop - columns.start,
         tile_index=tile_index,
         num_rows=len(targets),
         num_tiles=0 if references is None else references.shape[1],
@@ -264,43 +384,125 @@ def fold(
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
         KEEP=kept is not None,
-        LANES=block // VEC,
-        VEC=VEC,
-        num_warps=min(NUM_WARPS, block // VEC // 32),
+        **_lanes(block),
+    )
+
+
+def keep(
+    tile: torch.Tensor,
+    bias: torch.Tensor | None,
+    kept: torch.Tensor,
+    references: torch.Tensor,
+    columns: slice,
+    *,
+    block: int,
+    scale: float,
+    softcap: float | None,
+    factor: float,
+) -> None:
+    """P of a tile of logits, as ``fold`` keeps it, relative to the rows' final ``references`` [rows]."""
+    keep_tile_kernel[(len(references),)](
+        tile,
+        bias if bias is not None else tile,
+        kept,
+        references,
+        first=columns.start,
+        cols=columns.stop - columns.start,
+        tile_stride=tile.stride(0),
+        kept_stride=kept.stride(0),
+        scale=scale,
+        softcap=softcap if softcap is not None else 1.0,
+        factor=factor,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        **_lanes(block),
+    )
+
+
+def _lanes(block: int) -> dict[str, int]:
+    return {"LANES": block // VEC, "VEC": VEC, "num_warps": min(NUM_WARPS, block // VEC // 32)}
+
+
+def settle(
+    kept: torch.Tensor,
+    targets: torch.Tensor,
+    state: torch.Tensor,
+    references: torch.Tensor | None,
+    sums: PanelSums | None,
+    columns: slice,
+    *,
+    tile_cols: int,
+    block: int,
+    vocab_size: int,
+    softcap: float | None,
+    factor: float,
+) -> None:
+    """Make a panel of P, those ``columns`` of the vocabulary, ready for its GEMM.
+
+    ``references`` [rows, tiles] says what its tiles are relative to, None if they are to what ``state`` says now. With
+    ``sums`` the GEMM adds to them, and the rows' sums are not known yet.
+    """
+    num_tiles = 1 if references is None else references.shape[1]
+    settle_rows_kernel[(len(targets),)](
+        kept,
+        targets,
+        state,
+        references if references is not None else state,
+        sums.product if sums is not None else state,
+        sums.references if sums is not None else state,
+        first=columns.start,
+        cols=columns.stop - columns.start,
+        num_rows=len(targets),
+        num_tiles=num_tiles,
+        tile_cols=tile_cols,
+        kept_stride=kept.stride(0),
+        hidden_size=0 if sums is None else sums.product.shape[1],
+        softcap=softcap if softcap is not None else 1.0,
+        factor=factor,
+        HAS_SOFTCAP=softcap is not None,
+        IS_FOLDED=references is not None,
+        HAS_SUMS=sums is not None,
+        BLOCK=block,
+        BLOCK_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),  # as many as there might be
+        num_warps=1,
     )
 
 
 def finish(
-    kept: torch.Tensor | None,
+    targets: torch.Tensor, state: torch.Tensor, outputs: tuple[torch.Tensor, ...], *, vocab_size: int, factor: float
+) -> None:
+    """Fill ``outputs`` (logps, entropy, mean_logits, is_top1), each [rows], once every tile was folded."""
+    finish_rows_kernel[(triton.cdiv(len(targets), ROWS_BLOCK),)](
+        targets,
+        state,
+        *outputs,
+        num_rows=len(targets),
+        vocab_size=vocab_size,
+        factor=factor,
+        BLOCK=ROWS_BLOCK,
+    )
+
+
+def add_target_rows(
+    product: torch.Tensor,
+    weight: torch.Tensor,
     targets: torch.Tensor,
     state: torch.Tensor,
-    references: torch.Tensor | None,
-    outputs: tuple[torch.Tensor, ...],
     *,
-    tile_cols: int,
-    vocab_size: int,
-    block: int,
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Fill ``outputs`` (logps, entropy, mean_logits, is_top1), each [rows], once every tile was folded."""
-    num_tiles = 0 if references is None else references.shape[1]
-    finish_rows_kernel[(len(targets),)](
-        kept if kept is not None else state,
+    """Add to ``product`` [rows, H] = P @ ``weight`` what the targets' entries of P, once s is known, make of it."""
+    add_target_rows_kernel[(len(targets),)](
+        product,
+        weight,
         targets,
         state,
-        references if references is not None else state,
-        *outputs,
         num_rows=len(targets),
-        num_tiles=num_tiles,
-        tile_cols=tile_cols,
-        vocab_size=vocab_size,
-        kept_stride=0 if kept is None else kept.stride(0),
+        hidden_size=product.shape[1],
+        weight_stride=weight.stride(0),
         softcap=softcap if softcap is not None else 1.0,
         factor=factor,
         HAS_SOFTCAP=softcap is not None,
-        KEEP=kept is not None,
-        BLOCK=block,
-        BLOCK_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),
-        num_warps=1,
+        BLOCK=BLOCK,
     )

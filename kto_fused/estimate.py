@@ -423,17 +423,18 @@ def _chunk(
         needs=(has_gradient, has_gradient and shape.is_head_trained, False),
     )
     weight = torch.empty((), dtype=shape.param_dtype).expand(shape.vocab_size, shape.hidden_size)
-    limit = from_hidden._chunk_limit(shape.num_tokens, weight, options)
-    counts = [shape.tokens_per_sequence] * shape.num_sequences
-    whole = from_hidden._whole_ranges(counts, limit, 2 if shape.is_paired else 1) if has_gradient else None
-    if whole is not None:
-        num_chunks = len(whole)
-        longest = max(stop - start for start, stop in whole)
-    else:
-        num_chunks = -(-shape.num_tokens // limit)
-        longest = -(-shape.num_tokens // num_chunks)
-    spec = from_hidden._chunk_spec(weight, options)
-    return spec.kind(longest, replace(spec, device=torch.device("meta"))), num_chunks
+    keeps, ranges = "nothing", None
+    if has_gradient:
+        counts = [shape.tokens_per_sequence] * shape.num_sequences
+        keeps, ranges = from_hidden._in_time_ranges(counts, weight, options, paired=shape.is_paired, couples=False)
+    if ranges is None and shape.is_head_trained and has_gradient:  # the larger of two visits
+        keeps, ranges = from_hidden._again_ranges(shape.num_tokens, weight, options)
+    if ranges is None:
+        limit = from_hidden._chunk_limit(shape.num_tokens, weight, options, keeps)
+        ranges = from_hidden._even_ranges(shape.num_tokens, limit)
+    longest = max(stop - start for start, stop in ranges)
+    spec = from_hidden._chunk_spec(weight, options, keeps)
+    return spec.kind(longest, replace(spec, device=torch.device("meta"))), len(ranges)
 
 
 def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
@@ -441,14 +442,16 @@ def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
     spec, rows = chunk.spec, chunk.num_tokens * chunk.spec.hidden_size
     buffers = {id(x): x.nbytes for x in vars(chunk).values() if isinstance(x, torch.Tensor)}
     passing = rows * spec.dtype.itemsize  # the hidden states of its tokens
+    if isinstance(chunk, FoldedRows):
+        is_scaled = spec.keeps == "panels" and spec.by_weight  # the same, for the head's gradient
+        return sum(buffers.values()) + passing * (1 + is_scaled)
+    # in its GEMMs their gradient, or they and a block of the weight, cast; or what the row operations need
+    gemms = rows * spec.grad_dtype.itemsize * (spec.keeps != "nothing")
+    if not spec.is_native:
+        wide = spec.compute_dtype.itemsize
+        gemms = wide * rows + min(CAST_BYTES, wide * spec.vocab_size * spec.hidden_size)
     scratch = 2 * torch_backend.BLOCK_BYTES if spec.backend == "torch" else 0
-    if isinstance(chunk, WholeRows):
-        passing += rows * spec.grad_dtype.itemsize * spec.keeps  # their gradient; FoldedRows has a buffer for it
-        if not spec.is_native:
-            wide = spec.compute_dtype.itemsize
-            weight = wide * spec.vocab_size * spec.hidden_size
-            passing += rows * wide + min(CAST_BYTES, weight)  # hidden states, and a block of the weight, cast
-    return sum(buffers.values()) + passing + scratch
+    return sum(buffers.values()) + passing + max(gemms, scratch)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ How many GEMMs of 2 N H V that is, with N completion tokens:
 2  the head is frozen: d logp / d hidden needs no loss, so chunks may split sequences
 3  the head is trained: a chunk holds whole sequences, whose loss gradient is known before its logits are dropped
 4  the head is trained, and a sequence exceeds the chunk, or the loss couples sequences that do not fit one chunk, or
-   each sequence's gradient comes from outside (``reduction="none"``, log-probabilities): logits are computed twice
+   each sequence's gradient comes from outside (``reduction="none"``, log-probabilities): once the loss is known, a
+   second visit computes the logits again
 """
 
 from dataclasses import dataclass, replace
@@ -18,12 +19,12 @@ from typing import Any, Optional
 
 import torch
 
-from . import heads, projection
+from . import heads
 from .backends import HAS_TRITON, on_device, opaque
 from .first_derivative import first_derivative_only
 from .from_logits import LogitOptions, sequence_backward, sequence_sums
 from .layout import CompletionTokens, check_contents, completion_tokens, compute_dtype, row_targets
-from .projection import ChunkSpec, FoldedRows, LMHead, WholeRows, move_rows
+from .projection import NUM_STATISTICS, ChunkSpec, FoldedRows, Keeps, LMHead, WholeRows, move_rows
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,8 @@ class _Engine:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         tokens: CompletionTokens,
-        chunk: WholeRows | FoldedRows,
+        chunk: WholeRows | FoldedRows | None,
         options: HiddenOptions,
-        num_chunks: int,
         weight_dtype: torch.dtype,
     ):
         """``weight`` in the GEMMs' dtype; ``weight_dtype`` is the parameter's own."""
@@ -73,46 +73,79 @@ class _Engine:
         # (logps, entropy, mean_logits, is_top1) of each token; 0 until its chunk was visited
         self.per_token = [torch.zeros(len(tokens.rows), dtype=compute, device=hidden.device) for _ in range(4)]
         self.targets = tokens.targets.int()
+        # for a second visit: what the chunks of the first said of each token's logits
+        self.statistics = hidden.new_zeros(NUM_STATISTICS, hidden.numel() // max(1, hidden.shape[-1]), dtype=compute)
         logits = options.logits
         self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
 
-        needs_hidden, needs_weight, needs_bias = options.needs
-        self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=_held_dtype(hidden.dtype)) if needs_hidden else None
-        # a sum over several chunks is rounded once, at its end
+        self.grad_hidden = None
+        if options.needs[0]:
+            self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=_held_dtype(hidden.dtype))
         self.weight_dtype = _held_dtype(weight_dtype)
-        sum_dtype = self.weight_dtype if num_chunks <= 1 and chunk.grad_dtype == self.weight_dtype else compute
-        self.weight_sum = weight.new_empty(weight.shape, dtype=sum_dtype) if needs_weight else None
-        self.has_weight_sum = False
-        self.bias_sum = bias.new_zeros(bias.shape, dtype=compute) if needs_bias else None
         self.bias_dtype = None if bias is None else _held_dtype(bias.dtype)
+        self.weight_sum = self.bias_sum = None
 
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
         """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
+        self._gather(start, stop)
+        outputs = self.chunk.forward(self.chunk_hidden, self.lm_head, self.targets[start:stop], self.transform, keep)
+        for values, output in zip(self.per_token, outputs, strict=True):
+            values[start:stop] = output
+        self.statistics[:, start:stop] = self.chunk.statistics
+
+    def _gather(self, start: int, stop: int) -> None:
         rows = self.tokens.rows[start:stop]
         self.chunk_hidden = None  # the last chunk's goes before this one's comes
         self.chunk_hidden = self.hidden.new_empty(len(rows), self.hidden.shape[-1], dtype=self.options.dtype)
         move_rows(self.hidden, self.chunk_hidden, self.options.logits.backend, source_rows=rows)
-        outputs = self.chunk.forward(
-            self.chunk_hidden, self.lm_head, self.tokens.targets[start:stop], self.transform, keep
-        )
-        for values, output in zip(self.per_token, outputs, strict=True):
-            values[start:stop] = output
 
     def backward(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
         """Add the gradients of tokens start..stop, whose logits are in the chunk."""
         self.chunk.backward(token_grads[start:stop])
+        self._write_hidden_gradient(start, stop)
+        if self.options.is_head_trained:
+            self._add_head_gradients(slice(None), self.chunk.weight_operand(self.chunk_hidden), add=start > 0)
+
+    def visit_again(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
+        """Add the gradients of tokens start..stop by what ``statistics`` says of their logits, computed once more."""
+        self._gather(start, stop)
+        statistics, operand = self.statistics[:, start:stop].contiguous(), None
+        targets = self.targets[start:stop]
+        for panel in self.chunk.panels():
+            self.chunk.again(self.chunk_hidden, self.lm_head, targets, statistics, self.transform, panel)
+            self.chunk.backward(token_grads[start:stop])
+            if operand is None:
+                operand = self.chunk.weight_operand(self.chunk_hidden)
+            self._add_head_gradients(panel, operand, add=start > 0)
+        self._write_hidden_gradient(start, stop)
+
+    def _write_hidden_gradient(self, start: int, stop: int) -> None:
         if self.grad_hidden is not None:
             grad, factors = self.chunk.hidden_gradient(self.lm_head)
             rows, backend = self.tokens.rows[start:stop], self.options.logits.backend
             move_rows(grad, self.grad_hidden.view(-1, grad.shape[1]), backend, target_rows=rows, factors=factors)
+
+    def _add_head_gradients(self, panel: slice, operand: torch.Tensor, *, add: bool) -> None:
         if self.weight_sum is not None:
-            self.chunk.add_weight_gradient(self.weight_sum, self.chunk_hidden, add=self.has_weight_sum)
-            self.has_weight_sum = True
+            self.chunk.add_weight_gradient(self.weight_sum[panel], operand, add=add)
         if self.bias_sum is not None:
-            self.chunk.add_bias_gradient(self.bias_sum)
+            self.chunk.add_bias_gradient(self.bias_sum[panel])
+
+    def start_sums(self, num_chunks: int) -> None:
+        """Of the head's gradients over so many chunks; a sum over several is rounded once, at its end."""
+        weight, bias, compute = self.lm_head.weight, self.lm_head.bias, self.options.compute_dtype
+        _, needs_weight, needs_bias = self.options.needs
+        if needs_weight:
+            is_exact = num_chunks == 1 and self.chunk.grad_dtype == self.weight_dtype
+            self.weight_sum = weight.new_empty(weight.shape, dtype=self.weight_dtype if is_exact else compute)
+            if not num_chunks:
+                self.weight_sum.zero_()
+        if needs_bias:
+            self.bias_sum = bias.new_zeros(bias.shape, dtype=compute)
 
     def scale_hidden_gradient(self, token_grads: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
         """Turn d token log-probability / d hidden into d loss / d hidden."""
+        self.chunk = self.chunk_hidden = None  # no longer needed
         backend, hidden_size = self.options.logits.backend, self.hidden.shape[-1]
         for start, stop in ranges:
             rows = self.tokens.rows[start:stop]
@@ -164,8 +197,6 @@ class _Engine:
     def gradients(self) -> tuple[torch.Tensor | None, ...]:
         """By hidden, weight and bias, as they are held; None where not wanted. Lets go of the chunk."""
         self.chunk = self.chunk_hidden = None  # before the rounded gradients take their memory
-        if self.weight_sum is not None and not self.has_weight_sum:
-            self.weight_sum.zero_()
         return (
             self.grad_hidden,
             None if self.weight_sum is None else self.weight_sum.to(self.weight_dtype),
@@ -200,46 +231,61 @@ def _whole_ranges(counts: list[int], limit: int, group: int) -> list[tuple[int, 
     return ranges
 
 
-def _chunk_spec(weight: torch.Tensor, options: HiddenOptions) -> ChunkSpec:
+def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
     return ChunkSpec(
         *weight.shape,
         dtype=options.dtype,
         device=weight.device,
         backend=options.logits.backend,
-        keeps=any(options.needs),
-        tile_logits=min(projection.TILE_LOGITS, options.chunk_bytes // 16),  # a quarter of the chunk at most
+        keeps=keeps,
+        by_hidden=options.needs[0],
+        by_weight=options.is_head_trained,
+        num_bytes=options.chunk_bytes,
     )
 
 
-def _chunk_limit(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> int:
+def _chunk_limit(num_tokens: int, weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> int:
     """How many tokens one chunk may hold."""
-    spec = _chunk_spec(weight, options)
-    limit = spec.kind.capacity(options.chunk_bytes, spec)
-    if limit < num_tokens and options.needs[1]:
+    spec = _chunk_spec(weight, options, keeps)
+    limit = spec.kind.capacity(spec)
+    if limit < num_tokens and keeps == "all" and options.needs[1]:
         # one chunk needs no float32 sum of weight gradients: what that would take may go to the chunk
         spared = weight.numel() * (spec.compute_dtype.itemsize - weight.dtype.itemsize)
-        if spec.grad_dtype == weight.dtype and spec.kind.capacity(options.chunk_bytes + spared, spec) >= num_tokens:
+        larger = replace(spec, num_bytes=spec.num_bytes + spared)
+        if spec.grad_dtype == weight.dtype and spec.kind.capacity(larger) >= num_tokens:
             return num_tokens
     return limit
 
 
-def _prepare(
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    options: HiddenOptions,
-    paired: bool,
-) -> tuple[CompletionTokens, int]:
-    """The completion tokens, and how many of them a chunk may hold."""
+def _in_time_ranges(
+    counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, paired: bool, couples: bool
+) -> tuple[Keeps, list[tuple[int, int]] | None]:
+    """What chunks keep whose loss is known before their logits are dropped, and such chunks, if there can be."""
+    keeps, num_tokens = "all" if options.is_head_trained else "panels", sum(counts)
+    limit = _chunk_limit(num_tokens, weight, options, keeps)
+    if couples and num_tokens > limit:
+        return keeps, None
+    return keeps, _whole_ranges(counts, limit, 2 if paired else 1)
+
+
+def _again_ranges(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> tuple[Keeps, list[tuple[int, int]]]:
+    """The same of a second visit."""
+    return "panels", _even_ranges(num_tokens, _chunk_limit(num_tokens, weight, options, "panels"))
+
+
+def _find_tokens(
+    weight: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, options: HiddenOptions, paired: bool
+) -> CompletionTokens:
     layout = {"ignore_index": options.logits.ignore_index, "shift": options.logits.shift, "vocab_size": len(weight)}
     check_contents(labels, cu_seqlens, **layout)
-    tokens = completion_tokens(labels, cu_seqlens, paired=paired, **layout)
-    return tokens, _chunk_limit(len(tokens.rows), weight, options)
+    return completion_tokens(labels, cu_seqlens, paired=paired, **layout)
 
 
-def _make_chunk(ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions) -> WholeRows | FoldedRows:
+def _make_chunk(
+    ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, keeps: Keeps
+) -> WholeRows | FoldedRows:
     longest = max((stop - start for start, stop in ranges), default=0)
-    spec = _chunk_spec(weight, options)
+    spec = _chunk_spec(weight, options, keeps)
     return spec.kind(longest, spec)
 
 
@@ -255,24 +301,30 @@ def forward(
     ref_logps: torch.Tensor | None = None,
     head_tensors: tuple[torch.Tensor | None, ...] = (),
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
-    """``(sequences, ref_logps, (loss, head_grads, *reported), gradients)``.
+    """``(sequences, ref_logps, (loss, head_grads, *reported), gradients, statistics)``.
 
     ``sequences`` is (logps, token_counts, entropy, mean_logits, token_accuracy), each [B]; or of each position,
     ``_Engine.positions``. Without a head, or where its loss has one value per sequence or pair, the gradient by hidden
-    is that of each token's own log-probability, and a trained head's gradients are left to ``backward``. ``reference``
-    is the reference's (hidden, weight, bias).
+    is that of each token's own log-probability, and with a trained head all are left to ``backward``, which is given
+    ``statistics``, else None. ``reference`` is the reference's (hidden, weight, bias).
     """
     is_total = head is not None and head.reduction != "none"
-    if not is_total and options.is_head_trained:
+    is_left_to_backward = not is_total and options.is_head_trained
+    if is_left_to_backward:
         options = replace(options, needs=(False, False, False))
-    paired = head is not None and head.paired
-    tokens, limit = _prepare(weight, labels, cu_seqlens, options, paired)
-    even = _even_ranges(len(tokens.rows), limit)
-    whole = _whole_ranges(tokens.counts, limit, 2 if paired else 1)
-    if is_total and len(even) > 1 and head.couples_batch(*head_tensors):
-        whole = None
-    is_visit = is_total and any(options.needs) and whole is not None
-    ranges = whole if is_visit else even
+    paired = is_total and head.paired  # a chunk holds whole pairs
+    tokens = _find_tokens(weight, labels, cu_seqlens, options, paired)
+    num_tokens = len(tokens.rows)
+    ranges = None
+    if is_total and any(options.needs):
+        couples = head.couples_batch(*head_tensors)
+        keeps, ranges = _in_time_ranges(tokens.counts, weight, options, paired=paired, couples=couples)
+    is_loss_in_time = ranges is not None
+    # d logp / d hidden, which needs no loss
+    is_direction = not is_loss_in_time and options.needs[0] and not options.is_head_trained
+    if not is_loss_in_time:
+        keeps = "panels" if is_direction else "nothing"
+        ranges = _even_ranges(num_tokens, _chunk_limit(num_tokens, weight, options, keeps))
 
     chunk = None
     ref_hidden, ref_weight, ref_bias = reference
@@ -283,22 +335,21 @@ def forward(
     if ref_hidden is not None:
         ref_options = replace(options, dtype=options.ref_dtype, needs=(False, False, False))
         if ref_options.dtype == options.dtype:  # the policy's buffer serves both
-            chunk = _make_chunk(ranges, weight, options)
+            chunk = _make_chunk(ranges, weight, options, keeps)
             ref_limit = max(1, chunk.num_tokens)
         else:
-            ref_limit = _chunk_limit(len(tokens.rows), ref_weight, ref_options)
-        ref_ranges = _even_ranges(len(tokens.rows), ref_limit)
-        ref_chunk = chunk or _make_chunk(ref_ranges, ref_weight, ref_options)
-        engine = _Engine(
-            ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, len(ref_ranges), ref_weight.dtype
-        )
+            ref_limit = _chunk_limit(num_tokens, ref_weight, ref_options, "nothing")
+        ref_ranges = _even_ranges(num_tokens, ref_limit)
+        ref_chunk = chunk or _make_chunk(ref_ranges, ref_weight, ref_options, "nothing")
+        engine = _Engine(ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
         for start, stop in ref_ranges:
             engine.forward(start, stop)
         ref_logps = engine.sequences()[0]
         del engine, ref_chunk
 
-    chunk = chunk or _make_chunk(ranges, weight, options)
-    engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, len(ranges), weight.dtype)
+    chunk = chunk or _make_chunk(ranges, weight, options, keeps)
+    engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
+    del chunk
 
     token_counts = tokens.unpack(tokens.offsets.diff())
 
@@ -306,15 +357,15 @@ def forward(
         return () if head is None else head(engine.sequences()[0], token_counts, ref_logps, *head_tensors)
 
     results = None
-    if is_visit:
+    if is_loss_in_time:
+        engine.start_sums(len(ranges))
         for start, stop in ranges:
             engine.forward(start, stop, keep=True)
             # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
             results = apply_head()
             engine.backward(start, stop, engine.token_grads(results[1], token_counts))
     else:
-        is_direction = any(options.needs) and not options.is_head_trained
-        ones = torch.ones_like(engine.per_token[0]) if is_direction else None
+        ones = torch.ones_like(engine.per_token[0])
         for start, stop in ranges:
             engine.forward(start, stop, keep=is_direction)
             if is_direction:
@@ -325,14 +376,22 @@ def forward(
             if is_direction:
                 engine.scale_hidden_gradient(token_grads, ranges)
             else:
-                for start, stop in ranges:
-                    engine.forward(start, stop, keep=True)
-                    engine.backward(start, stop, token_grads)
+                _visit_again(engine, weight, token_grads)
     if results is None:
         results = apply_head()
-    del chunk
     values = engine.positions() if options.per_position else engine.sequences()
-    return values, ref_logps, results, engine.gradients()
+    statistics = engine.statistics if is_left_to_backward else None
+    return values, ref_logps, results, engine.gradients(), statistics
+
+
+def _visit_again(engine: _Engine, weight: torch.Tensor, token_grads: torch.Tensor) -> None:
+    """Compute the logits once more, and all gradients."""
+    engine.chunk = None  # before the other takes its memory
+    keeps, ranges = _again_ranges(len(engine.tokens.rows), weight, engine.options)
+    engine.chunk = _make_chunk(ranges, weight, engine.options, keeps)
+    engine.start_sums(len(ranges))
+    for start, stop in ranges:
+        engine.visit_again(start, stop, token_grads)
 
 
 def backward(
@@ -342,18 +401,14 @@ def backward(
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     logp_grads: torch.Tensor,
+    statistics: torch.Tensor,
     options: HiddenOptions,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients by hidden, weight and bias from d loss / d logps, shaped as they are; computes the logits again."""
-    tokens, limit = _prepare(weight, labels, cu_seqlens, options, paired=False)
-    ranges = _even_ranges(len(tokens.rows), limit)
-    chunk, gemm_weight = _make_chunk(ranges, weight, options), weight.to(options.dtype)
-    engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, len(ranges), weight.dtype)
-    del chunk
-    token_grads = engine.token_grads(logp_grads, tokens.unpack(tokens.offsets.diff()))
-    for start, stop in ranges:
-        engine.forward(start, stop, keep=True)
-        engine.backward(start, stop, token_grads)
+    """Gradients by hidden, weight and bias from d loss / d logps, shaped as they are, and ``forward``'s statistics."""
+    tokens = _find_tokens(weight, labels, cu_seqlens, options, paired=False)
+    engine = _Engine(hidden, weight.to(options.dtype), bias, tokens, None, options, weight.dtype)
+    engine.statistics = statistics
+    _visit_again(engine, weight, engine.token_grads(logp_grads, tokens.unpack(tokens.offsets.diff())))
     return engine.gradients()
 
 
@@ -426,11 +481,13 @@ def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_hidden, *argumen
     counts = hidden.new_empty(size, dtype=torch.int64)
     means = [hidden.new_empty(size, dtype=compute) for _ in range(3)]
     ref_logps = torch.empty_like(logps) if ref_hidden is not None else hidden.new_empty(0)
-    needs = (needs_hidden, needs_weight, needs_bias)
+    needs, statistics = (needs_hidden, needs_weight, needs_bias), hidden.new_empty(0)
     if (needs_weight or needs_bias) and (not head_name or reduction == "none"):
         needs = (False, False, False)
+        statistics = hidden.new_empty(NUM_STATISTICS, labels.numel(), dtype=compute)
     results = heads.HEADS[head_name].outputs(logps, reduction, loss_dtype) if head_name else ()
-    return [logps, counts, *means, ref_logps, *_fake_gradients((hidden, weight, bias), needs), *results]
+    gradients = _fake_gradients((hidden, weight, bias), needs)
+    return [logps, counts, *means, ref_logps, *gradients, statistics, *results]
 
 
 @opaque(fake=_fake_forward)
@@ -466,7 +523,7 @@ def _linear_forward(
     head_numbers: list[float],
 ) -> list[torch.Tensor]:
     """``forward``, flattened: [logps, token_counts, entropy, mean_logits, token_accuracy, the reference's logps,
-    gradients by hidden, weight and bias, loss, head_grads, *reported]; what there is not is empty.
+    gradients by hidden, weight and bias, statistics, loss, head_grads, *reported]; what there is not is empty.
     """
     options = _unflatten_options(
         ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes,
@@ -477,12 +534,12 @@ def _linear_forward(
         hidden, weight, bias, labels, cu_seqlens, options, head, (ref_hidden, ref_weight, ref_bias), ref_logps,
         tuple(head_tensors),
     )  # fmt: skip
-    sequences, computed_ref_logps, results, gradients = outputs
-    optional = (computed_ref_logps if ref_hidden is not None else None, *gradients)
+    sequences, computed_ref_logps, results, gradients, statistics = outputs
+    optional = (computed_ref_logps if ref_hidden is not None else None, *gradients, statistics)
     return [*sequences, *(hidden.new_empty(0) if x is None else x for x in optional), *results]
 
 
-def _fake_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, *arguments) -> list[torch.Tensor]:
+def _fake_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statistics, *arguments) -> list[torch.Tensor]:
     return _fake_gradients((hidden, weight, bias), arguments[-3:])
 
 
@@ -494,6 +551,7 @@ def _linear_backward(
     labels: torch.Tensor,
     cu_seqlens: Optional[torch.Tensor],
     logp_grads: torch.Tensor,
+    statistics: torch.Tensor,
     ignore_index: int,
     shift: bool,
     average: bool,
@@ -514,7 +572,7 @@ def _linear_backward(
         ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes,
         per_position, needs_hidden, needs_weight, needs_bias,
     )  # fmt: skip
-    gradients = backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, options)
+    gradients = backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statistics, options)
     return [hidden.new_empty(0) if x is None else x for x in gradients]
 
 
@@ -559,14 +617,14 @@ def _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_
     ctx.options, ctx.is_total = options, is_total
     ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
     ctx.is_direction = not is_total and not options.is_head_trained
-    token_counts, gradients = outputs[1], outputs[6:9]
+    token_counts, gradients, statistics = outputs[1], outputs[6:9], outputs[9]
     if is_total:
         ctx.save_for_backward(*(grad for grad, needed in zip(gradients, options.needs, strict=True) if needed))
     elif ctx.is_direction:
         ctx.vocab_size = weight.shape[0]
         ctx.save_for_backward(gradients[0], labels, cu_seqlens, token_counts, head_grads)
     else:
-        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, head_grads)
+        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, head_grads, statistics)
 
 
 def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
@@ -599,9 +657,9 @@ def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
             direction = direction.clone()
         # a row that takes no part keeps a gradient of 0, even beside a NaN
         return direction.mul_(row_grads).masked_fill_(row_grads == 0, 0).to(ctx.dtypes[0]), None, None
-    hidden, weight, bias, labels, cu_seqlens, head_grads = ctx.saved_tensors
+    *inputs, head_grads, statistics = ctx.saved_tensors
     logp_grads = incoming if head_grads is None else heads.scale_grads(head_grads, incoming)
-    gradients = _linear_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, *_flatten_options(options))
+    gradients = _linear_backward(*inputs, logp_grads, statistics, *_flatten_options(options))
     return tuple(
         grad.to(dtype) if needed else None
         for grad, needed, dtype in zip(gradients, options.needs, ctx.dtypes, strict=True)
@@ -668,7 +726,7 @@ class LossFromHidden(torch.autograd.Function):
             *_flatten_options(options),
             *heads.flatten(head),
         )
-        sequences, computed_ref_logps, (loss, head_grads, *reported) = outputs[:5], outputs[5], outputs[9:]
+        sequences, computed_ref_logps, (loss, head_grads, *reported) = outputs[:5], outputs[5], outputs[10:]
         is_total = head.reduction != "none"
         _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_grads, is_total)
         ctx.num_arguments = 11 + len(head_tensors)

@@ -106,11 +106,11 @@ def completion_tokens(
         row_sequence = 2 * (row_sequence % half) + row_sequence // half
         counts = counts[sequences]
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    # a stable sort packs without asking the device how many there are, and runs while the host waits for that
+    order = torch.where(is_token, row_sequence, num_sequences).argsort(stable=True)
     *host_counts, is_partition = torch.cat([counts, is_partition]).tolist()
     if not is_partition:
         raise ValueError(f"cu_seqlens must rise from 0 to the {num_rows} packed labels, got {cu_seqlens.tolist()}")
-    # a stable sort packs without asking the device how many there are
-    order = torch.where(is_token, row_sequence, num_sequences).argsort(stable=True)
     rows = order[: sum(host_counts)]
     return CompletionTokens(rows, targets[rows], offsets, host_counts, sequences)
 

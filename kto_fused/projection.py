@@ -2,14 +2,17 @@
 here.
 
 ``forward`` is one GEMM and the rows' statistics; once ``backward`` was given d loss / d logps, ``hidden_gradient`` and
-``add_weight_gradient`` are one GEMM each. There are two kinds of chunk with these methods. ``WholeRows`` holds the
-chunk's logits in float32 and turns them into their own gradient. ``FoldedRows``, for bfloat16 on a GPU, has a tile of
-columns at a time in float32 and keeps softmax numerators in bfloat16: half the bytes a token, a pass over them less.
+``add_weight_gradient`` are one GEMM each. Where the loss was not known at the first visit, ``again`` computes some
+columns' logits a second time, with the statistics of the first. There are two kinds of chunk with these methods.
+``WholeRows`` holds the chunk's logits in float32 and turns them into their own gradient. ``FoldedRows``, for bfloat16
+on a GPU, has a tile of columns at a time in float32 and keeps softmax numerators in bfloat16, of all columns only where
+both gradients need them: half the bytes a token, a pass over them less.
 """
 
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -21,6 +24,19 @@ from .layout import INVALID, MASKED, compute_dtype
 CAST_BYTES = 2**24
 # Logits of one tile: enough for a GEMM that fills a GPU many times over, and outlasts its launch.
 TILE_LOGITS = 3 * 2**23
+# A panel is some tiles: each adds to the same gradient by the hidden states.
+PANEL_LOGITS = 3 * TILE_LOGITS
+# Where the weight's gradient is taken too, it has all tokens, so that the weight's rows are written once.
+WEIGHT_PANEL_LOGITS = 2**28
+# Of any other chunk that does not keep all: with more tokens its GEMMs would be no faster.
+PANEL_TOKENS = 4096
+
+# Numbers by which a second visit to a token knows what the first found.
+NUM_STATISTICS = 3
+
+# Of which of its logits a chunk keeps what their gradient needs: of all, or, where the loss is known or does not matter
+# yet, of a panel of columns at a time.
+Keeps = Literal["nothing", "all", "panels"]
 
 
 @dataclass(frozen=True)
@@ -70,15 +86,17 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool 
 
 @dataclass(frozen=True)
 class ChunkSpec:
-    """What a chunk is made for: an LM head [V, H], what its GEMMs read, where, and whether a gradient is wanted."""
+    """What a chunk is made for: an LM head [V, H], what its GEMMs read, where, what it keeps, within what memory."""
 
     vocab_size: int
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
     backend: str
-    keeps: bool
-    tile_logits: int  # about how many a tile may hold
+    keeps: Keeps
+    by_hidden: bool  # which gradients are to be taken
+    by_weight: bool
+    num_bytes: int
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -114,35 +132,31 @@ class WholeRows:
         self.logits = torch.empty(num_tokens, spec.vocab_size, dtype=spec.compute_dtype, device=spec.device)
         self.grad_dtype = spec.grad_dtype
         self.grads = self.logits
-        if spec.keeps and spec.grad_dtype != spec.compute_dtype:
+        if spec.keeps != "nothing" and spec.grad_dtype != spec.compute_dtype:
             self.grads = torch.empty_like(self.logits, dtype=spec.grad_dtype)
 
     @staticmethod
-    def capacity(num_bytes: int, spec: ChunkSpec) -> int:
-        """How many tokens fit into so many bytes, what passes through their GEMMs counted in; at least one."""
+    def capacity(spec: ChunkSpec) -> int:
+        """How many tokens fit into the spec's bytes, what passes through their GEMMs counted in; at least one."""
         wide, narrow = spec.compute_dtype.itemsize, spec.dtype.itemsize
-        beside = spec.grad_dtype.itemsize if spec.keeps and spec.grad_dtype != spec.compute_dtype else 0
+        beside = spec.grad_dtype.itemsize if spec.keeps != "nothing" and spec.grad_dtype != spec.compute_dtype else 0
         per_token = spec.vocab_size * (wide + beside) + spec.hidden_size * 2 * (wide + narrow)
         fixed = CAST_BYTES if spec.grad_dtype != spec.dtype else 0
         if spec.backend == "torch":
             fixed += 3 * torch_backend.BLOCK_BYTES
-        return max(1, (num_bytes - fixed) // per_token)
+        return max(1, (spec.num_bytes - fixed) // per_token)
+
+    def panels(self) -> list[slice]:
+        """The columns of one visit each: all."""
+        return [slice(0, self.spec.vocab_size)]
 
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
     ) -> tuple[torch.Tensor, ...]:
-        """(logps, entropy, mean_logits, is_top1), each [n], of hidden [n, H] and targets [n]; ``keep`` what backward
-        needs.
+        """(logps, entropy, mean_logits, is_top1), each [n], of hidden [n, H] and targets [n] int32; ``keep`` what
+        backward needs. ``statistics`` is for a second visit.
         """
-        logits = self.logits[: len(hidden)]
-        if self.spec.is_native:
-            _multiply(hidden, lm_head.weight.T, logits)
-        else:
-            hidden = hidden.to(logits.dtype)
-            for rows, weight in lm_head.blocks(logits.dtype):
-                torch.mm(hidden, weight.T, out=logits[:, rows])
-        if lm_head.bias is not None:
-            logits.add_(lm_head.bias)
+        logits = self._logits(hidden, lm_head)
         options = {"ignore_index": MASKED, "shift": False, **transform}
         if self.spec.backend == "torch":
             outputs = torch_backend.token_logprobs(logits, targets, None, **options)
@@ -157,15 +171,41 @@ class WholeRows:
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
                 )
         _, logps, _, _, *metrics = outputs
-        if keep:
-            self.rows, self.transform = outputs, transform
+        self.statistics, self.targets, self.transform = torch.stack(outputs[1:4]), outputs[0], transform
         return logps, *metrics
+
+    def again(
+        self,
+        hidden: torch.Tensor,
+        lm_head: LMHead,
+        targets: torch.Tensor,
+        statistics: torch.Tensor,
+        transform: dict,
+        panel: slice,
+    ) -> None:
+        """Compute the logits of one of ``panels`` a second time, for ``backward``; ``statistics`` [NUM_STATISTICS, n]
+        are those of the first.
+        """
+        self._logits(hidden, lm_head)
+        self.targets, self.transform, self.statistics = targets, transform, statistics
+
+    def _logits(self, hidden: torch.Tensor, lm_head: LMHead) -> torch.Tensor:
+        logits = self.logits[: len(hidden)]
+        if self.spec.is_native:
+            _multiply(hidden, lm_head.weight.T, logits)
+        else:
+            hidden = hidden.to(logits.dtype)
+            for rows, weight in lm_head.blocks(logits.dtype):
+                torch.mm(hidden, weight.T, out=logits[:, rows])
+        if lm_head.bias is not None:
+            logits.add_(lm_head.bias)
+        return logits
 
     def backward(self, token_grads: torch.Tensor) -> None:
         """Turn the chunk's logits into d loss / d logits, from d loss / d logps [n]."""
-        targets, _, row_max, log_sum, *_ = self.rows
+        _, row_max, log_sum = self.statistics
         logits, self.current = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
-        arguments = logits, self.current, targets, token_grads, row_max, log_sum
+        arguments = logits, self.current, self.targets, token_grads, row_max, log_sum
         if self.spec.backend == "torch":
             torch_backend.token_logprobs_backward(*arguments, **self.transform)
         else:
@@ -181,20 +221,24 @@ class WholeRows:
             return torch.mm(grads, lm_head.weight), None
         total = grads.new_zeros(len(grads), lm_head.weight.shape[1])
         for rows, weight in lm_head.blocks(grads.dtype):
-            total.addmm_(grads[:, rows], weight)
+            torch.addmm(total, grads[:, rows], weight, out=total)
         return total, None
 
-    def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
-        """total (+)= d loss / d weight [V, H]."""
-        _multiply(self.current.T, hidden.to(self.current.dtype), total, add=add)
+    def weight_operand(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the chunk's gradient meets in the weight's GEMM, of hidden [n, H]."""
+        return hidden.to(self.current.dtype)
+
+    def add_weight_gradient(self, total: torch.Tensor, operand: torch.Tensor, *, add: bool) -> None:
+        """total (+)= d loss / d weight [columns, H] of the last visit's columns."""
+        _multiply(self.current.T, operand, total, add=add)
 
     def add_bias_gradient(self, total: torch.Tensor) -> None:
-        """total += d loss / d bias [V]."""
+        """total += d loss / d bias [columns]."""
         total.add_(self.current.sum(0, dtype=total.dtype))
 
 
 class FoldedRows:
-    """Buffers for one tile of logits in float32, and for what is kept of them all: P of ``kernels.vocabulary_tiles``.
+    """Buffers for a tile of logits in float32, and for what is kept of some or all: P of ``kernels.vocabulary_tiles``.
 
     d loss / d logits = diag(row_scale) P with row_scale = -c / s, which goes to the GEMMs' other operand or result.
     """
@@ -203,36 +247,38 @@ class FoldedRows:
 
     def __init__(self, num_tokens: int, spec: ChunkSpec):
         self.num_tokens, self.spec = num_tokens, spec
-        self.block, self.tile_cols = _tile_columns(num_tokens, spec)
-        self.num_tiles = -(-spec.vocab_size // self.tile_cols)
-        # a tile of logits, and after the last the gradient by the hidden states
-        width = max(self.tile_cols, spec.hidden_size if spec.keeps else 0)
-        self.buffer = torch.empty(num_tokens, width, device=spec.device)
-        if spec.keeps:
-            kept_cols = -(-spec.vocab_size // self.block) * self.block
-            self.kept = torch.empty(num_tokens, kept_cols, dtype=spec.dtype, device=spec.device)
+        self.block, self.tile_cols, self.kept_cols = _column_counts(num_tokens, spec)
+        new_empty = functools.partial(torch.empty, device=spec.device)
+        # a tile of logits; where all are kept, the gradient by the hidden states after the last
+        width = max(self.tile_cols, spec.hidden_size if spec.keeps == "all" else 0)
+        self.buffer = new_empty(num_tokens, width)
+        if self.kept_cols:
+            self.kept = new_empty(num_tokens, self.kept_cols, dtype=spec.dtype)
+        if spec.keeps == "panels" and spec.by_hidden:
+            self.product = new_empty(num_tokens, spec.hidden_size)
 
     @staticmethod
-    def capacity(num_bytes: int, spec: ChunkSpec) -> int:
+    def capacity(spec: ChunkSpec) -> int:
         """As ``WholeRows.capacity``."""
 
-        block, _ = _tile_columns(1, spec)
-        cols = -(-spec.vocab_size // block) * block
-
         def size(num_tokens: int) -> int:
-            # at most so many logits in a tile, whatever its columns are rounded to
-            buffer = min(num_tokens * cols, max(num_tokens * block, spec.tile_logits))
-            if not spec.keeps:
-                return 4 * buffer + 2 * num_tokens * spec.hidden_size
-            buffer = max(buffer, num_tokens * spec.hidden_size)
-            return 4 * buffer + 2 * num_tokens * (cols + spec.hidden_size)
+            _, tile_cols, kept_cols = _column_counts(num_tokens, spec)
+            buffer = max(tile_cols, spec.hidden_size if spec.keeps == "all" else 0)
+            return num_tokens * (4 * buffer + 2 * kept_cols + _passing_bytes(spec))
 
-        fits, step = 1, 2**20
+        has_all_tokens = spec.keeps == "all" or (spec.keeps == "panels" and spec.by_weight)
+        limit = 2**24 if has_all_tokens else PANEL_TOKENS
+        fits, step = 1, limit // 2
         while step:
-            if size(fits + step) <= num_bytes:
+            if size(fits + step) <= spec.num_bytes:
                 fits += step
             step //= 2
         return fits
+
+    def panels(self) -> list[slice]:
+        """The columns kept at a time."""
+        vocab_size, width = self.spec.vocab_size, self.kept_cols or self.spec.vocab_size
+        return [slice(first, min(first + width, vocab_size)) for first in range(0, vocab_size, width)]
 
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
@@ -240,72 +286,126 @@ class FoldedRows:
         """As ``WholeRows.forward``."""
         from .kernels import vocabulary_tiles
 
-        num_tokens = len(hidden)
+        num_tokens, vocab_size = len(hidden), self.spec.vocab_size
         state = self.buffer.new_empty(6, num_tokens)
-        kept = self.kept[:num_tokens] if keep else None
-        references = self.buffer.new_empty(num_tokens, self.num_tiles) if keep else None
-        options = {"block": self.block, "softcap": transform["softcap"], "factor": transform["factor"]}
-        outputs = tuple(self.buffer.new_empty(num_tokens) for _ in range(4))
-        tile = self.buffer.view(-1)[: num_tokens * self.tile_cols].view(num_tokens, self.tile_cols)
-        with on_device(hidden):
-            for index in range(self.num_tiles):
-                first = index * self.tile_cols
-                cols = min(self.tile_cols, self.spec.vocab_size - first)
-                _multiply(hidden, lm_head.weight[first : first + cols].T, tile[:, :cols])
-                vocabulary_tiles.fold(
-                    tile,
-                    lm_head.bias,
-                    kept,
-                    targets,
-                    state,
-                    references,
-                    first=first,
-                    cols=cols,
-                    tile_index=index,
-                    scale=transform["scale"],
-                    **options,
-                )
-            vocabulary_tiles.finish(
-                kept,
-                targets,
-                state,
-                references,
-                outputs,
-                tile_cols=self.tile_cols,
-                vocab_size=self.spec.vocab_size,
-                **options,
-            )
+        kept = references = sums = None
         if keep:
-            self.row_sums, self.targets, self.transform = state[1], targets, transform
-            self.current = kept[:, : self.spec.vocab_size]
+            kept = self.kept[:num_tokens]
+            references = self.buffer.new_empty(num_tokens, -(-self.kept_cols // self.tile_cols))
+            if self.spec.keeps == "panels":
+                sums = vocabulary_tiles.PanelSums(self.product[:num_tokens], self.buffer.new_empty(num_tokens))
+        outputs = tuple(self.buffer.new_empty(num_tokens) for _ in range(4))
+        with on_device(hidden):
+            for panel in self.panels() if keep else [slice(0, vocab_size)]:
+                for index, (tile, columns) in enumerate(self._tiles(hidden, lm_head, panel)):
+                    vocabulary_tiles.fold(
+                        tile,
+                        lm_head.bias,
+                        None if kept is None else kept[:, columns.start - panel.start :],
+                        targets,
+                        state,
+                        references,
+                        columns,
+                        tile_index=index,
+                        block=self.block,
+                        **transform,
+                    )
+                if keep:
+                    self._settle(targets, state, panel, transform, references, sums)
+                if sums is not None:
+                    self._add_product(lm_head, panel)
+            vocabulary_tiles.finish(targets, state, outputs, vocab_size=vocab_size, factor=transform["factor"])
+            if sums is not None:
+                transform_ = _without_scale(transform)
+                vocabulary_tiles.add_target_rows(sums.product, lm_head.weight, targets, state, **transform_)
+        self.statistics, self.targets, self.transform = state[:3], targets, transform
         return outputs
+
+    def again(
+        self,
+        hidden: torch.Tensor,
+        lm_head: LMHead,
+        targets: torch.Tensor,
+        statistics: torch.Tensor,
+        transform: dict,
+        panel: slice,
+    ) -> None:
+        """As ``WholeRows.again``."""
+        from .kernels import vocabulary_tiles
+
+        self.statistics, self.targets, self.transform = statistics, targets, transform
+        kept = self.kept[: len(hidden)]
+        with on_device(hidden):
+            for tile, columns in self._tiles(hidden, lm_head, panel):
+                into = kept[:, columns.start - panel.start :]
+                vocabulary_tiles.keep(tile, lm_head.bias, into, statistics[0], columns, block=self.block, **transform)
+            self._settle(targets, statistics, panel, transform)
+        if self.spec.by_hidden:
+            self._add_product(lm_head, panel)
+
+    def _add_product(self, lm_head: LMHead, panel: slice) -> None:
+        _multiply(self.current, lm_head.weight[panel], self.product[: len(self.current)], add=panel.start > 0)
+
+    def _tiles(self, hidden: torch.Tensor, lm_head: LMHead, panel: slice) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Tiles of logits [n, tile_cols], each in the same memory, and their columns."""
+        num_tokens = len(hidden)
+        tile = self.buffer.view(-1)[: num_tokens * self.tile_cols].view(num_tokens, self.tile_cols)
+        for first in range(panel.start, panel.stop, self.tile_cols):
+            columns = slice(first, min(first + self.tile_cols, panel.stop))
+            _multiply(hidden, lm_head.weight[columns].T, tile[:, : columns.stop - first])
+            yield tile, columns
+
+    def _settle(self, targets, state, panel, transform, references=None, sums=None) -> None:
+        """Make a panel of P ready for its GEMM."""
+        from .kernels import vocabulary_tiles
+
+        kept = self.current = self.kept[: len(targets), : panel.stop - panel.start]
+        vocabulary_tiles.settle(
+            kept,
+            targets,
+            state,
+            references,
+            sums,
+            panel,
+            tile_cols=self.tile_cols,
+            block=self.block,
+            vocab_size=self.spec.vocab_size,
+            **_without_scale(transform),
+        )
 
     def backward(self, token_grads: torch.Tensor) -> None:
         """Find the rows' factors from d loss / d logps [n]."""
         factor = self.transform["factor"]
         if self.transform["softcap"] is not None:
             factor *= self.transform["scale"]
-        row_scale = token_grads * -factor / self.row_sums
+        row_scale = token_grads * -factor / self.statistics[1]
         self.row_scale = torch.where(self.targets == INVALID, torch.nan, row_scale)
 
     def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, torch.Tensor]:
         """d loss / d hidden [n, H], and what its rows are yet to be multiplied with [n]."""
-        size = len(self.current), lm_head.weight.shape[1]
+        size = len(self.row_scale), lm_head.weight.shape[1]
+        if self.spec.keeps == "panels":
+            return self.product[: size[0]], self.row_scale
         product = self.buffer.view(-1)[: size[0] * size[1]].view(size)
         _multiply(self.current, lm_head.weight, product)
         return product, self.row_scale
 
-    def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
-        """total (+)= d loss / d weight [V, H]; ``hidden`` is scaled in place."""
-        move_rows(hidden, hidden, "triton", factors=self.row_scale)
-        _multiply(self.current.T, hidden, total, add=add)
+    def weight_operand(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden`` scaled row by row; in place where it is not needed any more."""
+        scaled = torch.empty_like(hidden) if self.spec.keeps == "panels" else hidden
+        move_rows(hidden, scaled, "triton", factors=self.row_scale)
+        return scaled
+
+    def add_weight_gradient(self, total: torch.Tensor, operand: torch.Tensor, *, add: bool) -> None:
+        """As ``WholeRows.add_weight_gradient``."""
+        _multiply(self.current.T, operand, total, add=add)
 
     def add_bias_gradient(self, total: torch.Tensor) -> None:
-        """total += d loss / d bias [V]."""
+        """As ``WholeRows.add_bias_gradient``."""
         row_scale = self.row_scale[:, None]
         high = row_scale.to(self.current.dtype)
         low = (row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
-        sums = self.row_scale.new_empty(self.spec.vocab_size, 2)
+        sums = self.row_scale.new_empty(self.current.shape[1], 2)
         _multiply(self.current.T, torch.cat([high, low], dim=1), sums)
         total.add_(sums.sum(1))
 
@@ -340,10 +440,33 @@ def move_rows(
         target.index_copy_(0, target_rows, source.to(target.dtype))
 
 
-def _tile_columns(num_tokens: int, spec: ChunkSpec) -> tuple[int, int]:
-    """(columns of one step, columns of one tile)."""
+def _without_scale(transform: dict) -> dict:
+    """For kernels that meet no logit itself."""
+    return {name: value for name, value in transform.items() if name != "scale"}
+
+
+def _passing_bytes(spec: ChunkSpec) -> int:
+    """Of a token in ``FoldedRows``, beside logits: its hidden state, that scaled, and its gradient in float32."""
+    of_panels = 2 * spec.by_weight + 4 * spec.by_hidden if spec.keeps == "panels" else 0
+    return spec.hidden_size * (2 + of_panels)
+
+
+def _column_counts(num_tokens: int, spec: ChunkSpec) -> tuple[int, int, int]:
+    """(of one step of the kernels, of one tile, of those kept) of ``FoldedRows`` for so many tokens."""
     from .kernels.vocabulary_tiles import block_columns
 
+    num_tokens = max(num_tokens, 1)
     block = block_columns(spec.vocab_size)
-    cols = max(block, spec.tile_logits // max(num_tokens, 1) // block * block)
-    return block, min(cols, -(-spec.vocab_size // block) * block)
+    whole = -(-spec.vocab_size // block) * block
+
+    def columns(num_logits: int) -> int:
+        return min(whole, max(block, num_logits // num_tokens // block * block))
+
+    tile_cols = columns(min(TILE_LOGITS, spec.num_bytes // 16))  # a quarter of the bytes at most
+    if spec.keeps == "nothing":
+        return block, tile_cols, 0
+    if spec.keeps == "all":
+        return block, tile_cols, whole
+    left = spec.num_bytes - num_tokens * (4 * tile_cols + _passing_bytes(spec))
+    kept_cols = columns(min(WEIGHT_PANEL_LOGITS if spec.by_weight else PANEL_LOGITS, left // 2))
+    return block, min(tile_cols, kept_cols), kept_cols

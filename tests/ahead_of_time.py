@@ -84,9 +84,19 @@ def launch_hidden(seq_len: int, vocab: int, **options: object) -> None:
     weight, bias = (torch.empty(vocab, *size, dtype=torch.bfloat16) for size in ((16,), ()))
     labels = torch.zeros(2, seq_len, dtype=torch.long)
     for lm_head_bias in (None, bias):
-        kto_fused.fused_linear_kto_loss(
-            hidden, weight, labels, labels[:, 0], lm_head_bias=lm_head_bias, ref_hidden=hidden, **options
-        )
+        # the head frozen, trained with its loss known in time, and trained with it known in the backward
+        for weight.requires_grad, reduction in ((False, "mean"), (True, "mean"), (True, "none")):
+            loss, _ = kto_fused.fused_linear_kto_loss(
+                hidden,
+                weight,
+                labels,
+                labels[:, 0],
+                lm_head_bias=lm_head_bias,
+                ref_hidden=hidden,
+                reduction=reduction,
+                **options,
+            )
+            loss.sum().backward()
 
 
 def nvidia_report(cubin: bytes) -> dict[str, object]:

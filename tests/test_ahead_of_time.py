@@ -50,7 +50,10 @@ def test_every_kernel_compiles(reports, target):
         "kto_kernel",
         "dpo_kernel",
         "fold_tile_kernel",
+        "keep_tile_kernel",
+        "settle_rows_kernel",
         "finish_rows_kernel",
+        "add_target_rows_kernel",
         "move_rows_kernel",
         "scale_kernel",
     }

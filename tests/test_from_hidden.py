@@ -397,6 +397,19 @@ def test_any_chunk_gives_the_same_result(engine, setting, packed):
         compare(run_hidden(function, case, trained=trained, chunk_bytes=chunk_bytes, **options), expected)
 
 
+@pytest.mark.parametrize("setting", CHUNKED)
+@pytest.mark.parametrize("num_tokens", [None, 7], ids=["whole", "split"])
+def test_panels_of_columns(engine, setting, num_tokens, monkeypatch):
+    """Gradients in bfloat16 from a panel of columns at a time, of three: with a frozen head, and on second visits."""
+    function, trained, options = CHUNKED[setting]
+    for name in ("TILE_LOGITS", "PANEL_LOGITS", "WEIGHT_PANEL_LOGITS"):
+        monkeypatch.setattr(projection, name, 1)
+    softcap = {"logit_softcap": 20.0, "logit_scale": 1.5}
+    case = make_hidden_case(batch=4, seq_len=6, vocab=2500, dtype=torch.bfloat16, bias=True, **on(engine))
+    with chunks_of(num_tokens):
+        check_hidden_against_twin(function, case, trained=trained, **options, **softcap)
+
+
 def compare(actual, expected, tolerance: float = LOGP_TOLERANCE[torch.float64]) -> None:
     (loss, metrics, grads), (expected_loss, expected_metrics, expected_grads) = actual, expected
     assert_close(loss, expected_loss, tolerance, "loss")
@@ -741,12 +754,18 @@ FAR = {  # biases of the columns, far from each other: (first column, last colum
 }
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 2**30])
+@by_trained
+@pytest.mark.parametrize(("chunk_bytes", "panel"), [(1, 1), (2**30, 1), (2**30, 2), (2**30, 3)])
 @pytest.mark.parametrize("columns", FAR)
-def test_tiles_of_far_columns(columns, chunk_bytes, engine, monkeypatch):
-    """A row's reference moves where a later tile needs it, and nothing of the earlier ones is lost."""
-    monkeypatch.setattr(projection, "TILE_LOGITS", 1)  # the narrowest tiles: three
+def test_tiles_of_far_columns(columns, chunk_bytes, panel, trained, engine, monkeypatch):
+    """A row's reference moves where a later tile needs it, and nothing of the earlier ones is lost: neither of their
+    panel nor of panels before it.
+    """
     case = make_hidden_case(batch=2, vocab=2500, dtype=torch.bfloat16, **on(engine))
+    num_tokens = int((case.labels[:, 1:] >= 0).sum())
+    monkeypatch.setattr(projection, "TILE_LOGITS", 1)  # the narrowest tiles: three
+    monkeypatch.setattr(projection, "PANEL_LOGITS", panel * 1024 * num_tokens)
+    monkeypatch.setattr(projection, "WEIGHT_PANEL_LOGITS", panel * 1024 * num_tokens)
     bias = torch.zeros(2500, device=engine[1])
     for first, last, value in FAR[columns]:
         bias[first:last] = value
@@ -754,13 +773,16 @@ def test_tiles_of_far_columns(columns, chunk_bytes, engine, monkeypatch):
     case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 1024 + 1024
     results = []
     for function, x in ((fused_linear_kto_loss, case), (reference.linear_kto_loss, case.map(torch.Tensor.double))):
-        leaves = [y.detach().to(x.hidden.dtype).requires_grad_() for y in (x.hidden, x.weight, bias)]
+        leaves = [
+            y.detach().to(x.hidden.dtype).requires_grad_(name in trained)
+            for name, y in zip(INPUTS, (x.hidden, x.weight, bias), strict=True)
+        ]
         options = {"ref_logps": torch.zeros(2, device=engine[1]), "reference_point": 0.0, "beta": 1e-3}
         if x is case:
             options |= {"backend": engine[0], "chunk_bytes": chunk_bytes}
         loss, metrics = function(*leaves[:2], x.labels, x.desirable, lm_head_bias=leaves[2], **options)
         loss.backward()
-        results.append((metrics, [leaf.grad for leaf in leaves]))
+        results.append((metrics, [leaf.grad for leaf in leaves if leaf.requires_grad]))
     (metrics, grads), (exact, exact_grads) = results
     assert_close(metrics.logps, exact.logps, 1e-5, "logps")
     assert_close(metrics.entropy, exact.entropy, 1e-5, "entropy")

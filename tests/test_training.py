@@ -285,8 +285,11 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
         torch.library.opcheck(from_hidden._linear_forward.op, (*tensors, *reference_and_tensors, *options, *head))
     reference_and_tensors, head = forward[0]
     torch.library.opcheck(from_hidden._linear_forward.op, (*tensors, *reference_and_tensors, *of_positions, *head))
-    torch.library.opcheck(from_hidden._linear_backward.op, (*tensors, logps + 1, *options))
-    torch.library.opcheck(from_hidden._linear_backward.op, (*tensors, torch.ones(6, device=device), *of_positions))
+    outputs = from_hidden._linear_forward(*tensors, *reference_and_tensors, *options, *head)
+    # left to the backward, where the head is trained; else nobody calls it
+    statistics = outputs[9] if needs[1] else torch.zeros(from_hidden.NUM_STATISTICS, 6, device=device)
+    for grads, of_each in ((logps + 1, options), (torch.ones(6, device=device), of_positions)):
+        torch.library.opcheck(from_hidden._linear_backward.op, (*tensors, grads, statistics, *of_each))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
