@@ -45,7 +45,7 @@ def load_tile(
     slope = x
     if HAS_SOFTCAP:
         capped = tanh(x * (scale / softcap))
-        x = softcap * capped
+        x = cap(x, scale, softcap, HAS_SOFTCAP)
         slope = 1.0 - capped * capped
     return tl.where(inside, x, float("-inf")), slope, inside
 
@@ -338,6 +338,14 @@ def block_columns(vocab_size: int) -> int:
     return min(BLOCK, max(32 * VEC, triton.next_power_of_2(vocab_size)))
 
 
+class Kept(NamedTuple):
+    """Where P of a tile goes, and what it is relative to."""
+
+    values: torch.Tensor  # [rows, at least the tile's columns]
+    references: torch.Tensor  # [rows, tiles of the panel] float32
+    tile_index: int
+
+
 class PanelSums(NamedTuple):
     """P @ weight of the panels so far, and what each row of it is relative to."""
 
@@ -348,36 +356,32 @@ class PanelSums(NamedTuple):
 def fold(
     tile: torch.Tensor,
     bias: torch.Tensor | None,
-    kept: torch.Tensor | None,
     targets: torch.Tensor,
     state: torch.Tensor,
-    references: torch.Tensor | None,
     columns: slice,
+    kept: Kept | None = None,
     *,
-    tile_index: int,
     block: int,
     scale: float,
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Fold a tile of logits, those ``columns`` of the vocabulary, into ``state`` [6, rows].
-
-    ``kept`` takes its P, and column ``tile_index`` of ``references`` [rows, tiles] what that is relative to.
-    """
+    """Fold a tile of logits, those ``columns`` of the vocabulary, into ``state`` [6, rows]; ``kept`` takes its P."""
+    values, references, tile_index = kept if kept is not None else (None, None, 0)
     fold_tile_kernel[(len(targets),)](
         tile,
         bias if bias is not None else tile,
-        kept if kept is not None else tile,
+        values if kept is not None else tile,
         targets,
         state,
-        references if references is not None else state,
+        references if kept is not None else state,
         first=columns.start,
         cols=columns.stop - columns.start,
         tile_index=tile_index,
         num_rows=len(targets),
-        num_tiles=0 if references is None else references.shape[1],
+        num_tiles=0 if kept is None else references.shape[1],
         tile_stride=tile.stride(0),
-        kept_stride=0 if kept is None else kept.stride(0),
+        kept_stride=0 if kept is None else values.stride(0),
         scale=scale,
         softcap=softcap if softcap is not None else 1.0,
         factor=factor,

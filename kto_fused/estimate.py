@@ -440,6 +440,8 @@ def _chunk(
 def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
     """The chunk's buffers, and what passes through its GEMMs."""
     spec, rows = chunk.spec, chunk.num_tokens * chunk.spec.hidden_size
+    if isinstance(chunk, FoldedRows):
+        _ = chunk.buffer  # made when it is first needed
     buffers = {id(x): x.nbytes for x in vars(chunk).values() if isinstance(x, torch.Tensor)}
     passing = rows * spec.dtype.itemsize  # the hidden states of its tokens
     if isinstance(chunk, FoldedRows):

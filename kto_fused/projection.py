@@ -31,6 +31,10 @@ WEIGHT_PANEL_LOGITS = 2**28
 # Of any other chunk that does not keep all: with more tokens its GEMMs would be no faster.
 PANEL_TOKENS = 4096
 
+# Up to this hidden size, without a gradient, the kernel that folds logits in its GEMM's registers is faster on a Hopper
+# GPU than a GEMM of the libraries and a fold.
+REGISTER_HIDDEN_SIZE = 2048
+
 # Numbers by which a second visit to a token knows what the first found.
 NUM_STATISTICS = 3
 
@@ -71,6 +75,12 @@ def _has_float32_output(device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
@@ -248,14 +258,16 @@ class FoldedRows:
     def __init__(self, num_tokens: int, spec: ChunkSpec):
         self.num_tokens, self.spec = num_tokens, spec
         self.block, self.tile_cols, self.kept_cols = _column_counts(num_tokens, spec)
-        new_empty = functools.partial(torch.empty, device=spec.device)
-        # a tile of logits; where all are kept, the gradient by the hidden states after the last
-        width = max(self.tile_cols, spec.hidden_size if spec.keeps == "all" else 0)
-        self.buffer = new_empty(num_tokens, width)
         if self.kept_cols:
-            self.kept = new_empty(num_tokens, self.kept_cols, dtype=spec.dtype)
+            self.kept = torch.empty(num_tokens, self.kept_cols, dtype=spec.dtype, device=spec.device)
         if spec.keeps == "panels" and spec.by_hidden:
-            self.product = new_empty(num_tokens, spec.hidden_size)
+            self.product = torch.empty(num_tokens, spec.hidden_size, device=spec.device)
+
+    @functools.cached_property
+    def buffer(self) -> torch.Tensor:
+        """A tile of logits; where all are kept, the gradient by the hidden states after the last."""
+        width = max(self.tile_cols, self.spec.hidden_size if self.spec.keeps == "all" else 0)
+        return torch.empty(self.num_tokens, width, device=self.spec.device)
 
     @staticmethod
     def capacity(spec: ChunkSpec) -> int:
@@ -284,42 +296,54 @@ class FoldedRows:
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
     ) -> tuple[torch.Tensor, ...]:
         """As ``WholeRows.forward``."""
-        from .kernels import vocabulary_tiles
+        from .kernels import logit_statistics, vocabulary_tiles
 
-        num_tokens, vocab_size = len(hidden), self.spec.vocab_size
-        state = self.buffer.new_empty(6, num_tokens)
-        kept = references = sums = None
-        if keep:
-            kept = self.kept[:num_tokens]
-            references = self.buffer.new_empty(num_tokens, -(-self.kept_cols // self.tile_cols))
-            if self.spec.keeps == "panels":
-                sums = vocabulary_tiles.PanelSums(self.product[:num_tokens], self.buffer.new_empty(num_tokens))
-        outputs = tuple(self.buffer.new_empty(num_tokens) for _ in range(4))
+        weight, factor = lm_head.weight, transform["factor"]
+        new_empty = functools.partial(torch.empty, device=hidden.device)
+        state = new_empty(6, len(hidden))
+        outputs = tuple(new_empty(len(hidden)) for _ in range(4))
         with on_device(hidden):
-            for panel in self.panels() if keep else [slice(0, vocab_size)]:
-                for index, (tile, columns) in enumerate(self._tiles(hidden, lm_head, panel)):
-                    vocabulary_tiles.fold(
-                        tile,
-                        lm_head.bias,
-                        None if kept is None else kept[:, columns.start - panel.start :],
-                        targets,
-                        state,
-                        references,
-                        columns,
-                        tile_index=index,
-                        block=self.block,
-                        **transform,
-                    )
-                if keep:
-                    self._settle(targets, state, panel, transform, references, sums)
-                if sums is not None:
-                    self._add_product(lm_head, panel)
-            vocabulary_tiles.finish(targets, state, outputs, vocab_size=vocab_size, factor=transform["factor"])
-            if sums is not None:
-                transform_ = _without_scale(transform)
-                vocabulary_tiles.add_target_rows(sums.product, lm_head.weight, targets, state, **transform_)
+            if keep:
+                self._fold_and_keep(hidden, lm_head, targets, transform, state)
+            else:
+                first = self._columns_in_registers(weight, transform)
+                if first:
+                    logit_statistics.statistics(hidden, weight, lm_head.bias, targets, state, factor=factor)
+                for tile, columns in self._tiles(hidden, lm_head, slice(first, len(weight))):
+                    vocabulary_tiles.fold(tile, lm_head.bias, targets, state, columns, block=self.block, **transform)
+            vocabulary_tiles.finish(targets, state, outputs, vocab_size=len(weight), factor=factor)
         self.statistics, self.targets, self.transform = state[:3], targets, transform
         return outputs
+
+    def _columns_in_registers(self, weight: torch.Tensor, transform: dict) -> int:
+        """How many, from the first, are best folded in the registers of their GEMM."""
+        from .kernels import logit_statistics
+
+        is_faster = weight.shape[1] <= REGISTER_HIDDEN_SIZE and _is_hopper(weight.device)
+        return logit_statistics.whole_columns(weight) if is_faster and transform["softcap"] is None else 0
+
+    def _fold_and_keep(self, hidden, lm_head, targets, transform, state) -> None:
+        from .kernels import vocabulary_tiles
+
+        is_summed = self.spec.keeps == "panels"
+        references = torch.empty(len(hidden), -(-self.kept_cols // self.tile_cols), device=hidden.device)
+        sums = None
+        if is_summed:
+            sums = vocabulary_tiles.PanelSums(self.product[: len(hidden)], torch.empty_like(state[0]))
+        for panel in self.panels():
+            for index, (tile, columns) in enumerate(self._tiles(hidden, lm_head, panel)):
+                into = vocabulary_tiles.Kept(self._kept_columns(hidden, columns, panel), references, index)
+                vocabulary_tiles.fold(tile, lm_head.bias, targets, state, columns, into, block=self.block, **transform)
+            self._settle(targets, state, panel, transform, references, sums)
+            if is_summed:
+                self._add_product(lm_head, panel)
+        if is_summed:
+            capping = _without_scale(transform)
+            vocabulary_tiles.add_target_rows(sums.product, lm_head.weight, targets, state, **capping)
+
+    def _kept_columns(self, hidden: torch.Tensor, columns: slice, panel: slice) -> torch.Tensor:
+        """Where P of a panel's ``columns`` goes, to the end of the buffer."""
+        return self.kept[: len(hidden), columns.start - panel.start :]
 
     def again(
         self,
@@ -334,10 +358,9 @@ class FoldedRows:
         from .kernels import vocabulary_tiles
 
         self.statistics, self.targets, self.transform = statistics, targets, transform
-        kept = self.kept[: len(hidden)]
         with on_device(hidden):
             for tile, columns in self._tiles(hidden, lm_head, panel):
-                into = kept[:, columns.start - panel.start :]
+                into = self._kept_columns(hidden, columns, panel)
                 vocabulary_tiles.keep(tile, lm_head.bias, into, statistics[0], columns, block=self.block, **transform)
             self._settle(targets, statistics, panel, transform)
         if self.spec.by_hidden:

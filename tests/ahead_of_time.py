@@ -63,6 +63,7 @@ def prepare(target: GPUTarget) -> None:
     backends.resolve = lambda backend, device: "triton"
     # a GPU of 132 multiprocessors, so that few rows are split
     from_logits.multiprocessors = projection.multiprocessors = lambda device: 132
+    projection._is_hopper = lambda device: target.arch == 90
 
 
 def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: bool = False, **options: object) -> None:
@@ -80,8 +81,8 @@ def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: boo
 
 def launch_hidden(seq_len: int, vocab: int, **options: object) -> None:
     """The same from hidden states in bfloat16, the reference's included."""
-    hidden = torch.empty(2, seq_len, 16, dtype=torch.bfloat16, requires_grad=True)
-    weight, bias = (torch.empty(vocab, *size, dtype=torch.bfloat16) for size in ((16,), ()))
+    hidden = torch.empty(2, seq_len, 896, dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = (torch.empty(vocab, *size, dtype=torch.bfloat16) for size in ((896,), ()))
     labels = torch.zeros(2, seq_len, dtype=torch.long)
     for lm_head_bias in (None, bias):
         # the head frozen, trained with its loss known in time, and trained with it known in the backward
@@ -127,6 +128,8 @@ def report() -> list[dict[str, object]]:
             entry: dict[str, object] = {"kernel": name, "variant": variant(compiled)}
             if "cubin" in compiled.asm:
                 entry.update(nvidia_report(compiled.asm["cubin"]))
+                entry["shared_memory"] = compiled.metadata.shared
+                entry["warp_group_products"] = compiled.asm["ptx"].count("wgmma.mma_async")
             entries.append(entry)
     return entries
 

@@ -41,7 +41,8 @@ def kernels(report, prefix: str = "") -> list[dict]:
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
 def test_every_kernel_compiles(reports, target):
     compiled = {entry["kernel"] for entry in kernels(reports[target])}
-    assert compiled == {
+    of_hopper = {"logit_statistics_kernel", "merge_statistics_kernel"} if target == "sm_90" else set()
+    assert compiled == of_hopper | {
         "token_logprobs_kernel",
         "combine_splits_kernel",
         "token_logprobs_backward_kernel",
@@ -105,6 +106,15 @@ def test_tile_kernels_read_16_bytes_and_write_8_at_a_time_on_sm_90(reports):
         assert entry["loads"]["LDG.E.128"] >= 6, entry
         assert ("STG.E.64" in entry["stores"]) == ("KEEP=True" in entry["variant"]), entry
         assert "STG.E.U16" not in entry["stores"], entry
+
+
+def test_the_kernel_that_folds_in_registers_multiplies_by_warp_groups_on_sm_90(reports):
+    """And copies ahead of its multiplications, in what shared memory a multiprocessor of that GPU has."""
+    entries = kernels(reports["sm_90"], "logit_statistics")
+    assert len(entries) == 2, entries  # with a bias and without
+    for entry in entries:
+        assert entry["warp_group_products"] >= 4, entry
+        assert 128 * 2**10 < entry["shared_memory"] <= 227 * 2**10, entry
 
 
 def test_grids_use_the_one_dimension_that_holds_2_to_the_31_programs(reports):

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import triton.language as tl
 from cases import (
     DTYPES,
     INPUTS,
@@ -19,14 +20,17 @@ from cases import (
     assert_same_gradient,
     by_dtype,
     check_hidden_against_twin,
+    check_loss_and_metrics,
     chunks_of,
     is_masked,
     make_hidden_case,
     on,
     run_hidden,
 )
+from conftest import HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kto_fused.kernels import logit_statistics
 from test_properties import to_device
 from torch.autograd import gradcheck
 
@@ -48,6 +52,7 @@ MASKED = -100
 FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss]
 # a head of its own, of another hidden size
 REFERENCES = ["ref_hidden", "ref_hidden and its head", "ref_logps"]
+DEVICE = "cuda" if HAS_GPU else "cpu"
 FROZEN = ("hidden",)
 HEAD_ONLY = ("weight", "bias")
 
@@ -788,6 +793,85 @@ def test_tiles_of_far_columns(columns, chunk_bytes, panel, trained, engine, monk
     assert_close(metrics.entropy, exact.entropy, 1e-5, "entropy")
     for actual, expected in zip(grads, exact_grads, strict=True):
         assert_same_gradient(actual, expected, roundings=1.5 if engine == ("triton", "cpu") else 1.0)
+
+
+@pytest.fixture
+def in_registers(monkeypatch):
+    """The calls of the kernel that folds logits in the registers of their GEMM; the interpreter runs it anywhere."""
+    if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs the shared memory of a Hopper GPU")
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return statistics(*args, **kwargs)
+
+    statistics = logit_statistics.statistics
+    monkeypatch.setattr(logit_statistics, "statistics", counted)
+    if not HAS_GPU:  # Triton's interpreter would multiply bfloat16's bits as if they were integers
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        create_dot = InterpreterBuilder.create_dot
+
+        def dot(builder, a, b, *others):
+            as_float32 = (TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32) for x in (a, b))
+            return create_dot(builder, *as_float32, *others)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(projection, "_is_hopper", lambda device: True)
+    return calls
+
+
+@pytest.mark.parametrize("columns", FAR)
+@pytest.mark.parametrize("num_tokens", [None, 4], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_folded_in_registers(columns, num_tokens, temperature, in_registers):
+    """More than one block of rows and of columns, the last of each with places to spare."""
+    sizes = {"batch": 5, "seq_len": 40, "vocab": 700, "hidden_size": 64}
+    case = make_hidden_case(**sizes, dtype=torch.bfloat16, device=DEVICE, backend="triton", temperature=temperature)
+    bias = torch.zeros(700, device=DEVICE)
+    for first, last, value in FAR[columns]:
+        bias[first // 4 : last // 4] = value
+    case = replace(case, bias=bias.bfloat16() if FAR[columns] else None)
+    case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 256 + 256
+    with chunks_of(num_tokens), torch.no_grad():
+        loss, metrics, _ = run_hidden(fused_linear_kto_loss, case, trained=())
+    assert len(in_registers) == 2 if num_tokens is None else len(in_registers) > 2, "policy and reference"
+    exact = case.map(torch.Tensor.double).with_options(backend=None)
+    exact_loss, exact_metrics, _ = run_hidden(reference.linear_kto_loss, exact, trained=())
+    if columns == "the smallest numbers at first":  # the mean of which float32 cannot hold
+        metrics, exact_metrics = (replace(x, mean_logits=torch.zeros(5)) for x in (metrics, exact_metrics))
+    check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), torch.bfloat16)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_registers_hand_on_what_is_no_number(poison, in_registers):
+    case = make_hidden_case(hidden_size=64, vocab=700, dtype=torch.bfloat16, device=DEVICE, backend="triton")
+    case.hidden[0, 0] = poison
+    labels = case.labels.clamp(min=0)
+    with torch.no_grad():
+        logps, _ = linear_token_logps(case.hidden, case.weight, labels, return_metrics=True, **case.options)
+    assert in_registers
+    assert logps[0, 0].isnan()
+
+
+@pytest.mark.parametrize(
+    "why", ["soft cap", "hidden size", "steps of H", "strides", "a gradient", "float16", "another GPU"]
+)
+def test_logits_that_registers_do_not_serve(why, in_registers, monkeypatch):
+    hidden_size = {"hidden size": 2112, "steps of H": 72}.get(why, 64)
+    dtype = torch.float16 if why == "float16" else torch.bfloat16
+    case = make_hidden_case(hidden_size=hidden_size, vocab=300, dtype=dtype, device=DEVICE, backend="triton")
+    if why == "soft cap":
+        case = case.with_options(logit_softcap=20.0)
+    if why == "strides":
+        case = replace(case, weight=case.weight.T.contiguous().T)
+    if why == "another GPU":
+        monkeypatch.setattr(projection, "_is_hopper", lambda device: False)
+    trained = FROZEN if why == "a gradient" else ()
+    reference_logps = {"ref_logps": torch.zeros(len(case.labels), device=DEVICE)}
+    check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained, **reference_logps)
+    assert not in_registers
 
 
 @pytest.mark.parametrize("kind", ["every other element", "one element for all"])
