@@ -11,7 +11,8 @@ replaced by ``-others``, what the other columns add to s, d logp / d logits = -P
 GEMMs read P as it is, and its rows' factors go to their other operand or their result.
 
 P is kept for all columns, or for a panel of some tiles at a time. Before s is known the target's entry of a panel is 0,
-and its part of the product with the LM head, ``-others`` times one row of it, is added at the end.
+and its part of the product with the LM head, ``-others`` times one row of it, is added at the end. On a second visit s
+and d loss / d logp are known, and ``keep`` multiplies P by its rows' factors: it is d loss / d logits itself.
 """
 
 from typing import NamedTuple
@@ -165,6 +166,7 @@ def keep_tile_kernel(
     bias_ptr,
     kept_ptr,
     references_ptr,
+    factors_ptr,
     first: tl.int32,
     cols: tl.int32,
     tile_stride,
@@ -177,17 +179,24 @@ def keep_tile_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Grid: (rows,). P of one row of a tile once more, under the reference that all its tiles led to."""
+    """Grid: (rows,). P of one row of a tile once more, times a factor, under the reference that all tiles led to."""
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
     row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * tile_stride
+    kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride, VEC)
     reference = tl.load(references_ptr + row)
-    fold_columns(
-        tile_ptr + row * tile_stride, bias_ptr + first, kept_ptr + tl.multiple_of(row * kept_stride, VEC), cols,
-        tl.where(reference == float("-inf"), 0.0, reference), scale, softcap, log2_factor,
-        HAS_BIAS, HAS_SOFTCAP, True, LANES, VEC,
-    )  # fmt: skip
+    reference = tl.where(reference == float("-inf"), 0.0, reference)
+    row_factor = tl.load(factors_ptr + row)
+    for start in range(0, cols, LANES * VEC):
+        u, slope, inside = load_tile(
+            row_ptr, bias_ptr + first, start, cols, scale, softcap, HAS_BIAS, HAS_SOFTCAP, LANES, VEC
+        )
+        kept = tl.exp2((u - reference) * log2_factor) * row_factor
+        if HAS_SOFTCAP:
+            kept = tl.where(inside, kept * slope, 0.0)
+        tl.store(kept_row_ptr + start + tile_columns(True, LANES, VEC), kept.to(kept_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -208,6 +217,7 @@ def settle_rows_kernel(
     references_ptr,
     product_ptr,
     product_references_ptr,
+    factors_ptr,
     first: tl.int32,
     cols: tl.int32,
     num_rows: tl.int64,
@@ -220,6 +230,7 @@ def settle_rows_kernel(
     HAS_SOFTCAP: tl.constexpr,
     IS_FOLDED: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
@@ -227,7 +238,7 @@ def settle_rows_kernel(
 
     Rescales the tiles, if any, that were kept under an older reference than the row has now (IS_FOLDED), and what
     earlier panels left in ``product`` [rows, hidden_size], under ``product_references`` [rows] (HAS_SUMS). Writes the
-    target's entry: 0 while s is not known (HAS_SUMS), else ``-others``.
+    target's entry: 0 while s is not known (HAS_SUMS), else ``-others``, times the row's factor (HAS_FACTORS).
     """
     row = tl.program_id(0).to(tl.int64)
     reference = tl.load(state_ptr + row)
@@ -265,6 +276,8 @@ def settle_rows_kernel(
                 tl.load(state_ptr + 2 * num_rows + row), reference, tl.load(state_ptr + num_rows + row), log2_factor,
                 tl.full([], softcap, tl.float32), HAS_SOFTCAP,
             )  # fmt: skip
+        if HAS_FACTORS:
+            entry *= tl.load(factors_ptr + row)
         tl.store(kept_ptr + row * kept_stride + target - first, entry.to(kept_ptr.dtype.element_ty))
 
 
@@ -397,6 +410,7 @@ def keep(
     bias: torch.Tensor | None,
     kept: torch.Tensor,
     references: torch.Tensor,
+    factors: torch.Tensor,
     columns: slice,
     *,
     block: int,
@@ -404,12 +418,15 @@ def keep(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """P of a tile of logits, as ``fold`` keeps it, relative to the rows' final ``references`` [rows]."""
+    """P of a tile of logits, as ``fold`` keeps it, relative to the rows' final ``references`` [rows], times ``factors``
+    [rows].
+    """
     keep_tile_kernel[(len(references),)](
         tile,
         bias if bias is not None else tile,
         kept,
         references,
+        factors,
         first=columns.start,
         cols=columns.stop - columns.start,
         tile_stride=tile.stride(0),
@@ -433,6 +450,7 @@ def settle(
     state: torch.Tensor,
     references: torch.Tensor | None,
     sums: PanelSums | None,
+    factors: torch.Tensor | None,
     columns: slice,
     *,
     tile_cols: int,
@@ -444,7 +462,7 @@ def settle(
     """Make a panel of P, those ``columns`` of the vocabulary, ready for its GEMM.
 
     ``references`` [rows, tiles] says what its tiles are relative to, None if they are to what ``state`` says now. With
-    ``sums`` the GEMM adds to them, and the rows' sums are not known yet.
+    ``sums`` the GEMM adds to them, and the rows' sums are not known yet. ``factors`` [rows] are those of ``keep``.
     """
     num_tiles = 1 if references is None else references.shape[1]
     settle_rows_kernel[(len(targets),)](
@@ -454,6 +472,7 @@ def settle(
         references if references is not None else state,
         sums.product if sums is not None else state,
         sums.references if sums is not None else state,
+        factors if factors is not None else state,
         first=columns.start,
         cols=columns.stop - columns.start,
         num_rows=len(targets),
@@ -466,6 +485,7 @@ def settle(
         HAS_SOFTCAP=softcap is not None,
         IS_FOLDED=references is not None,
         HAS_SUMS=sums is not None,
+        HAS_FACTORS=factors is not None,
         BLOCK=block,
         BLOCK_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),  # as many as there might be
         num_warps=1,

@@ -445,8 +445,7 @@ def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
     buffers = {id(x): x.nbytes for x in vars(chunk).values() if isinstance(x, torch.Tensor)}
     passing = rows * spec.dtype.itemsize  # the hidden states of its tokens
     if isinstance(chunk, FoldedRows):
-        is_scaled = spec.keeps == "panels" and spec.by_weight  # the same, for the head's gradient
-        return sum(buffers.values()) + passing * (1 + is_scaled)
+        return sum(buffers.values()) + passing
     # in its GEMMs their gradient, or they and a block of the weight, cast; or what the row operations need
     gemms = rows * spec.grad_dtype.itemsize * (spec.keeps != "nothing")
     if not spec.is_native:

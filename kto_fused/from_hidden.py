@@ -103,20 +103,20 @@ class _Engine:
         """Add the gradients of tokens start..stop, whose logits are in the chunk."""
         self.chunk.backward(token_grads[start:stop])
         self._write_hidden_gradient(start, stop)
-        if self.options.is_head_trained:
-            self._add_head_gradients(slice(None), self.chunk.weight_operand(self.chunk_hidden), add=start > 0)
+        self._add_head_gradients(slice(None), add=start > 0)
 
     def visit_again(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
         """Add the gradients of tokens start..stop by what ``statistics`` says of their logits, computed once more."""
         self._gather(start, stop)
-        statistics, operand = self.statistics[:, start:stop].contiguous(), None
-        targets = self.targets[start:stop]
+        of_tokens = (
+            self.targets[start:stop],
+            self.statistics[:, start:stop].contiguous(),
+            token_grads[start:stop],
+            self.transform,
+        )
         for panel in self.chunk.panels():
-            self.chunk.again(self.chunk_hidden, self.lm_head, targets, statistics, self.transform, panel)
-            self.chunk.backward(token_grads[start:stop])
-            if operand is None:
-                operand = self.chunk.weight_operand(self.chunk_hidden)
-            self._add_head_gradients(panel, operand, add=start > 0)
+            self.chunk.again(self.chunk_hidden, self.lm_head, *of_tokens, panel)
+            self._add_head_gradients(panel, add=start > 0)
         self._write_hidden_gradient(start, stop)
 
     def _write_hidden_gradient(self, start: int, stop: int) -> None:
@@ -125,9 +125,9 @@ class _Engine:
             rows, backend = self.tokens.rows[start:stop], self.options.logits.backend
             move_rows(grad, self.grad_hidden.view(-1, grad.shape[1]), backend, target_rows=rows, factors=factors)
 
-    def _add_head_gradients(self, panel: slice, operand: torch.Tensor, *, add: bool) -> None:
+    def _add_head_gradients(self, panel: slice, *, add: bool) -> None:
         if self.weight_sum is not None:
-            self.chunk.add_weight_gradient(self.weight_sum[panel], operand, add=add)
+            self.chunk.add_weight_gradient(self.weight_sum[panel], self.chunk_hidden, add=add)
         if self.bias_sum is not None:
             self.chunk.add_bias_gradient(self.bias_sum[panel])
 

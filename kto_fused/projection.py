@@ -190,14 +190,16 @@ class WholeRows:
         lm_head: LMHead,
         targets: torch.Tensor,
         statistics: torch.Tensor,
+        token_grads: torch.Tensor,
         transform: dict,
         panel: slice,
     ) -> None:
-        """Compute the logits of one of ``panels`` a second time, for ``backward``; ``statistics`` [NUM_STATISTICS, n]
-        are those of the first.
+        """``forward`` and ``backward`` once more, for one of ``panels``, with the first visit's ``statistics``
+        [NUM_STATISTICS, n].
         """
         self._logits(hidden, lm_head)
         self.targets, self.transform, self.statistics = targets, transform, statistics
+        self.backward(token_grads)
 
     def _logits(self, hidden: torch.Tensor, lm_head: LMHead) -> torch.Tensor:
         logits = self.logits[: len(hidden)]
@@ -234,13 +236,9 @@ class WholeRows:
             torch.addmm(total, grads[:, rows], weight, out=total)
         return total, None
 
-    def weight_operand(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the chunk's gradient meets in the weight's GEMM, of hidden [n, H]."""
-        return hidden.to(self.current.dtype)
-
-    def add_weight_gradient(self, total: torch.Tensor, operand: torch.Tensor, *, add: bool) -> None:
+    def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
         """total (+)= d loss / d weight [columns, H] of the last visit's columns."""
-        _multiply(self.current.T, operand, total, add=add)
+        _multiply(self.current.T, hidden.to(self.current.dtype), total, add=add)
 
     def add_bias_gradient(self, total: torch.Tensor) -> None:
         """total += d loss / d bias [columns]."""
@@ -351,18 +349,23 @@ class FoldedRows:
         lm_head: LMHead,
         targets: torch.Tensor,
         statistics: torch.Tensor,
+        token_grads: torch.Tensor,
         transform: dict,
         panel: slice,
     ) -> None:
-        """As ``WholeRows.again``."""
+        """As ``WholeRows.again``; what is kept is the gradient itself."""
         from .kernels import vocabulary_tiles
 
         self.statistics, self.targets, self.transform = statistics, targets, transform
+        self.backward(token_grads)
+        factors, self.row_scale = self.row_scale, None
         with on_device(hidden):
             for tile, columns in self._tiles(hidden, lm_head, panel):
                 into = self._kept_columns(hidden, columns, panel)
-                vocabulary_tiles.keep(tile, lm_head.bias, into, statistics[0], columns, block=self.block, **transform)
-            self._settle(targets, statistics, panel, transform)
+                vocabulary_tiles.keep(
+                    tile, lm_head.bias, into, statistics[0], factors, columns, block=self.block, **transform
+                )
+            self._settle(targets, statistics, panel, transform, factors=factors)
         if self.spec.by_hidden:
             self._add_product(lm_head, panel)
 
@@ -378,7 +381,7 @@ class FoldedRows:
             _multiply(hidden, lm_head.weight[columns].T, tile[:, : columns.stop - first])
             yield tile, columns
 
-    def _settle(self, targets, state, panel, transform, references=None, sums=None) -> None:
+    def _settle(self, targets, state, panel, transform, references=None, sums=None, factors=None) -> None:
         """Make a panel of P ready for its GEMM."""
         from .kernels import vocabulary_tiles
 
@@ -389,6 +392,7 @@ class FoldedRows:
             state,
             references,
             sums,
+            factors,
             panel,
             tile_cols=self.tile_cols,
             block=self.block,
@@ -404,31 +408,28 @@ class FoldedRows:
         row_scale = token_grads * -factor / self.statistics[1]
         self.row_scale = torch.where(self.targets == INVALID, torch.nan, row_scale)
 
-    def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
         """d loss / d hidden [n, H], and what its rows are yet to be multiplied with [n]."""
-        size = len(self.row_scale), lm_head.weight.shape[1]
+        size = len(self.current), lm_head.weight.shape[1]
         if self.spec.keeps == "panels":
             return self.product[: size[0]], self.row_scale
         product = self.buffer.view(-1)[: size[0] * size[1]].view(size)
         _multiply(self.current, lm_head.weight, product)
         return product, self.row_scale
 
-    def weight_operand(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``hidden`` scaled row by row; in place where it is not needed any more."""
-        scaled = torch.empty_like(hidden) if self.spec.keeps == "panels" else hidden
-        move_rows(hidden, scaled, "triton", factors=self.row_scale)
-        return scaled
-
-    def add_weight_gradient(self, total: torch.Tensor, operand: torch.Tensor, *, add: bool) -> None:
-        """As ``WholeRows.add_weight_gradient``."""
-        _multiply(self.current.T, operand, total, add=add)
+    def add_weight_gradient(self, total: torch.Tensor, hidden: torch.Tensor, *, add: bool) -> None:
+        """As ``WholeRows.add_weight_gradient``; ``hidden`` is scaled in place, unless what is kept was."""
+        if self.row_scale is not None:
+            move_rows(hidden, hidden, "triton", factors=self.row_scale)
+        _multiply(self.current.T, hidden, total, add=add)
 
     def add_bias_gradient(self, total: torch.Tensor) -> None:
         """As ``WholeRows.add_bias_gradient``."""
-        row_scale = self.row_scale[:, None]
+        num_tokens, num_cols = self.current.shape
+        row_scale = self.buffer.new_ones(num_tokens, 1) if self.row_scale is None else self.row_scale[:, None]
         high = row_scale.to(self.current.dtype)
         low = (row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
-        sums = self.row_scale.new_empty(self.current.shape[1], 2)
+        sums = row_scale.new_empty(num_cols, 2)
         _multiply(self.current.T, torch.cat([high, low], dim=1), sums)
         total.add_(sums.sum(1))
 
@@ -469,9 +470,8 @@ def _without_scale(transform: dict) -> dict:
 
 
 def _passing_bytes(spec: ChunkSpec) -> int:
-    """Of a token in ``FoldedRows``, beside logits: its hidden state, that scaled, and its gradient in float32."""
-    of_panels = 2 * spec.by_weight + 4 * spec.by_hidden if spec.keeps == "panels" else 0
-    return spec.hidden_size * (2 + of_panels)
+    """Of a token in ``FoldedRows``, beside logits: its hidden state, and the gradient by it that panels add up to."""
+    return spec.hidden_size * (6 if spec.keeps == "panels" and spec.by_hidden else 2)
 
 
 def _column_counts(num_tokens: int, spec: ChunkSpec) -> tuple[int, int, int]:
