@@ -193,7 +193,23 @@ def without_arithmetic(monkeypatch):
         monkeypatch.setattr(vocabulary_tiles, name, nothing)
     for module, name in ((projection, "_multiply"), (projection, "move_rows"), (from_hidden, "move_rows")):
         monkeypatch.setattr(module, name, nothing)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # all of it would become real
+
+
+def untouched_case(hidden_size: int, vocab: int, seq_len: int, batch: int = 4) -> HiddenCase:
+    """Half of each sequence is prompt; no memory is real but that of the labels."""
+    size = {"dtype": torch.bfloat16, "device": "cpu"}
+    num_prompt = seq_len // 2 + 1
+    labels = torch.zeros(batch, seq_len, dtype=torch.int64)
+    labels[:, :num_prompt] = -100
+    return HiddenCase(
+        hidden=torch.empty(batch, seq_len, hidden_size, **size),
+        weight=torch.empty(vocab, hidden_size, **size),
+        bias=None,
+        labels=labels,
+        ref_hidden=torch.empty(batch, seq_len, hidden_size, **size),
+        desirable=torch.ones(batch, dtype=torch.bool),
+        options={"ref_logps": torch.zeros(batch), "backend": "triton"},
+    )
 
 
 @pytest.mark.skipif(HAS_GPU, reason="a GPU has a test of its own")
@@ -204,24 +220,34 @@ def without_arithmetic(monkeypatch):
     [(896, 2048, 2**30), (4096, 2048, 2**30), (896, 8192, 2**30), (896, 2048, 2**28)],
 )
 def test_memory_of_bf16_rows_stays_within_the_budget(without_arithmetic, setting, hidden_size, tokens, chunk_bytes):
-    """Of an LM head of 151936 tokens, with four sequences; half of each is prompt."""
     function, trained, options = MEMORY[setting]
-    size = {"dtype": torch.bfloat16, "device": "cpu"}
-    case = HiddenCase(
-        hidden=torch.empty(4, 2 * tokens, hidden_size, **size),
-        weight=torch.empty(151936, hidden_size, **size),
-        bias=None,
-        labels=torch.cat([torch.full((4, tokens + 1), -100), torch.zeros(4, tokens - 1, dtype=torch.int64)], dim=1),
-        ref_hidden=None,
-        desirable=torch.ones(4, dtype=torch.bool),
-        options={"ref_logps": torch.zeros(4), "backend": "triton"},
-    )
+    case = untouched_case(hidden_size, 151936, 2 * tokens)
     extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
     if "weight" not in trained:  # it would be no faster with more
         chunk_bytes = min(chunk_bytes, 384 * MIB)
     # of several chunks whose loss is known in time the weight's gradients are added up in float32
     sums = 4 * case.weight.numel() if setting in ("trained", "pairs") else 0
     assert extra <= 1.05 * chunk_bytes + sums
+
+
+# MiB of a step of 8 sequences, as README gives them: (H, V, T), the head trained, with half the budget, frozen
+IN_README = {
+    (896, 151936, 2048): (1543, 943, 290),
+    (896, 151936, 8192): (1182, 862, 375),
+    (2048, 128256, 2048): (1930, 1567, 353),
+    (4096, 151936, 2048): (3689, 3689, 465),
+}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@pytest.mark.parametrize("size", IN_README, ids=str)
+def test_a_step_takes_what_readme_says(without_arithmetic, size):
+    case = untouched_case(*size, batch=8)
+    del case.options["ref_logps"]
+    options = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": torch.empty_like(case.weight), **FIXED}
+    for trained, chunk_bytes, mib in zip((INPUTS, INPUTS, FROZEN), (2**30, 2**29, 2**30), IN_README[size], strict=True):
+        needed, step = inputs_and_step(fused_linear_kto_loss, case, trained, chunk_bytes=chunk_bytes, **options)
+        assert peak_bytes(step, CPU) / MIB == pytest.approx(mib, rel=0.01)
 
 
 @pytest.mark.parametrize("chunk_bytes", [16 * MIB, 48 * MIB], ids=["16 MiB", "48 MiB"])
