@@ -56,7 +56,7 @@ def logit_statistics_kernel(
     columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     # past the last row come the first once more, whose results are not stored
-    hidden_ptrs = hidden_ptr + (rows % num_rows)[:, None] * HIDDEN_SIZE + depth[None, :]
+    hidden_ptrs = hidden_ptr + (rows % num_rows).to(tl.int64)[:, None] * HIDDEN_SIZE + depth[None, :]
     weight_ptrs = weight_ptr + columns[None, :] * weight_stride + depth[:, None]
     u = tl.zeros([ROWS, COLUMNS], tl.float32)
     for _ in range(0, HIDDEN_SIZE, DEPTH):
@@ -132,13 +132,18 @@ def merge_statistics_kernel(
 
 def whole_columns(weight: torch.Tensor) -> int:
     """The first rows of the weight [V, H] that ``statistics`` serves: in whole blocks; none where steps along H are
-    not whole, 16-byte loads do not reach its rows or 32 bits its end.
+    not whole, wide loads do not reach its rows or 32 bits its end.
     """
     vocab_size, hidden_size = weight.shape
-    is_aligned = weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.data_ptr() % 16 == 0
+    is_aligned = weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0
     if not is_aligned or hidden_size % DEPTH or vocab_size * weight.stride(0) >= 2**31:
         return 0
     return vocab_size // COLUMNS * COLUMNS
+
+
+def partial_bytes(vocab_size: int) -> int:
+    """What ``statistics`` needs of each row beside its results."""
+    return 4 * 4 * (vocab_size // COLUMNS)
 
 
 def statistics(

@@ -160,7 +160,7 @@ def fold_tile_kernel(
         tl.store(state_ptr + 2 * num_rows + row, cap(x, scale, softcap, HAS_SOFTCAP))
 
 
-@triton.jit(do_not_specialize=["first", "cols", "num_rows"])
+@triton.jit(do_not_specialize=["first", "cols"])
 def keep_tile_kernel(
     tile_ptr,
     bias_ptr,
@@ -187,7 +187,6 @@ def keep_tile_kernel(
     row_ptr = tile_ptr + row * tile_stride
     kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride, VEC)
     reference = tl.load(references_ptr + row)
-    reference = tl.where(reference == float("-inf"), 0.0, reference)
     row_factor = tl.load(factors_ptr + row)
     for start in range(0, cols, LANES * VEC):
         u, slope, inside = load_tile(
@@ -266,8 +265,9 @@ def settle_rows_kernel(
                 pointers = product_ptr + row * hidden_size + columns
                 product = tl.load(pointers, mask=columns < hidden_size, other=0.0)
                 tl.store(pointers, product * rescale, mask=columns < hidden_size)
+    tl.debug_barrier()  # what is stored from here on was read, or written otherwise, above
+    if HAS_SUMS:
         tl.store(product_references_ptr + row, reference)
-    tl.debug_barrier()  # the target's entry comes after the rescaling
     target = tl.load(targets_ptr + row)
     if (target >= first) & (target < first + cols):
         entry = tl.full([], 0.0, tl.float32)
@@ -323,7 +323,8 @@ def add_target_rows_kernel(
     state_ptr,
     num_rows: tl.int64,
     hidden_size: tl.int64,
-    weight_stride,
+    weight_row_stride,
+    weight_column_stride,
     softcap: tl.float64,
     factor: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
@@ -341,7 +342,10 @@ def add_target_rows_kernel(
             columns = start + tl.arange(0, BLOCK)
             inside = columns < hidden_size
             pointers = product_ptr + row * hidden_size + columns
-            weight = tl.load(weight_ptr + target.to(tl.int64) * weight_stride + columns, mask=inside, other=0.0)
+            weight_ptrs = (
+                weight_ptr + target.to(tl.int64) * weight_row_stride + columns.to(tl.int64) * weight_column_stride
+            )
+            weight = tl.load(weight_ptrs, mask=inside, other=0.0)
             product = tl.load(pointers, mask=inside, other=0.0)
             tl.store(pointers, product - others * weight.to(tl.float32), mask=inside)
 
@@ -524,7 +528,8 @@ def add_target_rows(
         state,
         num_rows=len(targets),
         hidden_size=product.shape[1],
-        weight_stride=weight.stride(0),
+        weight_row_stride=weight.stride(0),
+        weight_column_stride=weight.stride(1),
         softcap=softcap if softcap is not None else 1.0,
         factor=factor,
         HAS_SOFTCAP=softcap is not None,

@@ -88,10 +88,13 @@ class _Engine:
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
         """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
         self._gather(start, stop)
-        outputs = self.chunk.forward(self.chunk_hidden, self.lm_head, self.targets[start:stop], self.transform, keep)
+        # a copy, as below: where a slice starts would be one more thing that kernels are compiled for
+        targets = self.targets[start:stop].clone()
+        outputs = self.chunk.forward(self.chunk_hidden, self.lm_head, targets, self.transform, keep)
         for values, output in zip(self.per_token, outputs, strict=True):
             values[start:stop] = output
-        self.statistics[:, start:stop] = self.chunk.statistics
+        for values, statistic in zip(self.statistics, self.chunk.statistics, strict=True):
+            values[start:stop] = statistic
 
     def _gather(self, start: int, stop: int) -> None:
         rows = self.tokens.rows[start:stop]
@@ -109,8 +112,8 @@ class _Engine:
         """Add the gradients of tokens start..stop by what ``statistics`` says of their logits, computed once more."""
         self._gather(start, stop)
         of_tokens = (
-            self.targets[start:stop],
-            self.statistics[:, start:stop].contiguous(),
+            self.targets[start:stop].clone(),
+            tuple(values[start:stop].clone() for values in self.statistics),
             token_grads[start:stop],
             self.transform,
         )
@@ -239,7 +242,7 @@ def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> C
         backend=options.logits.backend,
         keeps=keeps,
         by_hidden=options.needs[0],
-        by_weight=options.is_head_trained,
+        by_head=options.is_head_trained,
         num_bytes=options.chunk_bytes,
     )
 

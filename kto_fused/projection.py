@@ -83,6 +83,10 @@ def _is_hopper(device: torch.device) -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def _folds_in_registers(hidden_size: int, device: torch.device) -> bool:
+    return hidden_size <= REGISTER_HIDDEN_SIZE and _is_hopper(device)
+
+
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
     """out (+)= a @ b, in the precision of ``out``."""
     if a.dtype != out.dtype and not _has_float32_output(a.device, a.dtype):
@@ -105,7 +109,7 @@ class ChunkSpec:
     backend: str
     keeps: Keeps
     by_hidden: bool  # which gradients are to be taken
-    by_weight: bool
+    by_head: bool  # of its weight, its bias or both
     num_bytes: int
 
     @property
@@ -181,7 +185,7 @@ class WholeRows:
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
                 )
         _, logps, _, _, *metrics = outputs
-        self.statistics, self.targets, self.transform = torch.stack(outputs[1:4]), outputs[0], transform
+        self.statistics, self.targets, self.transform = outputs[1:4], outputs[0], transform
         return logps, *metrics
 
     def again(
@@ -189,13 +193,13 @@ class WholeRows:
         hidden: torch.Tensor,
         lm_head: LMHead,
         targets: torch.Tensor,
-        statistics: torch.Tensor,
+        statistics: tuple[torch.Tensor, ...],
         token_grads: torch.Tensor,
         transform: dict,
         panel: slice,
     ) -> None:
-        """``forward`` and ``backward`` once more, for one of ``panels``, with the first visit's ``statistics``
-        [NUM_STATISTICS, n].
+        """``forward`` and ``backward`` once more, for one of ``panels``, with the first visit's NUM_STATISTICS
+        ``statistics``, each [n].
         """
         self._logits(hidden, lm_head)
         self.targets, self.transform, self.statistics = targets, transform, statistics
@@ -270,13 +274,17 @@ class FoldedRows:
     @staticmethod
     def capacity(spec: ChunkSpec) -> int:
         """As ``WholeRows.capacity``."""
+        from .kernels import logit_statistics
+
+        may_use_registers = spec.keeps == "nothing" and _folds_in_registers(spec.hidden_size, spec.device)
 
         def size(num_tokens: int) -> int:
             _, tile_cols, kept_cols = _column_counts(num_tokens, spec)
             buffer = max(tile_cols, spec.hidden_size if spec.keeps == "all" else 0)
-            return num_tokens * (4 * buffer + 2 * kept_cols + _passing_bytes(spec))
+            partial = logit_statistics.partial_bytes(spec.vocab_size) if may_use_registers else 0
+            return num_tokens * (4 * buffer + 2 * kept_cols + _passing_bytes(spec) + partial)
 
-        has_all_tokens = spec.keeps == "all" or (spec.keeps == "panels" and spec.by_weight)
+        has_all_tokens = spec.keeps == "all" or (spec.keeps == "panels" and spec.by_head)
         limit = 2**24 if has_all_tokens else PANEL_TOKENS
         fits, step = 1, limit // 2
         while step:
@@ -307,18 +315,19 @@ class FoldedRows:
                 first = self._columns_in_registers(weight, transform)
                 if first:
                     logit_statistics.statistics(hidden, weight, lm_head.bias, targets, state, factor=factor)
-                for tile, columns in self._tiles(hidden, lm_head, slice(first, len(weight))):
+                rest = slice(first, len(weight))
+                for tile, columns in self._tiles(hidden, lm_head, rest, needs_buffer=not first):
                     vocabulary_tiles.fold(tile, lm_head.bias, targets, state, columns, block=self.block, **transform)
             vocabulary_tiles.finish(targets, state, outputs, vocab_size=len(weight), factor=factor)
-        self.statistics, self.targets, self.transform = state[:3], targets, transform
+        self.statistics, self.targets, self.transform = tuple(state[:3]), targets, transform
         return outputs
 
     def _columns_in_registers(self, weight: torch.Tensor, transform: dict) -> int:
         """How many, from the first, are best folded in the registers of their GEMM."""
         from .kernels import logit_statistics
 
-        is_faster = weight.shape[1] <= REGISTER_HIDDEN_SIZE and _is_hopper(weight.device)
-        return logit_statistics.whole_columns(weight) if is_faster and transform["softcap"] is None else 0
+        is_faster = transform["softcap"] is None and _folds_in_registers(weight.shape[1], weight.device)
+        return logit_statistics.whole_columns(weight) if is_faster else 0
 
     def _fold_and_keep(self, hidden, lm_head, targets, transform, state) -> None:
         from .kernels import vocabulary_tiles
@@ -348,7 +357,7 @@ class FoldedRows:
         hidden: torch.Tensor,
         lm_head: LMHead,
         targets: torch.Tensor,
-        statistics: torch.Tensor,
+        statistics: tuple[torch.Tensor, ...],
         token_grads: torch.Tensor,
         transform: dict,
         panel: slice,
@@ -356,6 +365,7 @@ class FoldedRows:
         """As ``WholeRows.again``; what is kept is the gradient itself."""
         from .kernels import vocabulary_tiles
 
+        state = torch.stack(statistics)
         self.statistics, self.targets, self.transform = statistics, targets, transform
         self.backward(token_grads)
         factors, self.row_scale = self.row_scale, None
@@ -365,19 +375,27 @@ class FoldedRows:
                 vocabulary_tiles.keep(
                     tile, lm_head.bias, into, statistics[0], factors, columns, block=self.block, **transform
                 )
-            self._settle(targets, statistics, panel, transform, factors=factors)
+            self._settle(targets, state, panel, transform, factors=factors)
         if self.spec.by_hidden:
             self._add_product(lm_head, panel)
 
     def _add_product(self, lm_head: LMHead, panel: slice) -> None:
         _multiply(self.current, lm_head.weight[panel], self.product[: len(self.current)], add=panel.start > 0)
 
-    def _tiles(self, hidden: torch.Tensor, lm_head: LMHead, panel: slice) -> Iterator[tuple[torch.Tensor, slice]]:
+    def _tiles(
+        self, hidden: torch.Tensor, lm_head: LMHead, panel: slice, needs_buffer: bool = True
+    ) -> Iterator[tuple[torch.Tensor, slice]]:
         """Tiles of logits [n, tile_cols], each in the same memory, and their columns."""
-        num_tokens = len(hidden)
-        tile = self.buffer.view(-1)[: num_tokens * self.tile_cols].view(num_tokens, self.tile_cols)
-        for first in range(panel.start, panel.stop, self.tile_cols):
-            columns = slice(first, min(first + self.tile_cols, panel.stop))
+        num_tokens, width = len(hidden), self.tile_cols
+        if panel.start == panel.stop:
+            return
+        if needs_buffer:
+            tile = self.buffer.view(-1)[: num_tokens * width].view(num_tokens, width)
+        else:  # a few columns
+            width = min(width, -(-(panel.stop - panel.start) // self.block) * self.block)
+            tile = torch.empty(num_tokens, width, device=hidden.device)
+        for first in range(panel.start, panel.stop, width):
+            columns = slice(first, min(first + width, panel.stop))
             _multiply(hidden, lm_head.weight[columns].T, tile[:, : columns.stop - first])
             yield tile, columns
 
@@ -409,7 +427,7 @@ class FoldedRows:
         self.row_scale = torch.where(self.targets == INVALID, torch.nan, row_scale)
 
     def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """d loss / d hidden [n, H], and what its rows are yet to be multiplied with [n]."""
+        """d loss / d hidden [n, H], and what its rows are yet to be multiplied with [n], if anything."""
         size = len(self.current), lm_head.weight.shape[1]
         if self.spec.keeps == "panels":
             return self.product[: size[0]], self.row_scale
@@ -491,5 +509,8 @@ def _column_counts(num_tokens: int, spec: ChunkSpec) -> tuple[int, int, int]:
     if spec.keeps == "all":
         return block, tile_cols, whole
     left = spec.num_bytes - num_tokens * (4 * tile_cols + _passing_bytes(spec))
-    kept_cols = columns(min(WEIGHT_PANEL_LOGITS if spec.by_weight else PANEL_LOGITS, left // 2))
-    return block, min(tile_cols, kept_cols), kept_cols
+    kept_cols = columns(min(WEIGHT_PANEL_LOGITS if spec.by_head else PANEL_LOGITS, left // 2))
+    tile_cols = min(tile_cols, kept_cols)
+    if kept_cols < whole:  # in whole tiles
+        kept_cols = kept_cols // tile_cols * tile_cols
+    return block, tile_cols, kept_cols

@@ -79,10 +79,10 @@ def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: boo
     loss.sum().backward()
 
 
-def launch_hidden(seq_len: int, vocab: int, **options: object) -> None:
-    """The same from hidden states in bfloat16, the reference's included."""
-    hidden = torch.empty(2, seq_len, 896, dtype=torch.bfloat16, requires_grad=True)
-    weight, bias = (torch.empty(vocab, *size, dtype=torch.bfloat16) for size in ((896,), ()))
+def launch_hidden(seq_len: int, vocab: int, dtype: torch.dtype = torch.bfloat16, **options: object) -> None:
+    """The same from hidden states, the reference's included."""
+    hidden = torch.empty(2, seq_len, 896, dtype=dtype, requires_grad=True)
+    weight, bias = (torch.empty(vocab, *size, dtype=dtype) for size in ((896,), ()))
     labels = torch.zeros(2, seq_len, dtype=torch.long)
     for lm_head_bias in (None, bias):
         # the head frozen, trained with its loss known in time, and trained with it known in the backward
@@ -194,9 +194,10 @@ def variants_of_hidden_lengths() -> list[dict[str, int]]:
     for kernel in launched.values():
         kernel.device_caches.clear()
     counts = []
-    for seq_lens in ([300], [64, 17, 1024]):
+    for seq_lens in ([300], [64, 17, 150]):
         for seq_len in seq_lens:
             launch_hidden(seq_len, 32000)
+            launch_hidden(seq_len, 1024, torch.float32, chunk_bytes=2**21)  # in several chunks
         counts.append({name: len(kernel.device_caches[0][0]) for name, kernel in launched.items()})
     return counts
 

@@ -402,6 +402,40 @@ def test_any_chunk_gives_the_same_result(engine, setting, packed):
         compare(run_hidden(function, case, trained=trained, chunk_bytes=chunk_bytes, **options), expected)
 
 
+@by_trained
+@pytest.mark.parametrize("kind", ["transposed", "every other column", "rows apart"])
+def test_a_strided_head(engine, kind, trained):
+    case = make_hidden_case(vocab=300, dtype=torch.bfloat16, **on(engine))
+    wide = torch.full((300, 40), torch.nan, dtype=torch.bfloat16, device=engine[1])
+    views = {
+        "transposed": torch.empty_like(case.weight.T.contiguous()).T,
+        "every other column": wide[:, :32:2],
+        "rows apart": wide[:, :16],
+    }
+    case = replace(case, weight=views[kind].copy_(case.weight))
+    assert case.weight.stride() != (16, 1)
+    check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained)
+
+
+@pytest.mark.parametrize("setting", ["frozen", "one loss per sequence"])
+def test_likely_targets_at_the_ends_of_panels(engine, setting, monkeypatch):
+    """Where a target's p is near 1, its entry beside the others' is what the gradient is made of."""
+    function, trained, options = CHUNKED[setting]
+    for name in ("TILE_LOGITS", "PANEL_LOGITS", "WEIGHT_PANEL_LOGITS"):
+        monkeypatch.setattr(projection, name, 1)
+    case = make_hidden_case(batch=4, seq_len=6, vocab=2500, dtype=torch.bfloat16, std=1.0, **on(engine))
+    ends = torch.tensor([0, 1023, 1024, 2047, 2048, 2499], device=engine[1])
+    hidden_size = case.hidden.shape[-1]
+    case.weight[ends] = 0
+    for index, token in enumerate(ends):
+        case.weight[token, index] = 12.0
+    rows = torch.arange(case.labels.numel(), device=engine[1]).view_as(case.labels) % len(ends)
+    case.labels[:] = torch.where(case.labels >= 0, ends[rows], case.labels)
+    likely = torch.nn.functional.one_hot(rows.roll(-1, dims=1), hidden_size)
+    case.hidden.nan_to_num_().mul_(0.1).add_(likely)
+    check_hidden_against_twin(function, case, trained=trained, **options)
+
+
 @pytest.mark.parametrize("setting", CHUNKED)
 @pytest.mark.parametrize("num_tokens", [None, 7], ids=["whole", "split"])
 def test_panels_of_columns(engine, setting, num_tokens, monkeypatch):
@@ -823,17 +857,20 @@ def in_registers(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", FAR)
-@pytest.mark.parametrize("num_tokens", [None, 4], ids=["one chunk", "chunks"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logits_folded_in_registers(columns, num_tokens, temperature, in_registers):
-    """More than one block of rows and of columns, the last of each with places to spare."""
-    sizes = {"batch": 5, "seq_len": 40, "vocab": 700, "hidden_size": 64}
+@pytest.mark.parametrize("num_tokens", [None, 40], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize(("vocab", "temperature"), [(700, 1.0), (768, 0.7)], ids=["a rest of columns", "none"])
+def test_logits_folded_in_registers(columns, num_tokens, vocab, temperature, in_registers, monkeypatch):
+    """Several groups of blocks of rows, several steps of the merge, and targets in any block."""
+    small = {"ROWS": 16, "COLUMNS": 16, "DEPTH": 16, "GROUP_ROWS": 2, "MERGE_TILES": 4, "MERGE_ROWS": 16}
+    for name, value in small.items() if not HAS_GPU else ():
+        monkeypatch.setattr(logit_statistics, name, value)
+    sizes = {"batch": 5, "seq_len": 40, "vocab": vocab, "hidden_size": 64}
     case = make_hidden_case(**sizes, dtype=torch.bfloat16, device=DEVICE, backend="triton", temperature=temperature)
-    bias = torch.zeros(700, device=DEVICE)
+    bias = torch.zeros(vocab, device=DEVICE)
     for first, last, value in FAR[columns]:
         bias[first // 4 : last // 4] = value
     case = replace(case, bias=bias.bfloat16() if FAR[columns] else None)
-    case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 256 + 256
+    case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 444 + 256  # behind those of no probability
     with chunks_of(num_tokens), torch.no_grad():
         loss, metrics, _ = run_hidden(fused_linear_kto_loss, case, trained=())
     assert len(in_registers) == 2 if num_tokens is None else len(in_registers) > 2, "policy and reference"
@@ -847,12 +884,15 @@ def test_logits_folded_in_registers(columns, num_tokens, temperature, in_registe
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_registers_hand_on_what_is_no_number(poison, in_registers):
     case = make_hidden_case(hidden_size=64, vocab=700, dtype=torch.bfloat16, device=DEVICE, backend="triton")
+    case.hidden.nan_to_num_()
     case.hidden[0, 0] = poison
     labels = case.labels.clamp(min=0)
     with torch.no_grad():
         logps, _ = linear_token_logps(case.hidden, case.weight, labels, return_metrics=True, **case.options)
     assert in_registers
     assert logps[0, 0].isnan()
+    assert logps[0, 1:].isfinite().all()
+    assert logps[1:].isfinite().all()
 
 
 @pytest.mark.parametrize(
