@@ -74,7 +74,7 @@ class _Engine:
         self.per_token = [torch.zeros(len(tokens.rows), dtype=compute, device=hidden.device) for _ in range(4)]
         self.targets = tokens.targets.int()
         # for a second visit: what the chunks of the first said of each token's logits
-        self.statistics = hidden.new_zeros(NUM_STATISTICS, hidden.numel() // max(1, hidden.shape[-1]), dtype=compute)
+        self.statistics = hidden.new_zeros(NUM_STATISTICS, hidden.shape[:-1].numel(), dtype=compute)
         logits = options.logits
         self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
 

@@ -6,7 +6,7 @@ here.
 columns' logits a second time, with the statistics of the first. There are two kinds of chunk with these methods.
 ``WholeRows`` holds the chunk's logits in float32 and turns them into their own gradient. ``FoldedRows``, for bfloat16
 on a GPU, has a tile of columns at a time in float32 and keeps softmax numerators in bfloat16, of all columns only where
-both gradients need them: half the bytes a token, a pass over them less.
+the head's gradient is found on the first visit: half the bytes a token, a pass over them less.
 """
 
 import functools
