@@ -111,14 +111,11 @@ class _Engine:
     def visit_again(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
         """Add the gradients of tokens start..stop by what ``statistics`` says of their logits, computed once more."""
         self._gather(start, stop)
-        of_tokens = (
-            self.targets[start:stop].clone(),
-            tuple(values[start:stop].clone() for values in self.statistics),
-            token_grads[start:stop],
-            self.transform,
-        )
-        for panel in self.chunk.panels():
-            self.chunk.again(self.chunk_hidden, self.lm_head, *of_tokens, panel)
+        targets = self.targets[start:stop].clone()
+        statistics = tuple(values[start:stop].clone() for values in self.statistics)
+        for panel in self.chunk.again(
+            self.chunk_hidden, self.lm_head, targets, statistics, token_grads[start:stop], self.transform
+        ):
             self._add_head_gradients(panel, add=start > 0)
         self._write_hidden_gradient(start, stop)
 

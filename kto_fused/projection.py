@@ -160,10 +160,6 @@ class WholeRows:
             fixed += 3 * torch_backend.BLOCK_BYTES
         return max(1, (spec.num_bytes - fixed) // per_token)
 
-    def panels(self) -> list[slice]:
-        """The columns of one visit each: all."""
-        return [slice(0, self.spec.vocab_size)]
-
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
     ) -> tuple[torch.Tensor, ...]:
@@ -196,14 +192,14 @@ class WholeRows:
         statistics: tuple[torch.Tensor, ...],
         token_grads: torch.Tensor,
         transform: dict,
-        panel: slice,
-    ) -> None:
-        """``forward`` and ``backward`` once more, for one of ``panels``, with the first visit's NUM_STATISTICS
-        ``statistics``, each [n].
+    ) -> Iterator[slice]:
+        """``forward`` and ``backward`` once more, with the first visit's NUM_STATISTICS ``statistics``, each [n]: for
+        some columns at a time, which it yields for the head's gradient.
         """
         self._logits(hidden, lm_head)
         self.targets, self.transform, self.statistics = targets, transform, statistics
         self.backward(token_grads)
+        yield slice(0, self.spec.vocab_size)
 
     def _logits(self, hidden: torch.Tensor, lm_head: LMHead) -> torch.Tensor:
         logits = self.logits[: len(hidden)]
@@ -360,8 +356,7 @@ class FoldedRows:
         statistics: tuple[torch.Tensor, ...],
         token_grads: torch.Tensor,
         transform: dict,
-        panel: slice,
-    ) -> None:
+    ) -> Iterator[slice]:
         """As ``WholeRows.again``; what is kept is the gradient itself."""
         from .kernels import vocabulary_tiles
 
@@ -369,15 +364,17 @@ class FoldedRows:
         self.statistics, self.targets, self.transform = statistics, targets, transform
         self.backward(token_grads)
         factors, self.row_scale = self.row_scale, None
-        with on_device(hidden):
-            for tile, columns in self._tiles(hidden, lm_head, panel):
-                into = self._kept_columns(hidden, columns, panel)
-                vocabulary_tiles.keep(
-                    tile, lm_head.bias, into, statistics[0], factors, columns, block=self.block, **transform
-                )
-            self._settle(targets, state, panel, transform, factors=factors)
-        if self.spec.by_hidden:
-            self._add_product(lm_head, panel)
+        for panel in self.panels():
+            with on_device(hidden):
+                for tile, columns in self._tiles(hidden, lm_head, panel):
+                    into = self._kept_columns(hidden, columns, panel)
+                    vocabulary_tiles.keep(
+                        tile, lm_head.bias, into, statistics[0], factors, columns, block=self.block, **transform
+                    )
+                self._settle(targets, state, panel, transform, factors=factors)
+            if self.spec.by_hidden:
+                self._add_product(lm_head, panel)
+            yield panel
 
     def _add_product(self, lm_head: LMHead, panel: slice) -> None:
         _multiply(self.current, lm_head.weight[panel], self.product[: len(self.current)], add=panel.start > 0)
