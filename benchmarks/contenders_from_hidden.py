@@ -6,6 +6,7 @@ A contender maps a problem to (loss, sequence log-probabilities); the loss's ``b
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +73,9 @@ def make_problem(
 Contender = Callable[[Problem], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def fused(problem: Problem):
+def fused(problem: Problem, **options):
     reference = {"ref_hidden": problem.ref_hidden, "ref_lm_head_weight": problem.ref_weight}
-    options = {**reference, "beta": BETA, "logit_softcap": problem.softcap}
+    options = {**reference, "beta": BETA, "logit_softcap": problem.softcap, **options}
     policy = problem.hidden, problem.weight, problem.labels
     if problem.loss == "kto":
         loss, metrics = kto_fused.fused_linear_kto_loss(*policy, problem.desirable, reference_point=0.0, **options)
@@ -166,6 +167,8 @@ def contenders(device: torch.device, softcap: float | None = None, compiled: boo
     """Who can run on this device, with this soft cap; ``compiled`` adds those that take long to compile."""
     compiled = compiled and can_compile(device)
     found: dict[str, Contender] = {"kto-fused": fused, "eager": from_sequence_logps(eager)}
+    if device.type == "cuda":
+        found["kto-fused, 512 MiB chunk"] = partial(fused, chunk_bytes=2**29)
     if compiled and device.type == "cuda":
         found["torch.compile of eager"] = torch.compile(from_sequence_logps(eager))
     if is_installed("trl"):

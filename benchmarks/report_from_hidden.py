@@ -48,6 +48,7 @@ class Plan:
     picture: Size  # time and memory against its length
     lengths: tuple[int, ...]
     rounds: int
+    settling: float = 0.0  # seconds
 
     @property
     def all_entries(self) -> list[Entry]:
@@ -90,6 +91,7 @@ PLANS = {
         picture=QWEN_05B,
         lengths=(512, 2048, 8192),
         rounds=5,
+        settling=0.5,
     ),
 }
 
@@ -214,11 +216,12 @@ def measure(
     case: str,
     size: Size,
     found: dict[str, Contender],
-    rounds: int,
+    plan: Plan,
     left_out: list[dict],
 ) -> list[Row]:
-    turns = [HiddenTurn(name, contender, problem, truth) for name, contender in found.items()]
-    turns = take_turns([*turns, FloorTurn(problem)], rounds, title(case, size), left_out, problem.hidden.device)
+    turns = [*(HiddenTurn(name, contender, problem, truth) for name, contender in found.items()), FloorTurn(problem)]
+    device = problem.hidden.device
+    turns = take_turns(turns, plan.rounds, title(case, size), left_out, device, plan.settling)
     ms = {turn.name: turn.milliseconds[0] for turn in turns}
     gradients = [problem.hidden, problem.weight] if problem.is_trained else [problem.hidden]
     return [
@@ -242,6 +245,10 @@ def title(case: str, size: Size | str) -> str:
     return f"{loss.upper()}, head {head}, {size}"
 
 
+def settled(settling: float) -> str:
+    return f", each of {settling:g} s, the last step of which counts" if settling else ""
+
+
 def cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -252,7 +259,7 @@ def tables(report: dict) -> str:
         "",
         f"{report['machine']}; torch {report['torch']}. A step is the policy's forward and backward and the "
         f"reference's forward; half of each sequence is prompt. Medians of {report['rounds']} rounds in which all took "
-        f"turns. {how_timed(report['device'])} "
+        f"turns{settled(report['settling'])}. {how_timed(report['device'])} "
         f"{FLOOR}: the same matrix products on completion tokens, in the input dtype, into buffers that exist "
         "already. Peak memory is everything a step allocates beside its inputs, the gradients included. Errors are "
         "against float64 on the same inputs: the worst sequence's log-probability in nats; the gradient by the last "
@@ -281,7 +288,7 @@ def tables(report: dict) -> str:
 
 
 def run(device: torch.device, plan: Plan, out: Path) -> None:
-    report = new_report(device, plan.rounds)
+    report = new_report(device, plan.rounds) | {"settling": plan.settling}
     of_picture = {str(size) for size in plan.picture_sizes}
     for entry in plan.all_entries:
         size = entry.size
@@ -294,7 +301,7 @@ def run(device: torch.device, plan: Plan, out: Path) -> None:
         for case in entry.cases:
             loss, head = case.split()
             problem = inputs.posed(loss, is_trained=head == "trained")
-            rows = measure(problem, truth, case, size, found, plan.rounds, report["left_out"])
+            rows = measure(problem, truth, case, size, found, plan, report["left_out"])
             for row in rows:
                 print(f"{title(case, size)}: {row.contender:24} {row.ms:9.2f} ms {row.times_gemms:6.2f} x", flush=True)
             report["rows"] += [asdict(row) for row in rows]

@@ -9,6 +9,7 @@ import json
 import platform
 import re
 import statistics
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -78,10 +79,16 @@ class Turn(ABC):
         self.peak_mib = peak_bytes(self.all_steps, device) / 2**20
         self.drop()
 
-    def take(self, device: torch.device) -> None:
-        self.fresh()
-        self.rounds.append([step_seconds(step, device) for step in self.steps()])
-        self.drop()
+    def take(self, device: torch.device, settling: float) -> None:
+        """Again and again for ``settling`` seconds; the last counts."""
+        end = time.perf_counter() + settling
+        while True:
+            self.fresh()
+            times = [step_seconds(step, device) for step in self.steps()]
+            self.drop()
+            if time.perf_counter() >= end:
+                break
+        self.rounds.append(times)
 
     @property
     def milliseconds(self) -> list[float]:
@@ -89,8 +96,14 @@ class Turn(ABC):
         return [statistics.median(times) * 1e3 for times in zip(*self.rounds, strict=True)]
 
 
-def take_turns(turns: list[Turn], rounds: int, case: str, left_out: list[dict], device: torch.device) -> list[Turn]:
-    """Measure them all; returns those that went through, ``left_out`` gains the others."""
+def take_turns(
+    turns: list[Turn], rounds: int, case: str, left_out: list[dict], device: torch.device, settling: float = 0.0
+) -> list[Turn]:
+    """Measure them all; returns those that went through, ``left_out`` gains the others.
+
+    A GPU at rest starts on clocks that it cannot keep up under load: ``settling`` seconds of each turn bring it to those
+    of a training run.
+    """
     running = []
     for turn in turns:
         free(device)
@@ -103,7 +116,7 @@ def take_turns(turns: list[Turn], rounds: int, case: str, left_out: list[dict], 
             print(f"{case}: {turn.name} left out, {why}", flush=True)
     for _ in range(rounds):
         for turn in running:
-            turn.take(device)
+            turn.take(device, settling)
     return running
 
 
