@@ -101,8 +101,8 @@ def take_turns(
 ) -> list[Turn]:
     """Measure them all; returns those that went through, ``left_out`` gains the others.
 
-    A GPU at rest starts on clocks that it cannot keep up under load: ``settling`` seconds of each turn bring it to those
-    of a training run.
+    A GPU at rest starts on clocks that it cannot keep up under load: ``settling`` seconds of each turn bring it to
+    those of a training run.
     """
     running = []
     for turn in turns:

@@ -160,44 +160,6 @@ def fold_tile_kernel(
         tl.store(state_ptr + 2 * num_rows + row, cap(x, scale, softcap, HAS_SOFTCAP))
 
 
-@triton.jit(do_not_specialize=["first", "cols"])
-def keep_tile_kernel(
-    tile_ptr,
-    bias_ptr,
-    kept_ptr,
-    references_ptr,
-    factors_ptr,
-    first: tl.int32,
-    cols: tl.int32,
-    tile_stride,
-    kept_stride,
-    scale: tl.float64,
-    softcap: tl.float64,
-    factor: tl.float64,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """Grid: (rows,). P of one row of a tile once more, times a factor, under the reference that all tiles led to."""
-    scale = tl.full([], scale, tl.float32)
-    softcap = tl.full([], softcap, tl.float32)
-    log2_factor = tl.full([], factor, tl.float32) * LOG2_E
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = tile_ptr + row * tile_stride
-    kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride, VEC)
-    reference = tl.load(references_ptr + row)
-    row_factor = tl.load(factors_ptr + row)
-    for start in range(0, cols, LANES * VEC):
-        u, slope, inside = load_tile(
-            row_ptr, bias_ptr + first, start, cols, scale, softcap, HAS_BIAS, HAS_SOFTCAP, LANES, VEC
-        )
-        kept = tl.exp2((u - reference) * log2_factor) * row_factor
-        if HAS_SOFTCAP:
-            kept = tl.where(inside, kept * slope, 0.0)
-        tl.store(kept_row_ptr + start + tile_columns(True, LANES, VEC), kept.to(kept_ptr.dtype.element_ty))
-
-
 @triton.jit
 def others_sum(u_target, reference, row_sum, log2_factor, softcap, HAS_SOFTCAP: tl.constexpr):
     """What the columns other than the target's add to s, times the soft cap's derivative at the target."""
@@ -208,6 +170,56 @@ def others_sum(u_target, reference, row_sum, log2_factor, softcap, HAS_SOFTCAP: 
     return others
 
 
+@triton.jit(do_not_specialize=["first", "cols", "num_rows"])
+def keep_tile_kernel(
+    tile_ptr,
+    bias_ptr,
+    kept_ptr,
+    targets_ptr,
+    state_ptr,
+    factors_ptr,
+    first: tl.int32,
+    cols: tl.int32,
+    num_rows: tl.int64,
+    tile_stride,
+    kept_stride,
+    scale: tl.float64,
+    softcap: tl.float64,
+    factor: tl.float64,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Grid: (rows,). P of one row of a tile, times the row's factor, under the reference that all tiles led to.
+
+    Reads each logit once (4 bytes) and writes P (2 bytes), the target's entry too. ``state`` is [3, rows].
+    """
+    scale = tl.full([], scale, tl.float32)
+    softcap = tl.full([], softcap, tl.float32)
+    log2_factor = tl.full([], factor, tl.float32) * LOG2_E
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * tile_stride
+    kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride, VEC)
+    reference = tl.load(state_ptr + row)
+    row_factor = tl.load(factors_ptr + row)
+    target = tl.load(targets_ptr + row) - first
+    others = others_sum(
+        tl.load(state_ptr + 2 * num_rows + row), reference, tl.load(state_ptr + num_rows + row), log2_factor, softcap,
+        HAS_SOFTCAP,
+    )  # fmt: skip
+    for start in range(0, cols, LANES * VEC):
+        u, slope, inside = load_tile(
+            row_ptr, bias_ptr + first, start, cols, scale, softcap, HAS_BIAS, HAS_SOFTCAP, LANES, VEC
+        )
+        kept = tl.exp2((u - reference) * log2_factor) * row_factor
+        if HAS_SOFTCAP:
+            kept = tl.where(inside, kept * slope, 0.0)
+        columns = start + tile_columns(True, LANES, VEC)
+        kept = tl.where(columns == target, -others * row_factor, kept)
+        tl.store(kept_row_ptr + columns, kept.to(kept_ptr.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["first", "cols", "num_rows", "num_tiles", "hidden_size"])
 def settle_rows_kernel(
     kept_ptr,
@@ -216,7 +228,6 @@ def settle_rows_kernel(
     references_ptr,
     product_ptr,
     product_references_ptr,
-    factors_ptr,
     first: tl.int32,
     cols: tl.int32,
     num_rows: tl.int64,
@@ -227,34 +238,31 @@ def settle_rows_kernel(
     softcap: tl.float64,
     factor: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
-    IS_FOLDED: tl.constexpr,
     HAS_SUMS: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
     """Grid: (rows,). Make a panel of P, columns first .. first + cols, ready for its GEMM.
 
-    Rescales the tiles, if any, that were kept under an older reference than the row has now (IS_FOLDED), and what
-    earlier panels left in ``product`` [rows, hidden_size], under ``product_references`` [rows] (HAS_SUMS). Writes the
-    target's entry: 0 while s is not known (HAS_SUMS), else ``-others``, times the row's factor (HAS_FACTORS).
+    Rescales the tiles, if any, that were kept under an older reference than the row has now, and what earlier panels
+    left in ``product`` [rows, hidden_size], under ``product_references`` [rows] (HAS_SUMS). Writes the target's entry:
+    ``-others``, or 0 while s is not known (HAS_SUMS).
     """
     row = tl.program_id(0).to(tl.int64)
     reference = tl.load(state_ptr + row)
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
-    if IS_FOLDED:
-        tiles = tl.arange(0, BLOCK_TILES)
-        kept_under = tl.load(references_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=reference)
-        is_old = (kept_under != reference) & (kept_under != float("-inf"))
-        if tl.max(is_old.to(tl.int32), axis=0) > 0:
-            for tile in range(0, num_tiles):
-                old = tl.load(references_ptr + row * num_tiles + tile)
-                if (old != reference) & (old != float("-inf")):
-                    rescale = tl.exp2((old - reference) * log2_factor)
-                    for start in range(0, tl.minimum(tile_cols, cols - tile * tile_cols), BLOCK):
-                        offsets = row * kept_stride + tile * tile_cols + start + tl.arange(0, BLOCK)
-                        kept = tl.load(kept_ptr + offsets).to(tl.float32) * rescale
-                        tl.store(kept_ptr + offsets, kept.to(kept_ptr.dtype.element_ty))
+    tiles = tl.arange(0, BLOCK_TILES)
+    kept_under = tl.load(references_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=reference)
+    is_old = (kept_under != reference) & (kept_under != float("-inf"))
+    if tl.max(is_old.to(tl.int32), axis=0) > 0:
+        for tile in range(0, num_tiles):
+            old = tl.load(references_ptr + row * num_tiles + tile)
+            if (old != reference) & (old != float("-inf")):
+                rescale = tl.exp2((old - reference) * log2_factor)
+                for start in range(0, tl.minimum(tile_cols, cols - tile * tile_cols), BLOCK):
+                    offsets = row * kept_stride + tile * tile_cols + start + tl.arange(0, BLOCK)
+                    kept = tl.load(kept_ptr + offsets).to(tl.float32) * rescale
+                    tl.store(kept_ptr + offsets, kept.to(kept_ptr.dtype.element_ty))
     if HAS_SUMS:
         # before the first panel there is neither
         old = tl.load(product_references_ptr + row, mask=first > 0, other=float("-inf"))
@@ -276,8 +284,6 @@ def settle_rows_kernel(
                 tl.load(state_ptr + 2 * num_rows + row), reference, tl.load(state_ptr + num_rows + row), log2_factor,
                 tl.full([], softcap, tl.float32), HAS_SOFTCAP,
             )  # fmt: skip
-        if HAS_FACTORS:
-            entry *= tl.load(factors_ptr + row)
         tl.store(kept_ptr + row * kept_stride + target - first, entry.to(kept_ptr.dtype.element_ty))
 
 
@@ -352,7 +358,7 @@ def add_target_rows_kernel(
 
 def block_columns(vocab_size: int) -> int:
     """Columns of one step: a tile's width and a kept row's stride are multiples of it."""
-    return min(BLOCK, max(32 * VEC, triton.next_power_of_2(vocab_size)))
+    return min(BLOCK, max(32 * VEC, 1 << (vocab_size - 1).bit_length()))
 
 
 class Kept(NamedTuple):
@@ -413,7 +419,8 @@ def keep(
     tile: torch.Tensor,
     bias: torch.Tensor | None,
     kept: torch.Tensor,
-    references: torch.Tensor,
+    targets: torch.Tensor,
+    state: torch.Tensor,
     factors: torch.Tensor,
     columns: slice,
     *,
@@ -422,17 +429,19 @@ def keep(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """P of a tile of logits, as ``fold`` keeps it, relative to the rows' final ``references`` [rows], times ``factors``
-    [rows].
+    """P of a tile of logits, those ``columns`` of the vocabulary, once all tiles were folded into ``state`` [3 or more,
+    rows], times ``factors`` [rows].
     """
-    keep_tile_kernel[(len(references),)](
+    keep_tile_kernel[(len(targets),)](
         tile,
         bias if bias is not None else tile,
         kept,
-        references,
+        targets,
+        state,
         factors,
         first=columns.start,
         cols=columns.stop - columns.start,
+        num_rows=len(targets),
         tile_stride=tile.stride(0),
         kept_stride=kept.stride(0),
         scale=scale,
@@ -452,9 +461,8 @@ def settle(
     kept: torch.Tensor,
     targets: torch.Tensor,
     state: torch.Tensor,
-    references: torch.Tensor | None,
+    references: torch.Tensor,
     sums: PanelSums | None,
-    factors: torch.Tensor | None,
     columns: slice,
     *,
     tile_cols: int,
@@ -465,31 +473,27 @@ def settle(
 ) -> None:
     """Make a panel of P, those ``columns`` of the vocabulary, ready for its GEMM.
 
-    ``references`` [rows, tiles] says what its tiles are relative to, None if they are to what ``state`` says now. With
-    ``sums`` the GEMM adds to them, and the rows' sums are not known yet. ``factors`` [rows] are those of ``keep``.
+    ``references`` [rows, tiles] says what its tiles are relative to. With ``sums`` the GEMM adds to them, and the rows'
+    s is not known yet.
     """
-    num_tiles = 1 if references is None else references.shape[1]
     settle_rows_kernel[(len(targets),)](
         kept,
         targets,
         state,
-        references if references is not None else state,
+        references,
         sums.product if sums is not None else state,
         sums.references if sums is not None else state,
-        factors if factors is not None else state,
         first=columns.start,
         cols=columns.stop - columns.start,
         num_rows=len(targets),
-        num_tiles=num_tiles,
+        num_tiles=references.shape[1],
         tile_cols=tile_cols,
         kept_stride=kept.stride(0),
         hidden_size=0 if sums is None else sums.product.shape[1],
         softcap=softcap if softcap is not None else 1.0,
         factor=factor,
         HAS_SOFTCAP=softcap is not None,
-        IS_FOLDED=references is not None,
         HAS_SUMS=sums is not None,
-        HAS_FACTORS=factors is not None,
         BLOCK=block,
         BLOCK_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),  # as many as there might be
         num_warps=1,

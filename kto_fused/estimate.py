@@ -20,7 +20,6 @@ from . import backends, environment, from_hidden, torch_backend
 from .from_hidden import HiddenOptions
 from .from_logits import LogitOptions
 from .functional import DEFAULT_CHUNK_BYTES
-from .layout import compute_dtype
 from .projection import CAST_BYTES, FoldedRows, WholeRows
 
 GIB = 2**30
@@ -367,18 +366,15 @@ def fused_moments(shape: LossShape, chunk_bytes: int, backend: str) -> list[Mome
     or, before the policy, KTO's mismatched pairs: their hidden states and a chunk without gradients
     """
     params, held_dtype = shape.param_dtype.itemsize, from_hidden._held_dtype(shape.param_dtype)
-    chunk, num_chunks = _chunk(shape, chunk_bytes, backend)
-    is_sum_held = num_chunks == 1 and chunk.grad_dtype == held_dtype
-    sum_dtype = held_dtype if is_sum_held else compute_dtype(shape.dtype)
-
+    chunk, weight_sum = _chunk(shape, chunk_bytes, backend)
     inputs = {"reference's hidden states [B, T, H]": shape.dtype.itemsize * shape.hidden, **_autocast_copies(shape)}
     gradients = {
         "gradient by the hidden states [B, T, H]": held_dtype.itemsize * shape.hidden,
-        "gradient by the LM head, summed [V, H]": sum_dtype.itemsize * shape.head * shape.is_head_trained,
+        "gradient by the LM head, summed [V, H]": weight_sum.nbytes if weight_sum is not None else 0,
     }
     rounded = 0
-    if sum_dtype != shape.param_dtype:
-        rounded += params * shape.head * shape.is_head_trained
+    if weight_sum is not None and weight_sum.dtype != shape.param_dtype:
+        rounded += params * shape.head
     if held_dtype != shape.param_dtype:
         rounded += params * shape.hidden
     logits = f"chunk: logits of {chunk.num_tokens} of {shape.num_tokens} tokens"
@@ -402,11 +398,8 @@ def _autocast_copies(shape: LossShape) -> dict[str, int]:
 
 def _chunk(
     shape: LossShape, chunk_bytes: int, backend: str, has_gradient: bool = True
-) -> tuple[WholeRows | FoldedRows, int]:
-    """(the longest chunk, without memory, and how many chunks there are), decided by the engine.
-
-    The CPU stands for the GPU: on either, Triton's chunks are of the same kind.
-    """
+) -> tuple[WholeRows | FoldedRows, torch.Tensor | None]:
+    """(the longest chunk, what the gradient by the LM head adds up in), without memory, decided by the engine."""
     options = HiddenOptions(
         LogitOptions(
             ignore_index=-100,
@@ -422,7 +415,7 @@ def _chunk(
         chunk_bytes=chunk_bytes,
         needs=(has_gradient, has_gradient and shape.is_head_trained, False),
     )
-    weight = torch.empty((), dtype=shape.param_dtype).expand(shape.vocab_size, shape.hidden_size)
+    weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
     keeps, ranges = "nothing", None
     if has_gradient:
         counts = [shape.tokens_per_sequence] * shape.num_sequences
@@ -430,19 +423,19 @@ def _chunk(
     if ranges is None and shape.is_head_trained and has_gradient:  # the larger of two visits
         keeps, ranges = from_hidden._again_ranges(shape.num_tokens, weight, options)
     if ranges is None:
-        limit = from_hidden._chunk_limit(shape.num_tokens, weight, options, keeps)
+        limit = from_hidden._chunk_limit(weight, options, keeps)
         ranges = from_hidden._even_ranges(shape.num_tokens, limit)
-    longest = max(stop - start for start, stop in ranges)
-    spec = from_hidden._chunk_spec(weight, options, keeps)
-    return spec.kind(longest, replace(spec, device=torch.device("meta"))), len(ranges)
+    weight_sum = from_hidden._empty_weight_sum(ranges, weight, options, keeps)
+    return from_hidden._make_chunk(ranges, weight, options, keeps, weight_sum), weight_sum
 
 
 def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
     """The chunk's buffers, and what passes through its GEMMs."""
     spec, rows = chunk.spec, chunk.num_tokens * chunk.spec.hidden_size
-    if isinstance(chunk, FoldedRows):
+    if isinstance(chunk, FoldedRows) and chunk.lent is None:
         _ = chunk.buffer  # made when it is first needed
-    buffers = {id(x): x.nbytes for x in vars(chunk).values() if isinstance(x, torch.Tensor)}
+    tensors = [x for name, x in vars(chunk).items() if name != "lent" and isinstance(x, torch.Tensor)]
+    buffers = {id(x): x.nbytes for x in tensors}
     passing = rows * spec.dtype.itemsize  # the hidden states of its tokens
     if isinstance(chunk, FoldedRows):
         return sum(buffers.values()) + passing

@@ -26,6 +26,9 @@ from .from_logits import LogitOptions, sequence_backward, sequence_sums
 from .layout import CompletionTokens, check_contents, completion_tokens, compute_dtype, row_targets
 from .projection import NUM_STATISTICS, ChunkSpec, FoldedRows, Keeps, LMHead, WholeRows, move_rows
 
+# One chunk for all tokens writes the weight's gradient once: how many times the memory of several it may take.
+ONLY_CHUNK = 1.05
+
 
 @dataclass(frozen=True)
 class HiddenOptions:
@@ -131,17 +134,12 @@ class _Engine:
         if self.bias_sum is not None:
             self.chunk.add_bias_gradient(self.bias_sum[panel])
 
-    def start_sums(self, num_chunks: int) -> None:
-        """Of the head's gradients over so many chunks; a sum over several is rounded once, at its end."""
-        weight, bias, compute = self.lm_head.weight, self.lm_head.bias, self.options.compute_dtype
-        _, needs_weight, needs_bias = self.options.needs
-        if needs_weight:
-            is_exact = num_chunks == 1 and self.chunk.grad_dtype == self.weight_dtype
-            self.weight_sum = weight.new_empty(weight.shape, dtype=self.weight_dtype if is_exact else compute)
-            if not num_chunks:
-                self.weight_sum.zero_()
-        if needs_bias:
-            self.bias_sum = bias.new_zeros(bias.shape, dtype=compute)
+    def start_sums(self, weight_sum: torch.Tensor | None) -> None:
+        """Of the head's gradients; the first chunk overwrites ``weight_sum``."""
+        self.weight_sum = weight_sum
+        if self.options.needs[2]:
+            bias = self.lm_head.bias
+            self.bias_sum = bias.new_zeros(bias.shape, dtype=self.options.compute_dtype)
 
     def scale_hidden_gradient(self, token_grads: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
         """Turn d token log-probability / d hidden into d loss / d hidden."""
@@ -244,17 +242,35 @@ def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> C
     )
 
 
-def _chunk_limit(num_tokens: int, weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> int:
+def _chunk_limit(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> int:
     """How many tokens one chunk may hold."""
     spec = _chunk_spec(weight, options, keeps)
-    limit = spec.kind.capacity(spec)
-    if limit < num_tokens and keeps == "all" and options.needs[1]:
-        # one chunk needs no float32 sum of weight gradients: what that would take may go to the chunk
-        spared = weight.numel() * (spec.compute_dtype.itemsize - weight.dtype.itemsize)
-        larger = replace(spec, num_bytes=spec.num_bytes + spared)
-        if spec.grad_dtype == weight.dtype and spec.kind.capacity(larger) >= num_tokens:
-            return num_tokens
-    return limit
+    return spec.kind.capacity(spec)
+
+
+def _only_chunk_limit(weight: torch.Tensor, options: HiddenOptions) -> int:
+    """The same where all tokens in one chunk take no more than several chunks would, whose sum of weight gradients is
+    in float32, beside a chunk and then beside itself rounded. 0 where several take no more than a chunk.
+    """
+    spec = _chunk_spec(weight, options, "all")
+    wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
+    if not options.needs[1] or spec.grad_dtype != weight.dtype or wide == held:
+        return 0
+    several = max(spec.num_bytes + wide - held, wide)
+    only = replace(spec, num_bytes=int(ONLY_CHUNK * several), lent_bytes=held)
+    return only.kind.capacity(only)
+
+
+def _empty_weight_sum(
+    ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, keeps: Keeps
+) -> torch.Tensor | None:
+    """For the weight's gradient, which the first chunk writes; the sum of several is rounded at its end."""
+    if not options.needs[1]:
+        return None
+    held_dtype = _held_dtype(weight.dtype)
+    is_held = len(ranges) == 1 and _chunk_spec(weight, options, keeps).grad_dtype == held_dtype
+    total = weight.new_empty(weight.shape, dtype=held_dtype if is_held else options.compute_dtype)
+    return total if ranges else total.zero_()
 
 
 def _in_time_ranges(
@@ -262,15 +278,18 @@ def _in_time_ranges(
 ) -> tuple[Keeps, list[tuple[int, int]] | None]:
     """What chunks keep whose loss is known before their logits are dropped, and such chunks, if there can be."""
     keeps, num_tokens = "all" if options.is_head_trained else "panels", sum(counts)
-    limit = _chunk_limit(num_tokens, weight, options, keeps)
+    limit = _chunk_limit(weight, options, keeps)
     if couples and num_tokens > limit:
         return keeps, None
-    return keeps, _whole_ranges(counts, limit, 2 if paired else 1)
+    ranges = _whole_ranges(counts, limit, 2 if paired else 1)
+    if ranges is not None and len(ranges) > 1 and keeps == "all" and num_tokens <= _only_chunk_limit(weight, options):
+        ranges = [(0, num_tokens)]
+    return keeps, ranges
 
 
 def _again_ranges(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> tuple[Keeps, list[tuple[int, int]]]:
     """The same of a second visit."""
-    return "panels", _even_ranges(num_tokens, _chunk_limit(num_tokens, weight, options, "panels"))
+    return "panels", _even_ranges(num_tokens, _chunk_limit(weight, options, "panels"))
 
 
 def _find_tokens(
@@ -282,10 +301,16 @@ def _find_tokens(
 
 
 def _make_chunk(
-    ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, keeps: Keeps
+    ranges: list[tuple[int, int]],
+    weight: torch.Tensor,
+    options: HiddenOptions,
+    keeps: Keeps,
+    weight_sum: torch.Tensor | None = None,
 ) -> WholeRows | FoldedRows:
     longest = max((stop - start for start, stop in ranges), default=0)
     spec = _chunk_spec(weight, options, keeps)
+    if spec.kind is FoldedRows and len(ranges) == 1 and keeps == "all":
+        return FoldedRows(longest, spec, lent=weight_sum)
     return spec.kind(longest, spec)
 
 
@@ -324,9 +349,11 @@ def forward(
     is_direction = not is_loss_in_time and options.needs[0] and not options.is_head_trained
     if not is_loss_in_time:
         keeps = "panels" if is_direction else "nothing"
-        ranges = _even_ranges(num_tokens, _chunk_limit(num_tokens, weight, options, keeps))
+        ranges = _even_ranges(num_tokens, _chunk_limit(weight, options, keeps))
 
-    chunk = None
+    chunk = weight_sum = None
+    if is_loss_in_time:
+        weight_sum = _empty_weight_sum(ranges, weight, options, keeps)
     ref_hidden, ref_weight, ref_bias = reference
     gemm_weight = weight.to(options.dtype)  # a copy under autocast: one, where the reference has the policy's head
     if ref_weight is not None:
@@ -335,19 +362,19 @@ def forward(
     if ref_hidden is not None:
         ref_options = replace(options, dtype=options.ref_dtype, needs=(False, False, False))
         if ref_options.dtype == options.dtype:  # the policy's buffer serves both
-            chunk = _make_chunk(ranges, weight, options, keeps)
+            chunk = _make_chunk(ranges, weight, options, keeps, weight_sum)
             ref_limit = max(1, chunk.num_tokens)
         else:
-            ref_limit = _chunk_limit(num_tokens, ref_weight, ref_options, "nothing")
+            ref_limit = _chunk_limit(ref_weight, ref_options, "nothing")
         ref_ranges = _even_ranges(num_tokens, ref_limit)
         ref_chunk = chunk or _make_chunk(ref_ranges, ref_weight, ref_options, "nothing")
         engine = _Engine(ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
         for start, stop in ref_ranges:
             engine.forward(start, stop)
         ref_logps = engine.sequences()[0]
-        del engine, ref_chunk
+        del engine, ref_chunk, ref_weight
 
-    chunk = chunk or _make_chunk(ranges, weight, options, keeps)
+    chunk = chunk or _make_chunk(ranges, weight, options, keeps, weight_sum)
     engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
 
@@ -358,7 +385,7 @@ def forward(
 
     results = None
     if is_loss_in_time:
-        engine.start_sums(len(ranges))
+        engine.start_sums(weight_sum)
         for start, stop in ranges:
             engine.forward(start, stop, keep=True)
             # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
@@ -389,7 +416,7 @@ def _visit_again(engine: _Engine, weight: torch.Tensor, token_grads: torch.Tenso
     engine.chunk = None  # before the other takes its memory
     keeps, ranges = _again_ranges(len(engine.tokens.rows), weight, engine.options)
     engine.chunk = _make_chunk(ranges, weight, engine.options, keeps)
-    engine.start_sums(len(ranges))
+    engine.start_sums(_empty_weight_sum(ranges, weight, engine.options, keeps))
     for start, stop in ranges:
         engine.visit_again(start, stop, token_grads)
 

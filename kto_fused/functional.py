@@ -266,7 +266,7 @@ def fused_linear_kto_loss(
         chunk_bytes: how much memory to spend beside the gradients: enough for one token at the least. The default,
             1 GiB, lets the GEMMs run near their full rate; more can spare the fourth GEMM, and what no GEMM would be
             faster for is not taken. Gradients count in float32 for float16, and the weight's where several chunks add
-            up; under autocast the cast head comes on top.
+            up, or one chunk takes what that would; under autocast the cast head comes on top.
 
     All other arguments are those of ``fused_kto_loss``, and so are the errors.
 

@@ -9,7 +9,9 @@ on a GPU, has a tile of columns at a time in float32 and keeps softmax numerator
 the head's gradient is found on the first visit: half the bytes a token, a pass over them less.
 """
 
+import bisect
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -111,6 +113,7 @@ class ChunkSpec:
     by_hidden: bool  # which gradients are to be taken
     by_head: bool  # of its weight, its bias or both
     num_bytes: int
+    lent_bytes: int = 0  # of memory lent until the weight's gradient is written there
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -124,14 +127,23 @@ class ChunkSpec:
     @property
     def grad_dtype(self) -> torch.dtype:
         """Of logits' gradients. Not float16: they are found before the loss is scaled, and would underflow."""
-        return self.dtype if self.is_native and self.dtype != torch.float16 else self.compute_dtype
+        is_narrow = self.kind is FoldedRows or (self.is_native and self.dtype != torch.float16)
+        return self.dtype if is_narrow else self.compute_dtype
 
     @property
     def kind(self) -> type["WholeRows"] | type["FoldedRows"]:
         """The fastest one."""
         is_foldable = self.dtype == torch.bfloat16 and self.backend == "triton"
-        # the interpreter of Triton's kernels runs on a CPU
-        return FoldedRows if is_foldable and (self.is_native or self.device.type == "cpu") else WholeRows
+        # the interpreter of Triton's kernels runs on a CPU; estimates are made without memory
+        is_stand_in = self.device.type in ("cpu", "meta")
+        return FoldedRows if is_foldable and (self.is_native or is_stand_in) else WholeRows
+
+    @functools.cached_property
+    def block(self) -> int:
+        """Columns of one step of the kernels of ``FoldedRows``."""
+        from .kernels import vocabulary_tiles
+
+        return vocabulary_tiles.block_columns(self.vocab_size)
 
 
 class WholeRows:
@@ -144,7 +156,6 @@ class WholeRows:
     def __init__(self, num_tokens: int, spec: ChunkSpec):
         self.num_tokens, self.spec = num_tokens, spec
         self.logits = torch.empty(num_tokens, spec.vocab_size, dtype=spec.compute_dtype, device=spec.device)
-        self.grad_dtype = spec.grad_dtype
         self.grads = self.logits
         if spec.keeps != "nothing" and spec.grad_dtype != spec.compute_dtype:
             self.grads = torch.empty_like(self.logits, dtype=spec.grad_dtype)
@@ -251,11 +262,13 @@ class FoldedRows:
     d loss / d logits = diag(row_scale) P with row_scale = -c / s, which goes to the GEMMs' other operand or result.
     """
 
-    grad_dtype = torch.bfloat16
-
-    def __init__(self, num_tokens: int, spec: ChunkSpec):
+    def __init__(self, num_tokens: int, spec: ChunkSpec, lent: torch.Tensor | None = None):
+        """``lent`` is the weight's gradient, whose memory serves the buffer until this chunk's last GEMM writes it."""
         self.num_tokens, self.spec = num_tokens, spec
-        self.block, self.tile_cols, self.kept_cols = _column_counts(num_tokens, spec)
+        self.tile_cols, self.kept_cols = _column_counts(num_tokens, spec)
+        self.buffer_size = num_tokens, _buffer_cols(self.tile_cols, spec)
+        is_enough = lent is not None and lent.nbytes >= 4 * math.prod(self.buffer_size)
+        self.lent = lent if is_enough else None
         if self.kept_cols:
             self.kept = torch.empty(num_tokens, self.kept_cols, dtype=spec.dtype, device=spec.device)
         if spec.keeps == "panels" and spec.by_hidden:
@@ -264,8 +277,10 @@ class FoldedRows:
     @functools.cached_property
     def buffer(self) -> torch.Tensor:
         """A tile of logits; where all are kept, the gradient by the hidden states after the last."""
-        width = max(self.tile_cols, self.spec.hidden_size if self.spec.keeps == "all" else 0)
-        return torch.empty(self.num_tokens, width, device=self.spec.device)
+        if self.lent is None:
+            return torch.empty(self.buffer_size, device=self.spec.device)
+        memory = self.lent.view(-1).view(torch.uint8)[: 4 * math.prod(self.buffer_size)]
+        return memory.view(torch.float32).view(self.buffer_size)
 
     @staticmethod
     def capacity(spec: ChunkSpec) -> int:
@@ -275,19 +290,15 @@ class FoldedRows:
         may_use_registers = spec.keeps == "nothing" and _folds_in_registers(spec.hidden_size, spec.device)
 
         def size(num_tokens: int) -> int:
-            _, tile_cols, kept_cols = _column_counts(num_tokens, spec)
-            buffer = max(tile_cols, spec.hidden_size if spec.keeps == "all" else 0)
+            tile_cols, kept_cols = _column_counts(num_tokens, spec)
+            buffer = 4 * num_tokens * _buffer_cols(tile_cols, spec)
             partial = logit_statistics.partial_bytes(spec.vocab_size) if may_use_registers else 0
-            return num_tokens * (4 * buffer + 2 * kept_cols + _passing_bytes(spec) + partial)
+            rest = num_tokens * (2 * kept_cols + _passing_bytes(spec) + partial)
+            return rest if buffer <= spec.lent_bytes else rest + buffer
 
         has_all_tokens = spec.keeps == "all" or (spec.keeps == "panels" and spec.by_head)
-        limit = 2**24 if has_all_tokens else PANEL_TOKENS
-        fits, step = 1, limit // 2
-        while step:
-            if size(fits + step) <= spec.num_bytes:
-                fits += step
-            step //= 2
-        return fits
+        limit = spec.num_bytes // _passing_bytes(spec) if has_all_tokens else PANEL_TOKENS
+        return max(1, bisect.bisect_right(range(1, limit + 1), spec.num_bytes, key=size))
 
     def panels(self) -> list[slice]:
         """The columns kept at a time."""
@@ -313,7 +324,9 @@ class FoldedRows:
                     logit_statistics.statistics(hidden, weight, lm_head.bias, targets, state, factor=factor)
                 rest = slice(first, len(weight))
                 for tile, columns in self._tiles(hidden, lm_head, rest, needs_buffer=not first):
-                    vocabulary_tiles.fold(tile, lm_head.bias, targets, state, columns, block=self.block, **transform)
+                    vocabulary_tiles.fold(
+                        tile, lm_head.bias, targets, state, columns, block=self.spec.block, **transform
+                    )
             vocabulary_tiles.finish(targets, state, outputs, vocab_size=len(weight), factor=factor)
         self.statistics, self.targets, self.transform = tuple(state[:3]), targets, transform
         return outputs
@@ -328,7 +341,7 @@ class FoldedRows:
     def _fold_and_keep(self, hidden, lm_head, targets, transform, state) -> None:
         from .kernels import vocabulary_tiles
 
-        is_summed = self.spec.keeps == "panels"
+        is_summed, capping = self.spec.keeps == "panels", _without_scale(transform)
         references = torch.empty(len(hidden), -(-self.kept_cols // self.tile_cols), device=hidden.device)
         sums = None
         if is_summed:
@@ -336,17 +349,34 @@ class FoldedRows:
         for panel in self.panels():
             for index, (tile, columns) in enumerate(self._tiles(hidden, lm_head, panel)):
                 into = vocabulary_tiles.Kept(self._kept_columns(hidden, columns, panel), references, index)
-                vocabulary_tiles.fold(tile, lm_head.bias, targets, state, columns, into, block=self.block, **transform)
-            self._settle(targets, state, panel, transform, references, sums)
+                vocabulary_tiles.fold(
+                    tile, lm_head.bias, targets, state, columns, into, block=self.spec.block, **transform
+                )
+            self.current = self._kept_panel(hidden, panel)
+            vocabulary_tiles.settle(
+                self.current,
+                targets,
+                state,
+                references,
+                sums,
+                panel,
+                tile_cols=self.tile_cols,
+                block=self.spec.block,
+                vocab_size=self.spec.vocab_size,
+                **capping,
+            )
             if is_summed:
                 self._add_product(lm_head, panel)
         if is_summed:
-            capping = _without_scale(transform)
             vocabulary_tiles.add_target_rows(sums.product, lm_head.weight, targets, state, **capping)
 
     def _kept_columns(self, hidden: torch.Tensor, columns: slice, panel: slice) -> torch.Tensor:
         """Where P of a panel's ``columns`` goes, to the end of the buffer."""
         return self.kept[: len(hidden), columns.start - panel.start :]
+
+    def _kept_panel(self, hidden: torch.Tensor, panel: slice) -> torch.Tensor:
+        """All P of a panel."""
+        return self.kept[: len(hidden), : panel.stop - panel.start]
 
     def again(
         self,
@@ -369,9 +399,9 @@ class FoldedRows:
                 for tile, columns in self._tiles(hidden, lm_head, panel):
                     into = self._kept_columns(hidden, columns, panel)
                     vocabulary_tiles.keep(
-                        tile, lm_head.bias, into, statistics[0], factors, columns, block=self.block, **transform
+                        tile, lm_head.bias, into, targets, state, factors, columns, block=self.spec.block, **transform
                     )
-                self._settle(targets, state, panel, transform, factors=factors)
+            self.current = self._kept_panel(hidden, panel)
             if self.spec.by_hidden:
                 self._add_product(lm_head, panel)
             yield panel
@@ -389,31 +419,12 @@ class FoldedRows:
         if needs_buffer:
             tile = self.buffer.view(-1)[: num_tokens * width].view(num_tokens, width)
         else:  # a few columns
-            width = min(width, -(-(panel.stop - panel.start) // self.block) * self.block)
+            width = min(width, -(-(panel.stop - panel.start) // self.spec.block) * self.spec.block)
             tile = torch.empty(num_tokens, width, device=hidden.device)
         for first in range(panel.start, panel.stop, width):
             columns = slice(first, min(first + width, panel.stop))
             _multiply(hidden, lm_head.weight[columns].T, tile[:, : columns.stop - first])
             yield tile, columns
-
-    def _settle(self, targets, state, panel, transform, references=None, sums=None, factors=None) -> None:
-        """Make a panel of P ready for its GEMM."""
-        from .kernels import vocabulary_tiles
-
-        kept = self.current = self.kept[: len(targets), : panel.stop - panel.start]
-        vocabulary_tiles.settle(
-            kept,
-            targets,
-            state,
-            references,
-            sums,
-            factors,
-            panel,
-            tile_cols=self.tile_cols,
-            block=self.block,
-            vocab_size=self.spec.vocab_size,
-            **_without_scale(transform),
-        )
 
     def backward(self, token_grads: torch.Tensor) -> None:
         """Find the rows' factors from d loss / d logps [n]."""
@@ -489,12 +500,14 @@ def _passing_bytes(spec: ChunkSpec) -> int:
     return spec.hidden_size * (6 if spec.keeps == "panels" and spec.by_hidden else 2)
 
 
-def _column_counts(num_tokens: int, spec: ChunkSpec) -> tuple[int, int, int]:
-    """(of one step of the kernels, of one tile, of those kept) of ``FoldedRows`` for so many tokens."""
-    from .kernels.vocabulary_tiles import block_columns
+def _buffer_cols(tile_cols: int, spec: ChunkSpec) -> int:
+    """Of ``FoldedRows.buffer``."""
+    return max(tile_cols, spec.hidden_size) if spec.keeps == "all" else tile_cols
 
-    num_tokens = max(num_tokens, 1)
-    block = block_columns(spec.vocab_size)
+
+def _column_counts(num_tokens: int, spec: ChunkSpec) -> tuple[int, int]:
+    """(of one tile, of those kept) of ``FoldedRows`` for so many tokens."""
+    num_tokens, block = max(num_tokens, 1), spec.block
     whole = -(-spec.vocab_size // block) * block
 
     def columns(num_logits: int) -> int:
@@ -502,12 +515,12 @@ def _column_counts(num_tokens: int, spec: ChunkSpec) -> tuple[int, int, int]:
 
     tile_cols = columns(min(TILE_LOGITS, spec.num_bytes // 16))  # a quarter of the bytes at most
     if spec.keeps == "nothing":
-        return block, tile_cols, 0
+        return tile_cols, 0
     if spec.keeps == "all":
-        return block, tile_cols, whole
+        return tile_cols, whole
     left = spec.num_bytes - num_tokens * (4 * tile_cols + _passing_bytes(spec))
     kept_cols = columns(min(WEIGHT_PANEL_LOGITS if spec.by_head else PANEL_LOGITS, left // 2))
     tile_cols = min(tile_cols, kept_cols)
     if kept_cols < whole:  # in whole tiles
         kept_cols = kept_cols // tile_cols * tile_cols
-    return block, tile_cols, kept_cols
+    return tile_cols, kept_cols

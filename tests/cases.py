@@ -297,4 +297,5 @@ def chunks_of(num_tokens: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if num_tokens is not None:
             patch.setattr(from_hidden, "_chunk_limit", lambda *args, **kwargs: num_tokens)
+            patch.setattr(from_hidden, "ONLY_CHUNK", 0)
         yield

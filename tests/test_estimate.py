@@ -235,8 +235,12 @@ def test_a_chunk_stays_within_its_budget_and_uses_it(tokens, dtype, chunk_bytes)
     in_a_chunk = estimate.fused_moments(shape, chunk_bytes, "triton")[0]
     (size,) = (size for name, size in in_a_chunk.terms.items() if name.startswith("chunk"))
     needed_by_all = shape.num_tokens * shape.vocab_size * 2
-    second_block = CAST_BYTES if dtype == "fp16" else 0  # of the head in float32, while the first one is let go
-    assert min(chunk_bytes, needed_by_all) / 2 < size <= chunk_bytes + second_block
+    budget = chunk_bytes
+    if dtype == "fp16":
+        budget += CAST_BYTES  # a second block of the head in float32, while the first one is let go
+    if dtype == "bf16" and size >= needed_by_all:
+        budget = max(budget, 1.05 * 4 * shape.head)  # the only chunk needs no sum of several in float32
+    assert min(chunk_bytes, needed_by_all) / 2 < size <= budget
 
 
 def test_prompts_cost_the_fused_loss_no_logits():

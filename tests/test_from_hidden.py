@@ -36,6 +36,7 @@ from torch.autograd import gradcheck
 
 import kto_fused
 from kto_fused import (
+    from_hidden,
     fused_linear_dpo_loss,
     fused_linear_kto_loss,
     heads,
@@ -447,6 +448,27 @@ def test_panels_of_columns(engine, setting, num_tokens, monkeypatch):
     case = make_hidden_case(batch=4, seq_len=6, vocab=2500, dtype=torch.bfloat16, bias=True, **on(engine))
     with chunks_of(num_tokens):
         check_hidden_against_twin(function, case, trained=trained, **options, **softcap)
+
+
+@pytest.mark.parametrize("tile_logits", [1, 2**24], ids=["three tiles", "one tile"])
+def test_the_weights_gradient_lends_its_memory(tile_logits, monkeypatch):
+    """The only chunk's tiles, the reference's too, and the gradient by the hidden states lie where its last GEMM
+    writes.
+    """
+    engine = ("triton", "cuda" if HAS_GPU else "cpu")
+    monkeypatch.setattr(projection, "TILE_LOGITS", tile_logits)
+    chunks, make_chunk = [], from_hidden._make_chunk
+
+    def seen_make_chunk(*args):
+        chunks.append(make_chunk(*args))
+        return chunks[-1]
+
+    monkeypatch.setattr(from_hidden, "_make_chunk", seen_make_chunk)
+    case = make_hidden_case(seq_len=5, vocab=2500, hidden_size=128, dtype=torch.bfloat16, bias=True, **on(engine))
+    check_hidden_against_twin(fused_linear_kto_loss, case)
+    (chunk,) = (chunk for chunk in chunks if isinstance(chunk, projection.FoldedRows))
+    assert chunk.lent.shape == case.weight.shape
+    assert chunk.buffer.data_ptr() == chunk.lent.data_ptr()
 
 
 def compare(actual, expected, tolerance: float = LOGP_TOLERANCE[torch.float64]) -> None:

@@ -231,12 +231,28 @@ def test_memory_of_bf16_rows_stays_within_the_budget(without_arithmetic, setting
     assert extra <= 1.05 * chunk_bytes + sums
 
 
+@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@pytest.mark.parametrize(("batch", "adds"), [(4, [False]), (6, [False] + 5 * [True])], ids=["2 H tokens", "3 H tokens"])
+def test_one_chunk_where_several_would_take_as_much(without_arithmetic, batch, adds, monkeypatch):
+    """Their float32 sum, 4 V H bytes, is what keeps as many tokens' softmax as twice the hidden size."""
+    seen = []
+
+    def add_weight_gradient(chunk, total, hidden, *, add):
+        seen.append(add)
+
+    monkeypatch.setattr(projection.FoldedRows, "add_weight_gradient", add_weight_gradient)
+    case = untouched_case(4096, 151936, 2 * 2048, batch)
+    extra = extra_bytes(KTO, case, INPUTS, **FIXED)
+    assert seen == adds
+    assert extra <= 1.05 * 4 * case.weight.numel()
+
+
 # MiB of a step of 8 sequences, as README gives them: (H, V, T), the head trained, with half the budget, frozen
 IN_README = {
     (896, 151936, 2048): (1543, 943, 290),
     (896, 151936, 8192): (1182, 862, 375),
     (2048, 128256, 2048): (1930, 1567, 353),
-    (4096, 151936, 2048): (3689, 3689, 465),
+    (4096, 151936, 2048): (3763, 3763, 465),
 }
 
 
@@ -259,6 +275,19 @@ def test_a_reference_shares_the_budget(chunk_bytes):
     for trained in ((), FROZEN, INPUTS):
         extra = extra_bytes(fused_linear_kto_loss, case, trained, chunk_bytes=chunk_bytes, **FIXED, **reference)
         assert extra <= 1.05 * chunk_bytes
+
+
+def test_a_references_head_cast_by_autocast_is_let_go():
+    """Before the policy's turn, which takes more."""
+    case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=256)
+    del case.options["ref_logps"]
+    peaks = []
+    for ref_head in (case.weight.clone(), case.weight.bfloat16()):
+        options = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": ref_head, "chunk_bytes": 4 * MIB, **FIXED}
+        _, step = inputs_and_step(KTO, case, INPUTS, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            peaks.append(peak_bytes(step, CPU))
+    assert peaks[0] == pytest.approx(peaks[1], abs=2**18)
 
 
 @needs_gpu
