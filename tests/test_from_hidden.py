@@ -788,6 +788,22 @@ def test_bf16_log_probabilities_of_1024_tokens(engine):
             assert (whole - exact.sum()).abs() <= (1e-4 if engine[1] == "cpu" else 1e-5 * num_tokens)
 
 
+@pytest.mark.skipif(not HAS_GPU, reason="a CPU does not truncate")
+@pytest.mark.parametrize("hidden_size", [896, 2048, 4096])
+def test_what_tensor_cores_truncate_leaves_the_log_ratio(hidden_size):
+    """Whichever GEMM the reference comes from: to a policy that is its own reference the log-ratio is 0, where
+    truncation moves both by more (3.6e-2 nats on 1024 tokens at H = 4096).
+    """
+    case = make_hidden_case(
+        batch=1, seq_len=1025, hidden_size=hidden_size, vocab=32768, std=3.0, dtype=torch.bfloat16, device=DEVICE
+    )
+    case.labels = torch.randint(32768, case.labels.shape, device=DEVICE)
+    case.hidden.nan_to_num_()
+    case = case.with_options(ref_hidden=case.hidden, ref_lm_head_weight=case.weight.detach().clone())
+    _, metrics, _ = run_hidden(fused_linear_kto_loss, case)
+    assert (metrics.logps - metrics.ref_logps).abs().item() <= 2e-3
+
+
 # ---- small gradients, far columns ---------------------------------------------------------------------------------
 
 
