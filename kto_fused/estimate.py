@@ -416,14 +416,14 @@ def _chunk(
         needs=(has_gradient, has_gradient and shape.is_head_trained, False),
     )
     weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
-    keeps, ranges = "nothing", None
+    keeps, limit, only_limit = from_hidden._first_visit(weight, options)
+    ranges = None
     if has_gradient:
         counts = [shape.tokens_per_sequence] * shape.num_sequences
-        keeps, ranges = from_hidden._in_time_ranges(counts, weight, options, paired=shape.is_paired, couples=False)
-    if ranges is None and shape.is_head_trained and has_gradient:  # the larger of two visits
+        ranges = from_hidden._in_time_ranges(counts, limit, only_limit, paired=shape.is_paired, couples=False)
+    if ranges is None and keeps == "all":  # the larger of two visits
         keeps, ranges = from_hidden._again_ranges(shape.num_tokens, weight, options)
     if ranges is None:
-        limit = from_hidden._chunk_limit(weight, options, keeps)
         ranges = from_hidden._even_ranges(shape.num_tokens, limit)
     weight_sum = from_hidden._empty_weight_sum(ranges, weight, options, keeps)
     return from_hidden._make_chunk(ranges, weight, options, keeps, weight_sum), weight_sum

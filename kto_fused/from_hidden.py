@@ -273,18 +273,24 @@ def _empty_weight_sum(
     return total if ranges else total.zero_()
 
 
+def _first_visit(weight: torch.Tensor, options: HiddenOptions) -> tuple[Keeps, int, int]:
+    """(what its chunks keep, how many tokens each may hold, the only one), if their loss is known in time."""
+    keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
+    only_limit = _only_chunk_limit(weight, options) if keeps == "all" else 0
+    return keeps, _chunk_limit(weight, options, keeps), only_limit
+
+
 def _in_time_ranges(
-    counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, paired: bool, couples: bool
-) -> tuple[Keeps, list[tuple[int, int]] | None]:
-    """What chunks keep whose loss is known before their logits are dropped, and such chunks, if there can be."""
-    keeps, num_tokens = "all" if options.is_head_trained else "panels", sum(counts)
-    limit = _chunk_limit(weight, options, keeps)
+    counts: list[int], limit: int, only_limit: int, *, paired: bool, couples: bool
+) -> list[tuple[int, int]] | None:
+    """Chunks whose loss is known before their logits are dropped, if there can be."""
+    num_tokens = sum(counts)
     if couples and num_tokens > limit:
-        return keeps, None
+        return None
     ranges = _whole_ranges(counts, limit, 2 if paired else 1)
-    if ranges is not None and len(ranges) > 1 and keeps == "all" and num_tokens <= _only_chunk_limit(weight, options):
-        ranges = [(0, num_tokens)]
-    return keeps, ranges
+    if ranges is not None and len(ranges) > 1 and num_tokens <= only_limit:
+        return [(0, num_tokens)]
+    return ranges
 
 
 def _again_ranges(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> tuple[Keeps, list[tuple[int, int]]]:
@@ -338,18 +344,20 @@ def forward(
     if is_left_to_backward:
         options = replace(options, needs=(False, False, False))
     paired = is_total and head.paired  # a chunk holds whole pairs
+    keeps, limit, only_limit = _first_visit(weight, options)  # before the host waits for the device
     tokens = _find_tokens(weight, labels, cu_seqlens, options, paired)
     num_tokens = len(tokens.rows)
     ranges = None
     if is_total and any(options.needs):
         couples = head.couples_batch(*head_tensors)
-        keeps, ranges = _in_time_ranges(tokens.counts, weight, options, paired=paired, couples=couples)
+        ranges = _in_time_ranges(tokens.counts, limit, only_limit, paired=paired, couples=couples)
     is_loss_in_time = ranges is not None
     # d logp / d hidden, which needs no loss
-    is_direction = not is_loss_in_time and options.needs[0] and not options.is_head_trained
+    is_direction = not is_loss_in_time and keeps == "panels"
     if not is_loss_in_time:
-        keeps = "panels" if is_direction else "nothing"
-        ranges = _even_ranges(num_tokens, _chunk_limit(weight, options, keeps))
+        if keeps == "all":
+            keeps, limit = "nothing", _chunk_limit(weight, options, "nothing")
+        ranges = _even_ranges(num_tokens, limit)
 
     chunk = weight_sum = None
     if is_loss_in_time:
