@@ -195,11 +195,11 @@ def per_sequence(
     same_device(name, value, "the policy", like)
 
 
-def logps(policy_logps: torch.Tensor, ref_logps: torch.Tensor | None) -> None:
+def logps(policy_logps: torch.Tensor, ref_logps: torch.Tensor | None, *, needs_reference: bool) -> None:
     tensor("policy_logps", policy_logps, FLOAT_DTYPES, A_FLOAT)
     if policy_logps.ndim != 1 or policy_logps.numel() == 0:
         raise ValueError(f"policy_logps must be [B] with B >= 1, got shape {_shape(policy_logps)}")
-    if ref_logps is not None:
+    if needs_reference or ref_logps is not None:
         per_sequence("ref_logps", ref_logps, FLOAT_DTYPES, A_FLOAT, policy_logps.numel(), policy_logps)
 
 
@@ -325,3 +325,7 @@ def pair_logps(
                 f"token_counts has no meaning for loss_type={loss_type!r} with average_log_prob={average_log_prob}"
             )
         per_sequence("token_counts", token_counts, INTEGER_DTYPES, "integers", policy_logps.numel(), policy_logps)
+        if not torch.compiler.is_compiling() and may_read(token_counts):
+            wrong = token_counts[token_counts < 0]
+            if len(wrong):
+                raise ValueError(f"token_counts must be >= 0, got {wrong[0].item()}")

@@ -651,7 +651,7 @@ def kto_loss_from_logps(
     >>> loss.backward(); logps.grad
     tensor([-0.0125,  0.0125])
     """
-    checks.logps(policy_logps, ref_logps)
+    checks.logps(policy_logps, ref_logps, needs_reference=True)
     checks.kto_options(
         loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps.device
     )
@@ -690,7 +690,8 @@ def dpo_loss_from_logps(
         policy_logps: [B] floating-point, in nats, chosen then rejected.
         ref_logps: [B] likewise; None for ``simpo``.
         average_log_prob: both are means over completion tokens, not sums.
-        token_counts: [B] integers, the completions' lengths; for ``ipo`` and ``simpo`` on sums, which divide by them.
+        token_counts: [B] integers >= 0, the completions' lengths; for ``ipo`` and ``simpo`` on sums, which are divided
+            by them.
 
     The formulas and the other arguments are those of ``fused_dpo_loss``; the loss is float64 for float64
     ``policy_logps``, else float32. Raises ``ValueError`` and ``TypeError`` as there.
@@ -700,7 +701,7 @@ def dpo_loss_from_logps(
     >>> round(loss.item(), 4)
     0.6444
     """
-    checks.logps(policy_logps, ref_logps)
+    checks.logps(policy_logps, ref_logps, needs_reference=False)
     checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
     checks.pairs(policy_logps.numel())
     checks.pair_logps(ref_logps, token_counts, loss_type, average_log_prob, policy_logps)

@@ -206,7 +206,7 @@ def kto_loss_from_logps(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.kto_loss_from_logps``."""
-    checks.logps(policy_logps, ref_logps)
+    checks.logps(policy_logps, ref_logps, needs_reference=True)
     checks.kto_options(
         loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps.device
     )
@@ -250,7 +250,7 @@ def dpo_loss_from_logps(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.dpo_loss_from_logps``."""
-    checks.logps(policy_logps, ref_logps)
+    checks.logps(policy_logps, ref_logps, needs_reference=False)
     checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
     checks.pairs(policy_logps.numel())
     checks.pair_logps(ref_logps, token_counts, loss_type, average_log_prob, policy_logps)

@@ -327,6 +327,11 @@ LOGPS_ERRORS = {
         TypeError,
         "token_counts must be integers, got torch.float32",
     ),
+    "a negative length": (
+        {"loss_type": "ipo", "token_counts": torch.tensor([-5, 0, 1, 1])},
+        ValueError,
+        "token_counts must be >= 0, got -5",
+    ),
     "lengths of another batch": (
         {"loss_type": "ipo", "token_counts": torch.ones(2).long()},
         ValueError,
@@ -349,6 +354,12 @@ def test_dpo_from_logps(function, name):
     changes, error, message = LOGPS_ERRORS[name]
     with pytest.raises(error, match=re.escape(message)):
         function(**{"policy_logps": torch.zeros(4), "ref_logps": torch.zeros(4), **changes})
+
+
+@pytest.mark.parametrize("function", [kto_fused.kto_loss_from_logps, reference.kto_loss_from_logps])
+def test_kto_from_logps_needs_a_reference(function):
+    with pytest.raises(TypeError, match="ref_logps must be a tensor, got NoneType"):
+        function(torch.zeros(4), None, torch.tensor([True, False, True, False]))
 
 
 def test_the_triton_backend_on_a_cpu_without_the_interpreter(monkeypatch):
