@@ -165,6 +165,12 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def label_options(ignore_index: object, shift: object) -> None:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    flag("shift", shift)
+
+
 def logit_options(
     ignore_index: object,
     shift: object,
@@ -174,9 +180,7 @@ def logit_options(
     logit_softcap: object,
     inplace_backward: object,
 ) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    flag("shift", shift)
+    label_options(ignore_index, shift)
     flag("average_log_prob", average_log_prob)
     flag("inplace_backward", inplace_backward)
     number("temperature", temperature, above=0)
@@ -237,6 +241,13 @@ def ref_lm_head(ref_hidden: object, weight: object, bias: object) -> None:
     ):
         if value is not None and needed is None:
             raise ValueError(f"{name} came without {needed_name}: expected both or neither")
+
+
+def same_vocabulary(ref_weight: torch.Tensor, weight: torch.Tensor) -> None:
+    if len(ref_weight) != len(weight):
+        raise ValueError(
+            f"ref_lm_head_weight has a vocabulary of {len(ref_weight)}, expected lm_head_weight's {len(weight)}"
+        )
 
 
 def kto_options(

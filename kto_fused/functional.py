@@ -866,10 +866,7 @@ def _hidden_reference(
         ref_weight, ref_bias = weight, bias
         names = "lm_head_weight, the reference's too,", "lm_head_bias, the reference's too,"
     checks.lm_head(names[0], ref_weight, names[1], ref_bias, "ref_hidden", ref_hidden)
-    if len(ref_weight) != len(weight):
-        raise ValueError(
-            f"ref_lm_head_weight has a vocabulary of {len(ref_weight)}, expected lm_head_weight's {len(weight)}"
-        )
+    checks.same_vocabulary(ref_weight, weight)
     return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), None
 
 

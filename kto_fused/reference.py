@@ -5,11 +5,14 @@ of the logits. float64 inputs compute in float64 throughout. ``inplace_backward`
 how a result is computed, not what it is: here they are checked and change nothing.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import backends, checks
+from . import backends, checks, functional
 from .functional import DEFAULT_CHUNK_BYTES, kto_class_weights, kto_reference_point
 from .heads import pair_rewards, pair_scores
 from .layout import check_contents, compute_dtype, gemm_dtype
@@ -32,16 +35,36 @@ __all__ = [
 ]
 
 
+def _twin_of(fused: Callable) -> Callable[[Callable], Callable]:
+    """Decorate a twin that passes its named arguments on: one that ``fused`` does not take is refused at the call."""
+    known = frozenset(inspect.signature(fused).parameters)
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def twin(*arguments: Any, **named_arguments: Any) -> Any:
+            for name in named_arguments:
+                if name not in known:
+                    raise TypeError(f"reference.{function.__name__}() got an unexpected keyword argument {name!r}")
+            return function(*arguments, **named_arguments)
+
+        return twin
+
+    return decorate
+
+
+@_twin_of(functional.token_logps)
 def token_logps(logits: torch.Tensor, labels: torch.Tensor, **engine: Any) -> torch.Tensor:
     """Twin of ``kto_fused.token_logps``."""
     return _tokens("logits", logits, labels, **engine)[0]
 
 
+@_twin_of(functional.sequence_logps)
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, **engine: Any) -> torch.Tensor:
     """Twin of ``kto_fused.sequence_logps``."""
     return _sequences("logits", logits, labels, **engine)[0]
 
 
+@_twin_of(functional.fused_kto_loss)
 def kto_loss(
     policy_logits: torch.Tensor,
     labels: torch.Tensor,
@@ -62,6 +85,7 @@ def kto_loss(
     checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
     if ref_logits is not None:
         checks.ref_logits(ref_logits, policy_logits)
+        engine["inplace_backward"] = False  # which is about the policy's logits
         ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
     loss, metrics = kto_loss_from_logps(
         logps,
@@ -79,6 +103,7 @@ def kto_loss(
     return loss.to(compute_dtype(policy_logits)), metrics
 
 
+@_twin_of(functional.fused_dpo_loss)
 def dpo_loss(
     policy_logits: torch.Tensor,
     labels: torch.Tensor,
@@ -99,6 +124,7 @@ def dpo_loss(
     checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
     if ref_logits is not None:
         checks.ref_logits(ref_logits, policy_logits)
+        engine["inplace_backward"] = False  # which is about the policy's logits
         ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
     loss, metrics = dpo_loss_from_logps(
         logps,
@@ -116,6 +142,7 @@ def dpo_loss(
     return loss.to(compute_dtype(policy_logits)), metrics
 
 
+@_twin_of(functional.linear_sequence_logps)
 def linear_sequence_logps(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -131,6 +158,7 @@ def linear_sequence_logps(
     return sequence_logps(logits, labels, **engine)
 
 
+@_twin_of(functional.linear_token_logps)
 def linear_token_logps(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -149,6 +177,7 @@ def linear_token_logps(
     return (logps, TokenMetrics(*metrics)) if return_metrics else logps
 
 
+@_twin_of(functional.fused_linear_kto_loss)
 def linear_kto_loss(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -171,6 +200,7 @@ def linear_kto_loss(
     return kto_loss(logits, labels, desirable, ref_logits=ref_logits, ref_logps=ref_logps, **options)
 
 
+@_twin_of(functional.fused_linear_dpo_loss)
 def linear_dpo_loss(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
@@ -294,6 +324,7 @@ def _logits(
     **_: Any,
 ) -> torch.Tensor:
     """hidden @ weight.T + bias in float32 (float64 for float64): logits are not rounded on their way. [..., V]"""
+    checks.label_options(ignore_index, shift)
     checks.local(name, hidden)
     hidden, labels, cu_seqlens, _ = checks.rows_and_labels(name, hidden, labels, cu_seqlens, last="H")
     checks.lm_head(weight_name, weight, bias_name, bias, name, hidden)
@@ -331,7 +362,9 @@ def _policy_and_ref_logits(
     if ref_weight is None:
         ref_head = "lm_head_weight, the reference's too,", weight, "lm_head_bias, the reference's too,", bias
     with torch.no_grad():
-        return logits, _logits("ref_hidden", ref_hidden, *ref_head, labels, **layout)
+        ref_logits = _logits("ref_hidden", ref_hidden, *ref_head, labels, **layout)
+    checks.same_vocabulary(weight if ref_weight is None else ref_weight, weight)
+    return logits, ref_logits
 
 
 def _tokens(

@@ -368,10 +368,29 @@ def test_the_triton_backend_on_a_cpu_without_the_interpreter(monkeypatch):
         fused_kto_loss(**arguments(backend="triton"))
 
 
-def test_an_unknown_keyword_is_a_type_error():
-    for function in (fused_kto_loss, reference.kto_loss):
-        with pytest.raises(TypeError, match="bta"):
-            function(**arguments(bta=0.1))
+def refuses(function, argument: str) -> None:
+    message = rf"{function.__name__}\(\) got an unexpected keyword argument '{argument}'"
+    with pytest.raises(TypeError, match=message):
+        function(**{argument: None})
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_an_unknown_keyword_names_the_function_that_was_called(name):
+    refuses(getattr(kto_fused, name if name in kto_fused.__all__ else f"fused_{name}"), "bta")
+    refuses(getattr(reference, name), "bta")
+
+
+@pytest.mark.parametrize("name", [name for name in reference.__all__ if name.startswith("linear_")])
+@pytest.mark.parametrize("argument", ["inplace_backward", "ref_logits"])
+def test_arguments_of_logits_are_none_of_hidden_states(name, argument):
+    refuses(getattr(reference, name), argument)
+
+
+@pytest.mark.parametrize("function", [fused_kto_loss, reference.kto_loss], ids=["fused", "reference"])
+def test_in_place_is_about_the_policys_logits(function):
+    of_reference = torch.zeros(1, T, V).expand(B, T, V)  # elements that share memory are only read
+    loss, _ = function(**arguments(ref_logps=..., ref_logits=of_reference, inplace_backward=True))
+    assert loss.isfinite()
 
 
 def test_numbers_of_any_kind_are_numbers():
@@ -469,6 +488,9 @@ LM_HEAD_ERRORS = {
     "a float as chunk_bytes": ({"chunk_bytes": 1e9}, TypeError, "chunk_bytes must be an int, got float"),
     "a flag as chunk_bytes": ({"chunk_bytes": True}, TypeError, "chunk_bytes must be an int, got bool"),
     "label V": ({"labels": torch.full((B, T), V)}, IndexError, "labels[0, 1] is 7: expected a token id in [0, 7)"),
+    "no ignore_index": ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
+    "ignore_index as text": ({"ignore_index": "x"}, TypeError, "ignore_index must be an int, got str"),
+    "a number as shift": ({"shift": 1}, TypeError, "shift must be True or False, got 1"),
 }
 HIDDEN_FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps, linear_token_logps]
 with_twins = pytest.mark.parametrize(
@@ -554,7 +576,7 @@ def test_hidden_states_of_a_reference(function, name):
         function(**hidden_arguments(function, **changes))
 
 
-@pytest.mark.parametrize("function", HIDDEN_FUNCTIONS[:2], ids=["kto", "dpo"])
+@pytest.mark.parametrize("function", [*HIDDEN_FUNCTIONS[:2], reference.linear_kto_loss, reference.linear_dpo_loss])
 def test_a_reference_of_another_vocabulary(function):
     changes = {**FROM_HIDDEN, "ref_lm_head_weight": torch.zeros(V + 1, H)}
     message = "ref_lm_head_weight has a vocabulary of 8, expected lm_head_weight's 7"
