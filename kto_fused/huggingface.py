@@ -8,7 +8,7 @@ on or off, sharded weights are gathered around the head, gradients are reduced b
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -43,13 +43,16 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
         function: called once, inside the model's forward.
         model: a ``PreTrainedModel`` with an LM head, bare or wrapped (PEFT, DDP, FSDP2, ``torch.compile``).
         model_inputs: for the model's backbone: ``input_ids`` [B, T], ``attention_mask``, ``position_ids``, ...
-        arguments: for ``function``: ``labels`` and what else it takes.
+        arguments: for ``function``: ``labels`` and what else it takes, but for ``logit_scale`` and ``logit_softcap``,
+            which the model's configuration says.
 
     Returns:
         What ``function`` returns.
 
     Raises:
         UnsupportedModelError, TypeError: see ``attach``.
+        TypeError: ``model_inputs`` is no mapping.
+        ValueError: ``logit_scale`` or ``logit_softcap`` is among ``arguments``.
 
     >>> import torch, kto_fused
     >>> from kto_fused import huggingface
@@ -65,6 +68,7 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     >>> metrics.token_counts.tolist()
     [3, 3]
     """
+    _check_call(model_inputs, arguments)
     attach(model)
     answer = model(**model_inputs, fused_call=FusedCall(function, arguments))
     if not isinstance(answer, tuple) or not isinstance(answer[-1], Outcome):
@@ -87,12 +91,15 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
     """``function(logits, **arguments)`` of a model's own logits, for a model that ``attach`` refuses.
 
     ``function`` is one that takes logits: ``fused_kto_loss``, ``fused_dpo_loss``, ``sequence_logps``, or a twin. The
-    auxiliary loss of a mixture of experts is treated as in ``apply``.
+    auxiliary loss of a mixture of experts is treated as in ``apply``, and so are ``logit_scale`` and ``logit_softcap``,
+    which these logits hold already.
 
     Raises:
         UnsupportedModelError: the auxiliary loss has a weight of another name than ``router_aux_loss_coef``.
+        TypeError, ValueError: see ``apply``.
     """
-    outputs = model(**model_inputs, use_cache=False)
+    _check_call(model_inputs, arguments)
+    outputs = model(**{**model_inputs, "use_cache": False, "return_dict": True})
     result = function(outputs.logits, **arguments)
     aux_loss = getattr(outputs, "aux_loss", None)
     if aux_loss is None or not isinstance(result, tuple):
@@ -112,7 +119,8 @@ def attach(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: the LM head is not a plain linear layer (it carries an adapter, is quantised or missing),
-            prompts are learned, or the model's logits are more than its head, scale and soft cap.
+            prompts are learned, ``config.return_dict`` is off, or the model's logits are more than its head, scale
+            and soft cap.
         TypeError: ``model`` holds no ``PreTrainedModel``.
     """
     inner = unwrap(model)
@@ -129,6 +137,10 @@ def attach(model: nn.Module) -> None:
             layer.forward = MethodType(_head_forward, layer)
     if is_attached:
         return
+    if not inner.config.return_dict:
+        raise UnsupportedModelError(
+            "model.config.return_dict is False, under which transformers' own models fail to run: set it to True"
+        )
     # an instance's own forward is somebody else's patch; as a bound method it follows the model when that is copied
     inner._unfused_forward = inner.__dict__.get("forward")
     inner.forward = MethodType(_forward_like(type(inner).forward), inner)
@@ -197,6 +209,28 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
     return {"logit_scale": scale, "logit_softcap": next(filter(None, softcaps), None)}
 
 
+def positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that the model described was made for, in tokens. None: the configuration says none."""
+    text = config.get_text_config()
+    stated = getattr(text, "max_position_embeddings", None)
+    if stated is None or stated < 1:  # XLNet says -1
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or stated
+    return max(stated, int(original * (rope.get("factor") or 1)))  # what is stated may be the length before stretching
+
+
+def _check_call(model_inputs: Any, arguments: dict[str, Any]) -> None:
+    if not isinstance(model_inputs, Mapping):
+        raise TypeError(
+            "model_inputs must be a mapping of the model's arguments, {'input_ids': ..., ...}, "
+            f"got {type(model_inputs).__name__}"
+        )
+    for name in ("logit_scale", "logit_softcap"):
+        if name in arguments:
+            raise ValueError(f"{name}={arguments[name]} is given, expected none: the model's configuration says it")
+
+
 # ---- inside the model's forward -----------------------------------------------------------------------------------
 
 
@@ -211,7 +245,7 @@ class FusedCall:
         self.function, self.arguments = function, arguments
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: dict) -> Any:
-        return self.function(hidden=hidden, lm_head_weight=weight, lm_head_bias=bias, **{**options, **self.arguments})
+        return self.function(hidden=hidden, lm_head_weight=weight, lm_head_bias=bias, **options, **self.arguments)
 
 
 class Outcome:
@@ -266,7 +300,7 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tu
     for, else None.
     """
     inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names what it leaves out
-    inputs["use_cache"] = False
+    inputs |= {"use_cache": False, "return_dict": True}
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
     outputs = model.base_model(*args, **inputs)
@@ -386,12 +420,12 @@ def _check_logits(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=generator).to(device)
     with evaluating(model), _attention_of(model, device):
-        own = model(input_ids=input_ids, use_cache=False).logits
+        own = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
         _, outcome = model(input_ids=input_ids, fused_call=FusedCall(_plain_logits, {}))
         (ours,) = outcome.result
         probe = torch.linspace(-PROBED, PROBED, ours.numel(), device=ours.device).view(ours.shape)
         with _head_giving(model, probe):
-            own_of_probe = model(input_ids=input_ids, use_cache=False).logits
+            own_of_probe = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
     _compare(model, own, ours)
     _compare(model, own_of_probe, _transformed(probe, **logit_options(model.config)))
 

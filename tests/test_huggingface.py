@@ -101,7 +101,7 @@ def test_bfloat16_models_are_not_refused_for_their_rounding(name):
     torch.testing.assert_close(kto(model), kto(make_model(name)), rtol=0.01, atol=0.01)
 
 
-def test_the_architectures_exercise_what_logits_may_be():
+def test_the_architectures_exercise_what_logits_may_be(monkeypatch):
     """A scale, a soft cap, a tied head and a head's bias each stand in the table, and change the loss."""
     options = {name: huggingface.logit_options(make_model(name).config) for name in ARCHITECTURES}
     scales = {name: option["logit_scale"] for name, option in options.items() if option["logit_scale"] != 1}
@@ -110,9 +110,11 @@ def test_the_architectures_exercise_what_logits_may_be():
     tied = {name for name in ARCHITECTURES if make_model(name).config.tie_word_embeddings}
     assert tied >= {"qwen2", "gpt2", "gemma2", "gemma3_text"}
     assert make_model("phi").lm_head.bias.abs().min() > 0
-    for name in [*scales, "gemma2"]:
-        model = make_model(name)
-        assert abs(kto(model) - kto(model, logit_scale=1.0, logit_softcap=None)) > 1e-4, name
+    models = {name: make_model(name) for name in [*scales, "gemma2"]}
+    losses = {name: kto(model) for name, model in models.items()}
+    monkeypatch.setattr(huggingface, "logit_options", lambda config: {"logit_scale": 1.0, "logit_softcap": None})
+    for name, model in models.items():
+        assert abs(losses[name] - kto(model)) > 1e-4, name
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -140,6 +142,57 @@ def test_a_loss_of_the_models_logits(name):
     actual, _ = huggingface.apply_to_logits(fused_kto_loss, model, model_inputs, **arguments)
     torch.testing.assert_close(actual, expected)
     assert_same_gradients(backward(model, actual), backward(model, expected))
+
+
+@by_architecture
+def test_inputs_that_ask_for_a_tuple_change_nothing(name):
+    model = make_model(name)
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    expected = from_own_logits(fused_linear_kto_loss, model, model_inputs, **arguments)
+    asked = {**model_inputs, "return_dict": False}
+    for function, call in ((fused_linear_kto_loss, huggingface.apply), (fused_kto_loss, huggingface.apply_to_logits)):
+        torch.testing.assert_close(call(function, model, asked, **arguments)[0], expected)
+    assert isinstance(model(**asked), tuple)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}, "max_position_embeddings": 2048}, 8192),
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+                "max_position_embeddings": 32768,
+            },
+            131072,
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 8192,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                },
+                "max_position_embeddings": 131072,
+            },
+            131072,
+        ),
+    ],
+    ids=["plain", "linear", "yarn", "llama3"],
+)
+def test_positions_of_a_stretched_rope(settings, expected):
+    assert huggingface.positions(CONFIG_MAPPING["llama"](**settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [("gpt2", {"n_positions": 32}, 32), ("xlnet", {}, None), ("mamba", {}, None), ("bloom", {}, None)],
+)
+def test_positions_under_other_names_and_none(kind, settings, expected):
+    assert huggingface.positions(CONFIG_MAPPING[kind](**settings)) == expected
 
 
 def test_padding_on_the_right_changes_nothing():
@@ -430,6 +483,33 @@ def test_refuses_a_router_loss_of_unknown_weight_beside_logits_too():
 def test_what_holds_no_model_is_a_type_error():
     with pytest.raises(TypeError, match=r"must be or wrap a transformers.PreTrainedModel, got Linear"):
         huggingface.attach(nn.Linear(2, 2))
+
+
+def test_refuses_a_configuration_of_tuples():
+    with pytest.raises(UnsupportedModelError, match=r"^model\.config\.return_dict is False.*set it to True$"):
+        kto(make_model("llama", return_dict=False))
+
+
+@pytest.mark.parametrize("value", [None, 5.0, 1.0])
+@pytest.mark.parametrize("name", ["logit_scale", "logit_softcap"])
+def test_what_the_configuration_says_of_logits_is_not_an_argument(name, value):
+    """Not even a default, which would take the configuration's place."""
+    model = make_model("gemma2")
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    for function, call in ((fused_linear_kto_loss, huggingface.apply), (fused_kto_loss, huggingface.apply_to_logits)):
+        with pytest.raises(ValueError, match=f"{name}={value} is given, expected none: the model's configuration"):
+            call(function, model, model_inputs, **{**arguments, name: value})
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [(fused_linear_kto_loss, huggingface.apply), (fused_kto_loss, huggingface.apply_to_logits)],
+    ids=["apply", "apply_to_logits"],
+)
+def test_inputs_that_are_no_mapping_are_a_type_error(function, call):
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    with pytest.raises(TypeError, match=r"^model_inputs must be a mapping of the model's arguments.*got Tensor$"):
+        call(function, make_model("llama"), model_inputs["input_ids"], **arguments)
 
 
 # ---- without a loss the model is what it was ----------------------------------------------------------------------
