@@ -131,7 +131,8 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
         trainer.save_model()
         if trainer.is_world_process_zero():
             print_summary(metrics)
-            write(config.output_dir, {"settings": vars(settings), "config": config.to_dict(), **metrics})
+            described = config.to_dict() | {"max_length": trainer.max_length}
+            write(config.output_dir, {"settings": vars(settings), "config": described, **metrics})
             print(f"\nWrote the model, metrics.json and curves.png into {config.output_dir}")
     trainer.accelerator.end_training()
     return 0
@@ -211,10 +212,7 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
     set_seed(config.seed)  # for the adapter's weights
     tokenizer, model = load(settings.model, settings.dtype)
     ref_model = load(settings.ref_model, settings.dtype, "ref_model")[1] if settings.ref_model else None
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and (config.max_length is None or config.max_length > positions):
-        raise CommandError(f"--max_length {config.max_length} is more than the model's {positions} positions")
-    trainer = TRAINERS[settings.loss](
+    return TRAINERS[settings.loss](
         model,
         ref_model,
         config,
@@ -223,7 +221,6 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
         processing_class=tokenizer,
         peft_config=lora(settings) if settings.lora_rank else None,
     )
-    return trainer
 
 
 def load(name: str, dtype: str, flag: str = "model") -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from . import checks
+from . import backends, checks
 from .functional import DEFAULT_CHUNK_BYTES
 from .losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE
 
 MISMATCHED = "mismatched"
 LOSS_FROM = ("hidden", "logits")
+AUTO = "auto"
+AUTO_MAX_LENGTH = 1024
 # options of ``TrainingArguments`` that mean nothing for these losses: name, the only value, why
 FIXED = {
     "label_smoothing_factor": (0.0, "these losses have no classes to smooth; DPO has label_smoothing"),
@@ -18,6 +20,10 @@ FIXED = {
     "length_column_name": ("length", "that is what tokenized data calls it"),
     "include_for_metrics": ([], "there are no logits to pass to compute_metrics"),
 }
+
+
+def _is_count(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
 def _option(default, text: str, **metadata):
@@ -41,8 +47,11 @@ class FusedPreferenceConfig(TrainingArguments):
     )
 
     beta: float = _option(0.1, "Pull towards the reference model, > 0.")
-    max_length: int | None = _option(
-        1024, "Longest sequence in tokens; completions are cut to it, and prompts that fill it are dropped."
+    max_length: int | str | None = _option(
+        AUTO,
+        "Longest sequence in tokens; completions are cut to it, and prompts that fill it are dropped. A number may not "
+        f"be more than the model's positions; {AUTO!r}: {AUTO_MAX_LENGTH}, or the model's positions where those are "
+        "fewer; None: the model's positions, if it has a limit.",
     )
     precompute_ref_log_probs: bool = _option(
         False, "Compute the reference's log-probabilities once, before training, and keep them on disk."
@@ -66,7 +75,7 @@ class FusedPreferenceConfig(TrainingArguments):
         DEFAULT_CHUNK_BYTES, "Memory for a chunk of logits, in bytes, where the loss takes hidden states."
     )
     backend: str | None = _option(
-        None, "Kernels of the loss: the faster on the device if not given.", choices=["triton", "torch"]
+        None, "Kernels of the loss: the faster on the device if not given.", choices=list(backends.BACKENDS)
     )
 
     def __post_init__(self):
@@ -81,11 +90,17 @@ class FusedPreferenceConfig(TrainingArguments):
                 "liger_kernel_config={'fused_linear_cross_entropy': False}"
             )
         checks.choice("loss_from", self.loss_from, LOSS_FROM)
+        checks.choice("backend", self.backend, (*backends.BACKENDS, None))
         checks.chunk_bytes(self.chunk_bytes)
-        for name in ("max_length", "precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        for name in ("precompute_ref_log_probs", "disable_dropout"):
+            checks.flag(name, getattr(self, name))
+        for name in ("precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} must be a positive integer or None, got {getattr(self, name)!r}")
+        if isinstance(self.max_length, str) and self.max_length.isdecimal():  # HfArgumentParser leaves it a string
+            self.max_length = int(self.max_length)
+        if self.max_length != AUTO and not _is_count(self.max_length):
+            raise ValueError(f"max_length must be a positive integer, {AUTO!r} or None, got {self.max_length!r}")
         if self.max_length == 1:
             raise ValueError("max_length must hold a prompt and a completion, at least 2 tokens, got 1")
 
@@ -111,6 +126,7 @@ class FusedKTOConfig(FusedPreferenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        checks.flag("average_log_prob", self.average_log_prob)
         if self.reference_point not in (MISMATCHED, "batch_mean"):
             given = self.reference_point
             try:

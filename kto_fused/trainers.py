@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -38,7 +39,7 @@ from .functional import (
 )
 from .metrics import LossMetrics, Totals
 from .preference_data import PairedCollator, Prepared, UnpairedCollator
-from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
+from .trainer_configs import AUTO, AUTO_MAX_LENGTH, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class FusedTrainer(Trainer):
         self._model_path = model if isinstance(model, str) else None
         self._path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
         model, ref_model = _load(model, self._path_dtype), _load(ref_model, self._path_dtype)
+        self.max_length = _max_length(args.max_length, model=model, ref_model=ref_model)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "model carries adapters without being a PeftModel, so its reference cannot be told from it: wrap it "
@@ -426,10 +428,15 @@ class FusedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log, over all ranks, under TRL's names; the one place that waits for them.
 
-        ``loss`` is the mean over these steps' sequences (pairs).
+        ``loss`` is the mean over these steps' sequences (pairs). The summary at the end of training holds the metrics
+        of the steps after the last log, where there are any.
         """
-        if "loss" in logs:
-            logs |= self._train_totals.pop(self.accelerator.reduce)
+        is_last = "train_loss" in logs and self._train_totals.values  # of steps that no log was due for
+        if "loss" in logs or is_last:
+            means = self._train_totals.pop(self.accelerator.reduce)
+            if is_last:
+                means.pop("loss", None)  # train_loss, the whole run's, stands for it
+            logs |= means
             logs["num_tokens"] = int(self.accelerator.reduce(self._num_tokens).item())
         super().log(logs, start_time)
 
@@ -508,7 +515,7 @@ class FusedKTOTrainer(FusedTrainer):
         return preference_data.prepare_unpaired(
             source,
             self._tokenizer,
-            max_length=args.max_length,
+            max_length=self.max_length,
             mismatch=args.needs_mismatched,
             seed=args.seed,
             num_proc=args.dataset_num_proc,
@@ -601,7 +608,7 @@ class FusedDPOTrainer(FusedTrainer):
 
     def _tokenize(self, source: preference_data.Source, args: FusedDPOConfig, name: str) -> Prepared:
         return preference_data.prepare_paired(
-            source, self._tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name
+            source, self._tokenizer, max_length=self.max_length, num_proc=args.dataset_num_proc, name=name
         )
 
     def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -679,6 +686,20 @@ def _is_partitioned(model: nn.Module) -> bool:
 
 def _load(model: Any, dtype: torch.dtype | str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype) if isinstance(model, str) else model
+
+
+def _max_length(wanted: int | str | None, **models: nn.Module | None) -> int | None:
+    """In tokens. Beyond its positions a model fails on an index, or, with rotary ones, trains on what it never saw."""
+    limits = [AUTO_MAX_LENGTH] if wanted == AUTO else [] if wanted is None else [wanted]
+    for name, model in models.items():
+        config = getattr(model, "config", None)
+        positions = huggingface.positions(config) if isinstance(config, PretrainedConfig) else None
+        if positions is None:
+            continue
+        if isinstance(wanted, int) and wanted > positions:
+            raise ValueError(f"max_length must be at most {positions}, the positions that {name} has, got {wanted}")
+        limits.append(positions)
+    return min(limits, default=None)
 
 
 def _warn_of_lost_updates(model: nn.Module, learning_rate: float) -> None:

@@ -121,6 +121,14 @@ def test_what_was_cut_and_dropped_is_reported(files, capsys):
     assert f"{counts['examples']} examples, {counts['truncated']} with a completion cut at --max_length" in printed
 
 
+@pytest.mark.parametrize(("flags", "length"), [([], 512), (["--max_length", "null"], 512), (["--max_length", "9"], 9)])
+def test_a_model_of_few_positions_is_trained_within_them(files, flags, length):
+    tiny_training.model(max_position_embeddings=512).save_pretrained("model")
+    tiny_training.tokenizer().save_pretrained("model")
+    assert cli.main(command(files, "kto", "--model", "model", "--max_steps", "1", *flags)) == 0
+    assert results("runs/kto")["config"]["max_length"] == length
+
+
 def test_lora_saves_an_adapter_of_the_asked_rank(files):
     pytest.importorskip("peft")
     lora = ["--lora_rank", "2", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "2"]
@@ -277,7 +285,7 @@ def test_defaults_train_at_once():
     assert (config.output_dir, config.report_to, config.save_total_limit) == ("runs/kto", [], 1)
     assert train.parse(["--model", "m", "--data", "d", "--use_cpu", "--loss", "dpo"])[1].output_dir == "runs/dpo"
     assert config.eval_strategy == "no"
-    assert config.max_length == 1024
+    assert config.max_length == "auto"
 
 
 @pytest.mark.parametrize(
@@ -401,8 +409,9 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be a finite number of at least 1"),
         (["--num_train_epochs", "0"], "--num_train_epochs must be more than 0"),
-        (["--max_length", "1025"], "--max_length 1025 is more than the model's 1024 positions"),
-        (["--max_length", "null"], "--max_length None is more than the model's 1024 positions"),
+        (["--max_length", "1025"], "max_length must be at most 1024, the positions that model has, got 1025"),
+        (["--max_length", "long"], "max_length must be a positive integer, 'auto' or None, got 'long'"),
+        (["--backend", "cuda"], "--backend: invalid choice: 'cuda'"),
         (["--lora_alpha", "8"], "lora_alpha is given, but lora_rank is 0"),
         (["--model", "no/such/model"], "--model no/such/model cannot be loaded"),
         (["--ref_model", "no/such/model"], "--ref_model no/such/model cannot be loaded"),

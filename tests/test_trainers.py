@@ -27,7 +27,15 @@ from tiny_training import (
     tokenizer,
     weights,
 )
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from kto_fused import reference, reference_cache
 from kto_fused.huggingface import UnsupportedModelError
@@ -586,6 +594,27 @@ def test_a_step_logs_what_trl_logs(tmp_path, kind, settings):
     assert_near([ours], [{name: theirs[name] for name in ours if name != "kl"}], tolerance=1e-4)
 
 
+@by_kind
+@pytest.mark.parametrize(("every", "left"), [(10, 4), (3, 1), (2, 0)])
+def test_the_summary_holds_the_steps_after_the_last_log(tmp_path, kind, every, left):
+    def run(logging_steps):
+        trainer = make_trainer(kind, tmp_path, logging_steps=logging_steps, learning_rate=0.0)
+        trainer.train()
+        assert trainer.state.global_step == 4
+        return trainer.state.log_history
+
+    summary = run(every)[-1]
+    assert "train_loss" in summary
+    assert "loss" not in summary
+    logged = summary.keys() & (LOGGED[kind] | {"num_tokens"})
+    if left:
+        expected = run(left)[-2]
+        assert logged == expected.keys() & (LOGGED[kind] | {"num_tokens"})
+        assert_near([summary], [{name: expected[name] for name in logged}])
+    else:
+        assert not logged
+
+
 class Waits(TorchDispatchMode):
     """Counts what makes the host wait for a GPU, by name."""
 
@@ -624,6 +653,7 @@ def count_waits(kind, folder, monkeypatch, steps, **settings):
 @pytest.mark.parametrize("loss_from", ["hidden", "logits"])
 def test_metrics_are_recorded_without_waiting_for_the_device(tmp_path, kind, loss_from, monkeypatch):
     settings = {"gradient_accumulation_steps": 2, "loss_from": loss_from}
+    monkeypatch.setattr(FusedTrainer, "log", Trainer.log)  # which reads them, at the end of training too
     recorded, trainer = count_waits(kind, tmp_path, monkeypatch, 3, **settings)
     assert trainer._train_totals.values
     monkeypatch.setattr(Totals, "add", lambda self, totals: None)
@@ -914,6 +944,10 @@ def test_simpo_has_no_reference(tmp_path, ref_passes):
 # ---- errors ----
 
 
+def tiny_gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS) + 3, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+
+
 @by_kind
 def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
     config = CONFIGS[kind]
@@ -925,12 +959,16 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
     refused("loss_type.*'kto_squared'.*apo_zero_unpaired|loss_type.*'sigmoid'.*'apo_down'", loss_type="squared")
     refused("loss_from.*'hidden'.*'logits'.*'text'", loss_from="text")
     refused("beta", beta=0.0)
-    for rubbish in (0, -3, 2.5, "64", True):
-        refused(f"max_length must be a positive integer or None, got {rubbish!r}", max_length=rubbish)
+    for rubbish in (0, -3, 2.5, "-64", "long", True):
+        refused(f"max_length must be a positive integer, 'auto' or None, got {rubbish!r}", max_length=rubbish)
     refused("max_length must hold a prompt and a completion", max_length=1)
     for name in ("precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
         refused(f"{name} must be a positive integer or None, got 0", **{name: 0})
     refused("chunk_bytes", chunk_bytes=-1)
+    refused(r"backend must be one of \['triton', 'torch', None\], got 'cuda'", backend="cuda")
+    for name in ("precompute_ref_log_probs", "disable_dropout", *(["average_log_prob"] if kind == "kto" else [])):
+        for rubbish in ("no", "false", 1, None):
+            refused(f"{name} must be True or False, got {rubbish!r}", **{name: rubbish})
     if kind == "dpo":
         refused("label_smoothing", label_smoothing=0.5)
     else:
@@ -954,6 +992,40 @@ def test_arguments_that_would_change_nothing_are_refused(tmp_path, monkeypatch, 
     monkeypatch.setattr("transformers.training_args.is_liger_kernel_available", lambda: True, raising=False)
     with pytest.raises(ValueError, match=f"{option}.*{why}"):
         CONFIGS[kind](output_dir=str(tmp_path), use_cpu=True, **{option: value})
+
+
+@by_kind
+@pytest.mark.parametrize("make", [lambda: model(max_position_embeddings=8), tiny_gpt2], ids=["llama", "gpt2"])
+def test_no_sequence_is_longer_than_the_models_positions(tmp_path, kind, make):
+    """GPT-2 would fail on an index in the middle of training, and Llama train on positions that it never saw."""
+    for settings in ({}, {"max_length": None}, {"max_length": "8"}, {"max_length": 5}):
+        trainer = make_trainer(kind, tmp_path, policy=make(), evaluation=4, **settings)
+        assert trainer.max_length == (5 if settings.get("max_length") == 5 else 8)
+        assert trainer.max_length == max(trainer.train_dataset["length"])
+        trainer.train()
+        trainer.evaluate(data(kind, 4, seed=5))  # prepared only now
+        assert trainer.data_counts["eval"]["truncated"]
+    for settings in ({"policy": make()}, {"ref_model": make()}):
+        name = "model" if "policy" in settings else "ref_model"
+        with pytest.raises(ValueError, match=f"max_length must be at most 8, the positions that {name} has, got 9"):
+            make_trainer(kind, tmp_path, max_length=9, **settings)
+
+
+def test_max_length_where_the_model_has_more_positions_or_no_limit(tmp_path):
+    # XLNet's configuration says -1
+    for limit, expected in ((2048, {"auto": 1024, None: 2048, 1500: 1500}), (-1, {"auto": 1024, None: None, 9: 9})):
+        policy = model()
+        policy.config.max_position_embeddings = limit
+        for wanted, length in expected.items():
+            assert make_trainer("dpo", tmp_path, policy=policy, max_length=wanted).max_length == length
+    assert make_trainer("dpo", tmp_path, ref_model=model(max_position_embeddings=7)).max_length == 7
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], "auto"), (["--max_length", "64"], 64)])
+def test_transformers_own_parser_reads_max_length(tmp_path, given, expected):
+    parser = HfArgumentParser(CONFIGS["kto"])
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *given])
+    assert args.max_length == expected
 
 
 def test_a_model_from_a_path_is_trained_in_float32_and_one_in_half_precision_is_warned_of(tmp_path, caplog):
