@@ -416,17 +416,19 @@ def _chunk(
         needs=(has_gradient, has_gradient and shape.is_head_trained, False),
     )
     weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
-    keeps, limit, only_limit = from_hidden._first_visit(weight, options)
-    ranges = None
+    visit = from_hidden._first_visit(weight, options)
+    keeps, ranges = visit.keeps, None
     if has_gradient:
         counts = [shape.tokens_per_sequence] * shape.num_sequences
-        ranges = from_hidden._in_time_ranges(counts, limit, only_limit, paired=shape.is_paired, couples=False)
-    if ranges is None and keeps == "all":  # the larger of two visits
+        ranges = from_hidden._in_time_ranges(counts, visit, weight, options, paired=shape.is_paired, couples=False)
+    is_in_time = ranges is not None
+    if not is_in_time and keeps == "all":  # the larger of two visits
         keeps, ranges = from_hidden._again_ranges(shape.num_tokens, weight, options)
-    if ranges is None:
-        ranges = from_hidden._even_ranges(shape.num_tokens, limit)
+    elif not is_in_time:
+        ranges = from_hidden._even_ranges(shape.num_tokens, visit.limit)
     weight_sum = from_hidden._empty_weight_sum(ranges, weight, options, keeps)
-    return from_hidden._make_chunk(ranges, weight, options, keeps, weight_sum), weight_sum
+    lent = weight_sum if is_in_time and len(ranges) == 1 else None
+    return from_hidden._make_chunk(ranges, weight, options, keeps, lent), weight_sum
 
 
 def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:

@@ -15,7 +15,7 @@ How many GEMMs of 2 N H V that is, with N completion tokens:
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -242,60 +242,79 @@ def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> C
     )
 
 
-def _chunk_limit(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> int:
-    """How many tokens one chunk may hold."""
+def _only_chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
+    """Of a chunk of all tokens, whose buffer may lie where its last GEMM writes the weight's gradient."""
     spec = _chunk_spec(weight, options, keeps)
-    return spec.kind.capacity(spec)
+    if keeps != "all" or not options.needs[1]:
+        return spec
+    return replace(spec, lent_bytes=weight.numel() * _sum_dtype(1, weight, options, keeps).itemsize)
 
 
-def _only_chunk_limit(weight: torch.Tensor, options: HiddenOptions) -> int:
-    """The same where all tokens in one chunk take no more than several chunks would, whose sum of weight gradients is
-    in float32, beside a chunk and then beside itself rounded. 0 where several take no more than a chunk.
+def _takes_no_more_as_one(
+    ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, keeps: Keeps
+) -> bool:
+    """Whether all tokens in one chunk take no more than these chunks, whose sum of weight gradients is in float32,
+    beside a chunk and then beside itself rounded.
     """
-    spec = _chunk_spec(weight, options, "all")
+    spec, only = _chunk_spec(weight, options, keeps), _only_chunk_spec(weight, options, keeps)
     wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
-    if not options.needs[1] or spec.grad_dtype != weight.dtype or wide == held:
-        return 0
-    several = max(spec.num_bytes + wide - held, wide)
-    only = replace(spec, num_bytes=int(ONLY_CHUNK * several), lent_bytes=held)
-    return only.kind.capacity(only)
+    if not only.lent_bytes or spec.grad_dtype != weight.dtype or wide == held:
+        return False
+    longest = max(stop - start for start, stop in ranges)
+    several = max(spec.size(longest) + wide - held, wide)
+    return only.size(ranges[-1][1]) <= ONLY_CHUNK * several
+
+
+def _sum_dtype(num_chunks: int, weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> torch.dtype:
+    """Of the weight's gradient while chunks add to it; the sum of several is rounded once, at its end."""
+    held_dtype = _held_dtype(weight.dtype)
+    is_held = num_chunks == 1 and _chunk_spec(weight, options, keeps).grad_dtype == held_dtype
+    return held_dtype if is_held else options.compute_dtype
 
 
 def _empty_weight_sum(
     ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, keeps: Keeps
 ) -> torch.Tensor | None:
-    """For the weight's gradient, which the first chunk writes; the sum of several is rounded at its end."""
+    """For the weight's gradient, which the first chunk writes."""
     if not options.needs[1]:
         return None
-    held_dtype = _held_dtype(weight.dtype)
-    is_held = len(ranges) == 1 and _chunk_spec(weight, options, keeps).grad_dtype == held_dtype
-    total = weight.new_empty(weight.shape, dtype=held_dtype if is_held else options.compute_dtype)
+    total = weight.new_empty(weight.shape, dtype=_sum_dtype(len(ranges), weight, options, keeps))
     return total if ranges else total.zero_()
 
 
-def _first_visit(weight: torch.Tensor, options: HiddenOptions) -> tuple[Keeps, int, int]:
-    """(what its chunks keep, how many tokens each may hold, the only one), if their loss is known in time."""
+class _FirstVisit(NamedTuple):
+    """What its chunks keep, if their loss is known in time, and how many tokens fit one of several or the only one."""
+
+    keeps: Keeps
+    limit: int
+    only_limit: int
+
+
+def _first_visit(weight: torch.Tensor, options: HiddenOptions) -> _FirstVisit:
     keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
-    only_limit = _only_chunk_limit(weight, options) if keeps == "all" else 0
-    return keeps, _chunk_limit(weight, options, keeps), only_limit
+    specs = _chunk_spec(weight, options, keeps), _only_chunk_spec(weight, options, keeps)
+    return _FirstVisit(keeps, *(spec.capacity() for spec in specs))
 
 
 def _in_time_ranges(
-    counts: list[int], limit: int, only_limit: int, *, paired: bool, couples: bool
+    counts: list[int], visit: _FirstVisit, weight: torch.Tensor, options: HiddenOptions, *, paired: bool, couples: bool
 ) -> list[tuple[int, int]] | None:
     """Chunks whose loss is known before their logits are dropped, if there can be."""
     num_tokens = sum(counts)
-    if couples and num_tokens > limit:
+    one = [(0, num_tokens)] if num_tokens else []
+    if num_tokens <= visit.only_limit:
+        return one
+    if couples:
         return None
-    ranges = _whole_ranges(counts, limit, 2 if paired else 1)
-    if ranges is not None and len(ranges) > 1 and num_tokens <= only_limit:
-        return [(0, num_tokens)]
+    ranges = _whole_ranges(counts, visit.limit, 2 if paired else 1)
+    if ranges is not None and _takes_no_more_as_one(ranges, weight, options, visit.keeps):
+        return one
     return ranges
 
 
 def _again_ranges(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> tuple[Keeps, list[tuple[int, int]]]:
     """The same of a second visit."""
-    return "panels", _even_ranges(num_tokens, _chunk_limit(weight, options, "panels"))
+    return "panels", _even_ranges(num_tokens, _chunk_spec(weight, options, "panels").capacity())
 
 
 def _find_tokens(
@@ -311,13 +330,11 @@ def _make_chunk(
     weight: torch.Tensor,
     options: HiddenOptions,
     keeps: Keeps,
-    weight_sum: torch.Tensor | None = None,
+    lent: torch.Tensor | None = None,
 ) -> WholeRows | FoldedRows:
     longest = max((stop - start for start, stop in ranges), default=0)
     spec = _chunk_spec(weight, options, keeps)
-    if spec.kind is FoldedRows and len(ranges) == 1 and keeps == "all":
-        return FoldedRows(longest, spec, lent=weight_sum)
-    return spec.kind(longest, spec)
+    return FoldedRows(longest, spec, lent) if spec.kind is FoldedRows else WholeRows(longest, spec)
 
 
 def forward(
@@ -344,36 +361,41 @@ def forward(
     if is_left_to_backward:
         options = replace(options, needs=(False, False, False))
     paired = is_total and head.paired  # a chunk holds whole pairs
-    keeps, limit, only_limit = _first_visit(weight, options)  # before the host waits for the device
+    visit = _first_visit(weight, options)  # before the host waits for the device
     tokens = _find_tokens(weight, labels, cu_seqlens, options, paired)
     num_tokens = len(tokens.rows)
     ranges = None
     if is_total and any(options.needs):
         couples = head.couples_batch(*head_tensors)
-        ranges = _in_time_ranges(tokens.counts, limit, only_limit, paired=paired, couples=couples)
+        ranges = _in_time_ranges(tokens.counts, visit, weight, options, paired=paired, couples=couples)
     is_loss_in_time = ranges is not None
     # d logp / d hidden, which needs no loss
-    is_direction = not is_loss_in_time and keeps == "panels"
+    is_direction = not is_loss_in_time and visit.keeps == "panels"
+    keeps, limit = visit.keeps, visit.limit
     if not is_loss_in_time:
         if keeps == "all":
-            keeps, limit = "nothing", _chunk_limit(weight, options, "nothing")
+            keeps, limit = "nothing", _chunk_spec(weight, options, "nothing").capacity()
         ranges = _even_ranges(num_tokens, limit)
 
-    chunk = weight_sum = None
-    if is_loss_in_time:
-        weight_sum = _empty_weight_sum(ranges, weight, options, keeps)
+    chunk = lent = None
+    if is_loss_in_time and len(ranges) == 1:
+        lent = _empty_weight_sum(ranges, weight, options, keeps)
     ref_hidden, ref_weight, ref_bias = reference
-    gemm_weight = weight.to(options.dtype)  # a copy under autocast: one, where the reference has the policy's head
-    if ref_weight is not None:
-        is_shared = ref_weight.data_ptr() == weight.data_ptr() and ref_weight.shape == weight.shape
-        ref_weight = gemm_weight if is_shared else ref_weight.to(options.ref_dtype)
+    gemm_weight = None  # a copy under autocast: one at a time, or one for both
     if ref_hidden is not None:
+        is_shared = ref_weight.is_set_to(weight) and (ref_weight.dtype, options.ref_dtype) == (
+            weight.dtype,
+            options.dtype,
+        )
+        ref_weight = ref_weight.to(options.ref_dtype)
+        if is_shared:
+            gemm_weight = ref_weight
         ref_options = replace(options, dtype=options.ref_dtype, needs=(False, False, False))
         if ref_options.dtype == options.dtype:  # the policy's buffer serves both
-            chunk = _make_chunk(ranges, weight, options, keeps, weight_sum)
+            chunk = _make_chunk(ranges, weight, options, keeps, lent)
             ref_limit = max(1, chunk.num_tokens)
         else:
-            ref_limit = _chunk_limit(ref_weight, ref_options, "nothing")
+            ref_limit = _chunk_spec(ref_weight, ref_options, "nothing").capacity()
         ref_ranges = _even_ranges(num_tokens, ref_limit)
         ref_chunk = chunk or _make_chunk(ref_ranges, ref_weight, ref_options, "nothing")
         engine = _Engine(ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
@@ -382,7 +404,9 @@ def forward(
         ref_logps = engine.sequences()[0]
         del engine, ref_chunk, ref_weight
 
-    chunk = chunk or _make_chunk(ranges, weight, options, keeps, weight_sum)
+    if gemm_weight is None:
+        gemm_weight = weight.to(options.dtype)
+    chunk = chunk or _make_chunk(ranges, weight, options, keeps, lent)
     engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
 
@@ -393,7 +417,7 @@ def forward(
 
     results = None
     if is_loss_in_time:
-        engine.start_sums(weight_sum)
+        engine.start_sums(lent if len(ranges) == 1 else _empty_weight_sum(ranges, weight, options, keeps))
         for start, stop in ranges:
             engine.forward(start, stop, keep=True)
             # of sequences yet to come the log-probability is 0 here; their gradients are not looked at

@@ -32,6 +32,7 @@ PANEL_LOGITS = 3 * TILE_LOGITS
 WEIGHT_PANEL_LOGITS = 2**28
 # Of any other chunk that does not keep all: with more tokens its GEMMs would be no faster.
 PANEL_TOKENS = 4096
+MOST_TOKENS = 2**24  # of any chunk
 
 # Up to this hidden size, without a gradient, the kernel that folds logits in its GEMM's registers is faster on a Hopper
 # GPU than a GEMM of the libraries and a fold.
@@ -138,6 +139,17 @@ class ChunkSpec:
         is_stand_in = self.device.type in ("cpu", "meta")
         return FoldedRows if is_foldable and (self.is_native or is_stand_in) else WholeRows
 
+    def capacity(self) -> int:
+        """How many tokens fit into ``num_bytes``; at least one."""
+        limit = min(MOST_TOKENS, self.num_bytes // self.hidden_size)
+        if self.kind is FoldedRows and (self.keeps == "nothing" or (self.keeps == "panels" and not self.by_head)):
+            limit = PANEL_TOKENS
+        return max(1, bisect.bisect_right(range(1, limit + 1), self.num_bytes, key=self.size))
+
+    def size(self, num_tokens: int) -> int:
+        """Bytes that a chunk of so many tokens takes, what passes through their GEMMs counted in."""
+        return self.kind.size(num_tokens, self)
+
     @functools.cached_property
     def block(self) -> int:
         """Columns of one step of the kernels of ``FoldedRows``."""
@@ -161,15 +173,15 @@ class WholeRows:
             self.grads = torch.empty_like(self.logits, dtype=spec.grad_dtype)
 
     @staticmethod
-    def capacity(spec: ChunkSpec) -> int:
-        """How many tokens fit into the spec's bytes, what passes through their GEMMs counted in; at least one."""
+    def size(num_tokens: int, spec: ChunkSpec) -> int:
+        """As ``ChunkSpec.size``."""
         wide, narrow = spec.compute_dtype.itemsize, spec.dtype.itemsize
         beside = spec.grad_dtype.itemsize if spec.keeps != "nothing" and spec.grad_dtype != spec.compute_dtype else 0
         per_token = spec.vocab_size * (wide + beside) + spec.hidden_size * 2 * (wide + narrow)
         fixed = CAST_BYTES if spec.grad_dtype != spec.dtype else 0
         if spec.backend == "torch":
             fixed += 3 * torch_backend.BLOCK_BYTES
-        return max(1, (spec.num_bytes - fixed) // per_token)
+        return fixed + num_tokens * per_token
 
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
@@ -283,22 +295,17 @@ class FoldedRows:
         return memory.view(torch.float32).view(self.buffer_size)
 
     @staticmethod
-    def capacity(spec: ChunkSpec) -> int:
-        """As ``WholeRows.capacity``."""
+    def size(num_tokens: int, spec: ChunkSpec) -> int:
+        """As ``ChunkSpec.size``."""
         from .kernels import logit_statistics
 
+        tile_cols, kept_cols = _column_counts(num_tokens, spec)
+        buffer = 4 * num_tokens * _buffer_cols(tile_cols, spec)
+        if buffer <= spec.lent_bytes:
+            buffer = 0
         may_use_registers = spec.keeps == "nothing" and _folds_in_registers(spec.hidden_size, spec.device)
-
-        def size(num_tokens: int) -> int:
-            tile_cols, kept_cols = _column_counts(num_tokens, spec)
-            buffer = 4 * num_tokens * _buffer_cols(tile_cols, spec)
-            partial = logit_statistics.partial_bytes(spec.vocab_size) if may_use_registers else 0
-            rest = num_tokens * (2 * kept_cols + _passing_bytes(spec) + partial)
-            return rest if buffer <= spec.lent_bytes else rest + buffer
-
-        has_all_tokens = spec.keeps == "all" or (spec.keeps == "panels" and spec.by_head)
-        limit = spec.num_bytes // _passing_bytes(spec) if has_all_tokens else PANEL_TOKENS
-        return max(1, bisect.bisect_right(range(1, limit + 1), spec.num_bytes, key=size))
+        partial = logit_statistics.partial_bytes(spec.vocab_size) if may_use_registers else 0
+        return buffer + num_tokens * (2 * kept_cols + _passing_bytes(spec) + partial)
 
     def panels(self) -> list[slice]:
         """The columns kept at a time."""

@@ -16,6 +16,7 @@ from kto_fused import (
     fused_linear_kto_loss,
     linear_sequence_logps,
     linear_token_logps,
+    projection,
     reference,
 )
 from kto_fused.layout import MASKED, row_targets
@@ -296,6 +297,6 @@ def chunks_of(num_tokens: int | None) -> Iterator[None]:
     """Let a chunk hold that many tokens whatever ``chunk_bytes`` says; None changes nothing."""
     with pytest.MonkeyPatch.context() as patch:
         if num_tokens is not None:
-            patch.setattr(from_hidden, "_chunk_limit", lambda *args, **kwargs: num_tokens)
+            patch.setattr(projection.ChunkSpec, "capacity", lambda spec: num_tokens)
             patch.setattr(from_hidden, "ONLY_CHUNK", 0)
         yield

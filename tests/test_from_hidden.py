@@ -399,7 +399,7 @@ def test_any_chunk_gives_the_same_result(engine, setting, packed):
     for num_tokens in some(engine, [5, 2, 7, 11, 1000]):
         with chunks_of(num_tokens):
             compare(run_hidden(function, case, trained=trained, **options), expected)
-    for chunk_bytes in some(engine, [1, 2000, 2**23, 2**40]):
+    for chunk_bytes in some(engine, [1, 2000, 2**23, 2**40, 2**70]):
         compare(run_hidden(function, case, trained=trained, chunk_bytes=chunk_bytes, **options), expected)
 
 
@@ -416,6 +416,14 @@ def test_a_strided_head(engine, kind, trained):
     case = replace(case, weight=views[kind].copy_(case.weight))
     assert case.weight.stride() != (16, 1)
     check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained)
+
+
+def test_a_reference_whose_square_head_is_the_policys_transposed(engine):
+    case = make_hidden_case(vocab=16, hidden_size=16, dtype=torch.float64, **on(engine))
+    case.labels[case.labels >= 0] %= 16
+    check_hidden_against_twin(
+        fused_linear_kto_loss, case.with_options(ref_hidden=case.ref_hidden, ref_lm_head_weight=case.weight.T)
+    )
 
 
 @pytest.mark.parametrize("setting", ["frozen", "one loss per sequence"])
