@@ -5,7 +5,7 @@ import importlib.util
 import sys
 
 TRAINING = ("accelerate", "datasets", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
-INSTALL = "pip install 'kto-fused[train]'"
+INSTALL = "in a clone of kto-fused, pip install -c constraints.txt '.[train]'"
 COMMANDS = {
     "train": "train a model with KTO or DPO on files of feedback or pairs",
     "demo": "train a small language model with KTO on real text, and compare with the plain reference",

@@ -1,5 +1,6 @@
 """Dataclasses filled from flags and YAML files. Whatever does not fit is a ``CommandError``: one sentence."""
 
+import argparse
 import difflib
 import functools
 import json
@@ -18,16 +19,28 @@ NULL = "null"
 
 
 class FlagParser(HfArgumentParser):
-    """A flag for each field of the dataclasses ``kinds``, but for those ``left_out``.
+    """A flag for each field of the dataclasses ``kinds``, but for those ``left_out``. ``elsewhere`` says of other names
+    what they are flags of.
 
     ``null`` is None where a field may be None. Flags are not abbreviated: a misspelt one is an error.
     """
 
-    def __init__(self, kinds: list[type], command: str, left_out: Iterable[str] = (), **settings: Any):
-        self._left_out = frozenset(left_out)
+    def __init__(
+        self,
+        kinds: list[type],
+        command: str,
+        left_out: Iterable[str] = (),
+        elsewhere: dict[str, str] | None = None,
+        **settings: Any,
+    ):
+        self._left_out, self._elsewhere = frozenset(left_out), elsewhere or {}
         super().__init__(kinds, prog=f"kto-fused {command}", allow_abbrev=False, **settings)
         hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+        options = self._action_groups[:2]  # argparse's own; groups with a name hold what must be given
+        self._action_groups = self._action_groups[2:] + options
         for action in self._actions:
+            if action.required:
+                action.default = argparse.SUPPRESS  # --help shows none
             hint = hints.get(action.dest)
             if hint == bool | None:  # --flag alone, as where None is no choice
                 action.nargs, action.const = "?", True
@@ -50,7 +63,7 @@ class FlagParser(HfArgumentParser):
         if rest:
             name = rest[0].partition("=")[0]
             if name.startswith("-"):
-                raise CommandError(f"{name} is not a flag{_nearest(name, self._option_string_actions)}")
+                raise CommandError(f"{name} is not a flag{self._instead(name, self._option_string_actions)}")
             raise CommandError(f"{rest[0]!r} follows no flag that takes it")
         return vars(namespace)
 
@@ -60,7 +73,7 @@ class FlagParser(HfArgumentParser):
         arguments = []
         for name, value in settings.items():
             if name not in actions:
-                raise CommandError(f"{path}: {name!r} is not a setting{_nearest(str(name), actions)}")
+                raise CommandError(f"{path}: {name!r} is not a setting{self._instead(str(name), actions)}")
             if isinstance(value, list):
                 if actions[name].nargs != "+":
                     raise CommandError(f"{path}: {name!r} takes one value, got the list {value}")
@@ -68,6 +81,14 @@ class FlagParser(HfArgumentParser):
             else:
                 arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
         return arguments
+
+    def _instead(self, name: str, names: Iterable[str]) -> str:
+        """Where the name belongs, or what it may have been meant to be."""
+        owner = self._elsewhere.get(name.lstrip("-").replace("-", "_"))
+        if owner is not None:
+            return f" here: it belongs to {owner}"
+        nearest = difflib.get_close_matches(name, list(names), n=1)
+        return f"; the nearest is {nearest[0]}" if nearest else "; --help lists them"
 
 
 def parse(kind: type, arguments: list[str], command: str, description: str) -> Any:
@@ -102,7 +123,3 @@ def _null_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
         return None if text == NULL else convert(text)
 
     return converted
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    return f"; the nearest is {difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]}"

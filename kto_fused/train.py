@@ -7,7 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -165,8 +165,18 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
 
 
 def flags_of(loss: str) -> FlagParser:
+    elsewhere = {
+        name: f"--loss {other}"
+        for other, kind in CONFIGS.items()
+        for name in {field.name for field in fields(kind)} - {field.name for field in fields(CONFIGS.get(loss, kind))}
+    }
     parser = FlagParser(
-        [TrainSettings, CONFIGS.get(loss, FusedKTOConfig)], "train", description=DESCRIPTION, left_out=LEFT_OUT
+        [TrainSettings, CONFIGS.get(loss, FusedKTOConfig)],
+        "train",
+        usage="%(prog)s --model MODEL --data FILE [FILE ...] [FLAGS]",  # all of them would be three pages
+        description=DESCRIPTION,
+        left_out=LEFT_OUT,
+        elsewhere=elsewhere,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings under the flags' names; flags come before it")
     parser.set_defaults(output_dir=f"runs/{loss}", logging_first_step=True, save_total_limit=1)

@@ -363,7 +363,8 @@ def test_the_files_command_trains(files):
     ("text", "message"),
     [
         ("lerning_rate: 1", "file.yaml: 'lerning_rate' is not a setting; the nearest is learning_rate"),
-        ("gamma: 1", "file.yaml: 'gamma' is not a setting"),  # of --loss dpo alone
+        ("gamma: 1", "file.yaml: 'gamma' is not a setting here: it belongs to --loss dpo"),
+        ("colour: red", "file.yaml: 'colour' is not a setting; --help lists them"),
         ("label_smoothing_factor: 0.1", "file.yaml: 'label_smoothing_factor' is not a setting"),
         ("config: other.yaml", "file.yaml: 'config' is not a setting"),
         ("max_steps: [1, 2]", "file.yaml: 'max_steps' takes one value, got the list ['1', '2']"),
@@ -399,6 +400,13 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--lerning_rate", "1"], "--lerning_rate is not a flag; the nearest is --learning_rate"),
         (["--learning", "1"], "--learning is not a flag"),
         (["--do_train"], "--do_train is not a flag"),
+        (["--colour", "red"], "--colour is not a flag; --help lists them"),
+        (["--gamma", "2"], "--gamma is not a flag here: it belongs to --loss dpo"),
+        (["--label-smoothing=0.1"], "--label-smoothing is not a flag here: it belongs to --loss dpo"),
+        (
+            ["--loss", "dpo", "--desirable_weight", "2"],
+            "--desirable_weight is not a flag here: it belongs to --loss kto",
+        ),
         (["--beta", "1", "2"], "'2' follows no flag that takes it"),
         (["--max_steps", "ten"], "--max_steps/--max-steps: invalid int value: 'ten'"),
         (["--loss", "sft"], "--loss: invalid choice: 'sft'"),
@@ -438,7 +446,7 @@ def test_layers_that_cannot_be_adapted(files, capsys, layer, message):
 
 def test_lora_without_peft(files, capsys, monkeypatch):
     monkeypatch.setattr(train, "is_peft_available", lambda: False)
-    message = "kto-fused train: --lora_rank needs peft: pip install 'kto-fused[train]'"
+    message = f"kto-fused train: --lora_rank needs peft: {cli.INSTALL}"
     assert refusal(capsys, command(files, "kto", "--lora_rank", "2")) == message
 
 
@@ -475,7 +483,10 @@ def test_too_little_memory_names_flags_that_exist():
 def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert refusal(capsys, [name]) == f"kto-fused {name}: needs accelerate, datasets: pip install 'kto-fused[train]'"
+    install = "in a clone of kto-fused, pip install -c constraints.txt '.[train]'"
+    assert refusal(capsys, [name]) == f"kto-fused {name}: needs accelerate, datasets: {install}"
+    command = install.partition(", ")[2].replace("'", '"')
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # the other commands
@@ -507,6 +518,19 @@ def test_each_command_lists_its_flags(name, capsys):
         cli.main([name, "--help"])
     assert ended.value.code == 0
     assert f"usage: kto-fused {name}" in capsys.readouterr().out
+
+
+def test_help_begins_with_what_must_be_given(capsys):
+    for name, groups in (("train", ["what is trained on what:", "options:"]), ("estimate", ["options:"])):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        printed = capsys.readouterr().out
+        positions = [printed.index(f"\n{group}\n") for group in groups]
+        assert positions == sorted(positions)
+        assert len(printed[: positions[0]].splitlines()) < 15
+        first = " ".join(printed[positions[0] :].split("\n  --model ")[1].split("\n  --")[0].split())
+        assert "Hugging Face model" in first
+        assert "default" not in first
 
 
 def test_help_needs_no_heavy_package():
