@@ -14,6 +14,7 @@ for package in ("datasets", "accelerate", "matplotlib"):
     pytest.importorskip(package, reason=f"kto-fused demo needs {package}")
 
 import datasets
+import tiny_training
 
 from kto_fused import cli, demo
 from kto_fused.preference_data import BUNDLED, load
@@ -47,7 +48,7 @@ def test_the_margin_rises(finished):
     assert sum(margins[-4:]) / 4 > 0.02
 
 
-def test_fused_and_reference_trajectories_agree(finished):
+def test_fused_and_reference_steps_agree(finished):
     comparison = finished[0]["comparison"]
     assert comparison["steps"] == demo.COMPARED_STEPS
     assert comparison["largest_gradient"] > 1e-3
@@ -61,6 +62,26 @@ def test_the_compared_steps_are_the_first_ones(finished):
     metrics, _ = finished
     losses = [step["loss"] for step in metrics["steps"][: demo.COMPARED_STEPS]]
     assert metrics["comparison"]["losses"]["fused"] == pytest.approx(losses, abs=1e-6)
+
+
+def test_plain_and_fused_steps_take_turns(tmp_path, monkeypatch):
+    """Another process's load would fall on one of them otherwise."""
+    taken = []
+
+    def recorded(name, function):
+        def call(*arguments, **named_arguments):
+            taken.append(name)
+            return function(*arguments, **named_arguments)
+
+        return call
+
+    for name, ((from_hidden, from_logits), logps_functions) in demo.ComparedTrainer.kinds.items():
+        functions = (recorded(name, from_hidden), recorded(name, from_logits))
+        monkeypatch.setitem(demo.ComparedTrainer.kinds, name, (functions, logps_functions))
+    trainer = tiny_training.make_trainer("kto", tmp_path, ref_model=tiny_training.model(seed=1), max_steps=2)
+    comparison = demo.compare(trainer)
+    assert taken == ["reference", "fused"] * 3  # two steps for time, one for memory
+    assert comparison["largest_gradient_difference"] < 1e-5 < comparison["largest_gradient"]
 
 
 def test_it_writes_metrics_and_curves(finished):
@@ -151,6 +172,12 @@ def test_an_out_folder_that_cannot_be_written(capsys, tmp_path):
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 2
     assert f"{tmp_path / 'out'} cannot be written: Not a directory" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "a file is in the way"
+
+
+def test_help_writes_kto_as_it_is_written(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    assert "Train a small language model with KTO" in capsys.readouterr().out
 
 
 def test_as_a_module():
