@@ -11,11 +11,12 @@ class LossMetrics:
     """Per-sequence results of a KTO or DPO loss.
 
     ``logps`` and ``ref_logps`` are [B] log-probabilities in nats (sums, or means with ``average_log_prob``),
-    ``rewards`` [B] is beta times their difference, ``reference_point`` is KTO's z0 in nats (None for pairs).
-    ``desirable`` [B] is KTO's argument; None for pairs, whose first half is chosen and second rejected. From logits
-    or hidden states there are also ``token_counts`` [B], and ``entropy``, ``mean_logits`` and ``token_accuracy`` [B],
-    means over each sequence's completion tokens (0 where it has none). ``token_accuracy`` is the share of them that
-    are the model's most likely token, a tie included.
+    ``rewards`` [B] is beta times their difference; ``simpo``, which has no reference, defines its reward by the
+    length-averaged log-probability, beta ``logps`` / ``token_counts`` of sums. ``reference_point`` is KTO's z0 in nats
+    (None for pairs). ``desirable`` [B] is KTO's argument; None for pairs, whose first half is chosen and second
+    rejected. From logits or hidden states there are also ``token_counts`` [B], and ``entropy``, ``mean_logits`` and
+    ``token_accuracy`` [B], means over each sequence's completion tokens (0 where it has none). ``token_accuracy`` is
+    the share of them that are the model's most likely token, a tie included.
     """
 
     logps: torch.Tensor
