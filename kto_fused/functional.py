@@ -46,7 +46,9 @@ def fused_kto_loss(
     With L_s the log-probability of sequence s's completion, r_s = L_s - Lref_s, z0 the reference point, e_s = +1
     (desirable) or -1, w_s the class weight and q_s = sigma(e_s beta (r_s - z0)):
 
-        kto: w_s (1 - q_s)    kto_squared: w_s (1 - q_s)^2    apo_zero_unpaired: kto with z0 = 0
+        kto                 w_s (1 - q_s)       the paper's
+        kto_squared         w_s (1 - q_s)^2     a variant of it
+        apo_zero_unpaired   kto with z0 = 0     APO, D'Oosterlinck et al. 2024, arXiv 2408.06266
 
     Args:
         policy_logits: [B, T, V] float16, bfloat16, float32 or float64, any strides with a contiguous last dimension;
@@ -163,6 +165,11 @@ def fused_dpo_loss(
         simpo       sigmoid of beta h - gamma, log-probabilities divided by their lengths, no reference
         apo_zero    [1 - sigma(beta r_w)] + sigma(beta r_l)
         apo_down    sigma(beta r_w) + [1 - sigma(beta h)]
+
+    Sources: ``sigmoid`` the DPO paper, with s > 0 Mitchell's note on conservative DPO (2023); ``robust`` Chowdhury et
+    al. 2024, arXiv 2403.00409; ``hinge`` SLiC-HF, arXiv 2305.10425; ``ipo`` Azar et al. 2023, arXiv 2310.12036;
+    ``simpo`` Meng et al. 2024, arXiv 2405.14734; ``apo_zero`` and ``apo_down`` D'Oosterlinck et al. 2024, arXiv
+    2408.06266.
 
     Args:
         beta: strength of the pull towards the reference, > 0.

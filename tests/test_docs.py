@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import kto_fused
+from kto_fused import losses
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,8 +30,22 @@ def test_every_public_name_has_an_example(name):
     assert any(test.examples for test in tests)
 
 
+@pytest.mark.parametrize(
+    ("function", "formulas", "loss_types"),
+    [
+        (kto_fused.fused_kto_loss, losses.kto_losses, losses.KTO_LOSS_TYPES),
+        (kto_fused.fused_dpo_loss, losses.dpo_losses, losses.DPO_LOSS_TYPES),
+    ],
+)
+def test_help_has_each_losss_formula_and_source(function, formulas, loss_types):
+    listed = re.findall(r"^ {8}(\w+) {2,}\S", function.__doc__, re.MULTILINE)
+    assert tuple(listed) == loss_types
+    papers = [set(re.findall(r"\d{4}\.\d{5}", text.__doc__)) for text in (function, formulas)]
+    assert papers[0] == papers[1]
+
+
 def test_the_readmes_code_runs(tmp_path, monkeypatch):
-    """In a folder that holds what it names: a model and two files of feedback."""
+    """Each section by itself, in a folder that holds what it names: a model and two files of feedback."""
     for package in ("accelerate", "datasets", "trl"):
         pytest.importorskip(package, reason=f"the README's code needs {package}")
     import tiny_training  # needs them
@@ -43,11 +58,12 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.chdir(tmp_path)
 
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 6
-    namespace: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+    sections = [re.findall(r"```python\n(.*?)```", section, re.DOTALL) for section in README.split("\n## ")]
+    assert sum(map(len, sections)) >= 6
+    for blocks in sections:
+        namespace: dict = {}
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), namespace)
 
 
 def test_every_public_name_is_in_the_readmes_table():
