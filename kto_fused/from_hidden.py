@@ -383,10 +383,7 @@ def forward(
     ref_hidden, ref_weight, ref_bias = reference
     gemm_weight = None  # a copy under autocast: one at a time, or one for both
     if ref_hidden is not None:
-        is_shared = ref_weight.is_set_to(weight) and (ref_weight.dtype, options.ref_dtype) == (
-            weight.dtype,
-            options.dtype,
-        )
+        is_shared = ref_weight.is_set_to(weight) and options.ref_dtype == options.dtype
         ref_weight = ref_weight.to(options.ref_dtype)
         if is_shared:
             gemm_weight = ref_weight
