@@ -1,6 +1,6 @@
-"""What the constants of the engine from hidden states were chosen by: ``python benchmarks/tune.py`` on a GPU.
+"""Whether the constants of the engine from hidden states suit a GPU: ``python benchmarks/tune.py`` there.
 
-Times a whole step with each constant at several values, the one in use among them, and prints a table of each.
+Times a whole step with each constant at several values, the one in use first, and prints a table of each.
 """
 
 import argparse
