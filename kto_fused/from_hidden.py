@@ -292,8 +292,9 @@ class _FirstVisit(NamedTuple):
 
 def _first_visit(weight: torch.Tensor, options: HiddenOptions) -> _FirstVisit:
     keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
-    specs = _chunk_spec(weight, options, keeps), _only_chunk_spec(weight, options, keeps)
-    return _FirstVisit(keeps, *(spec.capacity() for spec in specs))
+    spec, only = _chunk_spec(weight, options, keeps), _only_chunk_spec(weight, options, keeps)
+    limit = spec.capacity()
+    return _FirstVisit(keeps, limit, limit if only == spec else only.capacity())
 
 
 def _in_time_ranges(
