@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from contenders_from_hidden import Problem, fused, make_problem
-from kto_fused.kernels import logit_statistics
+from kto_fused.kernels import register_tiles
 from report_from_hidden import QWEN_05B, HiddenTurn, Size, on_gpu
 from side_by_side import free, take_turns
 
@@ -48,9 +48,16 @@ def of(name: str, *values: int, **where: tuple) -> Sweep:
 SWEEPS = {
     "registers": of("REGISTER_HIDDEN_SIZE", 0, 4096, sizes=EVERY_WIDTH),
     "register tile": Sweep(
-        logit_statistics,
+        register_tiles,
         ("ROWS", "COLUMNS", "DEPTH", "NUM_WARPS", "NUM_STAGES", "GROUP_ROWS"),
-        ((128, 256, 64, 8, 4, 16), (128, 256, 64, 8, 3, 8), (128, 128, 64, 4, 4, 16), (256, 128, 64, 8, 3, 16)),
+        (
+            (128, 256, 64, 8, 4, 16),
+            (128, 256, 64, 8, 3, 8),
+            (256, 128, 64, 8, 3, 16),
+            # two programs to a multiprocessor: one multiplies while the other folds
+            (128, 128, 64, 8, 3, 16),
+            (128, 128, 64, 4, 3, 16),
+        ),
         sizes=(QWEN_05B, LLAMA_1B),
     ),
     "tile": of("TILE_LOGITS", 2**23, 3 * 2**22, 3 * 2**24, 3 * 2**25, sizes=EVERY_WIDTH),

@@ -252,10 +252,11 @@ def settle_rows_kernel(
     reference = tl.load(state_ptr + row)
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
     tiles = tl.arange(0, BLOCK_TILES)
-    kept_under = tl.load(references_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=reference)
+    panel_tiles = tl.cdiv(cols, tile_cols)
+    kept_under = tl.load(references_ptr + row * num_tiles + tiles, mask=tiles < panel_tiles, other=reference)
     is_old = (kept_under != reference) & (kept_under != float("-inf"))
     if tl.max(is_old.to(tl.int32), axis=0) > 0:
-        for tile in range(0, num_tiles):
+        for tile in range(0, panel_tiles):
             old = tl.load(references_ptr + row * num_tiles + tile)
             if (old != reference) & (old != float("-inf")):
                 rescale = tl.exp2((old - reference) * log2_factor)
@@ -454,7 +455,7 @@ def keep(
 
 
 def _lanes(block: int) -> dict[str, int]:
-    return {"LANES": block // VEC, "VEC": VEC, "num_warps": min(NUM_WARPS, block // VEC // 32)}
+    return {"LANES": block // VEC, "VEC": VEC, "num_warps": max(1, min(NUM_WARPS, block // VEC // 32))}
 
 
 def settle(

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -34,8 +34,8 @@ WEIGHT_PANEL_LOGITS = 2**28
 PANEL_TOKENS = 4096
 MOST_TOKENS = 2**24  # of any chunk
 
-# Up to this hidden size, without a gradient, the kernel that folds logits in its GEMM's registers is faster on a Hopper
-# GPU than a GEMM of the libraries and a fold.
+# Up to this hidden size kernels that fold logits in the registers of their GEMM are faster on a Hopper GPU than a GEMM
+# of the libraries and a fold.
 REGISTER_HIDDEN_SIZE = 2048
 
 # Numbers by which a second visit to a token knows what the first found.
@@ -46,8 +46,7 @@ NUM_STATISTICS = 3
 Keeps = Literal["nothing", "all", "panels"]
 
 
-@dataclass(frozen=True)
-class LMHead:
+class LMHead(NamedTuple):
     """logits = hidden @ weight.T + bias, with weight [V, H] in the GEMMs' dtype and bias [V] in the logits'."""
 
     weight: torch.Tensor
@@ -297,15 +296,16 @@ class FoldedRows:
     @staticmethod
     def size(num_tokens: int, spec: ChunkSpec) -> int:
         """As ``ChunkSpec.size``."""
-        from .kernels import logit_statistics
+        from .kernels import register_tiles
 
         tile_cols, kept_cols = _column_counts(num_tokens, spec)
         buffer = 4 * num_tokens * _buffer_cols(tile_cols, spec)
         if buffer <= spec.lent_bytes:
             buffer = 0
-        may_use_registers = spec.keeps == "nothing" and _folds_in_registers(spec.hidden_size, spec.device)
-        partial = logit_statistics.partial_bytes(spec.vocab_size) if may_use_registers else 0
-        return buffer + num_tokens * (2 * kept_cols + _passing_bytes(spec) + partial)
+        if _folds_in_registers(spec.hidden_size, spec.device):  # never both at once
+            partial = register_tiles.partial_bytes(kept_cols or spec.vocab_size, is_kept=kept_cols > 0)
+            buffer = max(buffer, num_tokens * partial)
+        return buffer + num_tokens * (2 * kept_cols + _passing_bytes(spec))
 
     def panels(self) -> list[slice]:
         """The columns kept at a time."""
@@ -316,66 +316,89 @@ class FoldedRows:
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
     ) -> tuple[torch.Tensor, ...]:
         """As ``WholeRows.forward``."""
-        from .kernels import logit_statistics, vocabulary_tiles
+        from .kernels import register_tiles, vocabulary_tiles
 
-        weight, factor = lm_head.weight, transform["factor"]
+        self._begin(lm_head, targets, transform)
         new_empty = functools.partial(torch.empty, device=hidden.device)
         state = new_empty(6, len(hidden))
         outputs = tuple(new_empty(len(hidden)) for _ in range(4))
         with on_device(hidden):
+            if self.in_registers:
+                register_tiles.start(hidden, *lm_head, targets, state)
             if keep:
-                self._fold_and_keep(hidden, lm_head, targets, transform, state)
+                self._fold_and_keep(hidden, lm_head, state)
             else:
-                first = self._columns_in_registers(weight, transform)
-                if first:
-                    logit_statistics.statistics(hidden, weight, lm_head.bias, targets, state, factor=factor)
-                rest = slice(first, len(weight))
-                for tile, columns in self._tiles(hidden, lm_head, rest, needs_buffer=not first):
-                    vocabulary_tiles.fold(
-                        tile, lm_head.bias, targets, state, columns, block=self.spec.block, **transform
-                    )
-            vocabulary_tiles.finish(targets, state, outputs, vocab_size=len(weight), factor=factor)
-        self.statistics, self.targets, self.transform = tuple(state[:3]), targets, transform
+                self._fold(hidden, lm_head, state, slice(0, self.spec.vocab_size))
+            vocabulary_tiles.finish(
+                targets, state, outputs, vocab_size=self.spec.vocab_size, factor=transform["factor"]
+            )
+        self.statistics = tuple(state[:3])
         return outputs
 
-    def _columns_in_registers(self, weight: torch.Tensor, transform: dict) -> int:
-        """How many, from the first, are best folded in the registers of their GEMM."""
-        from .kernels import logit_statistics
+    def _begin(self, lm_head: LMHead, targets: torch.Tensor, transform: dict) -> None:
+        """Choose the kernels of a visit."""
+        from .kernels import register_tiles
 
-        is_faster = transform["softcap"] is None and _folds_in_registers(weight.shape[1], weight.device)
-        return logit_statistics.whole_columns(weight) if is_faster else 0
+        self.targets, self.transform = targets, transform
+        may_use_registers = _folds_in_registers(self.spec.hidden_size, self.spec.device)
+        self.in_registers = may_use_registers and transform["softcap"] is None and register_tiles.serves(lm_head.weight)
+        # a tile's columns, and of one step of the kernels that meet it in memory
+        self.width, self.block = self.tile_cols, self.spec.block
+        if self.in_registers:
+            self.width, self.block = register_tiles.COLUMNS, min(self.block, register_tiles.COLUMNS)
 
-    def _fold_and_keep(self, hidden, lm_head, targets, transform, state) -> None:
+    def _split(self, panel: slice) -> tuple[slice, slice]:
+        """Which of a panel's columns registers serve, and which memory."""
+        middle = panel.stop - (panel.stop - panel.start) % self.width if self.in_registers else panel.start
+        return slice(panel.start, middle), slice(middle, panel.stop)
+
+    def _fold(self, hidden, lm_head, state, panel, references=None) -> None:
+        """Fold a panel of columns into ``state``; where there are ``references``, [n, tiles], keep its P too."""
+        from .kernels import register_tiles, vocabulary_tiles
+
+        def kept(columns: slice) -> vocabulary_tiles.Kept | None:
+            if references is None:
+                return None
+            tile_index = (columns.start - panel.start) // self.width
+            return vocabulary_tiles.Kept(self._kept_columns(hidden, columns, panel), references, tile_index)
+
+        whole, rest = self._split(panel)
+        if whole.start < whole.stop:
+            register_tiles.fold(
+                hidden, *lm_head, self.targets, state, whole, kept(whole), factor=self.transform["factor"]
+            )
+        for tile, columns in self._tiles(hidden, lm_head, rest):
+            vocabulary_tiles.fold(
+                tile, lm_head.bias, self.targets, state, columns, kept(columns), block=self.block, **self.transform
+            )
+
+    def _fold_and_keep(self, hidden, lm_head, state) -> None:
         from .kernels import vocabulary_tiles
 
-        is_summed, capping = self.spec.keeps == "panels", _without_scale(transform)
-        references = torch.empty(len(hidden), -(-self.kept_cols // self.tile_cols), device=hidden.device)
+        is_summed, capping = self.spec.keeps == "panels", _without_scale(self.transform)
+        references = torch.empty(len(hidden), -(-self.kept_cols // self.width), device=hidden.device)
         sums = None
         if is_summed:
             sums = vocabulary_tiles.PanelSums(self.product[: len(hidden)], torch.empty_like(state[0]))
         for panel in self.panels():
-            for index, (tile, columns) in enumerate(self._tiles(hidden, lm_head, panel)):
-                into = vocabulary_tiles.Kept(self._kept_columns(hidden, columns, panel), references, index)
-                vocabulary_tiles.fold(
-                    tile, lm_head.bias, targets, state, columns, into, block=self.spec.block, **transform
-                )
+            self._fold(hidden, lm_head, state, panel, references)
             self.current = self._kept_panel(hidden, panel)
             vocabulary_tiles.settle(
                 self.current,
-                targets,
+                self.targets,
                 state,
                 references,
                 sums,
                 panel,
-                tile_cols=self.tile_cols,
-                block=self.spec.block,
+                tile_cols=self.width,
+                block=self.block,
                 vocab_size=self.spec.vocab_size,
                 **capping,
             )
             if is_summed:
                 self._add_product(lm_head, panel)
         if is_summed:
-            vocabulary_tiles.add_target_rows(sums.product, lm_head.weight, targets, state, **capping)
+            vocabulary_tiles.add_target_rows(sums.product, lm_head.weight, self.targets, state, **capping)
 
     def _kept_columns(self, hidden: torch.Tensor, columns: slice, panel: slice) -> torch.Tensor:
         """Where P of a panel's ``columns`` goes, to the end of the buffer."""
@@ -395,20 +418,26 @@ class FoldedRows:
         transform: dict,
     ) -> Iterator[slice]:
         """As ``WholeRows.again``; what is kept is the gradient itself."""
-        from .kernels import vocabulary_tiles
+        from .kernels import register_tiles, vocabulary_tiles
 
+        self._begin(lm_head, targets, transform)
         state = torch.stack(statistics)
-        self.statistics, self.targets, self.transform = statistics, targets, transform
+        self.statistics = statistics
         self.backward(token_grads)
         factors, self.row_scale = self.row_scale, None
         for panel in self.panels():
+            whole, rest = self._split(panel)
+            self.current = self._kept_panel(hidden, panel)
             with on_device(hidden):
-                for tile, columns in self._tiles(hidden, lm_head, panel):
+                if whole.start < whole.stop:
+                    register_tiles.keep(
+                        hidden, *lm_head, self.current, targets, state, factors, whole, factor=transform["factor"]
+                    )
+                for tile, columns in self._tiles(hidden, lm_head, rest):
                     into = self._kept_columns(hidden, columns, panel)
                     vocabulary_tiles.keep(
-                        tile, lm_head.bias, into, targets, state, factors, columns, block=self.spec.block, **transform
+                        tile, lm_head.bias, into, targets, state, factors, columns, block=self.block, **transform
                     )
-            self.current = self._kept_panel(hidden, panel)
             if self.spec.by_hidden:
                 self._add_product(lm_head, panel)
             yield panel
@@ -416,18 +445,15 @@ class FoldedRows:
     def _add_product(self, lm_head: LMHead, panel: slice) -> None:
         _multiply(self.current, lm_head.weight[panel], self.product[: len(self.current)], add=panel.start > 0)
 
-    def _tiles(
-        self, hidden: torch.Tensor, lm_head: LMHead, panel: slice, needs_buffer: bool = True
-    ) -> Iterator[tuple[torch.Tensor, slice]]:
-        """Tiles of logits [n, tile_cols], each in the same memory, and their columns."""
-        num_tokens, width = len(hidden), self.tile_cols
+    def _tiles(self, hidden: torch.Tensor, lm_head: LMHead, panel: slice) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Tiles of logits [n, width], each in the same memory, and their columns."""
+        num_tokens, width = len(hidden), self.width
         if panel.start == panel.stop:
             return
-        if needs_buffer:
-            tile = self.buffer.view(-1)[: num_tokens * width].view(num_tokens, width)
-        else:  # a few columns
-            width = min(width, -(-(panel.stop - panel.start) // self.spec.block) * self.spec.block)
+        if self.in_registers:  # a few columns
             tile = torch.empty(num_tokens, width, device=hidden.device)
+        else:
+            tile = self.buffer.view(-1)[: num_tokens * width].view(num_tokens, width)
         for first in range(panel.start, panel.stop, width):
             columns = slice(first, min(first + width, panel.stop))
             _multiply(hidden, lm_head.weight[columns].T, tile[:, : columns.stop - first])
@@ -459,11 +485,13 @@ class FoldedRows:
     def add_bias_gradient(self, total: torch.Tensor) -> None:
         """As ``WholeRows.add_bias_gradient``."""
         num_tokens, num_cols = self.current.shape
-        row_scale = self.buffer.new_ones(num_tokens, 1) if self.row_scale is None else self.row_scale[:, None]
+        row_scale = self.row_scale
+        if row_scale is None:
+            row_scale = torch.ones(num_tokens, device=self.current.device)
         high = row_scale.to(self.current.dtype)
         low = (row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
         sums = row_scale.new_empty(num_cols, 2)
-        _multiply(self.current.T, torch.cat([high, low], dim=1), sums)
+        _multiply(self.current.T, torch.stack([high, low], dim=1), sums)
         total.add_(sums.sum(1))
 
 

@@ -41,8 +41,13 @@ def kernels(report, prefix: str = "") -> list[dict]:
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
 def test_every_kernel_compiles(reports, target):
     compiled = {entry["kernel"] for entry in kernels(reports[target])}
-    of_hopper = {"logit_statistics_kernel", "merge_statistics_kernel"} if target == "sm_90" else set()
-    assert compiled == of_hopper | {
+    of_hopper = {
+        "start_rows_kernel",
+        "fold_register_tiles_kernel",
+        "merge_register_tiles_kernel",
+        "keep_register_tiles_kernel",
+    }
+    assert compiled == (of_hopper if target == "sm_90" else set()) | {
         "token_logprobs_kernel",
         "combine_splits_kernel",
         "token_logprobs_backward_kernel",
@@ -108,13 +113,15 @@ def test_tile_kernels_read_16_bytes_and_write_8_at_a_time_on_sm_90(reports):
         assert "STG.E.U16" not in entry["stores"], entry
 
 
-def test_the_kernel_that_folds_in_registers_multiplies_by_warp_groups_on_sm_90(reports):
-    """And copies ahead of its multiplications, in what shared memory a multiprocessor of that GPU has."""
-    entries = kernels(reports["sm_90"], "logit_statistics")
-    assert len(entries) == 2, entries  # with a bias and without
-    for entry in entries:
+def test_the_kernels_that_fold_in_registers_multiply_by_warp_groups_on_sm_90(reports):
+    """And copy ahead of their multiplications, in what shared memory a multiprocessor of that GPU has."""
+    fold, keep = (kernels(reports["sm_90"], f"{name}_register_tiles") for name in ("fold", "keep"))
+    assert (len(fold), len(keep)) == (4, 2)  # with a bias and without; a fold keeps P or does not
+    for entry in fold + keep:
         assert entry["warp_group_products"] >= 4, entry
         assert 128 * 2**10 < entry["shared_memory"] <= 227 * 2**10, entry
+        is_kept = entry in keep or "KEEP=True" in entry["variant"]
+        assert ("STG.E.128" in entry["stores"]) == is_kept, entry
 
 
 def test_grids_use_the_one_dimension_that_holds_2_to_the_31_programs(reports):

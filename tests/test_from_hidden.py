@@ -30,7 +30,7 @@ from cases import (
 from conftest import HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kto_fused.kernels import logit_statistics
+from kto_fused.kernels import register_tiles
 from test_properties import to_device
 from torch.autograd import gradcheck
 
@@ -877,17 +877,24 @@ def test_tiles_of_far_columns(columns, chunk_bytes, panel, trained, engine, monk
 
 @pytest.fixture
 def in_registers(monkeypatch):
-    """The calls of the kernel that folds logits in the registers of their GEMM; the interpreter runs it anywhere."""
+    """The calls of the kernels that fold logits, or keep P, in the registers of their GEMM; the interpreter runs them
+    anywhere.
+    """
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs the shared memory of a Hopper GPU")
     calls = []
 
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return statistics(*args, **kwargs)
+    def counted(name):
+        function = getattr(register_tiles, name)
 
-    statistics = logit_statistics.statistics
-    monkeypatch.setattr(logit_statistics, "statistics", counted)
+        def call(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(register_tiles, name, call)
+
+    for name in ("fold", "keep"):
+        counted(name)
     if not HAS_GPU:  # Triton's interpreter would multiply bfloat16's bits as if they were integers
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -898,25 +905,29 @@ def in_registers(monkeypatch):
             return create_dot(builder, *as_float32, *others)
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+        small = {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "GROUP_ROWS": 2, "MERGE_TILES": 4, "MERGE_ROWS": 16}
+        for name, value in small.items():
+            monkeypatch.setattr(register_tiles, name, value)
     monkeypatch.setattr(projection, "_is_hopper", lambda device: True)
     return calls
+
+
+def register_case(columns, vocab, **options):
+    """Several groups of blocks of rows, several steps of the merge, and targets behind the first columns."""
+    sizes = {"batch": 5, "seq_len": 40, "vocab": vocab, "hidden_size": 64}
+    case = make_hidden_case(**sizes, dtype=torch.bfloat16, device=DEVICE, backend="triton", **options)
+    bias = torch.zeros(vocab, device=DEVICE)
+    for first, last, value in FAR[columns]:
+        bias[first // 4 : last // 4] = value
+    case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 444 + 256
+    return replace(case, bias=bias.bfloat16() if FAR[columns] else None)
 
 
 @pytest.mark.parametrize("columns", FAR)
 @pytest.mark.parametrize("num_tokens", [None, 40], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize(("vocab", "temperature"), [(700, 1.0), (768, 0.7)], ids=["a rest of columns", "none"])
-def test_logits_folded_in_registers(columns, num_tokens, vocab, temperature, in_registers, monkeypatch):
-    """Several groups of blocks of rows, several steps of the merge, and targets in any block."""
-    small = {"ROWS": 16, "COLUMNS": 16, "DEPTH": 16, "GROUP_ROWS": 2, "MERGE_TILES": 4, "MERGE_ROWS": 16}
-    for name, value in small.items() if not HAS_GPU else ():
-        monkeypatch.setattr(logit_statistics, name, value)
-    sizes = {"batch": 5, "seq_len": 40, "vocab": vocab, "hidden_size": 64}
-    case = make_hidden_case(**sizes, dtype=torch.bfloat16, device=DEVICE, backend="triton", temperature=temperature)
-    bias = torch.zeros(vocab, device=DEVICE)
-    for first, last, value in FAR[columns]:
-        bias[first // 4 : last // 4] = value
-    case = replace(case, bias=bias.bfloat16() if FAR[columns] else None)
-    case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 444 + 256  # behind those of no probability
+def test_logits_folded_in_registers(columns, num_tokens, vocab, temperature, in_registers):
+    case = register_case(columns, vocab, temperature=temperature)
     with chunks_of(num_tokens), torch.no_grad():
         loss, metrics, _ = run_hidden(fused_linear_kto_loss, case, trained=())
     assert len(in_registers) == 2 if num_tokens is None else len(in_registers) > 2, "policy and reference"
@@ -925,6 +936,54 @@ def test_logits_folded_in_registers(columns, num_tokens, vocab, temperature, in_
     if columns == "the smallest numbers at first":  # the mean of which float32 cannot hold
         metrics, exact_metrics = (replace(x, mean_logits=torch.zeros(5)) for x in (metrics, exact_metrics))
     check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), torch.bfloat16)
+
+
+# what is kept: all, a panel while s is not known, and d loss / d logits on a second visit
+KEPT = {"all": (INPUTS, None, "fold"), "panels": (FROZEN, None, "fold"), "second visit": (INPUTS, 10, "keep")}
+
+
+@pytest.mark.parametrize("columns", FAR)
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize(("vocab", "temperature"), [(700, 1.0), (768, 0.7)], ids=["a rest of columns", "none"])
+def test_gradients_from_registers(columns, kept, vocab, temperature, in_registers, monkeypatch):
+    """Of logits far above the target's too, by which its row was to be measured; no target is -inf."""
+    trained, num_tokens, last_call = KEPT[kept]
+    monkeypatch.setattr(projection, "PANEL_LOGITS", 256 * 100)
+    monkeypatch.setattr(projection, "WEIGHT_PANEL_LOGITS", 256 * 10)
+    case = register_case(columns, vocab, temperature=temperature, beta=1e-3)
+    case.labels[(case.labels >= 512) & (case.labels < 625)] -= 256
+    case = case.with_options(ref_logps=torch.zeros(5, device=DEVICE))
+    with chunks_of(num_tokens):
+        actual = run_hidden(fused_linear_kto_loss, case, trained=trained)
+    assert in_registers[-1] == last_call
+    exact = case.map(torch.Tensor.double).with_options(backend=None)
+    expected = run_hidden(reference.linear_kto_loss, exact, trained=trained)
+    if columns == "the smallest numbers at first":  # the mean of which float32 cannot hold
+        actual, expected = ((x[0], replace(x[1], mean_logits=torch.zeros(5)), x[2]) for x in (actual, expected))
+    check_loss_and_metrics(actual[:2], expected[:2], torch.bfloat16)
+    for name, gradient in expected[2].items():
+        assert_same_gradient(actual[2][name], gradient, roundings=1.0 if HAS_GPU else 1.5)
+
+
+@by_trained
+def test_registers_and_a_target_of_no_probability(trained, in_registers):
+    """By which its row cannot be measured."""
+    case = register_case("every other tile -inf", 700)
+    results = []
+    for function, x in (
+        (linear_token_logps, case),
+        (reference.linear_token_logps, case.map(torch.Tensor.double).with_options(backend=None)),
+    ):
+        inputs = [getattr(x, name).detach().requires_grad_(name in trained) for name in INPUTS]
+        logps = function(*inputs[:2], x.labels, lm_head_bias=inputs[2], **x.options)
+        logps.nan_to_num(neginf=0.0).sum().backward()
+        results.append((logps, [leaf.grad for leaf in inputs if leaf.requires_grad]))
+    (actual, actual_grads), (exact, exact_grads) = results
+    assert exact.isneginf().any()
+    assert_close(actual.nan_to_num(), exact.nan_to_num(neginf=torch.finfo(torch.float32).min), 1e-5, "logps")
+    for gradient, expected in zip(actual_grads, exact_grads, strict=True):
+        assert_same_gradient(gradient, expected, roundings=1.0 if HAS_GPU else 1.5)
+    assert in_registers
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -941,9 +1000,7 @@ def test_registers_hand_on_what_is_no_number(poison, in_registers):
     assert logps[1:].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "why", ["soft cap", "hidden size", "steps of H", "strides", "a gradient", "float16", "another GPU"]
-)
+@pytest.mark.parametrize("why", ["soft cap", "hidden size", "steps of H", "strides", "float16", "another GPU"])
 def test_logits_that_registers_do_not_serve(why, in_registers, monkeypatch):
     hidden_size = {"hidden size": 2112, "steps of H": 72}.get(why, 64)
     dtype = torch.float16 if why == "float16" else torch.bfloat16
@@ -954,9 +1011,9 @@ def test_logits_that_registers_do_not_serve(why, in_registers, monkeypatch):
         case = replace(case, weight=case.weight.T.contiguous().T)
     if why == "another GPU":
         monkeypatch.setattr(projection, "_is_hopper", lambda device: False)
-    trained = FROZEN if why == "a gradient" else ()
     reference_logps = {"ref_logps": torch.zeros(len(case.labels), device=DEVICE)}
-    check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained, **reference_logps)
+    for trained in ((), INPUTS):
+        check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained, **reference_logps)
     assert not in_registers
 
 

@@ -1,14 +1,14 @@
 """What hidden states cost: GEMMs, memory, waits for the device, and what stays alive afterwards."""
 
 import gc
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import INPUTS, HiddenCase, assert_same_gradient, chunks_of, make_hidden_case, run_hidden
 from conftest import HAS_GPU
-from kto_fused.kernels import vocabulary_tiles
+from kto_fused.kernels import register_tiles, vocabulary_tiles
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
@@ -194,6 +194,8 @@ def without_arithmetic(monkeypatch):
 
     for name in ("fold", "keep", "settle", "finish", "add_target_rows"):
         monkeypatch.setattr(vocabulary_tiles, name, nothing)
+    for name in ("start_rows", "fold_register_tiles", "merge_register_tiles", "keep_register_tiles"):
+        monkeypatch.setattr(register_tiles, f"{name}_kernel", defaultdict(lambda: nothing))
     for module, name in ((projection, "_multiply"), (projection, "move_rows"), (from_hidden, "move_rows")):
         monkeypatch.setattr(module, name, nothing)
 
@@ -216,13 +218,17 @@ def untouched_case(hidden_size: int, vocab: int, seq_len: int, batch: int = 4) -
 
 
 @pytest.mark.skipif(HAS_GPU, reason="a GPU has a test of its own")
+@pytest.mark.parametrize("is_hopper", [False, True], ids=["tiles in memory", "tiles in registers"])
 # a CPU multiplies what tokens' log-probabilities hand on to a frozen head in float32, a GPU does not
 @pytest.mark.parametrize("setting", [name for name in MEMORY if name != "tokens' log-probabilities, frozen"])
 @pytest.mark.parametrize(
     ("hidden_size", "tokens", "chunk_bytes"),
     [(896, 2048, 2**30), (4096, 2048, 2**30), (896, 8192, 2**30), (896, 2048, 2**28)],
 )
-def test_memory_of_bf16_rows_stays_within_the_budget(without_arithmetic, setting, hidden_size, tokens, chunk_bytes):
+def test_memory_of_bf16_rows_stays_within_the_budget(
+    without_arithmetic, setting, hidden_size, tokens, chunk_bytes, is_hopper, monkeypatch
+):
+    monkeypatch.setattr(projection, "_is_hopper", lambda device: is_hopper)
     function, trained, options = MEMORY[setting]
     case = untouched_case(hidden_size, 151936, 2 * tokens)
     extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
@@ -284,8 +290,14 @@ def test_a_budget_may_be_any_number():
         assert replace(spec, num_bytes=1).capacity() == 1
 
 
-# MiB of a step of 8 sequences, as README gives them: (H, V, T), the head trained, with half the budget, frozen
-IN_README = {
+# MiB of a step of 8 sequences: (H, V, T), the head trained, with half the budget, frozen
+ON_HOPPER = {  # as README gives them
+    (896, 151936, 2048): (1577, 955, 203),
+    (896, 151936, 8192): (1087, 766, 285),
+    (2048, 128256, 2048): (1959, 1567, 262),
+    (4096, 151936, 2048): (3763, 3763, 465),
+}
+ELSEWHERE = {
     (896, 151936, 2048): (1543, 943, 290),
     (896, 151936, 8192): (1182, 862, 375),
     (2048, 128256, 2048): (1930, 1567, 353),
@@ -294,12 +306,14 @@ IN_README = {
 
 
 @pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
-@pytest.mark.parametrize("size", IN_README, ids=str)
-def test_a_step_takes_what_readme_says(without_arithmetic, size):
+@pytest.mark.parametrize("expected", [ON_HOPPER, ELSEWHERE], ids=["Hopper", "elsewhere"])
+@pytest.mark.parametrize("size", ON_HOPPER, ids=str)
+def test_what_a_step_takes(without_arithmetic, size, expected, monkeypatch):
+    monkeypatch.setattr(projection, "_is_hopper", lambda device: device == CPU and expected is ON_HOPPER)
     case = untouched_case(*size, batch=8)
     del case.options["ref_logps"]
     options = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": torch.empty_like(case.weight), **FIXED}
-    for trained, chunk_bytes, mib in zip((INPUTS, INPUTS, FROZEN), (2**30, 2**29, 2**30), IN_README[size], strict=True):
+    for trained, chunk_bytes, mib in zip((INPUTS, INPUTS, FROZEN), (2**30, 2**29, 2**30), expected[size], strict=True):
         needed, step = inputs_and_step(fused_linear_kto_loss, case, trained, chunk_bytes=chunk_bytes, **options)
         assert peak_bytes(step, CPU) / MIB == pytest.approx(mib, rel=0.01)
         hidden_size, vocab, seq_len = size
@@ -308,7 +322,7 @@ def test_a_step_takes_what_readme_says(without_arithmetic, size):
         )
         moments = estimate.fused_moments(shape, chunk_bytes, "triton")[:2]  # without those of mismatched pairs
         estimated = max(moment.total for moment in moments) - case.ref_hidden.nbytes
-        assert estimated / MIB == pytest.approx(mib, rel=0.03)
+        assert 0.97 * mib <= estimated / MIB <= 1.03 * mib + 100 * (expected is ON_HOPPER)  # which it does not ask for
 
 
 @pytest.mark.parametrize("chunk_bytes", [16 * MIB, 48 * MIB], ids=["16 MiB", "48 MiB"])
