@@ -109,8 +109,14 @@ def tile_reference(tile_max, reference, log2_factor):
 
 
 @triton.jit
-def fold_half(u, origin, log2_factor, kept_ptrs, is_row, KEEP: tl.constexpr):
-    """(s, w) of each row of half a tile; its P is stored with KEEP."""
+def split_columns(u):
+    """The first half of the columns, and the second."""
+    return tl.split(tl.permute(tl.reshape(u, u.shape[0], 2, u.shape[1] // 2), 0, 2, 1))
+
+
+@triton.jit
+def fold_part(u, origin, log2_factor, kept_ptrs, is_row, KEEP: tl.constexpr):
+    """(s, w) of each row of some columns; their P is stored with KEEP."""
     distance = u - origin[:, None]
     exps = tl.exp2(distance * log2_factor)
     row_sum = tl.sum(exps, axis=1)
@@ -170,13 +176,18 @@ def fold_register_tiles_kernel(
     u_target = tl.sum(tl.where(columns[None, :] == target[:, None], u, 0.0), axis=1)
     is_here = is_row & (target >= 0) & (target // COLUMNS == column_block)
     tl.store(state_ptr + 2 * num_rows + rows, u_target, mask=is_here)
-    # of all columns at once, P would not fit beside u
-    left, right = tl.split(tl.permute(tl.reshape(u, ROWS, 2, COLUMNS // 2), 0, 2, 1))
-    kept_ptrs = kept_pointers(kept_ptr, kept_stride, row_block, column_block, ROWS, COLUMNS, COLUMNS // 2)
-    left_sum, left_weighted = fold_half(left, origin, log2_factor, kept_ptrs, is_row, KEEP)
-    right_sum, right_weighted = fold_half(right, origin, log2_factor, kept_ptrs + COLUMNS // 2, is_row, KEEP)
-    tl.store(partial_ptrs + stride, left_sum + right_sum, mask=is_row)
-    tl.store(partial_ptrs + 2 * stride, left_weighted + right_weighted, mask=is_row)
+    # quarter by quarter: P of more columns would not fit beside u
+    QUARTER: tl.constexpr = COLUMNS // 4
+    kept_ptrs = kept_pointers(kept_ptr, kept_stride, row_block, column_block, ROWS, COLUMNS, QUARTER)
+    left, right = split_columns(u)
+    u0, u1 = split_columns(left)
+    u2, u3 = split_columns(right)
+    sum0, weighted0 = fold_part(u0, origin, log2_factor, kept_ptrs, is_row, KEEP)
+    sum1, weighted1 = fold_part(u1, origin, log2_factor, kept_ptrs + QUARTER, is_row, KEEP)
+    sum2, weighted2 = fold_part(u2, origin, log2_factor, kept_ptrs + 2 * QUARTER, is_row, KEEP)
+    sum3, weighted3 = fold_part(u3, origin, log2_factor, kept_ptrs + 3 * QUARTER, is_row, KEEP)
+    tl.store(partial_ptrs + stride, sum0 + sum1 + (sum2 + sum3), mask=is_row)
+    tl.store(partial_ptrs + 2 * stride, weighted0 + weighted1 + (weighted2 + weighted3), mask=is_row)
     if KEEP:
         tl.store(references_ptr + rows.to(tl.int64) * num_tiles + column_block, reference, mask=is_row)
 
