@@ -41,7 +41,7 @@ def start_rows_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows,). ``state`` [6, rows] before the first tile, with the target's u as the reference."""
+    """Grid: (rows,). ``state`` [6, rows] before the first tile, with the target's u as the reference; not its row 2."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.maximum(tl.load(targets_ptr + row), 0).to(tl.int64)  # any column serves a row that has none
     products = tl.zeros([BLOCK], tl.float32)
@@ -104,8 +104,8 @@ def kept_pointers(
 @triton.jit
 def tile_reference(tile_max, reference, log2_factor):
     """What a row's part of a tile is relative to: the row's reference, unless that is too far below its largest u."""
-    is_near = (tile_max - reference) * log2_factor <= HEADROOM
-    return tl.where(is_near & (reference > float("-inf")), reference, tile_max)
+    is_near = (tile_max - reference) * log2_factor <= HEADROOM  # never if that is -inf
+    return tl.where(is_near, reference, tile_max)
 
 
 @triton.jit
@@ -232,7 +232,10 @@ def merge_register_tiles_kernel(
         step = tl.where(sums > 0, tl.maximum(references - origin, -1e30), 0.0)
         more_step = tl.where(more_sums > 0, tl.maximum(more_references - origin, -1e30), 0.0)
         rescale, more_rescale = tl.exp2(step * log2_factor), tl.exp2(more_step * log2_factor)
-        weighted = (weighted + sums * step) * rescale + (more_weighted + more_sums * more_step) * more_rescale
+        # sums of up to 2^60 V may overflow in what then counts for nothing
+        old_weighted = tl.where(rescale > 0, (weighted + sums * step) * rescale, 0.0)
+        more_weighted = tl.where(more_rescale > 0, (more_weighted + more_sums * more_step) * more_rescale, 0.0)
+        weighted = old_weighted + more_weighted
         sums = sums * rescale + more_sums * more_rescale
         references = new_references
     row_reference, row_sum, row_weighted = merge(references, sums, weighted, log2_factor)
@@ -302,7 +305,7 @@ def partial_bytes(num_columns: int, is_kept: bool) -> int:
 def start(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, state: torch.Tensor
 ) -> None:
-    """Fill ``state`` [6, rows], before the first tile is folded into it, from the whole ``weight`` and ``bias``."""
+    """Make ``state`` [6, rows] what the first tile is folded into, from the whole ``weight`` and ``bias``."""
     start_rows_kernel[(len(hidden),)](
         hidden,
         weight,

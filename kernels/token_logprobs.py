@@ -108,7 +108,8 @@ def merge(maxima, sums, weighted, log2_factor):
     step = tl.where(sums > 0, tl.maximum(maxima - origin, -1e30), 0.0)
     rescale = tl.exp2(step * log2_factor)
     row_sum = tl.sum(sums * rescale, axis=0)
-    row_weighted = tl.sum((weighted + sums * step) * rescale, axis=0)
+    # what counts for nothing may have overflowed
+    row_weighted = tl.sum(tl.where(rescale > 0, (weighted + sums * step) * rescale, 0.0), axis=0)
     return row_max, row_sum, row_weighted
 
 

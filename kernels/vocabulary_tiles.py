@@ -137,8 +137,10 @@ def fold_tile_kernel(
     tl.store(state_ptr + 5 * num_rows + row, tl.maximum(row_max, tile_max))
     if (tile_max - origin) * log2_factor > HEADROOM:
         step = tl.maximum(origin - tile_max, -1e30)
-        row_weighted = (row_weighted + row_sum * step) * tl.exp2(step * log2_factor)
-        row_sum = row_sum * tl.exp2(step * log2_factor)
+        rescale = tl.exp2(step * log2_factor)
+        # what counts for nothing may have overflowed
+        row_weighted = tl.where(rescale > 0, (row_weighted + row_sum * step) * rescale, 0.0)
+        row_sum = row_sum * rescale
         reference = tile_max
         tile_sum, tile_weighted, tile_total, tile_max = fold_columns(
             row_ptr, row_bias_ptr, kept_row_ptr, cols, reference, scale, softcap, log2_factor,
@@ -244,7 +246,7 @@ def settle_rows_kernel(
 ):
     """Grid: (rows,). Make a panel of P, columns first .. first + cols, ready for its GEMM.
 
-    Rescales the tiles, if any, that were kept under an older reference than the row has now, and what earlier panels
+    Rescales the tiles, if any, that were kept under another reference than the row has now, and what earlier panels
     left in ``product`` [rows, hidden_size], under ``product_references`` [rows] (HAS_SUMS). Writes the target's entry:
     ``-others``, or 0 while s is not known (HAS_SUMS).
     """

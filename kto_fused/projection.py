@@ -34,8 +34,9 @@ WEIGHT_PANEL_LOGITS = 2**28
 PANEL_TOKENS = 4096
 MOST_TOKENS = 2**24  # of any chunk
 
-# Up to this hidden size kernels that fold logits in the registers of their GEMM are faster on a Hopper GPU than a GEMM
-# of the libraries and a fold.
+# Up to this hidden size a Hopper GPU folds logits in the registers of their GEMM. On an H200, before P was kept there
+# too, that took 3.9 ms where a GEMM of the libraries and a fold took 5.4 (H = 896, V = 151936, 8192 tokens); at 2048
+# both took 7.5 (V = 128256).
 REGISTER_HIDDEN_SIZE = 2048
 
 # Numbers by which a second visit to a token knows what the first found.
@@ -302,8 +303,13 @@ class FoldedRows:
         buffer = 4 * num_tokens * _buffer_cols(tile_cols, spec)
         if buffer <= spec.lent_bytes:
             buffer = 0
-        if _folds_in_registers(spec.hidden_size, spec.device):  # never both at once
-            partial = register_tiles.partial_bytes(kept_cols or spec.vocab_size, is_kept=kept_cols > 0)
+        is_second_visit = spec.keeps == "panels" and spec.by_head
+        if _folds_in_registers(spec.hidden_size, spec.device) and not is_second_visit:  # never both at once
+            # a reference keeps nothing
+            partial = max(
+                register_tiles.partial_bytes(spec.vocab_size, is_kept=False),
+                register_tiles.partial_bytes(kept_cols, is_kept=True),
+            )
             buffer = max(buffer, num_tokens * partial)
         return buffer + num_tokens * (2 * kept_cols + _passing_bytes(spec))
 
@@ -340,8 +346,10 @@ class FoldedRows:
         from .kernels import register_tiles
 
         self.targets, self.transform = targets, transform
-        may_use_registers = _folds_in_registers(self.spec.hidden_size, self.spec.device)
-        self.in_registers = may_use_registers and transform["softcap"] is None and register_tiles.serves(lm_head.weight)
+        # a reference may have a head wider than the policy's, or so narrow that memory was not planned for registers
+        hidden_size = max(self.spec.hidden_size, lm_head.weight.shape[1])
+        is_served = transform["softcap"] is None and register_tiles.serves(lm_head.weight)
+        self.in_registers = is_served and _folds_in_registers(hidden_size, self.spec.device)
         # a tile's columns, and of one step of the kernels that meet it in memory
         self.width, self.block = self.tile_cols, self.spec.block
         if self.in_registers:

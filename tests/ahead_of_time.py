@@ -79,10 +79,12 @@ def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: boo
     loss.sum().backward()
 
 
-def launch_hidden(seq_len: int, vocab: int, dtype: torch.dtype = torch.bfloat16, **options: object) -> None:
+def launch_hidden(
+    seq_len: int, vocab: int, dtype: torch.dtype = torch.bfloat16, hidden_size: int = 896, **options: object
+) -> None:
     """The same from hidden states, the reference's included."""
-    hidden = torch.empty(2, seq_len, 896, dtype=dtype, requires_grad=True)
-    weight, bias = (torch.empty(vocab, *size, dtype=dtype) for size in ((896,), ()))
+    hidden = torch.empty(2, seq_len, hidden_size, dtype=dtype, requires_grad=True)
+    weight, bias = (torch.empty(vocab, *size, dtype=dtype) for size in ((hidden_size,), ()))
     labels = torch.zeros(2, seq_len, dtype=torch.long)
     for lm_head_bias in (None, bias):
         # the head frozen, trained with its loss known in time, and trained with it known in the backward
@@ -149,6 +151,8 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
         launch(dtype, 2, 3, 1001, logit_softcap=30.0)  # rows that 16-byte loads cannot reach
     for softcap in (None, 30.0):
         launch_hidden(3, 32000, logit_softcap=softcap)
+    if projection._is_hopper(torch.device("cuda")):  # whose kernels are compiled for a hidden size
+        launch_hidden(3, 32000, hidden_size=2048)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         scale.scale_(
             torch.empty(4096, dtype=dtype),

@@ -30,7 +30,7 @@ from cases import (
 from conftest import HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kto_fused.kernels import register_tiles
+from kto_fused.kernels import register_tiles, vocabulary_tiles
 from test_properties import to_device
 from torch.autograd import gradcheck
 
@@ -836,6 +836,8 @@ FAR = {  # biases of the columns, far from each other: (first column, last colum
     "nothing but -inf at first": [(0, 1024, -math.inf)],
     "every other tile -inf": [(0, 1024, -math.inf), (2048, 2500, -math.inf)],
     "the smallest numbers at first": [(0, 1024, torch.finfo(torch.bfloat16).min)],
+    "all far below zero": [(0, 2800, -200.0)],
+    "a far larger one, then the largest numbers": [(1500, 1600, 25.0), (2400, 2500, 1e29)],
 }
 
 
@@ -908,6 +910,7 @@ def in_registers(monkeypatch):
         small = {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "GROUP_ROWS": 2, "MERGE_TILES": 4, "MERGE_ROWS": 16}
         for name, value in small.items():
             monkeypatch.setattr(register_tiles, name, value)
+    monkeypatch.setattr(vocabulary_tiles, "BLOCK", 128)  # which a panel is a multiple of
     monkeypatch.setattr(projection, "_is_hopper", lambda device: True)
     return calls
 
@@ -946,16 +949,19 @@ KEPT = {"all": (INPUTS, None, "fold"), "panels": (FROZEN, None, "fold"), "second
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("vocab", "temperature"), [(700, 1.0), (768, 0.7)], ids=["a rest of columns", "none"])
 def test_gradients_from_registers(columns, kept, vocab, temperature, in_registers, monkeypatch):
-    """Of logits far above the target's too, by which its row was to be measured; no target is -inf."""
+    """Of logits far above the target's too, by which its row was to be measured; no target is -inf. Panels have 256
+    columns, the last one fewer where there is a rest.
+    """
     trained, num_tokens, last_call = KEPT[kept]
-    monkeypatch.setattr(projection, "PANEL_LOGITS", 256 * 100)
-    monkeypatch.setattr(projection, "WEIGHT_PANEL_LOGITS", 256 * 10)
     case = register_case(columns, vocab, temperature=temperature, beta=1e-3)
     case.labels[(case.labels >= 512) & (case.labels < 625)] -= 256
     case = case.with_options(ref_logps=torch.zeros(5, device=DEVICE))
+    monkeypatch.setattr(projection, "PANEL_LOGITS", 256 * int((case.labels[:, 1:] >= 0).sum()))
+    monkeypatch.setattr(projection, "WEIGHT_PANEL_LOGITS", 256 * 10)
     with chunks_of(num_tokens):
         actual = run_hidden(fused_linear_kto_loss, case, trained=trained)
     assert in_registers[-1] == last_call
+    assert kept == "all" or in_registers.count(last_call) >= 3
     exact = case.map(torch.Tensor.double).with_options(backend=None)
     expected = run_hidden(reference.linear_kto_loss, exact, trained=trained)
     if columns == "the smallest numbers at first":  # the mean of which float32 cannot hold
@@ -983,6 +989,23 @@ def test_registers_and_a_target_of_no_probability(trained, in_registers):
     assert_close(actual.nan_to_num(), exact.nan_to_num(neginf=torch.finfo(torch.float32).min), 1e-5, "logps")
     for gradient, expected in zip(actual_grads, exact_grads, strict=True):
         assert_same_gradient(gradient, expected, roundings=1.0 if HAS_GPU else 1.5)
+    assert in_registers
+
+
+@by_trained
+def test_registers_and_a_label_out_of_range(trained, in_registers, monkeypatch):
+    """Which a GPU does not tell the host of: its token's log-probability and the gradients it reaches are NaN."""
+    monkeypatch.setattr(from_hidden, "check_contents", lambda *args, **kwargs: None)
+    case = register_case("near", 700)
+    labels = case.labels.clone()
+    labels[0, 3], labels[1, 4], labels[2, 5] = 700, -7, 10**9
+    hidden, weight = (getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS[:2])
+    logps = linear_token_logps(hidden, weight, labels, **case.options)
+    expected = torch.zeros(logps.shape, dtype=torch.bool, device=DEVICE)
+    expected[0, 2] = expected[1, 3] = expected[2, 4] = True
+    assert torch.equal(logps.isnan(), expected)
+    logps.sum().backward()
+    assert torch.equal(hidden.grad.isnan().any(-1), expected)
     assert in_registers
 
 

@@ -239,6 +239,20 @@ def test_memory_of_bf16_rows_stays_within_the_budget(
     assert extra <= 1.05 * chunk_bytes + sums
 
 
+@pytest.mark.skipif(HAS_GPU, reason="a GPU has a test of its own")
+@pytest.mark.parametrize("is_hopper", [False, True], ids=["tiles in memory", "tiles in registers"])
+@pytest.mark.parametrize("trained", [FROZEN, INPUTS], ids=["frozen", "trained"])
+@pytest.mark.parametrize("chunk_bytes", [2**25, 2**26])
+def test_a_reference_of_bf16_rows_shares_the_budget(without_arithmetic, chunk_bytes, trained, is_hopper, monkeypatch):
+    monkeypatch.setattr(projection, "_is_hopper", lambda device: is_hopper)
+    case = untouched_case(640, 262144, 2048)
+    del case.options["ref_logps"]
+    options = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": torch.empty_like(case.weight), **FIXED}
+    extra = extra_bytes(KTO, case, trained, chunk_bytes=chunk_bytes, **options)
+    sums = 4 * case.weight.numel() * (trained == INPUTS)
+    assert extra <= 1.05 * chunk_bytes + sums
+
+
 # H, completion tokens of each sequence, batch -> tokens of each chunk
 ONE_FOR_SEVERAL = {
     "2 H tokens": (4096, 2048, 4, [8192]),  # their softmax takes what a float32 sum of the weight's gradients does
