@@ -971,6 +971,19 @@ def test_gradients_from_registers(columns, kept, vocab, temperature, in_register
         assert_same_gradient(actual[2][name], gradient, roundings=1.0 if HAS_GPU else 1.5)
 
 
+def test_registers_know_the_most_likely_token_of_an_earlier_panel(in_registers, monkeypatch):
+    case = register_case("near", 700)
+    case.labels[case.labels >= 0] = 600
+    bias = torch.zeros(700, device=DEVICE).bfloat16()
+    bias[5], bias[600] = 60.0, 30.0
+    monkeypatch.setattr(projection, "PANEL_LOGITS", 256 * int((case.labels[:, 1:] >= 0).sum()))
+    hidden = case.hidden.detach().requires_grad_()
+    options = {"lm_head_bias": bias, "return_metrics": True, **case.options}
+    _, metrics = linear_token_logps(hidden, case.weight, case.labels, **options)
+    assert len(in_registers) == 3
+    assert not metrics.is_top1.any()
+
+
 @by_trained
 def test_registers_and_a_target_of_no_probability(trained, in_registers):
     """By which its row cannot be measured."""
