@@ -54,9 +54,7 @@ SWEEPS = {
             (128, 256, 64, 8, 4, 16),
             (128, 256, 64, 8, 3, 8),
             (256, 128, 64, 8, 3, 16),
-            # two programs to a multiprocessor: one multiplies while the other folds
-            (128, 128, 64, 8, 3, 16),
-            (128, 128, 64, 4, 3, 16),
+            (128, 128, 64, 4, 3, 16),  # two to a multiprocessor: one multiplies while the other folds
         ),
         sizes=(QWEN_05B, LLAMA_1B),
     ),
