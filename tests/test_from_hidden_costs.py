@@ -239,7 +239,7 @@ def test_memory_of_bf16_rows_stays_within_the_budget(
     assert extra <= 1.05 * chunk_bytes + sums
 
 
-@pytest.mark.skipif(HAS_GPU, reason="a GPU has a test of its own")
+@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
 @pytest.mark.parametrize("is_hopper", [False, True], ids=["tiles in memory", "tiles in registers"])
 @pytest.mark.parametrize("trained", [FROZEN, INPUTS], ids=["frozen", "trained"])
 @pytest.mark.parametrize("chunk_bytes", [2**25, 2**26])
