@@ -172,10 +172,11 @@ def fold_register_tiles_kernel(
     stride = column_blocks.to(tl.int64) * num_rows
     tl.store(partial_ptrs, tile_max, mask=is_row)
     tl.store(partial_ptrs + 3 * stride, tl.sum(u, axis=1), mask=is_row)
-    columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    u_target = tl.sum(tl.where(columns[None, :] == target[:, None], u, 0.0), axis=1)
     is_here = is_row & (target >= 0) & (target // COLUMNS == column_block)
-    tl.store(state_ptr + 2 * num_rows + rows, u_target, mask=is_here)
+    if tl.max(is_here.to(tl.int32), axis=0) > 0:  # seldom, and a quarter of what there is to do with a column
+        columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
+        u_target = tl.sum(tl.where(columns[None, :] == target[:, None], u, 0.0), axis=1)
+        tl.store(state_ptr + 2 * num_rows + rows, u_target, mask=is_here)
     # quarter by quarter: P of more columns would not fit beside u
     QUARTER: tl.constexpr = COLUMNS // 4
     kept_ptrs = kept_pointers(kept_ptr, kept_stride, row_block, column_block, ROWS, COLUMNS, QUARTER)
@@ -283,12 +284,14 @@ def keep_register_tiles_kernel(
     u_target = tl.load(state_ptr + 2 * num_rows + rows, mask=is_row, other=0.0)
     row_factor = tl.load(factors_ptr + rows, mask=is_row, other=0.0)
     target = tl.load(targets_ptr + rows, mask=is_row, other=-1) - first
-    columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    at_target = -others_sum(u_target, reference, row_sum, log2_factor, 1.0, False) * row_factor
     kept = tl.exp2((u - reference[:, None]) * log2_factor) * row_factor[:, None]
-    kept = tl.where(columns[None, :] == target[:, None], at_target[:, None], kept)
     kept_ptrs = kept_pointers(kept_ptr, kept_stride, row_block, column_block, ROWS, COLUMNS, COLUMNS)
     tl.store(kept_ptrs, kept.to(kept_ptr.dtype.element_ty), mask=is_row[:, None])
+    tl.debug_barrier()  # the target's entry over what was stored there
+    at_target = -others_sum(u_target, reference, row_sum, log2_factor, 1.0, False) * row_factor
+    is_here = is_row & (target >= 0) & (target // COLUMNS == column_block)
+    target_ptrs = kept_ptr + rows.to(tl.int64) * kept_stride + target
+    tl.store(target_ptrs, at_target.to(kept_ptr.dtype.element_ty), mask=is_here)
 
 
 def serves(weight: torch.Tensor) -> bool:

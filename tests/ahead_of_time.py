@@ -120,7 +120,15 @@ def nvidia_report(cubin: bytes) -> dict[str, object]:
         "loads": {kind: loads.count(kind) for kind in sorted(set(loads))},
         "stores": sorted(set(re.findall(r"\bSTG\.[\w.]+", sass))),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "instructions_after_product": instructions_after_product(sass),
     }
+
+
+def instructions_after_product(sass: str) -> int:
+    """Of a thread, after its last product of warp groups; without those that a branch leaves out."""
+    _, _, after = sass.rpartition("HGMMA")
+    after = re.sub(r"BRA `\((\.L_x_\d+)\).*?^\1:", "", after, flags=re.DOTALL | re.MULTILINE)
+    return len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", after))
 
 
 def report() -> list[dict[str, object]]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kto_fused.kernels import register_tiles
 
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
@@ -123,6 +124,14 @@ def test_the_kernels_that_fold_in_registers_multiply_by_warp_groups_on_sm_90(rep
         assert 128 * 2**10 < entry["shared_memory"] <= 227 * 2**10, entry
         is_kept = entry in keep or "KEEP=True" in entry["variant"]
         assert ("STG.E.128" in entry["stores"]) == is_kept, entry
+
+
+def test_what_a_logit_costs_after_its_product_on_sm_90(reports):
+    """In a thread's instructions, while which its multiprocessor multiplies nothing."""
+    logits = register_tiles.ROWS * register_tiles.COLUMNS / (32 * register_tiles.NUM_WARPS)
+    for name, limit in (("fold", 14), ("keep", 9)):
+        for entry in kernels(reports["sm_90"], f"{name}_register_tiles"):
+            assert 1 < entry["instructions_after_product"] / logits <= limit, entry
 
 
 def test_grids_use_the_one_dimension_that_holds_2_to_the_31_programs(reports):

@@ -291,7 +291,8 @@ def test_dpo_trains_alike_with_any_reference(tmp_path, loss_type, reference):
         {"f_divergence_type": "alpha_divergence"},
         {"use_weighting": True},
     ],
-    ids=str,
+    # a function's address would name the test differently in each process of a parallel run
+    ids=lambda settings: str({name: getattr(value, "__name__", value) for name, value in settings.items()}),
 )
 def test_what_only_trl_defines_stays_trls_and_is_said_once(tmp_path, settings, calls, caplog):
     assert_same_training(DPOTrainer, tmp_path, **settings)
