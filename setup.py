@@ -19,7 +19,7 @@ setup(
         "triton>=3.4; platform_system == 'Linux'",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "numpy", "ruff", "trl==1.16.0"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy", "ruff", "trl==1.16.0"],
         # what the trainers and the command import; numpy and pyarrow come with datasets, tokenizers with transformers
         "train": [
             "accelerate>=1.6",
