@@ -402,6 +402,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def keeping_trainable(model: nn.Module) -> Iterator[None]:
+    """What asks for a gradient does so afterwards, and nothing else: where PEFT switches adapters back on, it asks for
+    one of all their weights, the frozen ones too.
+    """
+    before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, now in model.named_parameters():  # FSDP2 may have put another tensor in the place
+            parameter, is_trainable = before.get(name, (now, now.requires_grad))
+            parameter.requires_grad_(is_trainable)
+            now.requires_grad_(is_trainable)
+
+
 def _check_logits(model: PreTrainedModel) -> None:
     """Compare the model's logits of a few tokens with its head, scale and soft cap applied to its hidden states; and,
     where half precision or small logits would hide a difference, what it makes of float32 numbers put in the head's

@@ -92,6 +92,11 @@ class FusedTrainer(Trainer):
             )
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
+        if train_dataset is not None and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "model has no parameter that requires a gradient, so nothing would be trained: load adapters with "
+                "PeftModel.from_pretrained(..., is_trainable=True), or requires_grad_() what is to be trained"
+            )
         if args.loss_from == "hidden":
             _attach(model)
         self._is_peft = hasattr(model, "disable_adapter")
@@ -249,7 +254,8 @@ class FusedTrainer(Trainer):
         if self.ref_model is not None:
             yield self.ref_model
         elif self._is_peft:
-            with huggingface.evaluating(model), self.accelerator.unwrap_model(self.model).disable_adapter():
+            policy = self.accelerator.unwrap_model(self.model)
+            with huggingface.evaluating(model), huggingface.keeping_trainable(policy), policy.disable_adapter():
                 yield model
         else:
             yield model

@@ -767,6 +767,30 @@ def test_epochs_of_similar_lengths_are_in_an_order_of_their_own(tmp_path):
 
 
 @by_kind
+def test_frozen_weights_of_an_adapter_stay_frozen_whatever_the_reference_is(tmp_path, kind):
+    """As with a reference of its own, also where it was evaluated or precomputed before the first step."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    precomputed = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    histories = []
+    for settings in ({"ref_model": model()}, {}, {"evaluation": 4}, precomputed, precomputed):  # computed, then read
+        torch.manual_seed(3)
+        policy = peft.get_peft_model(model(), lora_config())
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+        trainer = make_trainer(kind, tmp_path, policy=policy, **settings)
+        if "evaluation" in settings:
+            trainer.evaluate()
+        start = weights(trainer)
+        trainer.train()
+        changed = {name for name, tensor in weights(trainer).items() if not tensor.equal(start[name])}
+        with_gradient = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        assert changed == with_gradient == {name for name in start if "lora_B" in name}
+        histories.append([entry for entry in history(trainer) if "loss" in entry])
+    for entries in histories[1:]:
+        assert_near(entries, histories[0])
+
+
+@by_kind
 @pytest.mark.parametrize("lora", [None, "peft_config", "PeftModel"])
 def test_without_a_reference_model_it_is_the_model_before_its_first_step(tmp_path, kind, lora):
     """A copy that stays; with adapters the model without them, also where they and dropout are at work in training."""
@@ -1045,6 +1069,18 @@ def test_adapters_without_a_peft_model_are_refused(tmp_path):
     policy.add_adapter(peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"without being a PeftModel.*get_peft_model"):
         make_trainer("kto", tmp_path, policy=policy)
+
+
+@by_kind
+def test_a_model_with_nothing_to_train_is_refused_but_evaluated(tmp_path, kind):
+    peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    peft.get_peft_model(model(), lora_config()).save_pretrained(tmp_path / "adapter")
+    policy = peft.PeftModel.from_pretrained(model(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"model has no parameter that requires a gradient.*is_trainable=True"):
+        make_trainer(kind, tmp_path, policy=policy)
+    trainer = make_trainer(kind, tmp_path, policy=policy, train=None, evaluation=4)
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert not any(parameter.requires_grad for parameter in policy.parameters())
 
 
 @by_kind

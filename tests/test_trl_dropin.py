@@ -345,6 +345,34 @@ def with_trained_adapter():
     return peft.get_peft_model(model(), settings)
 
 
+def partly_frozen() -> torch.nn.Module:
+    policy = with_trained_adapter()
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    return policy
+
+
+@both_trainers
+def test_frozen_weights_of_an_adapter_stay_frozen(tmp_path, kind):
+    """In TRL too, for the first step; its reference then unfreezes them."""
+    _, own_logs, _ = steps(make_trainer(kind, tmp_path, policy=partly_frozen(), own_reference=False))
+    trainer = fuse(make_trainer(kind, tmp_path, policy=partly_frozen(), own_reference=False))
+    _, logs, _ = steps(trainer)
+    assert_same_logs(logs[:1], own_logs[:1])
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 4
+    assert all("lora_B.default" in name for name in trained)
+
+
+@both_trainers
+def test_a_model_with_nothing_to_train_fails_as_in_trl(tmp_path, kind):
+    for make in (lambda trainer: trainer, fuse):
+        policy = with_trained_adapter().requires_grad_(False)
+        trainer = make(make_trainer(kind, tmp_path, policy=policy, own_reference=False))
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            trainer.train()
+
+
 @both_trainers
 def test_evaluation_logs_alike(tmp_path, kind):
     arguments = {"eval_dataset": data(kind, rows=7), "per_device_eval_batch_size": BATCH, "eval_strategy": "steps"}

@@ -47,9 +47,10 @@ def fuse(trainer: Trainer) -> Trainer:
     an ``ipo`` batch with an empty prompt. Precomputed reference log-probabilities (``precompute_ref_log_probs=True``)
     come from the trainer's own ``__init__``, before this call.
 
-    Three differences remain. Logits are not rounded to half precision, as TRL's are. With ``disable_dropout=False``
+    Four differences remain. Logits are not rounded to half precision, as TRL's are. With ``disable_dropout=False``
     dropout draws in another order, since the reference comes before the policy. Where a sequence's log-probability is
-    NaN, so is KTO's loss; TRL's is the mean of the others, with a gradient of NaN.
+    NaN, so is KTO's loss; TRL's is the mean of the others, with a gradient of NaN. An adapter's frozen weights stay
+    frozen; TRL's reference unfreezes them, and from the second step on the gradient is clipped by a norm with theirs.
 
     Args:
         trainer: of TRL 1.16. Fusing it again changes nothing.
@@ -355,12 +356,13 @@ def _reference(trainer: Trainer) -> Iterator[nn.Module]:
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
 
-    reference, adapter = trainer.ref_model, nullcontext()
+    reference, kept, adapter = trainer.ref_model, nullcontext(), nullcontext()
     if reference is None and is_peft_model(trainer.model):
         reference = trainer.model
         unwrapped = trainer.accelerator.unwrap_model(reference)
+        kept = huggingface.keeping_trainable(unwrapped)
         adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-    with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs), adapter:
+    with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs), kept, adapter:
         yield reference
 
 
