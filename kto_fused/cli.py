@@ -20,8 +20,11 @@ class CommandError(Exception):
 
 
 def sentence(error: BaseException) -> str:
-    """The error's message on one line."""
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    """The error's message on one line; of a file's, without its number."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    return " ".join(message.split())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -41,6 +41,8 @@ def add_ref_logps(
     path = Path(folder or Path(huggingface_hub.constants.HF_HOME) / "kto_fused") / f"{name}.safetensors"
     values = _read(path, columns, len(dataset))
     if not on_every_rank(values is not None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # what could not be kept is not computed
         order = np.argsort(-np.asarray(dataset["length"]), kind="stable")
         found = [torch.cat(parts).double().cpu() for parts in zip(*batches(dataset.select(order)), strict=True)]
         values = {}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import nn
@@ -79,12 +80,21 @@ class FusedTrainer(Trainer):
             raise ValueError("ref_model is the model itself: leave it out, and a copy is made")
         if processing_class is None:
             name = model if isinstance(model, str) else huggingface.unwrap(model).config._name_or_path
+            if not name:
+                raise ValueError(
+                    "processing_class is missing, and model was made in memory, with no path to load a tokenizer "
+                    "from: pass the tokenizer"
+                )
             processing_class = AutoTokenizer.from_pretrained(name)
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise TypeError(f"processing_class must be a transformers tokenizer, got {type(processing_class).__name__}")
         self._tokenizer = processing_class
         self._model_path = model if isinstance(model, str) else None
         self._path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
         model, ref_model = _load(model, self._path_dtype), _load(ref_model, self._path_dtype)
         self.max_length = _max_length(args.max_length, model=model, ref_model=ref_model)
+        self._embedded_tokens = {"model": _embedded_tokens(model), "ref_model": _embedded_tokens(ref_model)}
+        self._check_embedded(_pad_token_id(processing_class), "processing_class pads with")
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "model carries adapters without being a PeftModel, so its reference cannot be told from it: wrap it "
@@ -159,12 +169,23 @@ class FusedTrainer(Trainer):
         if type(source) is dict:
             return {key: self._prepare_data(value, args, key) for key, value in source.items()}
         prepared = self._tokenize(source, args, name)
+        self._check_embedded(_largest_token_id(prepared.dataset), f"{name} data: the tokenizer gives")
         self.data_counts[name] = {
             "examples": len(prepared.dataset),
             "truncated": prepared.truncated,
             "dropped": prepared.dropped,
         }
         return prepared.dataset
+
+    def _check_embedded(self, token_id: int, where: str) -> None:
+        """A forward pass would fail on an index, on a GPU without a word of what it is."""
+        for name, count in self._embedded_tokens.items():
+            if count is not None and token_id >= count:
+                raise ValueError(
+                    f"{where} token id {token_id}, but {name} has embeddings of {count} tokens: resize them "
+                    f"({name}.resize_token_embeddings(len(processing_class))), or pass a processing_class whose tokens "
+                    f"{name} has, padding too (pad_token = eos_token)"
+                )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*self.columns, *self.ref_columns]
@@ -675,6 +696,24 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return token_id
     return 0
+
+
+def _embedded_tokens(model: nn.Module | None) -> int | None:
+    """How many tokens a model has embeddings of; of weights that are partitioned too. None: it does not say."""
+    try:
+        layers = model.get_input_embeddings().modules()  # PEFT may have wrapped something around the layer
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((layer.num_embeddings for layer in layers if isinstance(layer, nn.Embedding)), None)
+
+
+def _largest_token_id(dataset: Dataset) -> int:
+    columns = [name for name in dataset.column_names if name.endswith("_ids")]
+    largest = 0
+    for rows in dataset.select_columns(columns).with_format("arrow").iter(reference_cache.ROWS_AT_A_TIME):
+        found = (pc.max(pc.list_flatten(rows[column])).as_py() for column in columns)
+        largest = max(largest, *(0 if token_id is None else token_id for token_id in found))  # a prompt may be empty
+    return largest
 
 
 def _attach(model: nn.Module) -> None:

@@ -266,6 +266,83 @@ def test_a_folder_with_another_runs_checkpoint_is_refused(files, capsys):
     assert results("runs/kto") == before
 
 
+@pytest.mark.parametrize("ends", [["--max_steps", "3"], ["--num_train_epochs", "0.7"]], ids=["steps", "epochs"])
+def test_a_run_that_has_ended_is_not_trained_further(files, capsys, ends):
+    arguments = command(files, "kto", "--logging_steps", "1", "--lr_scheduler_type", "constant", *ends)
+    assert cli.main(arguments) == 0  # three of an epoch's four steps
+    before, weights = losses("runs/kto"), Path("runs/kto/model.safetensors").read_bytes()
+    for lost in ("metrics.json", "model.safetensors"):
+        Path("runs/kto", lost).unlink()  # as if it had been killed before it wrote them
+    capsys.readouterr()
+    assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    assert "The checkpoint has all 3 steps: nothing is trained" in capsys.readouterr().out
+    assert losses("runs/kto") == before
+    assert Path("runs/kto/model.safetensors").read_bytes() == weights
+    assert [path.name for path in Path("runs/kto").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_checkpoint_of_more_steps_than_asked_for_is_refused(files, capsys):
+    assert cli.main(command(files, "kto", "--max_steps", "2")) == 0
+    before = results("runs/kto")
+    assert cli.main(command(files, "kto", "--max_steps", "1", "--resume_from_checkpoint", "true")) == 2
+    assert "runs/kto/checkpoint-2 has 2 steps already, but --max_steps is 1" in capsys.readouterr().err
+    assert results("runs/kto") == before
+
+
+def test_a_stop_saves_all_even_where_checkpoints_hold_the_model_alone(files, monkeypatch):
+    arguments = command(files, "kto", "--max_steps", "4", "--logging_steps", "1", "--save_only_model", "true")
+    assert cli.main([*arguments, "--output_dir", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        press_ctrl_c_after(patch, 1)
+        assert cli.main(arguments) == 130
+    assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    assert losses("runs/kto") == losses("whole")
+    assert not Path("runs/kto/checkpoint-4/optimizer.pt").exists()
+
+
+def test_a_model_alone_is_no_checkpoint_to_go_on_from(files, capsys):
+    arguments = command(files, "kto", "--save_steps", "2", "--save_only_model", "true")
+    assert cli.main([*arguments, "--max_steps", "2"]) == 0
+    before = results("runs/kto")
+    assert cli.main([*arguments, "--max_steps", "4", "--resume_from_checkpoint", "true"]) == 2
+    message = capsys.readouterr().err
+    assert "runs/kto/checkpoint-2 holds a model alone (--save_only_model)" in message
+    assert "(--model runs/kto/checkpoint-2, another --output_dir)" in message
+    assert results("runs/kto") == before
+    assert cli.main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0  # nothing is left
+
+
+def test_a_checkpoint_of_another_adapter_is_one_sentence(files, capsys):
+    pytest.importorskip("peft")
+    arguments = command(files, "kto", "--max_steps", "1", "--lora_rank", "2")
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    arguments[arguments.index("--lora_rank") + 1] = "4"
+    arguments[arguments.index("--max_steps") + 1] = "2"
+    assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("kto-fused train: "))
+    assert "runs/kto/checkpoint-1 does not fit this model: go on with the --model and the LoRA flags it was" in line
+    assert "size mismatch" in line
+    assert len(line) < 500
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (RuntimeError("a kernel's own"), RuntimeError, "a kernel's own"),
+        (torch.OutOfMemoryError("CUDA out of memory"), CommandError, "the GPU's memory is not enough"),
+    ],
+)
+def test_other_errors_of_a_resumed_run_are_not_taken_for_another_adapters(files, monkeypatch, error, expected, message):
+    def fails(*_, **__):
+        raise error
+
+    assert cli.main(command(files, "kto", "--max_steps", "1")) == 0
+    monkeypatch.setattr(train.FusedKTOTrainer, "train", fails)
+    with pytest.raises(expected, match=message):
+        train.main(command(files, "kto", "--max_steps", "2", "--resume_from_checkpoint", "true")[1:])
+
+
 # flags and YAML
 
 
@@ -342,6 +419,64 @@ def test_a_file_says_what_flags_say():
     assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
+def parsed(text: str) -> tuple[train.TrainSettings, train.FusedPreferenceConfig]:
+    Path("file.yaml").write_text(f"model: m\ndata: d\nuse_cpu: true\n{text}\n")
+    return train.parse(["--config", "file.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("{min_lr: 1e-7, num_cycles: 2}", {"min_lr": 1e-7, "num_cycles": 2}),
+        ("{a: -1, b: -.5, c: +2.5E+3}", {"a": -1, "b": -0.5, "c": 2500.0}),
+        ("{a: true, b: False, c: null, d: ~, e: }", {"a": True, "b": False, "c": None, "d": None, "e": None}),
+        (
+            "{a: nan, b: inf, c: no, d: 1e999, e: 'null'}",
+            {"a": "nan", "b": "inf", "c": "no", "d": "1e999", "e": "null"},
+        ),
+        ("{a: {b: [1, 1e-2, x, null]}}", {"a": {"b": [1, 0.01, "x", None]}}),
+    ],
+)
+def test_a_mapping_keeps_its_numbers(written, value):
+    given = parsed(f"lr_scheduler_kwargs: {written}")[1].lr_scheduler_kwargs
+    assert given == value
+    assert repr(given) == repr(value)  # 1 is not 1.0, nor True
+
+
+@pytest.mark.parametrize("null", ["null", "~", "", "Null"])
+def test_null_is_as_not_given(null):
+    names = ["ref_model", "run_name", "eval_data", "lora_alpha", "lora_target_modules", "report_to", "loss"]
+    names += ["output_dir", "learning_rate", "save_strategy", "bf16", "resume_from_checkpoint"]
+    settings, config = parsed("\n".join(f"{name}: {null}" for name in names))
+    plain_settings, plain = parsed("")
+    assert settings == plain_settings
+    for name in ("run_name", "report_to", "output_dir", "learning_rate", "save_strategy", "bf16"):
+        assert getattr(config, name) == getattr(plain, name)
+    assert config.resume_from_checkpoint is None
+
+
+@pytest.mark.parametrize("null", ["null", "~", ""])
+def test_null_is_no_limit_where_there_is_one_by_default(null):
+    config = parsed(f"max_length: {null}\nsave_total_limit: {null}")[1]
+    assert (config.max_length, config.save_total_limit) == (None, None)
+
+
+def test_a_quoted_null_is_a_word():
+    assert parsed("run_name: '~'")[1].run_name == "~"
+
+
+@pytest.mark.parametrize(("written", "value"), [("[none]", []), ("none", []), ("[tensorboard]", ["tensorboard"])])
+def test_reports_are_a_name_or_a_list(written, value):
+    assert parsed(f"report_to: {written}")[1].report_to == value
+
+
+def test_modules_are_a_pattern_or_a_list():
+    """One name in a list is not the pattern that it is alone."""
+    for written, value in (("[attn]", ["attn"]), ("[a, b]", ["a", "b"]), ("[qv]_proj", "[qv]_proj")):
+        quoted = written if isinstance(value, list) else f"'{written}'"
+        assert parsed(f"optim_target_modules: {quoted}")[1].optim_target_modules == value
+
+
 def test_flags_come_before_the_file():
     Path("file.yaml").write_text(FILE)
     over = ["--data", "c.jsonl", "--gamma", "1", "--backend", "null", "--no_disable_dropout"]
@@ -368,6 +503,7 @@ def test_the_files_command_trains(files):
         ("label_smoothing_factor: 0.1", "file.yaml: 'label_smoothing_factor' is not a setting"),
         ("config: other.yaml", "file.yaml: 'config' is not a setting"),
         ("max_steps: [1, 2]", "file.yaml: 'max_steps' takes one value, got the list ['1', '2']"),
+        ("data: [a, ~]", "file.yaml: 'data' takes no null in its list, got ['a', None]"),
         ("max_steps: many", "--max_steps/--max-steps: invalid int value: 'many'"),
         ("loss: sft", "--loss: invalid choice: 'sft'"),
         ("max_steps: 1: 2", "--config file.yaml is not YAML: mapping values are not allowed here"),
@@ -463,6 +599,13 @@ def test_a_folder_without_a_model(capsys, files):
 def test_a_setting_that_the_trainer_refuses(capsys, files):
     arguments = command(files, "kto", "--reference_point", "batch_mean", "--gradient_accumulation_steps", "2")
     assert "reference_point='batch_mean' couples" in refusal(capsys, [*arguments, "--output_dir", "out"])
+
+
+def test_a_path_that_cannot_be_written_is_named(capsys, files):
+    Path("file").write_text("")
+    flags = ("--precompute_ref_log_probs", "--ref_cache_dir", "file/refs", "--output_dir", "out")
+    said = refusal(capsys, command(files, "kto", *flags))
+    assert said == "kto-fused train: Not a directory: file/refs"
 
 
 def test_an_optimizer_that_is_not_installed(capsys, files):

@@ -954,6 +954,13 @@ def test_a_killed_write_leaves_nothing(tmp_path, killed_in, monkeypatch, ref_pas
     assert ref_passes() > 0
 
 
+def test_what_could_not_be_kept_is_not_computed(tmp_path, ref_passes):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(FileExistsError, match="cache"):
+        run_precomputed("dpo", tmp_path, ref_model=model(seed=1), train=8)
+    assert ref_passes() == 0
+
+
 def test_simpo_has_no_reference(tmp_path, ref_passes):
     for settings in ({}, {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}):
         trainer = make_trainer("dpo", tmp_path, loss_type="simpo", **settings)
@@ -1102,6 +1109,38 @@ def test_a_second_training_counts_anew(tmp_path):
 
 
 @by_kind
+def test_tokens_that_a_model_has_no_embeddings_of_are_refused(tmp_path, kind):
+    """A word of the data, or the pad token alone, that the tokenizer was given after the model."""
+    more_words = [*WORDS, "new"]
+    records = data(kind, 8)
+    column = "completion" if kind == "kto" else "rejected"
+    with_new = records.map(lambda record, row: {column: " new"} if row == 5 else {}, with_indices=True)
+    with pytest.raises(ValueError, match=r"train data: .* token id 64, but model has embeddings of 64 tokens: resize"):
+        make_trainer(kind, tmp_path, train=with_new, words=more_words)
+    resized = model()
+    resized.resize_token_embeddings(65)
+    with pytest.raises(ValueError, match=r"train data: .* token id 64, but ref_model has embeddings of 64 tokens"):
+        make_trainer(kind, tmp_path, policy=resized, ref_model=model(seed=1), train=with_new, words=more_words)
+    trainer = make_trainer(kind, tmp_path, policy=resized, train=with_new, words=more_words, max_steps=1)
+    trainer.train()
+    trainer = make_trainer(kind, tmp_path, train=records, words=more_words)
+    with pytest.raises(ValueError, match=r"eval data: .* token id 64"):
+        trainer.evaluate(with_new)
+
+    trainer_class, words = type(trainer), tokenizer()
+    words.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"processing_class pads with token id 64, but model has .* 64 tokens: resize"):
+        trainer_class(model(), args=trainer.args, train_dataset=records, processing_class=words)
+    words.pad_token = words.eos_token
+    trainer_class(model(), args=trainer.args, train_dataset=records, processing_class=words)
+
+
+def test_a_model_made_in_memory_comes_with_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=r"processing_class is missing, and model was made in memory"):
+        FusedKTOTrainer(model(), args=CONFIGS["kto"](str(tmp_path), use_cpu=True), train_dataset=data("kto", 8))
+
+
+@by_kind
 def test_arguments_of_the_wrong_kind_are_refused(tmp_path, kind):
     trainer, config = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}[kind], CONFIGS[kind]
     policy, words = model(), tokenizer()
@@ -1112,6 +1151,8 @@ def test_arguments_of_the_wrong_kind_are_refused(tmp_path, kind):
     args = config(str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="ref_model is the model itself: leave it out"):
         trainer(policy, policy, args, processing_class=words)
+    with pytest.raises(TypeError, match="processing_class must be a transformers tokenizer, got str"):
+        trainer(policy, args=args, processing_class="gpt2")
     args._n_gpu = 2
     with pytest.raises(ValueError, match=r"2 GPUs are visible.*torchrun.*CUDA_VISIBLE_DEVICES"):
         trainer(policy, args=args, processing_class=words)
