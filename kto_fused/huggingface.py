@@ -119,8 +119,8 @@ def attach(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: the LM head is not a plain linear layer (it carries an adapter, is quantised or missing),
-            prompts are learned, ``config.return_dict`` is off, or the model's logits are more than its head, scale
-            and soft cap.
+            prompts are learned, ``config.return_dict`` is off, or the model's logits are not finite or more than its
+            head, scale and soft cap.
         TypeError: ``model`` holds no ``PreTrainedModel``.
     """
     inner = unwrap(model)
@@ -433,7 +433,8 @@ def _check_logits(model: PreTrainedModel) -> None:
         )
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=generator).to(device)
+    length = min(CHECKED_TOKENS, positions(model.config) or CHECKED_TOKENS)
+    input_ids = torch.randint(vocab_size, (1, length), generator=generator).to(device)
     with evaluating(model), _attention_of(model, device):
         own = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
         _, outcome = model(input_ids=input_ids, fused_call=FusedCall(_plain_logits, {}))
@@ -449,6 +450,10 @@ def _compare(model: PreTrainedModel, own: torch.Tensor, ours: torch.Tensor) -> N
     name = type(model).__name__
     if own.shape != ours.shape:
         raise UnsupportedModelError(f"{name}'s logits are {tuple(own.shape)}, its LM head gives {tuple(ours.shape)}")
+    if not ours.isfinite().all():
+        raise UnsupportedModelError(
+            f"{name}'s logits are not finite: its weights hold NaN or infinities, or overflow {ours.dtype}"
+        )
     eps = max(torch.finfo(own.dtype).eps, torch.finfo(ours.dtype).eps)
     difference, largest = (own.double() - ours.double()).abs().max(), own.double().abs().max()
     if not difference <= ROUNDINGS * eps * largest:

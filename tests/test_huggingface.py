@@ -456,6 +456,23 @@ def test_refuses_logits_that_are_a_tenth_too_large(dtype):
         huggingface.attach(model)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_weights_that_are_not_finite_and_says_so(value):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = value
+    with refuses(model, "LlamaForCausalLM's logits are not finite: its weights hold NaN or infinities"):
+        huggingface.attach(model)
+
+
+def test_the_check_takes_no_more_positions_than_a_model_has():
+    model = make_model("gpt2", n_positions=4)
+    huggingface.attach(model)
+    input_ids = torch.arange(4)[None]
+    logps = huggingface.apply(linear_sequence_logps, model, {"input_ids": input_ids}, labels=input_ids)
+    torch.testing.assert_close(logps, reference.sequence_logps(model(input_ids).logits, input_ids).double())
+
+
 def test_refuses_a_router_loss_it_does_not_know(monkeypatch):
     jetmoe = make_model("jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=8, output_router_logits=True)
     mixtral = make_model("mixtral")
