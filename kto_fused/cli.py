@@ -66,13 +66,9 @@ def run(command: str, arguments: list[str]) -> int:
 
         return demo.main(arguments)
     if command == "estimate":
-        from . import estimate, flags
+        from . import estimate
 
-        settings = flags.parse(estimate.EstimateSettings, arguments, command, f"Print {COMMANDS[command]}.")
-        try:
-            return estimate.run(settings)
-        except estimate.EstimateError as error:
-            raise CommandError(sentence(error)) from error
+        return estimate.main(arguments)
     from . import environment
 
     argparse.ArgumentParser(prog="kto-fused env", description=f"Print {COMMANDS[command]}.").parse_args(arguments)

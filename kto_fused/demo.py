@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from . import backends, flags, measure, preference_data, reference, train
+from . import backends, flags, huggingface, measure, preference_data, reference, train
 from .cli import COMMANDS, CommandError, sentence
 from .functional import kto_class_weights
 from .trainer_configs import FusedKTOConfig
@@ -118,7 +118,7 @@ def make_trainer(settings: Settings, device: torch.device) -> FusedKTOTrainer:
         tokenizer, model = small_llama(records)
     else:
         tokenizer, model = train.load(settings.model, "float32")
-    max_length = min(MAX_LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", MAX_LENGTH))
+    max_length = min(MAX_LENGTH, huggingface.positions(model.config) or MAX_LENGTH)
     dataset = preference_data.prepare_unpaired(
         settings.data, tokenizer, max_length=max_length, seed=settings.seed
     ).dataset

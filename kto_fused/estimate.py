@@ -16,7 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from . import backends, environment, from_hidden, torch_backend
+from . import backends, environment, flags, from_hidden, huggingface, torch_backend
+from .cli import COMMANDS, CommandError
 from .from_hidden import HiddenOptions
 from .from_logits import LogitOptions
 from .functional import DEFAULT_CHUNK_BYTES
@@ -29,10 +30,6 @@ COMMON_GPUS_GIB = (24.0, 48.0, 80.0, 141.0)
 RESERVED_BYTES = GIB
 STEP = 64  # sequence lengths are multiples of it
 UNLIMITED = 2**22  # where a search ends for a model that sets no limit
-
-
-class EstimateError(ValueError):
-    """Settings or a model that cannot be estimated; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -176,14 +173,18 @@ class Estimate:
     fits: list[Fit] = field(default_factory=list)
 
 
+def main(arguments: list[str]) -> int:
+    return run(flags.parse(EstimateSettings, arguments, "estimate", f"Print {COMMANDS['estimate']}."))
+
+
 def run(settings: EstimateSettings) -> int:
-    """Print the estimate. Raises ``EstimateError``."""
+    """Print the estimate. Raises ``CommandError``."""
     print(table(settings, estimate(settings)))
     return 0
 
 
 def estimate(settings: EstimateSettings) -> Estimate:
-    """The numbers. Raises ``EstimateError``; loads and downloads no weights."""
+    """The numbers. Raises ``CommandError``; loads and downloads no weights."""
     check(settings)
     facts = model_facts(settings.model)
 
@@ -210,45 +211,45 @@ def check(settings: EstimateSettings) -> None:
     for setting in fields(settings):
         value, choices = getattr(settings, setting.name), get_args(setting.type)
         if choices and isinstance(choices[0], str) and value not in choices:
-            raise EstimateError(f"--{setting.name} must be one of {list(choices)}, got {value!r}")
+            raise CommandError(f"--{setting.name} must be one of {list(choices)}, got {value!r}")
     for name, least in (("batch", 1), ("seq", 2), ("chunk_bytes", 1)):
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise EstimateError(f"--{name} must be a whole number of at least {least}, got {value!r}")
+            raise CommandError(f"--{name} must be a whole number of at least {least}, got {value!r}")
     if settings.gpu_gib is not None and not 0 < settings.gpu_gib < math.inf:
-        raise EstimateError(f"--gpu_gib must be a finite number > 0, got {settings.gpu_gib!r}")
+        raise CommandError(f"--gpu_gib must be a finite number > 0, got {settings.gpu_gib!r}")
     if not 0 < settings.completion_fraction <= 1:
-        raise EstimateError(f"--completion_fraction must lie in (0, 1], got {settings.completion_fraction!r}")
+        raise CommandError(f"--completion_fraction must lie in (0, 1], got {settings.completion_fraction!r}")
 
 
 # ---- the model ----------------------------------------------------------------------------------------------------
 
 
 def model_facts(model: str) -> ModelFacts:
-    """Counts a model that is built without memory for its weights. Raises ``EstimateError``."""
+    """Counts a model that is built without memory for its weights. Raises ``CommandError``."""
     is_path = not model or Path(model).exists() or model.startswith(("/", ".")) or model.count("/") > 1
     if is_path and not (model and Path(model).is_dir()):
-        raise EstimateError(f"--model {model!r} is no folder")
+        raise CommandError(f"--model {model!r} is no folder")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # of the file, the network, or of what a model's own code makes of its fields
-        raise EstimateError(f"--model {model}: its config cannot be read: {_first_line(error)}") from error
+        raise CommandError(f"--model {model}: its config cannot be read: {_first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
-        raise EstimateError(f"--model {model} is quantised: name the model that it was made from")
+        raise CommandError(f"--model {model} is quantised: name the model that it was made from")
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder or is_encoder:
-        raise EstimateError(f"--model {model}: {config.model_type} is no causal language model")
+        raise CommandError(f"--model {model}: {config.model_type} is no causal language model")
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # an incomplete config fails somewhere in its model's own code
         problem = f"{config.model_type} cannot be built as a causal language model"
-        raise EstimateError(f"--model {model}: {problem}: {_first_line(error)}") from error
+        raise CommandError(f"--model {model}: {problem}: {_first_line(error)}") from error
     head = getattr(skeleton.get_output_embeddings(), "weight", None)
     text = config.get_text_config(decoder=True)
     layer_size, num_layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     if head is None or not layer_size or not num_layers:
-        raise EstimateError(
+        raise CommandError(
             f"--model {model}: {config.model_type} has not all of an LM head, hidden_size and num_hidden_layers"
         )
     return ModelFacts(
@@ -259,7 +260,7 @@ def model_facts(model: str) -> ModelFacts:
         layer_size=layer_size,
         inner_size=_inner_size(text),
         num_layers=num_layers,
-        max_length=getattr(text, "max_position_embeddings", None),
+        max_length=huggingface.positions(config),
     )
 
 
@@ -401,15 +402,7 @@ def _chunk(
 ) -> tuple[WholeRows | FoldedRows, torch.Tensor | None]:
     """(the longest chunk, what the gradient by the LM head adds up in), without memory, decided by the engine."""
     options = HiddenOptions(
-        LogitOptions(
-            ignore_index=-100,
-            shift=True,
-            average_log_prob=False,
-            temperature=1.0,
-            logit_scale=1.0,
-            logit_softcap=None,
-            backend=backend,
-        ),
+        LogitOptions(backend=backend),
         dtype=shape.dtype,
         ref_dtype=shape.dtype,
         chunk_bytes=chunk_bytes,

@@ -113,6 +113,17 @@ def test_a_local_checkpoint_and_a_file_of_ones_own(tmp_path, loss_from):
     assert metrics["comparison"]["largest_gradient_difference"] < 1e-5
 
 
+def test_stretched_positions_are_used(tmp_path):
+    tokenizer, model = demo.small_llama(load(BUNDLED).select(range(40)))
+    model.config.max_position_embeddings = 64
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    model.config.rope_parameters = {**model.config.rope_parameters, **yarn}
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "model")
+    settings = demo.Settings(model=str(tmp_path / "model"), out=tmp_path / "out", **FEW)
+    assert demo.make_trainer(settings, torch.device("cpu")).args.max_length == 256
+
+
 def test_the_bundled_feedback():
     records = load(BUNDLED)
     assert len(records) >= 200

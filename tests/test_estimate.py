@@ -19,10 +19,19 @@ from transformers import (
     Qwen3Model,
     T5Config,
     ViTConfig,
+    XLNetConfig,
 )
 
-from kto_fused import environment, estimate, fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps
-from kto_fused.estimate import DTYPES, GIB, EstimateError, EstimateSettings, LossShape
+from kto_fused import (
+    environment,
+    estimate,
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    linear_sequence_logps,
+    projection,
+)
+from kto_fused.cli import CommandError
+from kto_fused.estimate import DTYPES, GIB, EstimateSettings, LossShape
 from kto_fused.measure import peak_bytes
 from kto_fused.projection import CAST_BYTES
 
@@ -182,7 +191,9 @@ def test_float32_weights_under_float16_autocast_take_what_is_said(chunk_bytes):
 @pytest.mark.parametrize("options", [{}, FROZEN, PAIRS], ids=["kto", "frozen", "dpo"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("chunk_bytes", [256 * MIB, GIB], ids=["256 MiB", "1 GiB"])
-def test_a_gpu_takes_what_is_said(chunk_bytes, dtype, options):
+def test_a_gpu_takes_what_is_said(chunk_bytes, dtype, options, monkeypatch):
+    """Any GPU but Hopper's, which need no tile to fold such a head's logits."""
+    monkeypatch.setattr(projection, "_is_hopper", lambda device: False)
     shape = make_shape(dtype, seq_len=2049, tokens=1024, vocab=65536, hidden_size=1024, **options)
     inputs = make_inputs(shape, DEVICE)
     fused_step(shape, chunk_bytes, "triton", *inputs)  # compile, and cuBLAS's workspace
@@ -304,6 +315,28 @@ def test_the_models_own_limit_ends_the_search(tmp_path, capsys):
     assert (fit.plain, fit.fused) == (1000, 1000)
     estimate.run(settings)
     assert "* the model's own limit" in capsys.readouterr().out
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_stretched_positions_are_the_models_own_limit(tmp_path, capsys):
+    LlamaConfig(**{**TEXT, "max_position_embeddings": 32768, "rope_parameters": YARN}).save_pretrained(tmp_path)
+    estimate.run(EstimateSettings(str(tmp_path), batch=1, seq=65536, gpu_gib=1000.0))
+    out = capsys.readouterr().out
+    assert "at most 131072 positions" in out
+    assert "is more than" not in out
+    assert out.count("131072*") == 2
+
+
+def test_a_model_of_any_length_has_no_limit(tmp_path, capsys):
+    """XLNet's configuration says -1."""
+    XLNetConfig(d_model=64, n_layer=2, n_head=2, d_inner=96, vocab_size=500).save_pretrained(tmp_path)
+    estimate.run(EstimateSettings(str(tmp_path), gpu_gib=24.0))
+    out = capsys.readouterr().out
+    assert "no limit to its positions" in out
+    assert "is more than" not in out
+    assert "none" not in out
 
 
 def test_a_gpu_too_small_for_the_weights_fits_nothing(llama, capsys):
@@ -457,19 +490,19 @@ def test_every_setting_is_a_flag():
     ],
 )
 def test_a_bad_number_or_name_is_named(llama, name, value):
-    with pytest.raises(EstimateError, match=f"--{name} must .*{value}"):
+    with pytest.raises(CommandError, match=f"--{name} must .*{value}"):
         estimate.estimate(EstimateSettings(llama, **{name: value}))
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
     missing = str(tmp_path / "missing")
-    with pytest.raises(EstimateError, match="missing' is no folder"):
+    with pytest.raises(CommandError, match="missing' is no folder"):
         estimate.model_facts(missing)
-    with pytest.raises(EstimateError, match="'' is no folder"):
+    with pytest.raises(CommandError, match="'' is no folder"):
         estimate.model_facts("")
-    with pytest.raises(EstimateError, match=r"nobody/no-such-model: its config cannot be read: \w"):
+    with pytest.raises(CommandError, match=r"nobody/no-such-model: its config cannot be read: \w"):
         estimate.model_facts("nobody/no-such-model")
-    with pytest.raises(EstimateError, match="its config cannot be read"):
+    with pytest.raises(CommandError, match="its config cannot be read"):
         estimate.model_facts(str(tmp_path))
 
 
@@ -485,7 +518,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
 )
 def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(EstimateError, match=said) as error:
+    with pytest.raises(CommandError, match=said) as error:
         estimate.model_facts(str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -493,5 +526,5 @@ def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path, text, said):
 @pytest.mark.parametrize("config", [BertConfig(), T5Config(), ViTConfig()], ids=lambda config: config.model_type)
 def test_a_model_that_predicts_no_next_token_is_refused(config, tmp_path):
     config.save_pretrained(tmp_path)
-    with pytest.raises(EstimateError, match=f"{config.model_type} is no causal language model"):
+    with pytest.raises(CommandError, match=f"{config.model_type} is no causal language model"):
         estimate.model_facts(str(tmp_path))
