@@ -43,7 +43,7 @@ class LossMetrics:
         >>> {name: round(value.item(), 3) for name, value in metrics.summary().items()}["rewards/margins"]
         0.1
         """
-        return _with_margins({name: total / weight for name, (total, weight) in self.totals().items()})
+        return with_margins({name: total / weight for name, (total, weight) in self.totals().items()})
 
     def totals(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The (weighted sum, weight) of each mean in ``summary``, float64: these add up over batches and ranks."""
@@ -103,7 +103,7 @@ class Totals:
         sums = reduce(torch.stack(list(self.values.values()))).tolist()
         means = {name: total / weight for name, (total, weight) in zip(self.values, sums, strict=True) if weight}
         self.values = {}
-        return _with_margins(means)
+        return with_margins(means)
 
 
 @dataclass
@@ -132,7 +132,8 @@ def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, t
     return torch.where(weights > 0, values.double() * weights, 0.0).sum(), weights.sum()
 
 
-def _with_margins(means: dict) -> dict:
+def with_margins(means: dict) -> dict:
+    """The means, with the difference of both classes' rewards where the batch holds both."""
     if "rewards/chosen" in means and "rewards/rejected" in means:
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
