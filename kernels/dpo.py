@@ -16,6 +16,12 @@ def log_sigmoid(x):
     return tl.minimum(x, 0.0) - log1p
 
 
+@triton.jit
+def flipped(u, smooth):
+    """-s log sigma(-u), the flipped pair's loss: 0 where s = 0, even where the logarithm is infinite."""
+    return tl.where(smooth == 0.0, 0.0, -smooth * log_sigmoid(-u))
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def dpo_kernel(
     logps_ptr,
@@ -67,11 +73,11 @@ def dpo_kernel(
         h = r_w - r_l
 
         if LOSS_TYPE == "sigmoid":
-            loss = -(1.0 - smooth) * log_sigmoid(beta * h) - smooth * log_sigmoid(-beta * h)
+            loss = -(1.0 - smooth) * log_sigmoid(beta * h) + flipped(beta * h, smooth)
             grad_w = -beta * ((1.0 - smooth) * sigmoid(-beta * h) - smooth * sigmoid(beta * h))
             grad_l = -grad_w
         elif LOSS_TYPE == "robust":
-            loss = (-(1.0 - smooth) * log_sigmoid(beta * h) + smooth * log_sigmoid(-beta * h)) / (1.0 - 2.0 * smooth)
+            loss = (-(1.0 - smooth) * log_sigmoid(beta * h) - flipped(beta * h, smooth)) / (1.0 - 2.0 * smooth)
             grad_w = -beta * ((1.0 - smooth) * sigmoid(-beta * h) + smooth * sigmoid(beta * h)) / (1.0 - 2.0 * smooth)
             grad_l = -grad_w
         elif LOSS_TYPE == "hinge":
@@ -86,7 +92,7 @@ def dpo_kernel(
             grad_l = -grad_w
         elif LOSS_TYPE == "simpo":
             u = beta * h - gamma
-            loss = -(1.0 - smooth) * log_sigmoid(u) - smooth * log_sigmoid(-u)
+            loss = -(1.0 - smooth) * log_sigmoid(u) + flipped(u, smooth)
             grad_w = -beta * ((1.0 - smooth) * sigmoid(-u) - smooth * sigmoid(u))
             grad_l = -grad_w
             reward_w = beta * r_w

@@ -80,6 +80,8 @@ def dpo_losses(
         return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * h)
     u = beta * h - gamma if loss_type == "simpo" else beta * h
     kept = -(1 - label_smoothing) * F.logsigmoid(u)
+    if label_smoothing == 0:  # nothing of the flipped pair, even where its loss is infinite
+        return kept
     flipped = -label_smoothing * F.logsigmoid(-u)
     if loss_type == "robust":
         return (kept - flipped) / (1 - 2 * label_smoothing)

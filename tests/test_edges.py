@@ -145,6 +145,25 @@ def test_a_banned_target_has_log_probability_minus_infinity(engine):
     assert logps.tolist() == [[-math.inf, 0.0]]
 
 
+@pytest.mark.parametrize("loss_type", kto_fused.losses.WITH_LABEL_SMOOTHING)
+def test_a_banned_rejected_completion_has_a_loss_of_0(engine, loss_type):
+    """-log sigma(inf); the flipped pair's infinite loss is no part of it unless labels are smoothed."""
+    labels = torch.tensor([[MASKED, 1], [MASKED, 1], [MASKED, 2], [MASKED, 1]], device=engine[1])
+    values = torch.randn(4, 2, 4, device=engine[1])
+    values[2, 0, 2] = -math.inf
+    smoothed = -math.inf if loss_type == "robust" else math.inf
+    ref_logps = None if loss_type == "simpo" else torch.zeros(4, device=engine[1])
+    for function, backend in ((fused_dpo_loss, engine[0]), (kto_fused.reference.dpo_loss, None)):
+        logits = values.clone().requires_grad_()
+        options = {"ref_logps": ref_logps, "loss_type": loss_type, "reduction": "none", "backend": backend}
+        losses, _ = function(logits, labels, **options)
+        losses.sum().backward()
+        assert losses[0] == 0
+        assert losses[1].isfinite()
+        assert logits.grad.isfinite().all()
+        assert function(logits, labels, label_smoothing=0.1, **options)[0][0] == smoothed
+
+
 @by_function
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_banned_with_the_smallest_number(engine, function, dtype):
