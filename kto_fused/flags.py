@@ -4,6 +4,8 @@ import argparse
 import difflib
 import functools
 import json
+import math
+import re
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
@@ -18,11 +20,20 @@ from .cli import CommandError, sentence
 NULL = "null"
 
 
+class _Loader(yaml.BaseLoader):
+    """Scalars as they are written, but for null."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_constructor("tag:yaml.org,2002:null", lambda *_: None)
+
+
 class FlagParser(HfArgumentParser):
     """A flag for each field of the dataclasses ``kinds``, but for those ``left_out``. ``elsewhere`` says of other names
     what they are flags of.
 
-    ``null`` is None where a field may be None. Flags are not abbreviated: a misspelt one is an error.
+    ``null`` is None where a field may be None; a list in JSON is one where a field takes a value or a list. Flags are
+    not abbreviated: a misspelt one is an error.
     """
 
     def __init__(
@@ -36,6 +47,9 @@ class FlagParser(HfArgumentParser):
         self._left_out, self._elsewhere = frozenset(left_out), elsewhere or {}
         super().__init__(kinds, prog=f"kto-fused {command}", allow_abbrev=False, **settings)
         hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+        self._nullable = {name for name, hint in hints.items() if type(None) in typing.get_args(hint)}
+        takes_list = {name for name, hint in hints.items() if list in map(typing.get_origin, typing.get_args(hint))}
+        self._value_or_list = {action.dest for action in self._actions if not action.nargs} & takes_list
         options = self._action_groups[:2]  # argparse's own; groups with a name hold what must be given
         self._action_groups = self._action_groups[2:] + options
         for action in self._actions:
@@ -44,7 +58,9 @@ class FlagParser(HfArgumentParser):
             hint = hints.get(action.dest)
             if hint == bool | None:  # --flag alone, as where None is no choice
                 action.nargs, action.const = "?", True
-            if type(None) in typing.get_args(hint) and action.type is not None:
+            if action.dest in self._value_or_list:
+                action.type = _list_or(action.type)
+            if action.dest in self._nullable and action.type is not None:
                 action.type = _null_or(action.type)
                 if action.choices is not None:
                     action.metavar = "{" + ",".join(map(str, [*action.choices, NULL])) + "}"
@@ -68,18 +84,24 @@ class FlagParser(HfArgumentParser):
         return vars(namespace)
 
     def arguments_from(self, settings: dict[str, Any], path: str) -> list[str]:
-        """The settings of a YAML file as flags that say the same."""
+        """The settings of a YAML file as flags that say the same. Null is as not given, unless None is a choice."""
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         arguments = []
         for name, value in settings.items():
             if name not in actions:
                 raise CommandError(f"{path}: {name!r} is not a setting{self._instead(str(name), actions)}")
-            if isinstance(value, list):
-                if actions[name].nargs != "+":
+            if value is None:
+                if name in self._nullable and self.get_default(name) is not None:
+                    arguments.append(f"--{name}={NULL}")
+            elif isinstance(value, list):
+                is_written_as_one = name in self._value_or_list
+                if not is_written_as_one and actions[name].nargs != "+":
                     raise CommandError(f"{path}: {name!r} takes one value, got the list {value}")
-                arguments += [f"--{name}", *map(str, value)]
+                if None in value:
+                    raise CommandError(f"{path}: {name!r} takes no null in its list, got {value}")
+                arguments += [f"--{name}={json.dumps(value)}"] if is_written_as_one else [f"--{name}", *map(str, value)]
             else:
-                arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+                arguments.append(f"--{name}={json.dumps(_typed(value)) if isinstance(value, dict) else value}")
         return arguments
 
     def _instead(self, name: str, names: Iterable[str]) -> str:
@@ -105,9 +127,9 @@ def build(kind: type, values: dict[str, Any]) -> Any:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Names and values; each scalar as it is written, to be understood as the flag's value would be."""
+    """Names and values; each scalar but null as it is written, to be understood as the flag's value would be."""
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"--config {path} cannot be read: {sentence(error)}") from error
     except yaml.YAMLError as error:
@@ -115,6 +137,37 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CommandError(f"--config {path}: expected names with values, got {type(settings).__name__}")
     return settings
+
+
+def _typed(value: Any) -> Any:
+    """Words of a nested setting as true, false and numbers where they are: no flag's type says what they should be."""
+    if isinstance(value, dict):
+        return {name: _typed(nested) for name, nested in value.items()}
+    if isinstance(value, list):
+        return [_typed(nested) for nested in value]
+    if value is None:
+        return None
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for convert in (int, float):
+        try:
+            number = convert(value)
+        except ValueError:
+            continue
+        return number if math.isfinite(number) else value  # JSON has no others
+    return value
+
+
+def _list_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    @functools.wraps(convert, updated=())
+    def converted(text: str) -> Any:
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            return convert(text)
+        return parsed if isinstance(parsed, list) else convert(text)
+
+    return converted
 
 
 def _null_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
