@@ -39,7 +39,6 @@ from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConf
 from .trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
 
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
-TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
 DESCRIPTION = (
     "Train a model with KTO on feedback (prompt, completion, label) or with DPO on pairs (prompt, chosen, rejected). "
     "Into --output_dir go the model, its tokenizer, metrics.json and curves.png. Ctrl-C saves a checkpoint, from which "
@@ -67,6 +66,7 @@ REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/
 LINE = {"loss": "loss", **REWARDS, "rewards/accuracies": "accuracy", "kl": "z0"}
 COLORS = {"rewards/chosen": "tab:green", "rewards/rejected": "tab:red", "rewards/margins": "tab:blue"}
 SETUP_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
+UNFIT = "Error(s) in loading state_dict"  # how the message begins when weights of other shapes are loaded
 INTERRUPTED = b"\nfinishing this step, then saving a checkpoint; Ctrl-C again stops at once\n"
 
 
@@ -148,9 +148,12 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
         first_look.add_argument(flag)
     first, _ = first_look.parse_known_args(arguments)
     file = read_yaml(first.config) if first.config else {}
-    loss = str(first.loss or file.get("loss", "kto"))
+    loss = str(first.loss or file.get("loss") or "kto")
     parser = flags_of(loss)
     values = parser.values([*parser.arguments_from(file, first.config), *arguments])
+    for name in ("output_dir", "report_to"):  # None is no choice here: another folder, and an error
+        if values[name] is None:
+            values[name] = parser.get_default(name)
     if values["eval_strategy"] is None:
         strategy = "epoch" if values["eval_steps"] is None else "steps"
         values["eval_strategy"] = strategy if values["eval_data"] else "no"
@@ -208,10 +211,28 @@ def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
     if wanted.lower() == "true":
         if latest is None:
             raise CommandError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
-        return latest
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise CommandError(f"--resume_from_checkpoint {wanted} is no checkpoint: it has no trainer_state.json")
+        wanted = latest
+    check_goes_on(wanted, config)
     return wanted
+
+
+def check_goes_on(checkpoint: str, config: FusedPreferenceConfig) -> None:
+    """Raises ``CommandError`` if ``Trainer`` would go on from the checkpoint with another run than it belongs to."""
+    named, path = f"--resume_from_checkpoint {checkpoint}", Path(checkpoint) / "trainer_state.json"
+    if not path.is_file():
+        raise CommandError(f"{named} is no checkpoint: it has no trainer_state.json")
+    with refusals(OSError, ValueError, TypeError, doing=f"{path} cannot be read: "):
+        state = TrainerState.load_from_json(str(path))
+    steps = state.global_step
+    if 0 < config.max_steps < steps:
+        raise CommandError(f"{named} has {steps} steps already, but --max_steps is {config.max_steps}")
+    is_left = steps < config.max_steps if config.max_steps > 0 else (state.epoch or 0) < config.num_train_epochs
+    # of all that is saved beside the model, only this has the same name under DeepSpeed and FSDP
+    if is_left and not any(Path(checkpoint).glob("rng_state*.pth")):
+        raise CommandError(
+            f"{named} holds a model alone (--save_only_model), and training cannot go on without its optimizer and "
+            f"schedule: start a run of its own from it (--model {checkpoint}, another --output_dir)"
+        )
 
 
 def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> FusedTrainer:
@@ -274,6 +295,29 @@ def refusals(*kinds: type[Exception], doing: str = "") -> Iterator[None]:
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
+class _EndsOnce(FusedTrainer):
+    """Resumed after its last step, it trains no more: in the middle of an epoch ``Trainer`` would take one step."""
+
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
+        start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
+        if self.state.global_step < max_steps:
+            return start
+        if self.is_world_process_zero():
+            print(f"The checkpoint has all {max_steps} steps: nothing is trained, its results are written")
+        return epochs, 0  # as many epochs as there are lie behind
+
+
+class _KTOTrainer(_EndsOnce, FusedKTOTrainer):
+    pass
+
+
+class _DPOTrainer(_EndsOnce, FusedDPOTrainer):
+    pass
+
+
+TRAINERS = {"kto": _KTOTrainer, "dpo": _DPOTrainer}
+
+
 def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) -> dict[str, Any]:
     """Train, with a line for every ``every``-th step that is logged. Returns what ``metrics.json`` holds of it."""
     show_bar_alone(trainer)
@@ -287,7 +331,16 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
             f"mixed precision: {trainer.accelerator.mixed_precision}"
         )
     with refusals(ValueError, ImportError, OSError):  # some of the trainer's settings are looked at only now
-        timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        try:
+            timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except RuntimeError as error:
+            if checkpoint is None or not str(error).startswith(UNFIT):
+                raise
+            first = str(error).splitlines()[1:2]
+            raise CommandError(
+                f"--resume_from_checkpoint {checkpoint} does not fit this model: go on with the --model and the LoRA "
+                f"flags it was made with ({''.join(first).strip().rstrip('.')})"
+            ) from error
     history = trainer.state.log_history
     return {
         "torch": torch.__version__,
@@ -336,6 +389,7 @@ class CtrlC(TrainerCallback):
             self.checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+            args.save_only_model = False  # nothing could go on from that
 
     def on_epoch_end(self, args, state, control: TrainerControl, **kwargs: Any) -> None:
         if self.checkpoint is not None:  # the epoch was cut short
