@@ -1,12 +1,13 @@
 """Random inputs, the comparison with the twin in float64, and one table of tolerances."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 
 from kto_fused import (
     from_hidden,
@@ -146,6 +147,13 @@ def assert_same_gradient(
     underflow = torch.finfo(actual.dtype).smallest_normal * actual.numel() ** 0.5
     bound = roundings * GRAD_TOLERANCE[actual.dtype] * expected.double().norm().item() + floor + underflow
     assert error <= bound, f"gradient: ||error|| is {error}, expected at most {bound}"
+
+
+def check_gradients(
+    engine: tuple[str, str], function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None
+) -> None:
+    """Finite differences by every element; in the interpreter, which is slow, by one random direction."""
+    assert gradcheck(function, inputs, fast_mode=engine == ("triton", "cpu"))
 
 
 def assert_close(actual, expected, tolerance: float, what: str) -> None:
