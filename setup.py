@@ -15,8 +15,8 @@ setup(
     package_dir={"kto_fused": "kto_fused", "kto_fused.kernels": "kernels"},
     package_data={"kto_fused": ["py.typed", "data/*.jsonl"]},
     install_requires=[
-        "torch>=2.8",
-        "triton>=3.4; platform_system == 'Linux'",
+        "torch>=2.10",
+        "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy", "ruff", "trl==1.16.0"],

@@ -1,6 +1,7 @@
 """What is installed: `kernels` lives inside the package, and nowhere else."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,13 @@ def test_the_folder_imports_cleanly_under_either_name():
 
 def test_the_version_stands_in_both_places_alike():
     assert f'version="{version()}"' in (ROOT / "setup.py").read_text()
+
+
+def test_the_readme_names_the_least_versions():
+    setup = (ROOT / "setup.py").read_text()
+    least_python, least_torch = re.search(r'python_requires=">=([\d.]+)".*"torch>=([\d.]+)"', setup, re.DOTALL).groups()
+    needs = f"The package needs Python {least_python} and PyTorch {least_torch};"
+    assert needs in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_importing_the_package_does_not_import_triton_or_transformers(tmp_path):
