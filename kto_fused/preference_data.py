@@ -30,8 +30,11 @@ BUNDLED = Path(__file__).with_name("data") / "feedback.jsonl"
 IGNORE_INDEX = -100
 UNPAIRED, PAIRED = ("prompt", "completion", "label"), ("prompt", "chosen", "rejected")
 RENDERED = ("tools", "chat_template_kwargs")  # what a chat template would render too; without it the text is another
-CACHE_FORMAT = 1  # part of every cache's key: raise it when the same input gives other rows
+CACHE_FORMAT = 2  # part of every cache's key: raise it when the same input gives other rows
 NEIGHBOURS = 64  # completions of like length among which mismatched partners are drawn
+# tokens of a prompt's messages that may change once an answer follows: one or two where a tokenizer merges across the
+# border; a chat template that renders a message otherwise changes its words and what stands around them
+MERGED = 2
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 TOKENS = List(Value("int32"))
 Source = Dataset | str | os.PathLike | list[str | os.PathLike]
@@ -337,6 +340,11 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
         raise DataError(f"{name} data: DPO needs pairs, expected {list(PAIRED)}, got {records.column_names}")
     if records.features["prompt"] != Value("string") and not tokenizer.chat_template:
         raise DataError(f"{name} data: holds conversations, but the tokenizer has no chat template to render them with")
+    if records.features["prompt"] == Value("string") and tokenizer.eos_token is None:
+        logger.warning(
+            f"{name} data: the tokenizer has no eos_token, so nothing ends a completion, and the model does not learn "
+            "to end one: set it, or end the texts with the model's own token."
+        )
     columns = {f"{field}_ids": TOKENS for field in fields if field != "label"}
     columns |= {"label": Value("bool")} if "label" in fields else {}
     columns |= {"length": Value("int32"), "prompt_key": Value("int64")}
@@ -365,7 +373,8 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
     if merged:
         logger.warning(
             f"{name} data: in {merged} of {len(tokens)} examples the prompt's last tokens differ once a completion "
-            "follows; the completion then starts at the first that does."
+            "follows; the completion then starts at the first that does, and is trained with what it holds of the "
+            "prompt."
         )
     return Prepared(tokens.remove_columns(["truncated", "merged"]), truncated, dropped)
 
@@ -380,16 +389,25 @@ def _token_rows(batch: dict, rows: list[int], *, columns: list[str], tokenizer, 
         }
         rows = [row for row in rows for _ in range(2)]
     sides = [field for field in batch if field not in ("prompt", "label")]
+    is_text = isinstance(batch["prompt"][0], str)
+    adds_end = is_text and _adds_end(tokenizer)
     prompts = _ids(tokenizer, batch["prompt"], rows, name, add_generation_prompt=True)
-    texts = [[_joined(*pair, tokenizer) for pair in zip(batch["prompt"], batch[side], strict=True)] for side in sides]
+    if adds_end:
+        prompts = [ids[:-1] for ids in prompts]
+    texts = [
+        [_joined(*pair, tokenizer, adds_end) for pair in zip(batch["prompt"], batch[side], strict=True)]
+        for side in sides
+    ]
     wholes = zip(*(_ids(tokenizer, text, rows, name) for text in texts), strict=True)
     labels = batch.get("label", [None] * len(rows))
     made = {column: [] for column in columns}
-    for prompt, whole, label in zip(prompts, wholes, labels, strict=True):
+    for number, messages, prompt, whole, label in zip(rows, batch["prompt"], prompts, wholes, labels, strict=True):
         start = _common_prefix(prompt, whole)
         completions = [ids[start:max_length] for ids in whole]
         if not all(completions):
             continue
+        if start < len(prompt) and not is_text:
+            _check_template(tokenizer, messages, prompt, start, number, name)
         length = start + max(map(len, completions))
         key = hashlib.blake2b(np.array(prompt, np.int32).tobytes(), digest_size=8).digest()
         row = {"prompt_ids": prompt[:start], "label": label, "length": length}
@@ -401,11 +419,19 @@ def _token_rows(batch: dict, rows: list[int], *, columns: list[str], tokenizer, 
     return made
 
 
-def _joined(prompt, completion, tokenizer):
+def _adds_end(tokenizer) -> bool:
+    """Whether the tokenizer itself ends a text with its end-of-text token."""
+    # of an empty text that may be the token that begins all, of a word the one for unknown words: not of both
+    return tokenizer.eos_token is not None and all(
+        tokenizer(text)["input_ids"][-1:] == [tokenizer.eos_token_id] for text in ("", "a")
+    )
+
+
+def _joined(prompt, completion, tokenizer, adds_end: bool):
     if isinstance(prompt, list):
         return prompt + completion
     end = tokenizer.eos_token or ""
-    return prompt + completion + ("" if completion.endswith(end) else end)
+    return prompt + completion.removesuffix(end) + ("" if adds_end else end)
 
 
 def _ids(tokenizer, texts: list, rows: list[int], name: str, **template) -> list[list[int]]:
@@ -419,6 +445,24 @@ def _ids(tokenizer, texts: list, rows: list[int], name: str, **template) -> list
             raise DataError(f"{name} data, row {row}: the chat template does not render it: {error}") from error
         ids.append(rendered["input_ids"])
     return ids
+
+
+def _check_template(tokenizer, messages: list, prompt: list[int], start: int, row: int, name: str) -> None:
+    """Raises ``DataError`` if more than ``MERGED`` of the messages' tokens lie after ``start``, where answers start.
+
+    What a template adds to a prompt to ask for an answer is no message's, and may be otherwise once there is one.
+    """
+    (alone,) = _ids(tokenizer, [messages], [row], name)
+    if _common_prefix(alone, (prompt,)) - start <= MERGED:
+        return
+    tail = tokenizer.decode(prompt[start:])
+    if len(tail) > 100:
+        tail = f"{tail[:50]} ... {tail[-50:]}"
+    raise DataError(
+        f"{name} data, row {row}: the chat template renders the prompt differently once an answer follows, so the "
+        f"completion would start {len(prompt) - start} tokens before the prompt's end, at {tail!r}: expected a "
+        "template that renders messages alike whatever follows; use another one, or give prompt and completions as text"
+    )
 
 
 def _common_prefix(prompt: list[int], wholes: tuple[list[int], ...]) -> int:

@@ -449,6 +449,85 @@ def test_a_text_ends_with_one_end_of_text(completion, eos, expected):
     assert dataset["completion_ids"][:] == [ids(expected)] * 3
 
 
+@pytest.mark.parametrize("split_special_tokens", [False, True], ids=["", "split"])
+@pytest.mark.parametrize("completion", [" one two", " one two </s>"])
+def test_an_end_of_text_that_the_tokenizer_adds_is_the_only_one(completion, split_special_tokens, caplog):
+    tokenizer = one_token_a_word(split_special_tokens=split_special_tokens)
+    ends = processors.TemplateProcessing(single="<user> $A </s>", special_tokens=[("<user>", 2), ("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    records = [{"prompt": prompt, "completion": completion, "label": prompt == ""} for prompt in ("", "red")]
+    rows = prepare_unpaired(Dataset.from_list(records), tokenizer, mismatch=False).dataset
+    assert rows["prompt_ids"][:] == [ids("<user>"), ids("<user> red")]
+    assert rows["completion_ids"][:] == [ids("one two </s>")] * 2
+    assert not caplog.records
+
+
+def test_a_beginning_of_text_that_is_the_end_of_text_too_ends_none(caplog):
+    tokenizer = one_token_a_word()
+    begins = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begins  # as OPT's: of an empty text it is the last token
+    row = prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizer, mismatch=False).dataset[0]
+    assert (row["prompt_ids"], row["completion_ids"]) == (ids("</s> red"), ids("one two </s>"))
+    unknown = one_token_a_word(eos_token="<unk>")  # of a word that it does not know it is the last token
+    row = prepare_unpaired(Dataset.from_list(UNPAIRED), unknown, mismatch=False).dataset[0]
+    assert (row["prompt_ids"], row["completion_ids"]) == (ids("red"), ids("one two <unk>"))
+
+
+def test_texts_that_nothing_ends_are_said_once(caplog):
+    prepare_paired(Dataset.from_list(PAIRED), one_token_a_word(eos_token=None, pad_token="four"))
+    (said,) = caplog.records
+    assert said.message.startswith("train data: the tokenizer has no eos_token, so nothing ends a completion")
+    caplog.clear()
+    prepare_paired(Dataset.from_list(FORMS["paired conversations"]), one_token_a_word(eos_token=None))
+    assert not caplog.records  # a template ends them
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    return one_token_a_word([*WORDS, "<old>", "<think>"], chat_template=template)
+
+
+# the system's words before the last user's, as in Mistral's, and turns before the last one as "old"
+LAST_USER = (
+    "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'user' %}<user> "
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }} {% endif %}"
+    "{{ message['content'] }} {% else %}{{ message['content'] }} </s> {% endif %}{% endfor %}"
+)
+OLD_TURNS = TEMPLATE.replace("<{{ message['role'] }}>", "<{{ message['role'] if loop.last else 'old' }}>")
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "moved"),
+    [(LAST_USER, "three four one", "three four one red green"), (OLD_TURNS, None, "<user> red green </s> <assistant>")],
+    ids=["system", "old"],
+)
+@pytest.mark.parametrize("prepare", [prepare_unpaired, prepare_paired])
+def test_a_template_that_moves_a_message_into_the_completion_is_refused(prepare, template, system, moved):
+    def record(*messages):
+        chosen, rejected = ([{"role": "assistant", "content": word}] for word in ("one", "two"))
+        return {"prompt": list(messages), "chosen": chosen, "rejected": rejected}
+
+    question = {"role": "user", "content": "red green"}
+    records = [record({"role": "system", "content": system}, question) if system else record(question)] * 2
+    if system:
+        records[0] = record(question)  # which the template renders alike
+    row = 1 if system else 0
+    with pytest.raises(DataError) as caught:
+        prepare(Dataset.from_list(records), with_template(template), name="eval")
+    message = str(caught.value)
+    assert message.startswith(f"eval data, row {row}: the chat template renders the prompt differently once an answer")
+    assert f"{len(moved.split())} tokens before the prompt's end, at {moved!r}" in message
+    assert "use another one, or give prompt and completions as text" in message
+
+
+def test_the_words_that_ask_for_an_answer_may_change(caplog):
+    """As those of models that think before an answer, but are not shown what they thought."""
+    asking = TEMPLATE.replace("<assistant>{% endif %}", "<assistant> <think> <think> <think> {% endif %}")
+    row = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), with_template(asking)).dataset[0]
+    assert (row["prompt_ids"], row["chosen_ids"]) == (ids("<user> red </s> <assistant>"), ids("one two </s>"))
+    (said,) = caplog.records
+    assert "in 2 of 2 examples the prompt's last tokens differ" in said.message
+
+
 def test_conversations_are_rendered_by_the_chat_template():
     dataset = Dataset.from_list(FORMS["paired conversations"])
     first = prepare_paired(dataset, one_token_a_word()).dataset[0]
