@@ -10,7 +10,10 @@ BLOCKS = 32  # of one program: where the factor is 1 there is nothing to do but 
 
 @triton.jit
 def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Grid: (size / (BLOCK * BLOCKS),). values *= factor, each read and written once; none touched where it is 1."""
+    """Grid: (size / (BLOCK * BLOCKS),). values *= factor, each read and written once; none touched where it is 1.
+
+    A 0 stays one beside a factor that is not finite: masked positions take no part.
+    """
     factor = tl.load(factor_ptr)
     if factor == 1.0:
         return
@@ -19,7 +22,7 @@ def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr, BLOCKS: tl.c
     for start in range(0, BLOCK * BLOCKS, BLOCK):
         offsets = tl.multiple_of(first + start, BLOCK) + tl.arange(0, BLOCK)
         values = tl.load(values_ptr + offsets, mask=offsets < size, other=0.0).to(COMPUTE)
-        scaled = values * factor.to(COMPUTE)
+        scaled = tl.where(values == 0.0, values, values * factor.to(COMPUTE))
         tl.store(values_ptr + offsets, scaled.to(values_ptr.dtype.element_ty), mask=offsets < size)
 
 

@@ -14,6 +14,7 @@ How many GEMMs of 2 N H V that is, with N completion tokens:
    second visit computes the logits again
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Optional
 
@@ -643,9 +644,11 @@ def _keeps_graph() -> bool:
 
 
 def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients times the loss's own gradient, a scalar on the device; in place where nobody can ask for them again."""
+    """Gradients times the loss's own gradient, a scalar on the device; in place where nobody can ask for them again.
+    A 0 stays one beside an incoming gradient that is not finite: what takes no part keeps a gradient of 0.
+    """
     if torch.compiler.is_compiling():
-        return [grad * incoming.to(compute_dtype(grad)) for grad in gradients]
+        return [torch.where(grad == 0, grad, grad * incoming.to(compute_dtype(grad))) for grad in gradients]
     if _keeps_graph():
         gradients = [grad.clone() for grad in gradients]
     for grad in gradients:
@@ -654,17 +657,22 @@ def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch
 
 
 def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
-    """values *= factor, a scalar tensor on their device; where it is 1, the values are not visited."""
+    """values *= factor, a scalar tensor on their device, but a 0 stays one; where it is 1, none is visited."""
     if values.device.type == "cpu":
-        if factor.item() != 1:
-            values.mul_(factor.item())
+        number = factor.item()
+        zeros = None if math.isfinite(number) else values == 0
+        if number != 1:
+            values.mul_(number)
+        if zeros is not None:
+            values.masked_fill_(zeros, 0)
     elif HAS_TRITON:
         from .kernels import scale
 
         with on_device(values):
             scale.scale_(values, factor)
     else:
-        values.mul_(factor.to(compute_dtype(values)))
+        zeros = values == 0
+        values.mul_(factor.to(compute_dtype(values))).masked_fill_(zeros, 0)
 
 
 def _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_grads, is_total) -> None:

@@ -4,10 +4,19 @@ import math
 
 import pytest
 import torch
-from cases import assert_close, assert_same_gradient, check_against_twin, make_case, run, truth
+from cases import (
+    assert_close,
+    assert_same_gradient,
+    check_against_twin,
+    is_masked,
+    make_case,
+    make_hidden_case,
+    run,
+    truth,
+)
 
 import kto_fused
-from kto_fused import fused_dpo_loss, fused_kto_loss
+from kto_fused import from_hidden, fused_dpo_loss, fused_kto_loss, fused_linear_kto_loss
 from kto_fused.layout import INVALID
 
 MASKED = -100
@@ -204,6 +213,44 @@ def test_evaluation(engine, mode):
             weight = 50  # as `run` weighs it
             assert_close(loss * weight, expected * weight, 1e-5, "loss")
             assert metrics.summary()["kl"].isfinite()
+
+
+@pytest.mark.parametrize("incoming", [math.nan, math.inf])
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids=["frozen", "trained"])
+def test_what_takes_no_part_keeps_a_gradient_of_0_under_any_incoming_one(engine, trained, incoming):
+    case = make_hidden_case(device=engine[1], backend=engine[0])
+    case.labels[1] = MASKED
+    for function in (fused_linear_kto_loss, kto_fused.reference.linear_kto_loss):
+        hidden = case.hidden.clone().requires_grad_()
+        weight = case.weight.clone().requires_grad_("weight" in trained)
+        options = {**case.options, "ref_logps": torch.zeros(4, device=engine[1]), "reference_point": 0.0}
+        loss, _ = function(hidden, weight, case.labels, case.desirable, **options)
+        loss.backward(torch.full_like(loss, incoming))
+        takes_part = ~is_masked(case)
+        assert takes_part.any()
+        assert hidden.grad[~takes_part].eq(0).all()
+        assert not hidden.grad[takes_part].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_zeros_stay_zeros_under_every_way_to_scale(engine, dtype, monkeypatch):
+    """The device's own way, the kernel's, and that of a GPU without Triton."""
+    from kto_fused.kernels import scale
+
+    def without_the_kernel(values, factor):
+        with monkeypatch.context() as patch:
+            patch.setattr(from_hidden, "HAS_TRITON", False)
+            from_hidden.scale_(values, factor)
+
+    ways = [from_hidden.scale_, without_the_kernel]
+    if engine[0] == "triton":
+        ways.append(scale.scale_)
+    for factor in (1.0, -2.0, math.nan, math.inf):
+        for scale_ in ways:
+            values = torch.tensor([0.0, 1.5, -3.0, math.nan], dtype=dtype, device=engine[1])
+            expected = torch.tensor([0.0, 1.5 * factor, -3.0 * factor, math.nan], dtype=dtype, device=engine[1])
+            scale_(values, torch.tensor(factor, device=engine[1]))
+            assert torch.equal(values.nan_to_num(9), expected.nan_to_num(9))
 
 
 @by_function

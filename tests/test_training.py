@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import chunks_of, make_case, make_hidden_case
+from cases import chunks_of, is_masked, make_case, make_hidden_case
 from conftest import HAS_GPU
 from torch.utils.checkpoint import checkpoint
 
@@ -263,6 +263,20 @@ def test_a_loss_from_hidden_states_compiles_to_code():
         for function in (step, torch.compile(step, fullgraph=True))
     ]
     torch.testing.assert_close(*grads)
+
+
+def test_masked_positions_keep_a_gradient_of_0_where_a_compiled_loss_gets_a_nan():
+    lm_head, _, _, case = linear_inputs()
+    hidden = case.hidden.requires_grad_()
+
+    def step(hidden):
+        ref_logps = torch.zeros(4, device=DEVICE)
+        return fused_linear_kto_loss(hidden, lm_head.weight, case.labels, case.desirable, ref_logps=ref_logps)[0]
+
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden)
+    loss.backward(torch.full_like(loss, torch.nan))
+    assert hidden.grad[is_masked(case)].eq(0).all()
+    assert hidden.grad[~is_masked(case)].isnan().all()
 
 
 @pytest.mark.parametrize("needs", [(False, False, False), (True, False, False), (True, True, True)], ids=str)
