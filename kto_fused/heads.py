@@ -237,9 +237,9 @@ def value_and_grads(
     elif torch.is_inference_mode_enabled():  # where nobody can ask for the gradient
         value, grads = reduce(losses(logps), reduction), torch.full_like(logps, math.nan)
     else:
-        # hooks around the loss (checkpointing, offloading) are for what its own backward saves, not for this one's
-        with _recording(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            logps = logps.detach().requires_grad_()
+        with _recording(), _no_hooks():
+            # a copy: what was made in inference mode cannot require a gradient
+            logps = logps.detach().clone().requires_grad_()
             value_sum, value = total(logps)
             (grads,) = torch.autograd.grad(value_sum, logps)
     return value.detach().to(loss_dtype), grads
@@ -255,6 +255,13 @@ def _recording() -> Iterator[None]:
     excluded = torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded - keys), torch.enable_grad():
         yield
+
+
+def _no_hooks() -> contextlib.AbstractContextManager:
+    """Hooks around the loss (checkpointing, offloading) are for what its own backward saves, not for the head's."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # then there are none, and none may be set
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def scale_grads(grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:

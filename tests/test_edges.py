@@ -215,6 +215,32 @@ def test_evaluation(engine, mode):
             assert metrics.summary()["kl"].isfinite()
 
 
+def made_in_inference_mode(values):
+    with torch.inference_mode():
+        return values.clone()
+
+
+def test_log_probabilities_made_in_inference_mode(engine):
+    logps = torch.randn(4, dtype=torch.float64, device=engine[1])
+    ref_logps, desirable = torch.zeros_like(logps), torch.tensor([True, False] * 2, device=engine[1])
+    losses = [
+        (kto_fused.kto_loss_from_logps, (logps, ref_logps, desirable)),
+        (kto_fused.dpo_loss_from_logps, (logps, ref_logps)),
+    ]
+    for function, tensors in losses:
+        expected, _ = function(*tensors, backend=engine[0])
+        actual, _ = function(*map(made_in_inference_mode, tensors), backend=engine[0])
+        assert torch.equal(actual, expected)
+
+
+def test_losses_where_hooks_on_saved_tensors_are_disabled(engine):
+    case = case_on(engine)
+    expected = run(fused_kto_loss, case)
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        actual = run(fused_kto_loss, case)
+    assert torch.equal(actual[2], expected[2])
+
+
 @pytest.mark.parametrize("incoming", [math.nan, math.inf])
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids=["frozen", "trained"])
 def test_what_takes_no_part_keeps_a_gradient_of_0_under_any_incoming_one(engine, trained, incoming):
