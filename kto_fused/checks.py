@@ -25,6 +25,11 @@ def _is_number(value: object) -> bool:
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":  # whose shards alone would be another objective
+        raise TypeError(
+            f"{name} is a DTensor, spread over ranks; pass the gathered tensor (full_tensor()), or the local one "
+            "(to_local()) where it is replicated"
+        )
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {kind}, got {value.dtype}")
     return value
@@ -96,17 +101,14 @@ def rows_and_labels(
     num_sequences = values.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if num_sequences == 0:
         raise ValueError(f"{name} must hold at least one sequence, got shape {_shape(values)}")
-    return values, labels, None if cu_seqlens is None else cu_seqlens.contiguous(), num_sequences
+    offsets = None if cu_seqlens is None else _savable(cu_seqlens.contiguous())
+    return values, _savable(labels), offsets, num_sequences
 
 
-def local(name: str, value: object) -> None:
-    """Refuse a tensor that is spread over ranks: its shards alone would be another objective."""
-    if type(value).__name__ == "DTensor":
-        what = "hidden states" if "hidden" in name else "weight"
-        raise TypeError(
-            f"{name} is a DTensor, spread over ranks; pass the gathered {what} (full_tensor()), or the local {what} "
-            "(to_local()) where it is replicated"
-        )
+def _savable(value: torch.Tensor) -> torch.Tensor:
+    """A copy of what was made in inference mode, which no backward may save."""
+    is_saved = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return value.clone() if is_saved and value.is_inference() else value
 
 
 def lm_head(
@@ -120,7 +122,6 @@ def lm_head(
     """An LM head [V, H] and its bias [V] for hidden states [..., H], of one dtype unless autocast makes it one."""
     matrices = {name: weight} if bias is None else {name: weight, bias_name: bias}
     for matrix_name, matrix in matrices.items():
-        local(matrix_name, matrix)
         tensor(matrix_name, matrix, FLOAT_DTYPES, A_FLOAT)
         same_device(matrix_name, matrix, hidden_name, hidden)
         is_cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (matrix.dtype, hidden.dtype)
@@ -226,7 +227,6 @@ def ref_logits(value: torch.Tensor, logits: torch.Tensor) -> None:
 
 
 def ref_hidden(value: torch.Tensor, hidden: torch.Tensor) -> None:
-    local("ref_hidden", value)
     tensor("ref_hidden", value, FLOAT_DTYPES, A_FLOAT)
     if value.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(f"ref_hidden has shape {_shape(value)}, expected {[*hidden.shape[:-1], 'H']} to match hidden")

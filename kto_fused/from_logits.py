@@ -270,20 +270,20 @@ def _engine_backward(
 
 
 class TokenLogps(torch.autograd.Function):
-    """[B, T] (or [N]) token log-probabilities, 0 where masked."""
+    """[rows] token log-probabilities, 0 where masked."""
 
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, options):
         targets, logps, row_max, log_sum, *_ = _engine_forward(logits, labels, cu_seqlens, options)
         ctx.save_for_backward(logits, targets, row_max, log_sum)
         ctx.options = options
-        return logps.view(labels.shape)
+        return logps
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, incoming):
         logits, targets, row_max, log_sum = ctx.saved_tensors
-        grad = _engine_backward(ctx, logits, targets, incoming.reshape(-1).contiguous(), row_max, log_sum)
+        grad = _engine_backward(ctx, logits, targets, incoming.contiguous(), row_max, log_sum)
         return grad, None, None, None
 
 

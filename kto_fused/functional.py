@@ -59,7 +59,8 @@ def fused_kto_loss(
         ref_logps: [B] the reference's log-probabilities instead, summed, or averaged with ``average_log_prob``:
             ``sequence_logps`` of its logits. Exactly one of the two.
         reference_point: z0 in nats, a number or a scalar tensor (``kto_reference_point``), or ``"batch_mean"``: the
-            batch's mean log-ratio. Never receives a gradient.
+            batch's mean log-ratio. Never receives a gradient. Under ``torch.compile`` one that changes should be a
+            tensor: each number may be compiled anew.
         beta: strength of the pull towards the reference, > 0.
         desirable_weight, undesirable_weight: class weights, >= 0 (``kto_class_weights``).
         loss_type: ``kto``, ``kto_squared`` or ``apo_zero_unpaired``.
@@ -251,7 +252,7 @@ def fused_linear_kto_loss(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
     """KTO loss straight from hidden states and the LM head: ``fused_kto_loss`` of hidden @ lm_head_weight.T + bias,
-    whose logits never exist but for one chunk of completion tokens, in float32.
+    whose logits never exist but for one chunk of completion tokens, in float32 (float64 for float64 hidden states).
 
     With N completion tokens (prompts and padding cost nothing) and a GEMM of 2 N H V operations, value and gradient
     take 2 GEMMs where the head is frozen; 3 where it is trained; 4 where it is trained and one sequence alone exceeds
@@ -472,7 +473,7 @@ def token_logps(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return TokenLogps.apply(checked_logits, labels, cu_seqlens, options)
+    return TokenLogps.apply(checked_logits, labels, cu_seqlens, options).view(labels.shape)
 
 
 def sequence_logps(
@@ -786,11 +787,14 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
     return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
 
 
-def _logit_options(name: str, logits: torch.Tensor, *, backend: str | None, **options) -> LogitOptions:
+def _logit_options(name: str, values: torch.Tensor, *, backend: str | None, **options) -> LogitOptions:
     checks.logit_options(**options)
     if options["inplace_backward"]:
-        checks.inplace(name, logits)
-    return LogitOptions(backend=backends.resolve(backend, logits.device), **options)
+        checks.inplace(name, values)
+    for number in ("temperature", "logit_scale", "logit_softcap"):
+        if options[number] is not None:
+            options[number] = float(options[number])  # NumPy's float32 would round what is computed from it
+    return LogitOptions(backend=backends.resolve(backend, values.device), **options)
 
 
 def _reference_logps(
@@ -826,20 +830,17 @@ def _hidden_arguments(
     backend: str | None,
     per_position: bool = False,
     **options,
-) -> tuple[
-    torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, int, HiddenOptions
-]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, int, HiddenOptions]:
     """(hidden, weight, bias, labels, cu_seqlens, number of sequences, options), all checked."""
-    checks.local("hidden", hidden)
     rows, labels, cu_seqlens, num_sequences = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
     checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
-    checks.logit_options(inplace_backward=False, **options)
+    logits = _logit_options("hidden", hidden, backend=backend, inplace_backward=False, **options)
     checks.chunk_bytes(chunk_bytes)
     if ref_hidden is not None:
         checks.ref_hidden(ref_hidden, hidden)
     needs = tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
     options = HiddenOptions(
-        logits=LogitOptions(backend=backends.resolve(backend, hidden.device), **options),
+        logits=logits,
         dtype=gemm_dtype(hidden),
         ref_dtype=gemm_dtype(hidden if ref_hidden is None else ref_hidden),
         chunk_bytes=chunk_bytes,

@@ -242,6 +242,7 @@ def kto_loss_from_logps(
     )
     checks.desirable(desirable, policy_logps.numel(), policy_logps)
     backends.resolve(backend, policy_logps.device)
+    beta = float(beta)
     log_ratios = policy_logps.double() - ref_logps.detach().double()
     if loss_type == "apo_zero_unpaired":
         reference_point = 0.0
@@ -254,8 +255,8 @@ def kto_loss_from_logps(
         z0,
         loss_type=loss_type,
         beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
+        desirable_weight=float(desirable_weight),
+        undesirable_weight=float(undesirable_weight),
     )
     return reduce(losses, reduction).to(compute_dtype(policy_logps)), LossMetrics(
         logps=policy_logps.detach(),
@@ -285,6 +286,7 @@ def dpo_loss_from_logps(
     checks.pairs(policy_logps.numel())
     checks.pair_logps(ref_logps, token_counts, loss_type, average_log_prob, policy_logps)
     backends.resolve(backend, policy_logps.device)
+    beta, label_smoothing, gamma = float(beta), float(label_smoothing), float(gamma)
     logps = policy_logps.double()
     reference = None if ref_logps is None else ref_logps.detach().double()
     chosen, rejected = pair_scores(logps, reference, token_counts).chunk(2)
@@ -325,7 +327,6 @@ def _logits(
 ) -> torch.Tensor:
     """hidden @ weight.T + bias in float32 (float64 for float64): logits are not rounded on their way. [..., V]"""
     checks.label_options(ignore_index, shift)
-    checks.local(name, hidden)
     hidden, labels, cu_seqlens, _ = checks.rows_and_labels(name, hidden, labels, cu_seqlens, last="H")
     checks.lm_head(weight_name, weight, bias_name, bias, name, hidden)
     check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=len(weight))
@@ -395,10 +396,11 @@ def _tokens(
     is_token = targets != ignore_index
     is_known = (targets >= 0) & (targets < logits.shape[-1])
 
-    z = (logits if logits.dtype == torch.float64 else logits.float()) * logit_scale
+    z = (logits if logits.dtype == torch.float64 else logits.float()) * float(logit_scale)
     if logit_softcap is not None:
+        logit_softcap = float(logit_softcap)
         z = logit_softcap * torch.tanh(z / logit_softcap)
-    z = z / temperature
+    z = z / float(temperature)
     # masked rows may hold anything, and 0 times the gradient of a NaN is a NaN
     z = z.masked_fill(~is_token[..., None], 0.0)
     log_p = z.log_softmax(-1)

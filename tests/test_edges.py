@@ -233,12 +233,53 @@ def test_log_probabilities_made_in_inference_mode(engine):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_labels_made_in_inference_mode(engine, packed):
+    case = case_on(engine, packed=packed, dtype=torch.float64)
+    hidden_case = make_hidden_case(packed=packed, dtype=torch.float64, device=engine[1], backend=engine[0])
+    hidden_case.hidden.nan_to_num_()
+    weights = [hidden_case.weight, hidden_case.weight.clone().requires_grad_()]
+    zeros = torch.zeros(4, device=engine[1])
+
+    def gradients(changed):
+        """Of all functions by logits or hidden states, the head frozen and trained."""
+        for module in (kto_fused, kto_fused.reference):
+            for inputs, name in [(case, "token_logps"), (case, "sequence_logps"), (hidden_case, "linear_token_logps")]:
+                options = {key: changed(x) if torch.is_tensor(x) else x for key, x in inputs.options.items()}
+                rows = (inputs.logits if inputs is case else inputs.hidden).detach().requires_grad_()
+                for weight in [()] if inputs is case else [(x,) for x in weights]:
+                    result = getattr(module, name)(rows, *weight, changed(inputs.labels), **options)
+                    yield torch.autograd.grad(result.sum(), rows)[0]
+        options = {key: changed(x) if torch.is_tensor(x) else x for key, x in hidden_case.options.items()}
+        rows = hidden_case.hidden.requires_grad_()
+        for function in (fused_linear_kto_loss, kto_fused.reference.linear_kto_loss):
+            for weight in weights:
+                batch = changed(hidden_case.labels), changed(hidden_case.desirable)
+                loss, _ = function(rows, weight, *batch, ref_logps=changed(zeros), reduction="none", **options)
+                yield torch.autograd.grad(loss.sum(), rows)[0]
+
+    for actual, expected in zip(gradients(made_in_inference_mode), gradients(lambda x: x), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_losses_where_hooks_on_saved_tensors_are_disabled(engine):
     case = case_on(engine)
     expected = run(fused_kto_loss, case)
     with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
         actual = run(fused_kto_loss, case)
     assert torch.equal(actual[2], expected[2])
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])
+def test_token_log_probabilities_can_be_changed_in_place(engine, linear):
+    """As the output of any operation: here positions that a loss of one's own leaves out."""
+    labels = torch.tensor([[MASKED, 1, 2]], device=engine[1])
+    rows = torch.randn(1, 3, 4, device=engine[1], requires_grad=True)
+    arguments = (rows, torch.randn(5, 4, device=engine[1]), labels) if linear else (rows, labels)
+    logps = (kto_fused.linear_token_logps if linear else kto_fused.token_logps)(*arguments, backend=engine[0])
+    logps.masked_fill_(torch.tensor([[True, False, False]], device=engine[1]), 0.0)
+    logps.sum().backward()
+    assert rows.grad.ne(0).any(-1).tolist() == [[False, True, False]]
 
 
 @pytest.mark.parametrize("incoming", [math.nan, math.inf])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -393,9 +394,34 @@ def test_in_place_is_about_the_policys_logits(function):
     assert loss.isfinite()
 
 
+def floats(options):
+    return {name: float(number) for name, number in options.items()}
+
+
 def test_numbers_of_any_kind_are_numbers():
     loss, _ = fused_kto_loss(**arguments(beta=np.float32(0.5), reference_point=np.float64(0.1), temperature=1))
     assert loss.isfinite()
+    case = make_case(batch=B, seq_len=T, vocab=V, dtype=torch.float64)
+    hidden_case = make_hidden_case(batch=B, seq_len=T, vocab=V, hidden_size=3, dtype=torch.float64)
+    for number in (np.float32(0.3), np.int64(2), Fraction(1, 3)):
+        transform = dict.fromkeys(("temperature", "logit_scale", "logit_softcap"), number)
+        for module in (kto_fused, reference):
+            for name, *tensors in [
+                ("sequence_logps", case.logits, case.labels),
+                ("linear_sequence_logps", hidden_case.hidden, hidden_case.weight, hidden_case.labels),
+            ]:
+                function = getattr(module, name)
+                assert torch.equal(function(*tensors, **transform), function(*tensors, **floats(transform)))
+        logps, desirable = torch.randn(B, dtype=torch.float64), case.desirable
+        of_kto = dict.fromkeys(("beta", "desirable_weight", "undesirable_weight", "reference_point"), number)
+        of_dpo = {"beta": number, "gamma": number, "label_smoothing": number / 5}
+        for module in (kto_fused, reference):
+            loss, _ = module.kto_loss_from_logps(logps, logps - 1, desirable, **of_kto)
+            expected, _ = module.kto_loss_from_logps(logps, logps - 1, desirable, **floats(of_kto))
+            assert torch.equal(loss, expected)
+            simpo = {"loss_type": "simpo", "average_log_prob": True}
+            loss, _ = module.dpo_loss_from_logps(logps, **simpo, **of_dpo)
+            assert torch.equal(loss, module.dpo_loss_from_logps(logps, **simpo, **floats(of_dpo))[0])
 
 
 def test_apples_gpu_is_refused():
@@ -598,16 +624,33 @@ def sharded():
         distributed.destroy_process_group()
 
 
-@with_twins
-@pytest.mark.parametrize("name", ["hidden", "lm_head_weight", "lm_head_bias", "ref_hidden", "ref_lm_head_weight"])
-def test_tensors_spread_over_ranks_are_refused(function, name, sharded):
+def refuses_a_shard(function, name: str, values: dict, sharded) -> None:
+    values[name] = sharded(values[name])
+    with pytest.raises(TypeError, match=rf"^{name} is a DTensor.*gathered tensor.*local"):
+        function(**values)
 
+
+@pytest.mark.parametrize("function", [fused_kto_loss, reference.kto_loss], ids=["fused", "reference"])
+@pytest.mark.parametrize(
+    "name", ["policy_logits", "labels", "desirable", "ref_logits", "ref_logps", "reference_point", "cu_seqlens"]
+)
+def test_logits_spread_over_ranks_are_refused(function, name, sharded):
+    changes = {"reference_point": torch.zeros(1)}
+    if name == "ref_logits":
+        changes |= {"ref_logps": ..., "ref_logits": LOGITS}
+    if name == "cu_seqlens":
+        changes |= PACKED
+    refuses_a_shard(function, name, arguments(**changes), sharded)
+
+
+@with_twins
+@pytest.mark.parametrize(
+    "name", ["hidden", "labels", "lm_head_weight", "lm_head_bias", "ref_hidden", "ref_lm_head_weight", "ref_logps"]
+)
+def test_tensors_spread_over_ranks_are_refused(function, name, sharded):
     changes = {"lm_head_bias": BIAS}
     if name.startswith("ref_"):
         if "ref_logps" not in hidden_arguments(function):
             pytest.skip("has no reference")
-        changes |= {**FROM_HIDDEN, "ref_lm_head_weight": WEIGHT}
-    values = hidden_arguments(function, **changes)
-    values[name] = sharded(values[name])
-    with pytest.raises(TypeError, match=rf"^{name} is a DTensor.*gathered (weight|hidden states).*local"):
-        function(**values)
+        changes |= {} if name == "ref_logps" else {**FROM_HIDDEN, "ref_lm_head_weight": WEIGHT}
+    refuses_a_shard(function, name, hidden_arguments(function, **changes), sharded)
