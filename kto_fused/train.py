@@ -66,7 +66,8 @@ REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/
 LINE = {"loss": "loss", **REWARDS, "rewards/accuracies": "accuracy", "kl": "z0"}
 COLORS = {"rewards/chosen": "tab:green", "rewards/rejected": "tab:red", "rewards/margins": "tab:blue"}
 SETUP_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
-UNFIT = "Error(s) in loading state_dict"  # how the message begins when weights of other shapes are loaded
+# how messages begin where a checkpoint is of weights of other shapes, of other layers' adapters, of an adapter
+UNFIT = ("Error(s) in loading state_dict", "loaded state dict", "Can't find a checkpoint index")
 INTERRUPTED = b"\nfinishing this step, then saving a checkpoint; Ctrl-C again stops at once\n"
 
 
@@ -333,13 +334,13 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
     with refusals(ValueError, ImportError, OSError):  # some of the trainer's settings are looked at only now
         try:
             timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, OSError) as error:
             if checkpoint is None or not str(error).startswith(UNFIT):
                 raise
-            first = str(error).splitlines()[1:2]
+            reason = str(error).splitlines()[:2][-1]  # of a list of mismatches the first
             raise CommandError(
                 f"--resume_from_checkpoint {checkpoint} does not fit this model: go on with the --model and the LoRA "
-                f"flags it was made with ({''.join(first).strip().rstrip('.')})"
+                f"flags it was made with ({reason.strip().rstrip('.')})"
             ) from error
     history = trainer.state.log_history
     return {
