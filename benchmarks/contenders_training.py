@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,12 +73,18 @@ class Problem:
         """Examples of the batch: sequences, or pairs."""
         return self.sequences if self.loss == "kto" else self.sequences // 2
 
+    def with_own_models(self) -> "Problem":
+        """The same for another contender, with equal weights."""
+        return replace(self, model=copy.deepcopy(self.model), ref_model=copy.deepcopy(self.ref_model))
+
 
 def make_problem(loss: str, architecture: str, sequences: int, seq_len: int, device: torch.device) -> Problem:
     config = ARCHITECTURES[architecture]
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    # where it stays: a CPU draws half a billion numbers in half a minute
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokenizer = word_tokenizer(config.vocab_size)
     words = torch.randint(1, config.vocab_size, (3, sequences, seq_len // 2)).tolist()

@@ -10,6 +10,7 @@ from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_
 from kto_fused.measure import peak_bytes
 
 LOSSES = ("kto", "dpo")
+SHORTEST = 64
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Size:
 class Plan:
     sizes: tuple[Size, ...]
     rounds: int
-    search: Size  # where the longest sequence is sought: from its length on, up to ``longest``
+    search: Size  # where the search for the longest sequence begins; it goes down to SHORTEST, up to ``longest``
     longest: int
     # bytes a step may allocate beside weights, optimizer and batch; None: what the device has
     budget: int | None
@@ -40,8 +41,8 @@ PLANS = {
     "cuda": Plan(
         sizes=(Size("Qwen2.5-0.5B", 8, 2048), Size("Llama-3.2-1B", 8, 2048)),
         rounds=5,
-        search=Size("Qwen2.5-0.5B", 2, 8192),
-        longest=131072,
+        search=Size("Qwen2.5-0.5B", 2, 32768),
+        longest=65536,
         budget=None,
     ),
 }
@@ -103,15 +104,19 @@ def fits(contender: Contender, loss: str, size: Size, budget: int | None, device
 
 
 def longest(contender: Contender, loss: str, plan: Plan, device: torch.device) -> int:
-    """Twice as long until it no longer fits, then once between; 0 if nothing fits."""
-    best, seq_len = 0, plan.search.seq_len
+    """Twice as long until it no longer fits, or half as long until it fits, then once between; 0 if nothing fits."""
 
     def tried(length: int) -> bool:
         size = replace(plan.search, seq_len=length)
         return length <= plan.longest and fits(contender, loss, size, plan.budget, device)
 
-    while tried(seq_len):
-        best, seq_len = seq_len, 2 * seq_len
+    best = plan.search.seq_len
+    while not tried(best):
+        best //= 2
+        if best < SHORTEST:
+            return 0
+    while best >= plan.search.seq_len and tried(2 * best):
+        best *= 2
     between = best + best // 2
     return between if tried(between) else best
 
@@ -147,8 +152,8 @@ def tables(report: dict) -> str:
             "",
             f"## The longest sequences {limit}",
             "",
-            f"{report['longest'][0]['size']}; tried were lengths twice as long, and once between the last two, up to "
-            f"{report['longest_tried']} tokens.",
+            f"{report['longest'][0]['size']}; tried were lengths twice or half as long, and once between the last two, "
+            f"up to {report['longest_tried']} tokens.",
             "",
             "| | " + " | ".join(LOSSES).upper() + " |",
             "|---|---:|---:|",
@@ -169,12 +174,9 @@ def run(device: torch.device, plan: Plan, out: Path) -> None:
     for size in plan.sizes:
         for loss in plan.losses:
             free(device)
-            turns = [
-                TrainingTurn(
-                    name, contender, make_problem(loss, size.architecture, size.sequences, size.seq_len, device)
-                )
-                for name, contender in CONTENDERS.items()
-            ]
+            problem = make_problem(loss, size.architecture, size.sequences, size.seq_len, device)
+            turns = [TrainingTurn(name, contender, problem.with_own_models()) for name, contender in CONTENDERS.items()]
+            del problem
             for turn in take_turns(turns, plan.rounds, title(loss, size), report["left_out"], device):
                 row = Row(loss, str(size), turn.name, turn.milliseconds[0], turn.peak_mib)
                 print(f"{title(loss, size)}: {row.contender:20} {row.ms:9.1f} ms {row.peak_mib:8.0f} MiB", flush=True)

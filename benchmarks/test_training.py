@@ -1,6 +1,8 @@
 """KTO and DPO, a whole training step of a small architecture: ``pytest benchmarks/``."""
 
 import pytest
+import report_training
+import torch
 from conftest import DEVICE
 from contenders_training import CONTENDERS, make_problem
 
@@ -24,3 +26,29 @@ def test_training_step(benchmark, loss, name):
 
     assert benchmark.pedantic(step, setup=training.clear_gradients, **ROUNDS).isfinite()
     training.clear_gradients()
+
+
+def test_contenders_begin_with_equal_weights_of_their_own():
+    problem = make_problem("kto", "Llama 20M", 2, 64, DEVICE)
+    other = problem.with_own_models()
+    for weights in zip(*(x.parameters() for x in (problem.model, problem.ref_model, other.model)), strict=True):
+        assert len({weight.data_ptr() for weight in weights}) == 3
+        assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("most", "found"),
+    [(10**6, 4096), (3500, 3072), (3000, 2048), (1024, 1024), (800, 768), (700, 512), (64, 64), (63, 0)],
+)
+def test_the_longest_sequence_is_found_from_above_and_below(most, found, monkeypatch):
+    tried = []
+
+    def fits(contender, loss, size, budget, device):
+        tried.append(size.seq_len)
+        return size.seq_len <= most
+
+    monkeypatch.setattr(report_training, "fits", fits)
+    plan = report_training.Plan((), 1, report_training.Size("Llama 20M", 2, 1024), longest=4096, budget=None)
+    assert report_training.longest(None, "kto", plan, DEVICE) == found
+    assert len(tried) == len(set(tried))
+    assert max(tried) <= 4096
