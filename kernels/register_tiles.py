@@ -41,7 +41,7 @@ def start_rows_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows,). ``state`` [6, rows] before the first tile, with the target's u as the reference; not its row 2."""
+    """Grid: (rows,). ``state`` before the first tile, all but the target's u, which is the reference here."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.maximum(tl.load(targets_ptr + row), 0).to(tl.int64)  # any column serves a row that has none
     products = tl.zeros([BLOCK], tl.float32)
@@ -153,7 +153,7 @@ def fold_register_tiles_kernel(
     GROUP_ROWS: tl.constexpr,
 ):
     """Grid: (blocks of rows x blocks of columns,). Reads hidden [rows, H] and whole blocks of the weight's rows, from
-    the vocabulary's column ``first`` on, writes partials [4, blocks of columns, rows] and the targets' u into row 2 of
+    the vocabulary's column ``first`` on, writes partials [4, blocks of columns, rows] and the targets' u into
     ``state``; with KEEP P, and what it is relative to into ``references`` [rows, tiles].
     """
     u, row_block, column_block = multiply_tile(
@@ -203,7 +203,7 @@ def merge_register_tiles_kernel(
     MERGE_ROWS: tl.constexpr,
     MERGE_TILES: tl.constexpr,
 ):
-    """Grid: (blocks of rows,). Adds partials [4, num_partials, rows] to ``state``, all but its row 2."""
+    """Grid: (blocks of rows,). Adds partials [4, num_partials, rows] to ``state``, all but the target's u."""
     rows = tl.program_id(0).to(tl.int64) * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
     is_row = rows < num_rows
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E

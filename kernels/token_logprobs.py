@@ -18,6 +18,7 @@ import triton.language as tl
 from ..layout import INVALID, MASKED
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 MASKED_TARGET = tl.constexpr(MASKED)
 INVALID_TARGET = tl.constexpr(INVALID)
 
@@ -114,6 +115,17 @@ def merge(maxima, sums, weighted, log2_factor):
 
 
 @triton.jit
+def log_probability(distance, log_sum, mean_distance, factor, log2_factor):
+    """factor * distance - log s in fp64; ``distance`` is the target's u less the row's reference.
+
+    ``log2_factor`` is rounded, which makes log s too large or too small, to first order by its excess times
+    ``mean_distance`` = w / s: a millionth at most, but of one sign in all rows.
+    """
+    excess = log2_factor.to(tl.float64) * LN_2 - factor
+    return factor * distance.to(tl.float64) - (log_sum - excess * mean_distance)
+
+
+@triton.jit
 def store_row(
     logits_row_ptr,
     target,
@@ -132,21 +144,25 @@ def store_row(
     scale,
     softcap,
     factor,
+    log2_factor,
     HAS_SOFTCAP: tl.constexpr,
 ):
     log_sum = tl.log(row_sum)
+    mean_distance = row_weighted / row_sum
     is_token = target >= 0
-    x_target = tl.load(logits_row_ptr + tl.maximum(target, 0), mask=is_token, other=0.0).to(factor.dtype)
+    x_target = tl.load(logits_row_ptr + tl.maximum(target, 0), mask=is_token, other=0.0).to(scale.dtype)
     u_target = cap(x_target, scale, softcap, HAS_SOFTCAP)
-    logp = tl.where(is_token, factor * (u_target - row_max) - log_sum, float("nan"))
+    factor64 = tl.full([], factor, tl.float64)
+    logp = log_probability(u_target - row_max, log_sum, mean_distance, factor64, log2_factor)
+    logp = tl.where(is_token, logp, float("nan"))
     tl.store(logps_ptr + row, logp)
     tl.store(row_max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
-    tl.store(entropy_ptr + row, log_sum - factor * (row_weighted / row_sum))
-    tl.store(mean_logits_ptr + row, factor * (row_total / vocab_size))
+    tl.store(entropy_ptr + row, log_sum - factor64 * mean_distance)
+    tl.store(mean_logits_ptr + row, factor64 * (row_total / vocab_size))
     # maxima pass over a NaN, the log-probability does not
     is_top1 = (u_target >= row_max) & (logp == logp)
-    tl.store(is_top1_ptr + row, is_top1.to(factor.dtype))
+    tl.store(is_top1_ptr + row, is_top1.to(scale.dtype))
 
 
 @triton.jit
@@ -219,8 +235,7 @@ def token_logprobs_kernel(
     """
     scale = tl.full([], scale, COMPUTE)
     softcap = tl.full([], softcap, COMPUTE)
-    factor = tl.full([], factor, COMPUTE)
-    log2_factor = factor * LOG2_E
+    log2_factor = tl.full([], factor, COMPUTE) * LOG2_E
 
     program = tl.program_id(0).to(tl.int64)
     row = program // splits
@@ -297,6 +312,7 @@ def token_logprobs_kernel(
             scale,
             softcap,
             factor,
+            log2_factor,
             HAS_SOFTCAP,
         )
 
@@ -329,7 +345,7 @@ def combine_splits_kernel(
     """Grid: (rows,). One program merges a row's ``splits`` partial results and reads its target's logit."""
     scale = tl.full([], scale, COMPUTE)
     softcap = tl.full([], softcap, COMPUTE)
-    factor = tl.full([], factor, COMPUTE)
+    log2_factor = tl.full([], factor, COMPUTE) * LOG2_E
 
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
@@ -343,7 +359,7 @@ def combine_splits_kernel(
     sums = tl.load(partial_ptr + 1, mask=split < splits, other=0.0)
     weighted = tl.load(partial_ptr + 2, mask=split < splits, other=0.0)
     totals = tl.load(partial_ptr + 3, mask=split < splits, other=0.0)
-    row_max, row_sum, row_weighted = merge(maxima, sums, weighted, factor * LOG2_E)
+    row_max, row_sum, row_weighted = merge(maxima, sums, weighted, log2_factor)
     store_row(
         logits_ptr + (row // seq_len) * logits_batch_stride + (row % seq_len) * logits_row_stride,
         target,
@@ -362,6 +378,7 @@ def combine_splits_kernel(
         scale,
         softcap,
         factor,
+        log2_factor,
         HAS_SOFTCAP,
     )
 

@@ -4,11 +4,13 @@ z = factor * u are the logits of ``token_logprobs.py``. A row has a reference r,
 
     s = sum exp(factor (u - r))     w = sum exp(factor (u - r)) (u - r)     total = sum u
 
-grow tile by tile, and with them the largest u, which says whether the target is the row's most likely token. What is
-kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative, in bfloat16, whose exponent
-is float32's: no later column needs to rescale it, short of one 2^60 times as large. With the target's own entry
-replaced by ``-others``, what the other columns add to s, d logp / d logits = -P / s for every column: the gradient
-GEMMs read P as it is, and its rows' factors go to their other operand or their result.
+grow tile by tile, and with them the largest u, which says whether the target is the row's most likely token. ``state``
+[6, rows] holds r, s, the target's u, w, total and the largest u; a second visit needs the first three.
+
+What is kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative, in bfloat16. Its
+exponent has float32's range, so that P need not be rescaled for a larger column later; only for one 2^60 times as large
+does the row take a new r. With the target's own entry replaced by ``-others``, what the other columns add to s,
+d logp / d x = -k P / s in every column, with k = factor, times the scale under a soft cap.
 
 P is kept for all columns, or for a panel of some tiles at a time. Before s is known the target's entry of a panel is 0,
 and its part of the product with the LM head, ``-others`` times one row of it, is added at the end. On a second visit s
@@ -21,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .token_logprobs import INVALID_TARGET, LOG2_E, cap, tanh, tile_columns
+from .token_logprobs import INVALID_TARGET, LOG2_E, cap, log_probability, tanh, tile_columns
 
 # A thread loads VEC logits (16 bytes) at a time and has BLOCK / (32 NUM_WARPS VEC) such loads in flight.
 BLOCK = 1024
@@ -105,8 +107,7 @@ def fold_tile_kernel(
     """Grid: (rows,). One program folds one row of a tile, columns first .. first + cols of the vocabulary.
 
     Reads each logit once (4 bytes, from the L2 cache if the tile fits there) and with KEEP writes P (2 bytes).
-    ``state`` is [6, rows]: reference, s, the target's u, w, total and the largest u; ``references`` is that of each
-    tile of the panel, [rows, tiles], and ``tile_index`` this one's place in it.
+    ``references`` [rows, tiles] is r as it was for each tile of the panel, and ``tile_index`` this one's place in it.
     """
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
@@ -315,10 +316,12 @@ def finish_rows_kernel(
     u_target = tl.load(state_ptr + 2 * num_rows + row, mask=inside & is_token, other=0.0)
     row_max = tl.load(state_ptr + 5 * num_rows + row, mask=inside, other=0.0)
     factor64 = tl.full([], factor, tl.float64)
-    log_sum = tl.log(row_sum.to(tl.float64))
-    logp = tl.where(is_token, factor64 * (u_target.to(tl.float64) - reference) - log_sum, float("nan"))
+    log2_factor = tl.full([], factor, tl.float32) * LOG2_E
+    log_sum, mean_distance = tl.log(row_sum.to(tl.float64)), weighted / row_sum
+    logp = log_probability(u_target.to(tl.float64) - reference, log_sum, mean_distance, factor64, log2_factor)
+    logp = tl.where(is_token, logp, float("nan"))
     tl.store(logps_ptr + row, logp, mask=inside)
-    tl.store(entropy_ptr + row, log_sum - factor64 * weighted / row_sum, mask=inside)
+    tl.store(entropy_ptr + row, log_sum - factor64 * mean_distance, mask=inside)
     tl.store(mean_logits_ptr + row, factor64 * total / vocab_size, mask=inside)
     # maxima pass over a NaN, the log-probability does not
     tl.store(is_top1_ptr + row, ((u_target >= row_max) & (logp == logp)).to(tl.float32), mask=inside)

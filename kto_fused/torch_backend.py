@@ -28,8 +28,8 @@ def _strided_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch_stride = logits.stride(0) if batch_size > 1 else 0
     row_stride = logits.stride(-2) if seq_len > 1 else 0
     step = math.gcd(batch_stride, row_stride) or 1
-    starts = torch.arange(batch_size)[:, None] * (batch_stride // step)
-    offsets = (starts + torch.arange(seq_len) * (row_stride // step)).flatten()
+    batches, positions = (torch.arange(size, device="cpu") for size in (batch_size, seq_len))
+    offsets = (batches[:, None] * (batch_stride // step) + positions * (row_stride // step)).flatten()
     view = logits.as_strided((int(offsets[-1]) + 1, vocab_size), (step, 1))
     return view, offsets.to(logits.device)
 
@@ -98,6 +98,7 @@ def token_logprobs(
     token_targets = targets[tokens]
     rows = _Rows(logits, tokens)
     results = torch.zeros(6, len(tokens), dtype=dtype, device=logits.device)
+    log2_factor = torch.tensor(factor * LOG2_E, dtype=dtype).item()
     scratch = None
     for start, stop in _blocks(len(tokens), vocab_size, dtype):
         if scratch is None:
@@ -115,18 +116,21 @@ def token_logprobs(
             torch.sub(x, row_max[:, None], out=u)
         else:
             u.copy_(x).sub_(row_max[:, None])
-        torch.mul(u, factor * LOG2_E, out=exps).exp2_()
+        torch.mul(u, log2_factor, out=exps).exp2_()
         row_sum = exps.sum(1)
-        torch.log(row_sum, out=log_sum)
+        exact_log_sum = torch.log(row_sum.double())
         target = token_targets[start:stop]
         distance = u.gather(1, target.clamp(min=0)[:, None])[:, 0]
         is_top1.copy_((distance >= 0) & (target != INVALID))  # a NaN in the row makes its maximum one
-        logps.copy_(distance.mul_(factor).sub_(log_sum))
-        logps[target == INVALID] = math.nan
         if mean_logits.isinf().any():
             u.clamp_(min=-1e30)  # turns 0 * -inf into 0; exps is 0 long before it
-        weighted = exps.mul_(u).sum(1)
-        torch.sub(log_sum, weighted.div_(row_sum).mul_(factor), out=entropy)
+        mean_distance = exps.mul_(u).sum(1).div_(row_sum)
+        log_sum.copy_(exact_log_sum)
+        entropy.copy_(exact_log_sum - mean_distance * factor)
+        # log2_factor is rounded: as in the kernels
+        exact_log_sum -= mean_distance * (log2_factor * math.log(2) - factor)
+        logps.copy_(distance.double().mul_(factor).sub_(exact_log_sum))
+        logps[target == INVALID] = math.nan
     per_row = (logits.new_zeros(targets.numel(), dtype=dtype) for _ in results)
     return targets.int(), *(row.index_copy_(0, tokens, result) for row, result in zip(per_row, results, strict=True))
 
