@@ -30,7 +30,7 @@ TILE_LOGITS = 3 * 2**23
 PANEL_LOGITS = 3 * TILE_LOGITS
 # Where the weight's gradient is taken too, it has all tokens, so that the weight's rows are written once.
 WEIGHT_PANEL_LOGITS = 2**28
-# Of any other chunk that does not keep all: with more tokens its GEMMs would be no faster.
+# Of a chunk that keeps nothing, or panels without the head's gradient: with more its GEMMs would be no faster.
 PANEL_TOKENS = 4096
 MOST_TOKENS = 2**24  # of any chunk
 
@@ -57,9 +57,8 @@ class LMHead(NamedTuple):
         """The weight in ``dtype``, some rows at a time."""
         vocab_size, hidden_size = self.weight.shape
         size = min(vocab_size, max(1, CAST_BYTES // (hidden_size * dtype.itemsize)))
-        cast = self.weight.new_empty(
-            size, hidden_size, dtype=dtype
-        )  # one for all: a new one would come beside the last
+        # one for all: a new one would come beside the last
+        cast = self.weight.new_empty(size, hidden_size, dtype=dtype)
         for start in range(0, vocab_size, size):
             rows = slice(start, min(start + size, vocab_size))
             yield rows, cast[: rows.stop - start].copy_(self.weight[rows])
@@ -271,7 +270,8 @@ class WholeRows:
 class FoldedRows:
     """Buffers for a tile of logits in float32, and for what is kept of some or all: P of ``kernels.vocabulary_tiles``.
 
-    d loss / d logits = diag(row_scale) P with row_scale = -c / s, which goes to the GEMMs' other operand or result.
+    d loss / d logits = diag(row_scale) P with row_scale = -k (d loss / d logps) / s, k as in that module. The gradient
+    GEMMs read P as it is: row_scale goes to their other operand or their result.
     """
 
     def __init__(self, num_tokens: int, spec: ChunkSpec, lent: torch.Tensor | None = None):
@@ -284,13 +284,13 @@ class FoldedRows:
         if self.kept_cols:
             self.kept = torch.empty(num_tokens, self.kept_cols, dtype=spec.dtype, device=spec.device)
         if spec.keeps == "panels" and spec.by_hidden:
-            self.product = torch.empty(num_tokens, spec.hidden_size, device=spec.device)
+            self.product = torch.empty(num_tokens, spec.hidden_size, dtype=torch.float32, device=spec.device)
 
     @functools.cached_property
     def buffer(self) -> torch.Tensor:
         """A tile of logits; where all are kept, the gradient by the hidden states after the last."""
         if self.lent is None:
-            return torch.empty(self.buffer_size, device=self.spec.device)
+            return torch.empty(self.buffer_size, dtype=torch.float32, device=self.spec.device)
         memory = self.lent.view(-1).view(torch.uint8)[: 4 * math.prod(self.buffer_size)]
         return memory.view(torch.float32).view(self.buffer_size)
 
@@ -325,7 +325,7 @@ class FoldedRows:
         from .kernels import register_tiles, vocabulary_tiles
 
         self._begin(lm_head, targets, transform)
-        new_empty = functools.partial(torch.empty, device=hidden.device)
+        new_empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
         state = new_empty(6, len(hidden))
         outputs = tuple(new_empty(len(hidden)) for _ in range(4))
         with on_device(hidden):
@@ -346,7 +346,7 @@ class FoldedRows:
         from .kernels import register_tiles
 
         self.targets, self.transform = targets, transform
-        # a reference may have a head wider than the policy's, or so narrow that memory was not planned for registers
+        # Of policy and reference the wider: a chunk planned for tiles in memory has no room for registers' results.
         hidden_size = max(self.spec.hidden_size, lm_head.weight.shape[1])
         is_served = transform["softcap"] is None and register_tiles.serves(lm_head.weight)
         self.in_registers = is_served and _folds_in_registers(hidden_size, self.spec.device)
@@ -384,7 +384,7 @@ class FoldedRows:
         from .kernels import vocabulary_tiles
 
         is_summed, capping = self.spec.keeps == "panels", _without_scale(self.transform)
-        references = torch.empty(len(hidden), -(-self.kept_cols // self.width), device=hidden.device)
+        references = state.new_empty(len(hidden), -(-self.kept_cols // self.width))
         sums = None
         if is_summed:
             sums = vocabulary_tiles.PanelSums(self.product[: len(hidden)], torch.empty_like(state[0]))
@@ -459,7 +459,7 @@ class FoldedRows:
         if panel.start == panel.stop:
             return
         if self.in_registers:  # a few columns
-            tile = torch.empty(num_tokens, width, device=hidden.device)
+            tile = torch.empty(num_tokens, width, dtype=torch.float32, device=hidden.device)
         else:
             tile = self.buffer.view(-1)[: num_tokens * width].view(num_tokens, width)
         for first in range(panel.start, panel.stop, width):
@@ -495,7 +495,7 @@ class FoldedRows:
         num_tokens, num_cols = self.current.shape
         row_scale = self.row_scale
         if row_scale is None:
-            row_scale = torch.ones(num_tokens, device=self.current.device)
+            row_scale = torch.ones(num_tokens, dtype=torch.float32, device=self.current.device)
         high = row_scale.to(self.current.dtype)
         low = (row_scale - high).to(self.current.dtype)  # the bits that one half-precision column cannot hold
         sums = row_scale.new_empty(num_cols, 2)

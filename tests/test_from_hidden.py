@@ -796,6 +796,44 @@ def test_bf16_log_probabilities_of_1024_tokens(engine):
             assert (whole - exact.sum()).abs() <= (1e-4 if engine[1] == "cpu" else 1e-5 * num_tokens)
 
 
+@pytest.mark.parametrize("from_hidden", [False, True], ids=["logits", "hidden states"])
+def test_roundings_of_all_tokens_do_not_go_one_way(engine, from_hidden):
+    """1 / 0.9 is no float32, nor its product with log2(e): left alone, each token would lose 6e-7 nats."""
+    if from_hidden and engine[1] == "cuda":
+        pytest.skip("tensor cores truncate, which goes one way")
+    options = {"temperature": 0.9, "shift": False, "backend": engine[0]}
+    labels = torch.randint(500, (1, 512), device=engine[1])
+    hidden = torch.randn(1, 512, 32, device=engine[1]).bfloat16()
+    weight = (torch.randn(500, 32, device=engine[1]) * 3 / 32**0.5).bfloat16()
+    if from_hidden:
+        logp = linear_sequence_logps(hidden, weight, labels, **options)
+        exact = reference.linear_sequence_logps(hidden.double(), weight.double(), labels, **options)
+    else:
+        logits = hidden.float() @ weight.float().T
+        logp = kto_fused.sequence_logps(logits, labels, **options)
+        exact = reference.sequence_logps(logits.double(), labels, **options)
+    assert abs(logp - exact).item() <= 5e-5
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64], ids=["float16", "float64"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", [INPUTS, ("hidden",)], ids=["trained", "frozen"])
+def test_the_default_dtype_changes_nothing(engine, default, reduction, trained):
+    case = make_hidden_case(dtype=torch.bfloat16, bias=True, reduction=reduction, **on(engine))
+    ref_logps = torch.full([4], -20.0, device=engine[1])
+
+    def loss_and_gradients():
+        results = run_hidden(fused_linear_kto_loss, case, trained=trained, ref_logps=ref_logps, reference_point=0.1)
+        return results[0], results[2]
+
+    expected = loss_and_gradients()
+    torch.set_default_dtype(default)
+    try:
+        torch.testing.assert_close(loss_and_gradients(), expected, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.skipif(not HAS_GPU, reason="a CPU does not truncate")
 @pytest.mark.parametrize("hidden_size", [896, 2048, 4096])
 def test_what_tensor_cores_truncate_leaves_the_log_ratio(hidden_size):
