@@ -296,27 +296,7 @@ def refusals(*kinds: type[Exception], doing: str = "") -> Iterator[None]:
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
-class _EndsOnce(FusedTrainer):
-    """Resumed after its last step, it trains no more: in the middle of an epoch ``Trainer`` would take one step."""
-
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
-        start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
-        if self.state.global_step < max_steps:
-            return start
-        if self.is_world_process_zero():
-            print(f"The checkpoint has all {max_steps} steps: nothing is trained, its results are written")
-        return epochs, 0  # as many epochs as there are lie behind
-
-
-class _KTOTrainer(_EndsOnce, FusedKTOTrainer):
-    pass
-
-
-class _DPOTrainer(_EndsOnce, FusedDPOTrainer):
-    pass
-
-
-TRAINERS = {"kto": _KTOTrainer, "dpo": _DPOTrainer}
+TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
 
 
 def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) -> dict[str, Any]:

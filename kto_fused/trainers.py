@@ -467,6 +467,14 @@ class FusedTrainer(Trainer):
             logs["num_tokens"] = int(self.accelerator.reduce(self._num_tokens).item())
         super().log(logs, start_time)
 
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
+        """Resumed after the last step, nothing is trained; in the middle of an epoch ``Trainer`` would take a step."""
+        start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
+        if self.state.global_step < max_steps:
+            return start
+        self.accelerator.print(f"The checkpoint has all {max_steps} steps: nothing is trained, its results are written")
+        return epochs, 0  # as many epochs as there are lie behind
+
     def _metrics_file(self, folder: str) -> str:
         return os.path.join(folder, f"metrics_{self.args.process_index}.pt")
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from .. import huggingface
 from ..functional import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
 from ..huggingface import FusedCall, Outcome
-from ..metrics import LossMetrics
+from ..metrics import LossMetrics, with_margins
 
 # what else is needed of TRL is imported where it is used: behind the check of the version
 TRL_VERSION = "1.16"
@@ -410,8 +410,6 @@ def _log(
     means = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
     for name in sums if not is_kto else ("entropy",):
         means.setdefault(name, 0.0)
-    if "rewards/chosen" in means and "rewards/rejected" in means:
-        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-    for name, mean in means.items():
+    for name, mean in with_margins(means).items():
         logged[name].append(mean)
     return loss
