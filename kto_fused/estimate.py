@@ -366,7 +366,7 @@ def fused_moments(shape: LossShape, chunk_bytes: int, backend: str) -> list[Mome
     then, without the chunk, each gradient that is rounded beside its rounded self
     or, before the policy, KTO's mismatched pairs: their hidden states and a chunk without gradients
     """
-    params, held_dtype = shape.param_dtype.itemsize, from_hidden._held_dtype(shape.param_dtype)
+    params, held_dtype = shape.param_dtype.itemsize, from_hidden.held_dtype(shape.param_dtype)
     chunk, weight_sum = _chunk(shape, chunk_bytes, backend)
     inputs = {"reference's hidden states [B, T, H]": shape.dtype.itemsize * shape.hidden, **_autocast_copies(shape)}
     gradients = {
@@ -400,7 +400,7 @@ def _autocast_copies(shape: LossShape) -> dict[str, int]:
 def _chunk(
     shape: LossShape, chunk_bytes: int, backend: str, has_gradient: bool = True
 ) -> tuple[WholeRows | FoldedRows, torch.Tensor | None]:
-    """(the longest chunk, what the gradient by the LM head adds up in), without memory, decided by the engine."""
+    """``from_hidden.largest_chunk``, without memory."""
     options = HiddenOptions(
         LogitOptions(backend=backend),
         dtype=shape.dtype,
@@ -409,19 +409,8 @@ def _chunk(
         needs=(has_gradient, has_gradient and shape.is_head_trained, False),
     )
     weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
-    visit = from_hidden._first_visit(weight, options)
-    keeps, ranges = visit.keeps, None
-    if has_gradient:
-        counts = [shape.tokens_per_sequence] * shape.num_sequences
-        ranges = from_hidden._in_time_ranges(counts, visit, weight, options, paired=shape.is_paired, couples=False)
-    is_in_time = ranges is not None
-    if not is_in_time and keeps == "all":  # the larger of two visits
-        keeps, ranges = from_hidden._again_ranges(shape.num_tokens, weight, options)
-    elif not is_in_time:
-        ranges = from_hidden._even_ranges(shape.num_tokens, visit.limit)
-    weight_sum = from_hidden._empty_weight_sum(ranges, weight, options, keeps)
-    lent = weight_sum if is_in_time and len(ranges) == 1 else None
-    return from_hidden._make_chunk(ranges, weight, options, keeps, lent), weight_sum
+    counts = [shape.tokens_per_sequence] * shape.num_sequences
+    return from_hidden.largest_chunk(counts, weight, options, paired=shape.is_paired)
 
 
 def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:

@@ -84,9 +84,9 @@ class _Engine:
 
         self.grad_hidden = None
         if options.needs[0]:
-            self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=_held_dtype(hidden.dtype))
-        self.weight_dtype = _held_dtype(weight_dtype)
-        self.bias_dtype = None if bias is None else _held_dtype(bias.dtype)
+            self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=held_dtype(hidden.dtype))
+        self.weight_dtype = held_dtype(weight_dtype)
+        self.bias_dtype = None if bias is None else held_dtype(bias.dtype)
         self.weight_sum = self.bias_sum = None
 
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
@@ -203,7 +203,7 @@ class _Engine:
         )
 
 
-def _held_dtype(dtype: torch.dtype) -> torch.dtype:
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of a gradient between forward and backward. A float16 one would underflow: no loss scaling has reached it yet."""
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -268,9 +268,9 @@ def _takes_no_more_as_one(
 
 def _sum_dtype(num_chunks: int, weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> torch.dtype:
     """Of the weight's gradient while chunks add to it; the sum of several is rounded once, at its end."""
-    held_dtype = _held_dtype(weight.dtype)
-    is_held = num_chunks == 1 and _chunk_spec(weight, options, keeps).grad_dtype == held_dtype
-    return held_dtype if is_held else options.compute_dtype
+    held = held_dtype(weight.dtype)
+    is_held = num_chunks == 1 and _chunk_spec(weight, options, keeps).grad_dtype == held
+    return held if is_held else options.compute_dtype
 
 
 def _empty_weight_sum(
@@ -301,7 +301,9 @@ def _first_visit(weight: torch.Tensor, options: HiddenOptions) -> _FirstVisit:
 def _in_time_ranges(
     counts: list[int], visit: _FirstVisit, weight: torch.Tensor, options: HiddenOptions, *, paired: bool, couples: bool
 ) -> list[tuple[int, int]] | None:
-    """Chunks whose loss is known before their logits are dropped, if there can be."""
+    """Chunks after each of which the loss of its sequences is known, so that one visit is enough; None where that
+    cannot be.
+    """
     num_tokens = sum(counts)
     one = [(0, num_tokens)] if num_tokens else []
     if num_tokens <= visit.only_limit:
@@ -315,7 +317,7 @@ def _in_time_ranges(
 
 
 def _again_ranges(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> tuple[Keeps, list[tuple[int, int]]]:
-    """The same of a second visit."""
+    """What a second visit keeps, and its chunks."""
     return "panels", _even_ranges(num_tokens, _chunk_spec(weight, options, "panels").capacity())
 
 
@@ -354,9 +356,12 @@ def forward(
     """``(sequences, ref_logps, (loss, head_grads, *reported), gradients, statistics)``.
 
     ``sequences`` is (logps, token_counts, entropy, mean_logits, token_accuracy), each [B]; or of each position,
-    ``_Engine.positions``. Without a head, or where its loss has one value per sequence or pair, the gradient by hidden
-    is that of each token's own log-probability, and with a trained head all are left to ``backward``, which is given
-    ``statistics``, else None. ``reference`` is the reference's (hidden, weight, bias).
+    ``_Engine.positions``. ``reference`` is the reference's (hidden, weight, bias).
+
+    Three cases. The loss is one number: the gradients are by it. It is not (one value per sequence or pair, or no
+    head), and the LM head is frozen: the gradient by hidden is of each token's own log-probability, for the backward
+    to scale. It is not, and the LM head is trained: there are no gradients, but ``statistics`` for ``backward``, else
+    None.
     """
     is_total = head is not None and head.reduction != "none"
     is_left_to_backward = not is_total and options.is_head_trained
@@ -452,6 +457,26 @@ def _visit_again(engine: _Engine, weight: torch.Tensor, token_grads: torch.Tenso
         engine.visit_again(start, stop, token_grads)
 
 
+def largest_chunk(
+    counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, paired: bool
+) -> tuple[WholeRows | FoldedRows, torch.Tensor | None]:
+    """(the longest chunk, what the weight's gradient adds up in) of a loss as a whole that does not couple its batch,
+    with sequences of ``counts`` completion tokens; of two visits those of the second, which takes more.
+    """
+    visit = _first_visit(weight, options)
+    keeps, ranges = visit.keeps, None
+    if any(options.needs):
+        ranges = _in_time_ranges(counts, visit, weight, options, paired=paired, couples=False)
+    is_in_time = ranges is not None
+    if not is_in_time and keeps == "all":
+        keeps, ranges = _again_ranges(sum(counts), weight, options)
+    elif not is_in_time:
+        ranges = _even_ranges(sum(counts), visit.limit)
+    weight_sum = _empty_weight_sum(ranges, weight, options, keeps)
+    lent = weight_sum if is_in_time and len(ranges) == 1 else None
+    return _make_chunk(ranges, weight, options, keeps, lent), weight_sum
+
+
 def backward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -524,7 +549,7 @@ def _num_sequences(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int
 def _fake_gradients(tensors: tuple, needs: tuple[bool, ...]) -> list[torch.Tensor]:
     hidden = tensors[0]
     return [
-        x.new_empty(x.shape, dtype=_held_dtype(x.dtype)) if needed else hidden.new_empty(0)
+        x.new_empty(x.shape, dtype=held_dtype(x.dtype)) if needed else hidden.new_empty(0)
         for x, needed in zip(tensors, needs, strict=True)
     ]
 

@@ -39,6 +39,7 @@ from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConf
 from .trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
 
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
+TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
 DESCRIPTION = (
     "Train a model with KTO on feedback (prompt, completion, label) or with DPO on pairs (prompt, chosen, rejected). "
     "Into --output_dir go the model, its tokenizer, metrics.json and curves.png. Ctrl-C saves a checkpoint, from which "
@@ -294,9 +295,6 @@ def refusals(*kinds: type[Exception], doing: str = "") -> Iterator[None]:
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
-
-
-TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
 
 
 def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) -> dict[str, Any]:
