@@ -292,7 +292,7 @@ def fused_linear_kto_loss(
     >>> loss.item(), list(hidden.grad.shape), list(lm_head.weight.grad.shape)
     (0.5, [2, 5, 8], [11, 8])
     """
-    policy = _hidden_arguments(
+    *tensors, num_sequences, options = _hidden_arguments(
         hidden,
         lm_head_weight,
         lm_head_bias,
@@ -308,7 +308,6 @@ def fused_linear_kto_loss(
         logit_softcap=logit_softcap,
         backend=backend,
     )
-    *tensors, num_sequences, options = policy
     checks.kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, hidden.device)
     checks.desirable(desirable, num_sequences, hidden)
     reference = _hidden_reference(
@@ -388,7 +387,7 @@ def fused_linear_dpo_loss(
     >>> round(loss.item(), 4), metrics.rewards.tolist()
     (0.6931, [0.0, 0.0])
     """
-    policy = _hidden_arguments(
+    *tensors, num_sequences, options = _hidden_arguments(
         hidden,
         lm_head_weight,
         lm_head_bias,
@@ -404,7 +403,6 @@ def fused_linear_dpo_loss(
         logit_softcap=logit_softcap,
         backend=backend,
     )
-    *tensors, num_sequences, options = policy
     checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
     checks.pairs(num_sequences)
     reference = _hidden_reference(

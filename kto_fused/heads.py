@@ -62,8 +62,16 @@ class KTOHead:
         return z0 is None and self.reference_point is None
 
     @staticmethod
-    def outputs(logps: torch.Tensor, reduction: str, loss_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        return _kto_outputs(logps, reduction, loss_dtype)
+    def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """Empty; the last arguments are the reduction and the loss's dtype."""
+        *_, reduction, loss_dtype = arguments
+        size = logps.shape[0]
+        return (
+            logps.new_empty(_loss_shape(size, reduction), dtype=loss_dtype),
+            logps.new_empty(size, dtype=torch.float64),
+            logps.new_empty(size, dtype=torch.float64),
+            logps.new_empty((), dtype=torch.float64),
+        )
 
     def __call__(
         self,
@@ -148,8 +156,15 @@ class DPOHead:
         return False
 
     @staticmethod
-    def outputs(logps: torch.Tensor, reduction: str, loss_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        return _dpo_outputs(logps, reduction, loss_dtype)
+    def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """As ``KTOHead.outputs``."""
+        *_, reduction, loss_dtype = arguments
+        size = logps.shape[0]
+        return (
+            logps.new_empty(_loss_shape(size // 2, reduction), dtype=loss_dtype),
+            logps.new_empty(size, dtype=torch.float64),
+            logps.new_empty(size, dtype=torch.float64),
+        )
 
     def __call__(
         self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
@@ -273,18 +288,7 @@ def _loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
     return (num_losses,) if reduction == "none" else ()
 
 
-def _kto_outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    *_, reduction, loss_dtype = arguments
-    size = logps.shape[0]
-    return (
-        logps.new_empty(_loss_shape(size, reduction), dtype=loss_dtype),
-        logps.new_empty(size, dtype=torch.float64),
-        logps.new_empty(size, dtype=torch.float64),
-        logps.new_empty((), dtype=torch.float64),
-    )
-
-
-@opaque(fake=_kto_outputs)
+@opaque(fake=KTOHead.outputs)
 def _kto_triton(
     logps: torch.Tensor,
     ref_logps: torch.Tensor,
@@ -300,7 +304,7 @@ def _kto_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from .kernels import kto
 
-    outputs = _kto_outputs(logps, reduction, loss_dtype)
+    outputs = KTOHead.outputs(logps, reduction, loss_dtype)
     with on_device(logps):
         kto.forward(
             logps.contiguous(),
@@ -317,17 +321,7 @@ def _kto_triton(
     return outputs
 
 
-def _dpo_outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    *_, reduction, loss_dtype = arguments
-    size = logps.shape[0]
-    return (
-        logps.new_empty(_loss_shape(size // 2, reduction), dtype=loss_dtype),
-        logps.new_empty(size, dtype=torch.float64),
-        logps.new_empty(size, dtype=torch.float64),
-    )
-
-
-@opaque(fake=_dpo_outputs)
+@opaque(fake=DPOHead.outputs)
 def _dpo_triton(
     logps: torch.Tensor,
     ref_logps: Optional[torch.Tensor],
@@ -341,7 +335,7 @@ def _dpo_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .kernels import dpo
 
-    outputs = _dpo_outputs(logps, reduction, loss_dtype)
+    outputs = DPOHead.outputs(logps, reduction, loss_dtype)
     with on_device(logps):
         dpo.forward(
             logps.contiguous(),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import trl
 from accelerate import Accelerator
-from accelerate.utils import convert_outputs_to_fp32, is_peft_model
+from accelerate.utils import convert_outputs_to_fp32, is_peft_model, send_to_device
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -265,7 +265,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 def _kto_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """In place of ``KTOTrainer._compute_loss``."""
-    batch = _on_device(self, inputs)
+    batch = send_to_device(inputs, self.accelerator.device)
     if return_outputs or _not_whole(self) is not None:
         return type(self)._compute_loss(self, model, inputs, return_outputs)
     model_inputs, labels = _model_inputs(batch)
@@ -300,7 +300,7 @@ def _kto_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_ou
 
 def _dpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """In place of ``DPOTrainer._compute_loss``."""
-    batch = _on_device(self, inputs)
+    batch = send_to_device(inputs, self.accelerator.device)
     if return_outputs or _not_whole(self) is not None or _ipo_lengths_differ(self, batch):
         return type(self)._compute_loss(self, model, inputs, return_outputs)
     model_inputs, labels = _model_inputs(batch)
@@ -330,11 +330,6 @@ def _ipo_lengths_differ(trainer: Trainer, batch: dict[str, Any]) -> bool:
     if trainer.loss_types != ["ipo"]:
         return False
     return bool(trainer.accelerator.gather(batch["completion_mask"][:, 0].max()).any())
-
-
-def _on_device(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
-    device = trainer.accelerator.device
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
 def _model_inputs(batch: dict[str, Any], prefix: str | None = None) -> tuple[dict[str, Any], torch.Tensor]:
