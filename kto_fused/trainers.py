@@ -710,7 +710,7 @@ def _embedded_tokens(model: nn.Module | None) -> int | None:
     """How many tokens a model has embeddings of; of weights that are partitioned too. None: it does not say."""
     try:
         layers = model.get_input_embeddings().modules()  # PEFT may have wrapped something around the layer
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # no model, no transformers model, one without such a layer
         return None
     return next((layer.num_embeddings for layer in layers if isinstance(layer, nn.Embedding)), None)
 
