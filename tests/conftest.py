@@ -14,7 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 import pytest
+import triton.language as tl
 from hypothesis import HealthCheck, settings
+from triton.runtime import interpreter
 
 settings.register_profile("kto-fused", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("kto-fused")
@@ -23,6 +25,34 @@ settings.load_profile("kto-fused")
 ENGINES = (
     [("torch", "cpu"), ("triton", "cuda"), ("torch", "cuda")] if HAS_GPU else [("torch", "cpu"), ("triton", "cpu")]
 )
+
+
+def patch_language_once_a_launch() -> None:
+    """The interpreter patches ``triton.language`` for a kernel's launch, and again at each call of another function
+    within it, which would be half of the time that these tests take.
+    """
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        modules = frozenset(value for value in function.__globals__.values() if value is tl or value is tl.core)
+        if modules in patched:
+            return None  # which only a launch would look at
+        patched.add(modules)
+        scope = patch(function)
+        restore = scope.restore
+
+        def restore_and_forget():
+            patched.clear()
+            restore()
+
+        scope.restore = restore_and_forget
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
+if not HAS_GPU:
+    patch_language_once_a_launch()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
