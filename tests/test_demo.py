@@ -23,9 +23,10 @@ FEW = {"steps": 10, "batch_size": 16, "device": "cpu"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
+def own_cache_and_a_shorter_start(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(demo, "WARMUP_STEPS", 20)
         yield
 
 
