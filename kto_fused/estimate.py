@@ -16,12 +16,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from . import backends, environment, flags, from_hidden, huggingface, torch_backend
+from . import backends, environment, flags, from_hidden, huggingface
 from .cli import COMMANDS, CommandError
 from .from_hidden import HiddenOptions
 from .from_logits import LogitOptions
 from .functional import DEFAULT_CHUNK_BYTES
-from .projection import CAST_BYTES, FoldedRows, WholeRows
+from .projection import FoldedRows, WholeRows
 
 GIB = 2**30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -415,21 +415,8 @@ def _chunk(
 
 def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
     """The chunk's buffers, and what passes through its GEMMs."""
-    spec, rows = chunk.spec, chunk.num_tokens * chunk.spec.hidden_size
-    if isinstance(chunk, FoldedRows) and chunk.lent is None:
-        _ = chunk.buffer  # made when it is first needed
-    tensors = [x for name, x in vars(chunk).items() if name != "lent" and isinstance(x, torch.Tensor)]
-    buffers = {id(x): x.nbytes for x in tensors}
-    passing = rows * spec.dtype.itemsize  # the hidden states of its tokens
-    if isinstance(chunk, FoldedRows):
-        return sum(buffers.values()) + passing
-    # in its GEMMs their gradient, or they and a block of the weight, cast; or what the row operations need
-    gemms = rows * spec.grad_dtype.itemsize * (spec.keeps != "nothing")
-    if not spec.is_native:
-        wide = spec.compute_dtype.itemsize
-        gemms = wide * rows + min(CAST_BYTES, wide * spec.vocab_size * spec.hidden_size)
-    scratch = 2 * torch_backend.BLOCK_BYTES if spec.backend == "torch" else 0
-    return sum(buffers.values()) + passing + max(gemms, scratch)
+    lent = getattr(chunk, "lent", None)
+    return replace(chunk.spec, lent_bytes=0 if lent is None else lent.nbytes).size(chunk.num_tokens)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------

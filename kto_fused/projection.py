@@ -22,7 +22,8 @@ from . import torch_backend
 from .backends import multiprocessors, on_device
 from .layout import INVALID, MASKED, compute_dtype
 
-# Bytes of LM-head weight cast at once, where no GEMM reads half precision and writes float32.
+# Bytes of LM-head weight cast at once, where no GEMM reads half precision and writes float32; of a chunk's at most a
+# quarter.
 CAST_BYTES = 2**24
 # Logits of one tile: enough for a GEMM that fills a GPU many times over, and outlasts its launch.
 TILE_LOGITS = 3 * 2**23
@@ -53,10 +54,10 @@ class LMHead(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The weight in ``dtype``, some rows at a time."""
+    def blocks(self, dtype: torch.dtype, num_bytes: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The weight in ``dtype``, as many rows at a time as take ``num_bytes``, one at the least."""
         vocab_size, hidden_size = self.weight.shape
-        size = min(vocab_size, max(1, CAST_BYTES // (hidden_size * dtype.itemsize)))
+        size = min(vocab_size, max(1, num_bytes // (hidden_size * dtype.itemsize)))
         # one for all: a new one would come beside the last
         cast = self.weight.new_empty(size, hidden_size, dtype=dtype)
         for start in range(0, vocab_size, size):
@@ -138,6 +139,11 @@ class ChunkSpec:
         is_stand_in = self.device.type in ("cpu", "meta")
         return FoldedRows if is_foldable and (self.is_native or is_stand_in) else WholeRows
 
+    @property
+    def cast_bytes(self) -> int:
+        """Of the weight, at a time."""
+        return min(CAST_BYTES, self.num_bytes // 4)
+
     def capacity(self) -> int:
         """How many tokens fit into ``num_bytes``; at least one."""
         limit = min(MOST_TOKENS, self.num_bytes // self.hidden_size)
@@ -174,13 +180,17 @@ class WholeRows:
     @staticmethod
     def size(num_tokens: int, spec: ChunkSpec) -> int:
         """As ``ChunkSpec.size``."""
-        wide, narrow = spec.compute_dtype.itemsize, spec.dtype.itemsize
-        beside = spec.grad_dtype.itemsize if spec.keeps != "nothing" and spec.grad_dtype != spec.compute_dtype else 0
-        per_token = spec.vocab_size * (wide + beside) + spec.hidden_size * 2 * (wide + narrow)
-        fixed = CAST_BYTES if spec.grad_dtype != spec.dtype else 0
-        if spec.backend == "torch":
-            fixed += 3 * torch_backend.BLOCK_BYTES
-        return fixed + num_tokens * per_token
+        wide, grad = spec.compute_dtype.itemsize, spec.grad_dtype.itemsize
+        is_kept, hidden = spec.keeps != "nothing", num_tokens * spec.hidden_size
+        logits = num_tokens * spec.vocab_size
+        buffers = logits * (wide + grad if is_kept and grad != wide else wide)
+        # beside them, what passes through the GEMMs: the gradient by the hidden states, or hidden states and a block of
+        # the weight, cast; or what the row operations need
+        passing = hidden * grad if is_kept else 0
+        if not spec.is_native or (is_kept and spec.grad_dtype != spec.dtype):
+            passing = hidden * wide + min(spec.cast_bytes, spec.vocab_size * spec.hidden_size * wide)
+        scratch = 2 * min(torch_backend.BLOCK_BYTES, logits * wide) if spec.backend == "torch" else 0
+        return buffers + hidden * spec.dtype.itemsize + max(passing, scratch)
 
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
@@ -229,7 +239,7 @@ class WholeRows:
             _multiply(hidden, lm_head.weight.T, logits)
         else:
             hidden = hidden.to(logits.dtype)
-            for rows, weight in lm_head.blocks(logits.dtype):
+            for rows, weight in lm_head.blocks(logits.dtype, self.spec.cast_bytes):
                 torch.mm(hidden, weight.T, out=logits[:, rows])
         if lm_head.bias is not None:
             logits.add_(lm_head.bias)
@@ -254,7 +264,7 @@ class WholeRows:
         if grads.dtype == lm_head.weight.dtype:
             return torch.mm(grads, lm_head.weight), None
         total = grads.new_zeros(len(grads), lm_head.weight.shape[1])
-        for rows, weight in lm_head.blocks(grads.dtype):
+        for rows, weight in lm_head.blocks(grads.dtype, self.spec.cast_bytes):
             torch.addmm(total, grads[:, rows], weight, out=total)
         return total, None
 
