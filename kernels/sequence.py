@@ -96,7 +96,7 @@ def sequence_backward_kernel(
     """Grid: (rows / BLOCK,). token_grads[row] = incoming[s mod num_incoming] head_grads[s] (/ n_s), 0 where masked.
 
     The incoming gradient is one number, one per pair, or one per sequence; sequence s of B belongs to entry s mod
-    num_incoming in each case.
+    num_incoming in each case. Beside one that is not finite a 0 of head_grads stays one.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
@@ -108,7 +108,8 @@ def sequence_backward_kernel(
     is_token = target != MASKED_TARGET
     grad = tl.load(incoming_ptr + sequence % num_incoming, mask=is_token, other=0.0).to(tl.float64)
     if HAS_HEAD:
-        grad = grad * tl.load(head_grads_ptr + sequence, mask=is_token, other=0.0)
+        head_grad = tl.load(head_grads_ptr + sequence, mask=is_token, other=0.0)
+        grad = tl.where(head_grad == 0.0, 0.0, grad * head_grad)
     if AVERAGE:
         grad = grad / tl.maximum(tl.load(token_counts_ptr + sequence, mask=is_token, other=1), 1)
     tl.store(token_grads_ptr + rows, tl.where(is_token, grad, 0.0), mask=inside)

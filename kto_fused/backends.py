@@ -19,6 +19,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be one of {list(BACKENDS)} or None, got {backend!r}")
+    if device.type == "meta":
+        raise ValueError("tensors are on meta, which holds no values to compute with")
     if device.type == "mps":
         raise ValueError("tensors are on mps, which has no float64; move them to the cpu")
     on_gpu = device.type in ("cuda", "xpu")
@@ -55,15 +57,19 @@ def multiprocessors(device: torch.device) -> int:
     return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
 
 
-def opaque(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+def opaque(
+    fake: Callable, mutates_args: tuple[str, ...] = (), *, waits: bool = False
+) -> Callable[[Callable], Callable]:
     """Decorate a function of tensors and plain values: ``torch.compile`` sees one operator, eager calls it directly.
 
-    ``fake`` says what it returns for tensors without data. The operator is ``torch.ops.kto_fused.<name>``, and the
-    decorated function's ``op``.
+    ``fake`` says what it returns for tensors without data. One that ``waits`` for the device stays out of CUDA graphs.
+    The operator is ``torch.ops.kto_fused.<name>``, and the decorated function's ``op``.
     """
+    tags = (torch.Tag.cudagraph_unsafe,) if waits else ()
 
     def decorate(function: Callable) -> Callable:
-        op = torch.library.custom_op(f"kto_fused::{function.__name__.strip('_')}", function, mutates_args=mutates_args)
+        name = f"kto_fused::{function.__name__.strip('_')}"
+        op = torch.library.custom_op(name, function, mutates_args=mutates_args, tags=tags)
         op.register_fake(fake)
 
         @functools.wraps(function)

@@ -27,7 +27,8 @@ def first_derivative_only(backward: Callable) -> Callable:
     def call(ctx, *incoming):
         if incoming[0] is None:  # nothing depends on the loss
             return (None,) * len(ctx.needs_input_grad)
-        with torch.no_grad():
+        # in the forward's dtypes, whatever autocast surrounds the backward
+        with torch.no_grad(), torch.autocast(incoming[0].device.type, enabled=False):
             grads = backward(ctx, *incoming)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             anchor = torch.zeros((), requires_grad=True)

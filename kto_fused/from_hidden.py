@@ -573,7 +573,7 @@ def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_hidden, *argumen
     return [logps, counts, *means, ref_logps, *gradients, statistics, *results]
 
 
-@opaque(fake=_fake_forward)
+@opaque(fake=_fake_forward, waits=True)
 def _linear_forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -626,7 +626,7 @@ def _fake_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statist
     return _fake_gradients((hidden, weight, bias), arguments[-3:])
 
 
-@opaque(fake=_fake_backward)
+@opaque(fake=_fake_backward, waits=True)
 def _linear_backward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -670,7 +670,7 @@ def _keeps_graph() -> bool:
 
 def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch.Tensor]:
     """Gradients times the loss's own gradient, a scalar on the device; in place where nobody can ask for them again.
-    A 0 stays one beside an incoming gradient that is not finite: what takes no part keeps a gradient of 0.
+    A 0 stays one, as in ``heads.scale_grads``.
     """
     if torch.compiler.is_compiling():
         return [torch.where(grad == 0, grad, grad * incoming.to(compute_dtype(grad))) for grad in gradients]
@@ -787,39 +787,13 @@ class LossFromHidden(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        labels,
-        cu_seqlens,
-        ref_hidden,
-        ref_weight,
-        ref_bias,
-        ref_logps,
-        options,
-        head,
-        *head_tensors,
-    ):
-        outputs = _linear_forward(
-            hidden,
-            weight,
-            bias,
-            labels,
-            cu_seqlens,
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            ref_logps,
-            list(head_tensors),
-            *_flatten_options(options),
-            *heads.flatten(head),
-        )
+    def forward(ctx, *arguments):  # of named ones torch.compile may drop the first, where nothing needs a gradient
+        policy, reference, (options, head, *head_tensors) = arguments[:5], arguments[5:9], arguments[9:]
+        outputs = _linear_forward(*policy, *reference, head_tensors, *_flatten_options(options), *heads.flatten(head))
         sequences, computed_ref_logps, (loss, head_grads, *reported) = outputs[:5], outputs[5], outputs[10:]
         is_total = head.reduction != "none"
-        _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_grads, is_total)
-        ctx.num_arguments = 11 + len(head_tensors)
+        _save(ctx, *policy, options, outputs, head_grads, is_total)
+        ctx.num_arguments = len(arguments)
         ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
         ctx.mark_non_differentiable(*sequences, computed_ref_logps, *reported)
         return loss, *sequences, computed_ref_logps, *reported

@@ -324,7 +324,8 @@ class LossFromLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors):
+    def forward(ctx, *arguments):  # of named ones torch.compile may drop the first, where nothing needs a gradient
+        logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors = arguments
         rows = _engine_forward(logits, labels, cu_seqlens, options)
         sequences = _engine_sequences(rows, cu_seqlens, num_sequences, options)
         logps, token_counts, *_ = sequences
@@ -332,7 +333,7 @@ class LossFromLogits(torch.autograd.Function):
         targets, _, row_max, log_sum, *_ = rows
         ctx.save_for_backward(logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens)
         ctx.options = options
-        ctx.num_head_tensors = len(head_tensors)
+        ctx.num_arguments = len(arguments)
         ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
         ctx.mark_non_differentiable(*sequences, *reported)
         return loss, *sequences, *reported
@@ -353,4 +354,4 @@ class LossFromLogits(torch.autograd.Function):
             options.backend,
         )
         grad = _engine_backward(ctx, logits, targets, token_grads, row_max, log_sum)
-        return grad, None, None, None, None, None, *(None for _ in range(ctx.num_head_tensors))
+        return grad, *(None for _ in range(ctx.num_arguments - 1))

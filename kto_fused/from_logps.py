@@ -10,11 +10,12 @@ class LossFromLogps(torch.autograd.Function):
     """``(loss, *reported)`` of a loss head on [B] log-probabilities; backward scales the head's own gradient."""
 
     @staticmethod
-    def forward(ctx, logps, head, token_counts, *head_tensors):
+    def forward(ctx, *arguments):  # of named ones torch.compile may drop the first, where nothing needs a gradient
+        logps, head, token_counts, *head_tensors = arguments
         loss, grads, *reported = head(logps, token_counts, *head_tensors)
         ctx.save_for_backward(grads)
         ctx.dtype = logps.dtype
-        ctx.num_head_tensors = len(head_tensors)
+        ctx.num_arguments = len(arguments)
         ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
         ctx.mark_non_differentiable(*reported)
         return loss, *reported
@@ -23,4 +24,4 @@ class LossFromLogps(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, incoming, *_):
         (grads,) = ctx.saved_tensors
-        return scale_grads(grads, incoming).to(ctx.dtype), None, None, *(None for _ in range(ctx.num_head_tensors))
+        return scale_grads(grads, incoming).to(ctx.dtype), *(None for _ in range(ctx.num_arguments - 1))

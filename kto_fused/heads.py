@@ -81,42 +81,20 @@ class KTOHead:
         desirable: torch.Tensor,
         z0: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        if self.backend == "triton":
-            return _kto_triton(
-                logps,
-                ref_logps,
-                desirable,
-                z0,
-                self.reference_point,
-                self.loss_type,
-                self.beta,
-                self.desirable_weight,
-                self.undesirable_weight,
-                self.reduction,
-                self.loss_dtype,
-            )
-        ref_logps = ref_logps.double()
-        log_ratios = logps.double() - ref_logps
-        if z0 is not None:
-            z0 = z0.to(torch.float64, copy=True).reshape(())
-        elif self.reference_point is not None:
-            z0 = log_ratios.new_full((), self.reference_point)
-        else:
-            z0 = log_ratios.mean()
-
-        def loss(logps: torch.Tensor) -> torch.Tensor:
-            return kto_losses(
-                logps - ref_logps,
-                desirable,
-                z0,
-                loss_type=self.loss_type,
-                beta=self.beta,
-                desirable_weight=self.desirable_weight,
-                undesirable_weight=self.undesirable_weight,
-            )
-
-        value, grads = value_and_grads(loss, logps.double(), self.reduction, self.loss_dtype)
-        return value, grads, self.beta * log_ratios, z0
+        return _kto(
+            logps,
+            ref_logps,
+            desirable,
+            z0,
+            self.reference_point,
+            self.loss_type,
+            self.beta,
+            self.desirable_weight,
+            self.undesirable_weight,
+            self.backend,
+            self.reduction,
+            self.loss_dtype,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,35 +147,18 @@ class DPOHead:
     def __call__(
         self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        if not self.divide_by_length:
-            token_counts = None
-        if self.backend == "triton":
-            return _dpo_triton(
-                logps,
-                ref_logps,
-                token_counts,
-                self.loss_type,
-                self.beta,
-                self.label_smoothing,
-                self.gamma,
-                self.reduction,
-                self.loss_dtype,
-            )
-
-        def loss(logps: torch.Tensor) -> torch.Tensor:
-            chosen, rejected = pair_scores(logps, ref_logps, token_counts).chunk(2)
-            return dpo_losses(
-                chosen,
-                rejected,
-                loss_type=self.loss_type,
-                beta=self.beta,
-                label_smoothing=self.label_smoothing,
-                gamma=self.gamma,
-            )
-
-        logps = logps.double()
-        value, grads = value_and_grads(loss, logps, self.reduction, self.loss_dtype)
-        return value, grads, pair_rewards(logps, ref_logps, token_counts, self.loss_type, self.beta)
+        return _dpo(
+            logps,
+            ref_logps,
+            token_counts if self.divide_by_length else None,
+            self.loss_type,
+            self.beta,
+            self.label_smoothing,
+            self.gamma,
+            self.backend,
+            self.reduction,
+            self.loss_dtype,
+        )
 
 
 HEADS = {"kto": KTOHead, "dpo": DPOHead}
@@ -242,21 +203,14 @@ def value_and_grads(
 
     With ``none`` the gradient of the sum serves: no two sequences' or pairs' losses share a log-probability.
     """
-
-    def total(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        value = reduce(losses(logps), reduction)
-        return value.sum(), value
-
-    if torch.compiler.is_compiling():  # which traces torch.func, but no torch.autograd.grad
-        grads, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
-    elif torch.is_inference_mode_enabled():  # where nobody can ask for the gradient
+    if torch.is_inference_mode_enabled():  # where nobody can ask for the gradient
         value, grads = reduce(losses(logps), reduction), torch.full_like(logps, math.nan)
     else:
         with _recording(), _no_hooks():
             # a copy: what was made in inference mode cannot require a gradient
             logps = logps.detach().clone().requires_grad_()
-            value_sum, value = total(logps)
-            (grads,) = torch.autograd.grad(value_sum, logps)
+            value = reduce(losses(logps), reduction)
+            (grads,) = torch.autograd.grad(value.sum(), logps)
     return value.detach().to(loss_dtype), grads
 
 
@@ -280,8 +234,12 @@ def _no_hooks() -> contextlib.AbstractContextManager:
 
 
 def scale_grads(grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:
-    """Chain rule for a loss of [], [B/2] or [B]: sequence s belongs to incoming entry s mod their number. [B]"""
-    return (grads.view(-1, incoming.numel()) * incoming.reshape(1, -1)).view(-1)
+    """Chain rule for a loss of [], [B/2] or [B]: sequence s belongs to incoming entry s mod their number. [B]
+
+    A 0 stays one beside an incoming gradient that is not finite: what takes no part keeps a gradient of 0.
+    """
+    product = grads.view(-1, incoming.numel()) * incoming.reshape(1, -1)
+    return torch.where(grads == 0, grads, product.view(-1))
 
 
 def _loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
@@ -289,7 +247,7 @@ def _loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
 
 
 @opaque(fake=KTOHead.outputs)
-def _kto_triton(
+def _kto(
     logps: torch.Tensor,
     ref_logps: torch.Tensor,
     desirable: torch.Tensor,
@@ -299,30 +257,49 @@ def _kto_triton(
     beta: float,
     desirable_weight: float,
     undesirable_weight: float,
+    backend: str,
     reduction: str,
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from .kernels import kto
+    options = {
+        "loss_type": loss_type,
+        "beta": beta,
+        "desirable_weight": desirable_weight,
+        "undesirable_weight": undesirable_weight,
+    }
+    if backend == "triton":
+        from .kernels import kto
 
-    outputs = KTOHead.outputs(logps, reduction, loss_dtype)
-    with on_device(logps):
-        kto.forward(
-            logps.contiguous(),
-            ref_logps.contiguous(),
-            (desirable.view(torch.uint8) if desirable.dtype == torch.bool else desirable).contiguous(),
-            z0 if z0 is not None else reference_point,
-            outputs,
-            loss_type=loss_type,
-            beta=beta,
-            desirable_weight=desirable_weight,
-            undesirable_weight=undesirable_weight,
-            reduction=reduction,
-        )
-    return outputs
+        outputs = KTOHead.outputs(logps, reduction, loss_dtype)
+        with on_device(logps):
+            kto.forward(
+                logps.contiguous(),
+                ref_logps.contiguous(),
+                (desirable.view(torch.uint8) if desirable.dtype == torch.bool else desirable).contiguous(),
+                z0 if z0 is not None else reference_point,
+                outputs,
+                reduction=reduction,
+                **options,
+            )
+        return outputs
+
+    logps, ref_logps = logps.double(), ref_logps.double()
+    log_ratios = logps - ref_logps
+    if z0 is not None:
+        z0 = z0.to(torch.float64, copy=True).reshape(())
+    elif reference_point is not None:
+        z0 = log_ratios.new_full((), reference_point)
+    else:
+        z0 = log_ratios.mean()
+
+    def losses(logps: torch.Tensor) -> torch.Tensor:
+        return kto_losses(logps - ref_logps, desirable, z0, **options)
+
+    return *value_and_grads(losses, logps, reduction, loss_dtype), beta * log_ratios, z0
 
 
 @opaque(fake=DPOHead.outputs)
-def _dpo_triton(
+def _dpo(
     logps: torch.Tensor,
     ref_logps: Optional[torch.Tensor],
     token_counts: Optional[torch.Tensor],
@@ -330,22 +307,29 @@ def _dpo_triton(
     beta: float,
     label_smoothing: float,
     gamma: float,
+    backend: str,
     reduction: str,
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from .kernels import dpo
+    options = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "gamma": gamma}
+    if backend == "triton":
+        from .kernels import dpo
 
-    outputs = DPOHead.outputs(logps, reduction, loss_dtype)
-    with on_device(logps):
-        dpo.forward(
-            logps.contiguous(),
-            None if ref_logps is None else ref_logps.contiguous(),
-            None if token_counts is None else token_counts.contiguous(),
-            outputs,
-            loss_type=loss_type,
-            beta=beta,
-            label_smoothing=label_smoothing,
-            gamma=gamma,
-            reduction=reduction,
-        )
-    return outputs
+        outputs = DPOHead.outputs(logps, reduction, loss_dtype)
+        with on_device(logps):
+            dpo.forward(
+                logps.contiguous(),
+                None if ref_logps is None else ref_logps.contiguous(),
+                None if token_counts is None else token_counts.contiguous(),
+                outputs,
+                reduction=reduction,
+                **options,
+            )
+        return outputs
+
+    def losses(logps: torch.Tensor) -> torch.Tensor:
+        return dpo_losses(*pair_scores(logps, ref_logps, token_counts).chunk(2), **options)
+
+    logps = logps.double()
+    rewards = pair_rewards(logps, ref_logps, token_counts, loss_type, beta)
+    return *value_and_grads(losses, logps, reduction, loss_dtype), rewards

@@ -98,7 +98,7 @@ def token_logprobs(
     token_targets = targets[tokens]
     rows = _Rows(logits, tokens)
     results = torch.zeros(6, len(tokens), dtype=dtype, device=logits.device)
-    log2_factor = torch.tensor(factor * LOG2_E, dtype=dtype).item()
+    log2_factor = torch.tensor(factor * LOG2_E, dtype=dtype, device="cpu").item()
     scratch = None
     for start, stop in _blocks(len(tokens), vocab_size, dtype):
         if scratch is None:

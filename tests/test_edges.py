@@ -299,6 +299,25 @@ def test_what_takes_no_part_keeps_a_gradient_of_0_under_any_incoming_one(engine,
         assert not hidden.grad[takes_part].isfinite().any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("incoming", [math.nan, math.inf])
+def test_a_pair_beyond_the_hinge_keeps_a_gradient_of_0_under_any_incoming_one(engine, incoming, reduction):
+    case = case_on(engine)
+    options = {"loss_type": "hinge", "beta": 1.0, "reduction": reduction}
+    ref_logps = torch.tensor([-1e4, 1e4, 1e4, -1e4], device=engine[1])  # the first pair lies beyond, the second below
+    for module, prefix in ((kto_fused, "fused_"), (kto_fused.reference, "")):
+        logits = case.logits.clone().requires_grad_()
+        logps = torch.zeros(4, device=engine[1], requires_grad=True)
+        of_logits, of_logps = getattr(module, f"{prefix}dpo_loss"), module.dpo_loss_from_logps
+        for leaf, loss in (
+            (logits, of_logits(logits, case.labels, ref_logps=ref_logps, backend=engine[0], **options)[0]),
+            (logps, of_logps(logps, ref_logps, backend=engine[0], **options)[0]),
+        ):
+            loss.backward(torch.full_like(loss, incoming))
+            assert leaf.grad[[0, 2]].eq(0).all()
+            assert not leaf.grad[[1, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_zeros_stay_zeros_under_every_way_to_scale(engine, dtype, monkeypatch):
     """The device's own way, the kernel's, and that of a GPU without Triton."""

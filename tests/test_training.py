@@ -94,6 +94,88 @@ def test_compiled_batches_of_many_lengths_share_one_graph(engine, function):
     assert len(compilations) == 1
 
 
+def every_loss(engine):
+    """name: (the leaf to train, a step that gives one number) of each differentiable function."""
+    case = make_case(vocab=32, device=engine[1])
+    hidden = make_hidden_case(vocab=32, device=engine[1])
+    hidden.hidden.nan_to_num_()
+    zeros, on_engine = torch.zeros(4, device=engine[1]), {"backend": engine[0]}
+    tensors = {
+        "logits": (case.logits, (), case.labels, case.desirable),
+        "hidden": (hidden.hidden, (hidden.weight,), hidden.labels, hidden.desirable),
+    }
+    losses = {}
+    for name in kto_fused.__all__:
+        function = getattr(kto_fused, name)
+        if name.endswith("loss_from_logps"):
+            others = (zeros, case.desirable) if "kto" in name else (zeros,)
+            losses[name] = zeros.double(), lambda x, f=function, others=others: f(x, *others, **on_engine)[0]
+        elif name.endswith(("_loss", "_logps")):
+            leaf, head, labels, desirable = tensors["hidden" if "linear" in name else "logits"]
+            others = (*head, labels, *([desirable] if "kto" in name else []))
+            options = {"ref_logps": zeros, **on_engine} if name.endswith("_loss") else on_engine
+
+            def step(x, f=function, others=others, options=options):
+                result = f(x, *others, **options)
+                return (result[0] if isinstance(result, tuple) else result).sum()
+
+            losses[name] = leaf, step
+    return losses
+
+
+LOSSES = sorted(every_loss(("torch", "cpu")))
+
+
+def test_every_differentiable_function_is_looked_at():
+    assert len(LOSSES) == 10
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_compiled_loss_where_nothing_needs_a_gradient(engine, name):
+    leaf, step = every_loss(engine)[name]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = step(leaf)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(leaf.clone().requires_grad_()), expected)
+    torch.testing.assert_close(compiled(leaf), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_compiled_loss_under_hooks_on_saved_tensors(engine, name):
+    """As of checkpointing and offloading."""
+    leaf, step = every_loss(engine)[name]
+    gradients = []
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        inputs = leaf.clone().requires_grad_()
+        with torch.autograd.graph.save_on_cpu():
+            loss = function(inputs)
+        gradients.append(torch.autograd.grad(loss, inputs))
+    torch.testing.assert_close(*gradients)
+    assert torch._C._autograd._saved_tensors_hooks_is_enabled()
+
+
+def test_compiled_batches_of_many_lengths_in_place(engine):
+    """Strides of symbolic lengths are compared, to see whether elements share memory."""
+    head, _, case = head_and_inputs(device=engine[1])
+
+    def step(hidden, labels):
+        options = {"ref_logps": torch.zeros(4, device=engine[1]), "inplace_backward": True, "backend": engine[0]}
+        return fused_kto_loss(head(hidden), labels, case.desirable, **options)[0]
+
+    compiled = torch.compile(step, backend="aot_eager")
+    for seq_len in (4, 6, 5):
+        hidden = torch.randn(4, seq_len, 16, device=engine[1])
+        labels = torch.randint(64, (4, seq_len), device=engine[1])
+        gradients = [torch.autograd.grad(function(hidden, labels), head.weight) for function in (step, compiled)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_what_waits_for_the_device_stays_out_of_cuda_graphs():
+    for function in (from_hidden._linear_forward, from_hidden._linear_backward):
+        assert torch.Tag.cudagraph_unsafe in function.op._opoverload.tags
+    assert torch.Tag.cudagraph_unsafe not in from_logits._token_logprobs.op._opoverload.tags
+
+
 def test_the_operators_are_well_formed(engine):
     """Schemas, fake implementations and aliasing of everything that torch.compile sees as one operator."""
     backend, device = engine
@@ -111,10 +193,9 @@ def test_the_operators_are_well_formed(engine):
     gradient = (targets, logps, row_max, log_sum, *transform)
     check(from_logits._token_logprobs_backward.op, (case.logits, torch.empty_like(case.logits), *gradient))
     check(from_logits._token_logprobs_backward_inplace.op, (case.logits.clone(), *gradient))
-    if backend == "triton":
-        of_kto = (sequences, sequences - 1, case.desirable, None, 0.5, "kto", 0.1, 1.0, 1.0, "mean", torch.float32)
-        check(heads._kto_triton.op, of_kto)
-        check(heads._dpo_triton.op, (sequences, None, counts, "simpo", 0.1, 0.0, 0.5, "none", torch.float32))
+    of_kto = (sequences, sequences - 1, case.desirable, None, 0.5, "kto", 0.1, 1.0, 1.0, backend, "mean", torch.float32)
+    check(heads._kto.op, of_kto)
+    check(heads._dpo.op, (sequences, None, counts, "simpo", 0.1, 0.0, 0.5, backend, "none", torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -133,6 +214,20 @@ def test_autocast(dtype):
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(metrics.logps, exact_metrics.logps, rtol=1e-6, atol=1e-5)
     assert head.weight.grad.isfinite().all()
+
+
+def test_a_backward_under_autocast_computes_as_the_forward_did(engine):
+    case = make_hidden_case(vocab=32, device=engine[1])
+    gradients = []
+    for is_cast in (False, True):
+        inputs = [case.hidden.nan_to_num(), case.weight.clone()]
+        for tensor in inputs:
+            tensor.requires_grad_()
+        logps = linear_sequence_logps(*inputs, case.labels, backend=engine[0])
+        with torch.autocast(engine[1], torch.bfloat16, enabled=is_cast):
+            gradients.append(torch.autograd.grad(logps.sum(), inputs))
+    for plain, cast in zip(*gradients, strict=True):
+        assert torch.equal(plain, cast)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
