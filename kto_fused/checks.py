@@ -4,6 +4,7 @@ import math
 import numbers
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .backends import may_read
 from .losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
@@ -30,6 +31,11 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str)
             f"{name} is a DTensor, spread over ranks; pass the gathered tensor (full_tensor()), or the local one "
             "(to_local()) where it is replicated"
         )
+    if is_traceable_wrapper_subclass(value) and not torch.compiler.is_compiling():  # no kernel would find its data
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, which wraps other tensors; pass a plain tensor, waited for or "
+            "dequantised"
+        )
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {kind}, got {value.dtype}")
     return value
@@ -52,6 +58,15 @@ def number(name: str, value: object, *, above: float = -math.inf, at_least: floa
     if not (above < value < math.inf and value >= at_least):
         bound = f" > {above:g}" if above > -math.inf else f" >= {at_least:g}" if at_least > -math.inf else ""
         raise ValueError(f"{name} must be a finite number{bound}, got {value}")
+
+
+def integer(name: str, value: object, *, at_least: int | None = None) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
 
 
 def logits_and_labels(
@@ -135,13 +150,6 @@ def lm_head(
         raise ValueError(f"{bias_name} has shape {_shape(bias)}, expected [{weight.shape[0]}] to match {name}")
 
 
-def chunk_bytes(value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"chunk_bytes must be an int, got {type(value).__name__}")
-    if value <= 0:
-        raise ValueError(f"chunk_bytes must be > 0, got {value}")
-
-
 def inplace(name: str, logits: torch.Tensor) -> None:
     """Refuse to write the gradient over a leaf, or a view of one, or over elements that share memory."""
     owners = [logits] if logits._base is None else [logits, logits._base]
@@ -150,9 +158,8 @@ def inplace(name: str, logits: torch.Tensor) -> None:
             f"inplace_backward=True overwrites {name}, which is a leaf tensor or a view of one: "
             "expected the output of an operation"
         )
-    spans = sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1)
     reach = 1
-    for stride, size in spans:
+    for stride, size in _spans_by_stride(logits):
         if stride < reach:
             raise ValueError(
                 f"inplace_backward=True overwrites {name}, whose elements share memory: "
@@ -161,14 +168,22 @@ def inplace(name: str, logits: torch.Tensor) -> None:
         reach = stride * (size - 1) + reach
 
 
+def _spans_by_stride(values: torch.Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of each dimension longer than 1, by insertion: torch.compile cannot sort symbolic lengths."""
+    spans: list[tuple[int, int]] = []
+    for stride, size in zip(values.stride(), values.shape, strict=True):
+        if size > 1:
+            spans.insert(sum(other <= stride for other, _ in spans), (stride, size))
+    return spans
+
+
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def label_options(ignore_index: object, shift: object) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    integer("ignore_index", ignore_index)
     flag("shift", shift)
 
 

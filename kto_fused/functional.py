@@ -789,6 +789,7 @@ def _logit_options(name: str, values: torch.Tensor, *, backend: str | None, **op
     checks.logit_options(**options)
     if options["inplace_backward"]:
         checks.inplace(name, values)
+    options["ignore_index"] = int(options["ignore_index"])
     for number in ("temperature", "logit_scale", "logit_softcap"):
         if options[number] is not None:
             options[number] = float(options[number])  # NumPy's float32 would round what is computed from it
@@ -833,7 +834,7 @@ def _hidden_arguments(
     rows, labels, cu_seqlens, num_sequences = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
     checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
     logits = _logit_options("hidden", hidden, backend=backend, inplace_backward=False, **options)
-    checks.chunk_bytes(chunk_bytes)
+    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
     if ref_hidden is not None:
         checks.ref_hidden(ref_hidden, hidden)
     needs = tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
@@ -841,7 +842,7 @@ def _hidden_arguments(
         logits=logits,
         dtype=gemm_dtype(hidden),
         ref_dtype=gemm_dtype(hidden if ref_hidden is None else ref_hidden),
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=int(chunk_bytes),
         needs=needs,
         per_position=per_position,
     )

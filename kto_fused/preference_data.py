@@ -24,6 +24,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
+from . import checks
+
 logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).with_name("data") / "feedback.jsonl"
@@ -333,8 +335,8 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
     """The tokens of ``fields``, cached under all that decides them; ``prompt_key`` is equal for equal prompts."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
-    if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
-        raise ValueError(f"max_length must be a positive integer or None, got {max_length!r}")
+    if max_length is not None:
+        checks.integer("max_length", max_length, at_least=1)
     records = load(source)
     if fields == PAIRED and "chosen" not in records.column_names:
         raise DataError(f"{name} data: DPO needs pairs, expected {list(PAIRED)}, got {records.column_names}")
@@ -530,11 +532,9 @@ class _Padding:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self):
-        for name, least in (("pad_token_id", 0), ("pad_to_multiple_of", 1)):
-            value = getattr(self, name)
-            optional = value is None and name == "pad_to_multiple_of"
-            if not optional and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        checks.integer("pad_token_id", self.pad_token_id, at_least=0)
+        if self.pad_to_multiple_of is not None:
+            checks.integer("pad_to_multiple_of", self.pad_to_multiple_of, at_least=1)
 
     def _pad(self, prompts: list[list[int]], completions: list[list[int]]) -> dict[str, torch.Tensor]:
         tokens = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]

@@ -153,7 +153,7 @@ def linear_sequence_logps(
     **engine: Any,
 ) -> torch.Tensor:
     """Twin of ``kto_fused.linear_sequence_logps``."""
-    checks.chunk_bytes(chunk_bytes)
+    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
     logits = _logits("hidden", hidden, "lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, labels, **engine)
     return sequence_logps(logits, labels, **engine)
 
@@ -171,7 +171,7 @@ def linear_token_logps(
 ) -> torch.Tensor | tuple[torch.Tensor, TokenMetrics]:
     """Twin of ``kto_fused.linear_token_logps``."""
     checks.flag("return_metrics", return_metrics)
-    checks.chunk_bytes(chunk_bytes)
+    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
     logits = _logits("hidden", hidden, "lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, labels, **engine)
     logps, *metrics, _ = _tokens("logits", logits, labels, **engine)
     return (logps, TokenMetrics(*metrics)) if return_metrics else logps
@@ -351,7 +351,7 @@ def _policy_and_ref_logits(
     chunk_bytes: int,
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    checks.chunk_bytes(chunk_bytes)
+    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
     checks.one_reference(options.get("loss_type", ""), ref_hidden=ref_hidden, ref_logps=ref_logps)
     checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
     layout = {name: options[name] for name in ("cu_seqlens", "ignore_index", "shift") if name in options}

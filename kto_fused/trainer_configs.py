@@ -91,7 +91,7 @@ class FusedPreferenceConfig(TrainingArguments):
             )
         checks.choice("loss_from", self.loss_from, LOSS_FROM)
         checks.choice("backend", self.backend, (*backends.BACKENDS, None))
-        checks.chunk_bytes(self.chunk_bytes)
+        checks.integer("chunk_bytes", self.chunk_bytes, at_least=1)
         for name in ("precompute_ref_log_probs", "disable_dropout"):
             checks.flag(name, getattr(self, name))
         for name in ("precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):

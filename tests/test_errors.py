@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import TWINS, make_case, make_hidden_case
+from torch.testing._internal.two_tensor import TwoTensor
 
 import kto_fused
 from kto_fused import (
@@ -363,6 +364,17 @@ def test_kto_from_logps_needs_a_reference(function):
         function(torch.zeros(4), None, torch.tensor([True, False, True, False]))
 
 
+def test_tensors_that_hold_no_values():
+    with pytest.raises(ValueError, match="tensors are on meta, which holds no values"):
+        kto_fused.token_logps(torch.zeros(1, 2, 3, device="meta"), torch.zeros(1, 2, dtype=torch.long, device="meta"))
+
+
+def test_a_tensor_that_wraps_others_is_refused():
+    wrapped = TwoTensor(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+    with pytest.raises(TypeError, match="logits is a TwoTensor, which wraps other tensors; pass a plain tensor"):
+        kto_fused.token_logps(wrapped, torch.zeros(1, 2, dtype=torch.long))
+
+
 def test_the_triton_backend_on_a_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend='triton' needs a GPU, got tensors on cpu"):
@@ -403,6 +415,11 @@ def test_numbers_of_any_kind_are_numbers():
     assert loss.isfinite()
     case = make_case(batch=B, seq_len=T, vocab=V, dtype=torch.float64)
     hidden_case = make_hidden_case(batch=B, seq_len=T, vocab=V, hidden_size=3, dtype=torch.float64)
+    integers = {"ignore_index": np.int64(-100), "chunk_bytes": np.int32(2**20)}
+    hidden = (hidden_case.hidden, hidden_case.weight, hidden_case.labels)
+    for module in (kto_fused, reference):
+        expected = module.linear_sequence_logps(*hidden, **{name: int(number) for name, number in integers.items()})
+        assert torch.equal(module.linear_sequence_logps(*hidden, **integers), expected)
     for number in (np.float32(0.3), np.int64(2), Fraction(1, 3)):
         transform = dict.fromkeys(("temperature", "logit_scale", "logit_softcap"), number)
         for module in (kto_fused, reference):
@@ -509,12 +526,13 @@ LM_HEAD_ERRORS = {
         TypeError,
         "lm_head_bias is torch.float64, expected hidden's dtype torch.float32",
     ),
-    "a chunk of no bytes": ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be > 0, got 0"),
-    "a chunk of negative bytes": ({"chunk_bytes": -1}, ValueError, "chunk_bytes must be > 0, got -1"),
+    "a chunk of no bytes": ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be at least 1, got 0"),
+    "a chunk of negative bytes": ({"chunk_bytes": -1}, ValueError, "chunk_bytes must be at least 1, got -1"),
     "a float as chunk_bytes": ({"chunk_bytes": 1e9}, TypeError, "chunk_bytes must be an int, got float"),
     "a flag as chunk_bytes": ({"chunk_bytes": True}, TypeError, "chunk_bytes must be an int, got bool"),
     "label V": ({"labels": torch.full((B, T), V)}, IndexError, "labels[0, 1] is 7: expected a token id in [0, 7)"),
     "no ignore_index": ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
+    "an ignore_index that no label can be": ({"ignore_index": 2**63}, ValueError, "ignore_index must be an integer of"),
     "ignore_index as text": ({"ignore_index": "x"}, TypeError, "ignore_index must be an int, got str"),
     "a number as shift": ({"shift": 1}, TypeError, "shift must be True or False, got 1"),
 }
