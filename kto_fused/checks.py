@@ -65,8 +65,6 @@ def integer(name: str, value: object, *, at_least: int | None = None) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
 
 
 def logits_and_labels(
@@ -184,6 +182,8 @@ def flag(name: str, value: object) -> None:
 
 def label_options(ignore_index: object, shift: object) -> None:
     integer("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an integer of 64 bits, as labels are, got {ignore_index}")
     flag("shift", shift)
 
 

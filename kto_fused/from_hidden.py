@@ -28,7 +28,7 @@ from .layout import CompletionTokens, check_contents, completion_tokens, compute
 from .projection import NUM_STATISTICS, ChunkSpec, FoldedRows, Keeps, LMHead, WholeRows, move_rows
 
 # One chunk for all tokens writes the weight's gradient once: how many times the memory of several it may take.
-ONLY_CHUNK = 1.05
+ONE_CHUNK_MEMORY = 1.05
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,72 @@ def held_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+# ---- which tokens are in which chunk ------------------------------------------------------------------------------
+
+
+class _Room(NamedTuple):
+    """What a first visit's chunks keep where their loss is known in time, and how many tokens fit one of them."""
+
+    keeps: Keeps
+    of_several: int
+    of_one: int  # where it is the only one
+
+
+class _Plan(NamedTuple):
+    """A visit to all tokens: what its chunks keep, which tokens are in which, and whether the loss of a chunk's
+    sequences is known before its logits are dropped.
+    """
+
+    keeps: Keeps
+    ranges: list[tuple[int, int]]
+    is_loss_in_time: bool = False
+
+    @property
+    def is_direction(self) -> bool:
+        """Whether it takes d logp / d hidden, which needs no loss."""
+        return self.keeps == "panels" and not self.is_loss_in_time
+
+
+def _room(weight: torch.Tensor, options: HiddenOptions) -> _Room:
+    keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
+    spec, of_one = _chunk_spec(weight, options, keeps), _one_chunk_spec(weight, options, keeps)
+    capacity = spec.capacity()
+    return _Room(keeps, capacity, capacity if of_one == spec else of_one.capacity())
+
+
+def _plan(
+    counts: list[int],
+    room: _Room,
+    weight: torch.Tensor,
+    options: HiddenOptions,
+    *,
+    is_total: bool,
+    paired: bool,
+    couples: bool,
+) -> _Plan:
+    """The first visit to sequences of ``counts`` tokens. Where their loss is one number, ``is_total``, and known in
+    time, it is the only one.
+    """
+    num_tokens = sum(counts)
+    if is_total and any(options.needs):
+        one, several = [(0, num_tokens)] if num_tokens else [], None
+        if num_tokens > room.of_one and not couples:
+            several = _whole_ranges(counts, room.of_several, 2 if paired else 1)
+        if num_tokens <= room.of_one or (several and _takes_no_more(one, several, weight, options, room.keeps)):
+            return _Plan(room.keeps, one, is_loss_in_time=True)
+        if several is not None:
+            return _Plan(room.keeps, several, is_loss_in_time=True)
+    if room.keeps == "all":  # the loss comes too late for what would be kept
+        limit = _chunk_spec(weight, options, "nothing").capacity()
+        return _Plan("nothing", _even_ranges(num_tokens, limit))
+    return _Plan(room.keeps, _even_ranges(num_tokens, room.of_several))
+
+
+def _plan_again(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> _Plan:
+    """The second visit."""
+    return _Plan("panels", _even_ranges(num_tokens, _chunk_spec(weight, options, "panels").capacity()))
+
+
 def _even_ranges(num_tokens: int, limit: int) -> list[tuple[int, int]]:
     """As few chunks as fit, of nearly equal size."""
     count = -(-num_tokens // limit)
@@ -230,6 +296,28 @@ def _whole_ranges(counts: list[int], limit: int, group: int) -> list[tuple[int, 
     return ranges
 
 
+def _takes_no_more(
+    one: list[tuple[int, int]],
+    several: list[tuple[int, int]],
+    weight: torch.Tensor,
+    options: HiddenOptions,
+    keeps: Keeps,
+) -> bool:
+    """Whether one chunk takes no more than several, whose sum of weight gradients is in float32, beside a chunk and
+    then beside itself rounded.
+    """
+    spec, of_one = _chunk_spec(weight, options, keeps), _one_chunk_spec(weight, options, keeps)
+    wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
+    if not of_one.lent_bytes or spec.grad_dtype != weight.dtype or wide == held:
+        return False
+    in_several = max(spec.size(_longest(several)) + wide - held, wide)
+    return of_one.size(_longest(one)) <= ONE_CHUNK_MEMORY * in_several
+
+
+def _longest(ranges: list[tuple[int, int]]) -> int:
+    return max((stop - start for start, stop in ranges), default=0)
+
+
 def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
     return ChunkSpec(
         *weight.shape,
@@ -243,27 +331,12 @@ def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> C
     )
 
 
-def _only_chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
+def _one_chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
     """Of a chunk of all tokens, whose buffer may lie where its last GEMM writes the weight's gradient."""
     spec = _chunk_spec(weight, options, keeps)
     if keeps != "all" or not options.needs[1]:
         return spec
     return replace(spec, lent_bytes=weight.numel() * _sum_dtype(1, weight, options, keeps).itemsize)
-
-
-def _takes_no_more_as_one(
-    ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, keeps: Keeps
-) -> bool:
-    """Whether all tokens in one chunk take no more than these chunks, whose sum of weight gradients is in float32,
-    beside a chunk and then beside itself rounded.
-    """
-    spec, only = _chunk_spec(weight, options, keeps), _only_chunk_spec(weight, options, keeps)
-    wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
-    if not only.lent_bytes or spec.grad_dtype != weight.dtype or wide == held:
-        return False
-    longest = max(stop - start for start, stop in ranges)
-    several = max(spec.size(longest) + wide - held, wide)
-    return only.size(ranges[-1][1]) <= ONLY_CHUNK * several
 
 
 def _sum_dtype(num_chunks: int, weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> torch.dtype:
@@ -273,72 +346,43 @@ def _sum_dtype(num_chunks: int, weight: torch.Tensor, options: HiddenOptions, ke
     return held if is_held else options.compute_dtype
 
 
-def _empty_weight_sum(
-    ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, keeps: Keeps
-) -> torch.Tensor | None:
+def _empty_weight_sum(plan: _Plan, weight: torch.Tensor, options: HiddenOptions) -> torch.Tensor | None:
     """For the weight's gradient, which the first chunk writes."""
     if not options.needs[1]:
         return None
-    total = weight.new_empty(weight.shape, dtype=_sum_dtype(len(ranges), weight, options, keeps))
-    return total if ranges else total.zero_()
+    total = weight.new_empty(weight.shape, dtype=_sum_dtype(len(plan.ranges), weight, options, plan.keeps))
+    return total if plan.ranges else total.zero_()
 
 
-class _FirstVisit(NamedTuple):
-    """What its chunks keep, if their loss is known in time, and how many tokens fit one of several or the only one."""
-
-    keeps: Keeps
-    limit: int
-    only_limit: int
-
-
-def _first_visit(weight: torch.Tensor, options: HiddenOptions) -> _FirstVisit:
-    keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
-    spec, only = _chunk_spec(weight, options, keeps), _only_chunk_spec(weight, options, keeps)
-    limit = spec.capacity()
-    return _FirstVisit(keeps, limit, limit if only == spec else only.capacity())
-
-
-def _in_time_ranges(
-    counts: list[int], visit: _FirstVisit, weight: torch.Tensor, options: HiddenOptions, *, paired: bool, couples: bool
-) -> list[tuple[int, int]] | None:
-    """Chunks after each of which the loss of its sequences is known, so that one visit is enough; None where that
-    cannot be.
-    """
-    num_tokens = sum(counts)
-    one = [(0, num_tokens)] if num_tokens else []
-    if num_tokens <= visit.only_limit:
-        return one
-    if couples:
-        return None
-    ranges = _whole_ranges(counts, visit.limit, 2 if paired else 1)
-    if ranges is not None and _takes_no_more_as_one(ranges, weight, options, visit.keeps):
-        return one
-    return ranges
-
-
-def _again_ranges(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> tuple[Keeps, list[tuple[int, int]]]:
-    """What a second visit keeps, and its chunks."""
-    return "panels", _even_ranges(num_tokens, _chunk_spec(weight, options, "panels").capacity())
-
-
-def _find_tokens(
-    weight: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, options: HiddenOptions, paired: bool
-) -> CompletionTokens:
-    layout = {"ignore_index": options.logits.ignore_index, "shift": options.logits.shift, "vocab_size": len(weight)}
-    check_contents(labels, cu_seqlens, **layout)
-    return completion_tokens(labels, cu_seqlens, paired=paired, **layout)
+def _lent_weight_sum(plan: _Plan, weight: torch.Tensor, options: HiddenOptions) -> torch.Tensor | None:
+    """The same where the only chunk may keep its buffer there until then."""
+    return _empty_weight_sum(plan, weight, options) if plan.is_loss_in_time and len(plan.ranges) == 1 else None
 
 
 def _make_chunk(
-    ranges: list[tuple[int, int]],
-    weight: torch.Tensor,
-    options: HiddenOptions,
-    keeps: Keeps,
-    lent: torch.Tensor | None = None,
+    plan: _Plan, weight: torch.Tensor, options: HiddenOptions, lent: torch.Tensor | None = None
 ) -> WholeRows | FoldedRows:
-    longest = max((stop - start for start, stop in ranges), default=0)
-    spec = _chunk_spec(weight, options, keeps)
+    longest, spec = _longest(plan.ranges), _chunk_spec(weight, options, plan.keeps)
     return FoldedRows(longest, spec, lent) if spec.kind is FoldedRows else WholeRows(longest, spec)
+
+
+def largest_chunk(
+    counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, paired: bool
+) -> tuple[WholeRows | FoldedRows, torch.Tensor | None]:
+    """(the longest chunk, what the weight's gradient adds up in) of a loss as a whole that does not couple its batch,
+    with sequences of ``counts`` completion tokens; of two visits those of the second, which takes more.
+    """
+    room = _room(weight, options)
+    plan = _plan(counts, room, weight, options, is_total=True, paired=paired, couples=False)
+    if room.keeps == "all" and not plan.is_loss_in_time:
+        plan = _plan_again(sum(counts), weight, options)
+    lent = _lent_weight_sum(plan, weight, options)
+    return _make_chunk(plan, weight, options, lent), lent if lent is not None else _empty_weight_sum(
+        plan, weight, options
+    )
+
+
+# ---- forward and backward -----------------------------------------------------------------------------------------
 
 
 def forward(
@@ -368,113 +412,96 @@ def forward(
     if is_left_to_backward:
         options = replace(options, needs=(False, False, False))
     paired = is_total and head.paired  # a chunk holds whole pairs
-    visit = _first_visit(weight, options)  # before the host waits for the device
+    room = _room(weight, options)  # before the host waits for the device
     tokens = _find_tokens(weight, labels, cu_seqlens, options, paired)
-    num_tokens = len(tokens.rows)
-    ranges = None
-    if is_total and any(options.needs):
-        couples = head.couples_batch(*head_tensors)
-        ranges = _in_time_ranges(tokens.counts, visit, weight, options, paired=paired, couples=couples)
-    is_loss_in_time = ranges is not None
-    # d logp / d hidden, which needs no loss
-    is_direction = not is_loss_in_time and visit.keeps == "panels"
-    keeps, limit = visit.keeps, visit.limit
-    if not is_loss_in_time:
-        if keeps == "all":
-            keeps, limit = "nothing", _chunk_spec(weight, options, "nothing").capacity()
-        ranges = _even_ranges(num_tokens, limit)
+    couples = is_total and head.couples_batch(*head_tensors)
+    plan = _plan(tokens.counts, room, weight, options, is_total=is_total, paired=paired, couples=couples)
+    weight_sum = _lent_weight_sum(plan, weight, options)
 
-    chunk = lent = None
-    if is_loss_in_time and len(ranges) == 1:
-        lent = _empty_weight_sum(ranges, weight, options, keeps)
-    ref_hidden, ref_weight, ref_bias = reference
-    gemm_weight = None  # a copy under autocast: one at a time, or one for both
-    if ref_hidden is not None:
-        is_shared = ref_weight.is_set_to(weight) and options.ref_dtype == options.dtype
-        ref_weight = ref_weight.to(options.ref_dtype)
-        if is_shared:
-            gemm_weight = ref_weight
-        ref_options = replace(options, dtype=options.ref_dtype, needs=(False, False, False))
-        if ref_options.dtype == options.dtype:  # the policy's buffer serves both
-            chunk = _make_chunk(ranges, weight, options, keeps, lent)
-            ref_limit = max(1, chunk.num_tokens)
-        else:
-            ref_limit = _chunk_spec(ref_weight, ref_options, "nothing").capacity()
-        ref_ranges = _even_ranges(num_tokens, ref_limit)
-        ref_chunk = chunk or _make_chunk(ref_ranges, ref_weight, ref_options, "nothing")
-        engine = _Engine(ref_hidden, ref_weight, ref_bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
-        for start, stop in ref_ranges:
-            engine.forward(start, stop)
-        ref_logps = engine.sequences()[0]
-        del engine, ref_chunk, ref_weight
-
+    chunk = gemm_weight = None
+    if reference[0] is not None:
+        ref_logps, chunk, gemm_weight = _reference_logps(reference, tokens, plan, weight, weight_sum, options)
     if gemm_weight is None:
         gemm_weight = weight.to(options.dtype)
-    chunk = chunk or _make_chunk(ranges, weight, options, keeps, lent)
+    chunk = chunk or _make_chunk(plan, weight, options, weight_sum)
     engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
-
     token_counts = tokens.unpack(tokens.offsets.diff())
 
     def apply_head() -> tuple[torch.Tensor, ...]:
         return () if head is None else head(engine.sequences()[0], token_counts, ref_logps, *head_tensors)
 
     results = None
-    if is_loss_in_time:
-        engine.start_sums(lent if len(ranges) == 1 else _empty_weight_sum(ranges, weight, options, keeps))
-        for start, stop in ranges:
+    if plan.is_loss_in_time:
+        engine.start_sums(_empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
+        for start, stop in plan.ranges:
             engine.forward(start, stop, keep=True)
             # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
             results = apply_head()
             engine.backward(start, stop, engine.token_grads(results[1], token_counts))
     else:
         ones = torch.ones_like(engine.per_token[0])
-        for start, stop in ranges:
-            engine.forward(start, stop, keep=is_direction)
-            if is_direction:
+        for start, stop in plan.ranges:
+            engine.forward(start, stop, keep=plan.is_direction)
+            if plan.is_direction:
                 engine.backward(start, stop, ones)
         results = apply_head()
         if is_total and any(options.needs):
             token_grads = engine.token_grads(results[1], token_counts)
-            if is_direction:
-                engine.scale_hidden_gradient(token_grads, ranges)
+            if plan.is_direction:
+                engine.scale_hidden_gradient(token_grads, plan.ranges)
             else:
                 _visit_again(engine, weight, token_grads)
-    if results is None:
+    if results is None:  # there was no chunk
         results = apply_head()
     values = engine.positions() if options.per_position else engine.sequences()
     statistics = engine.statistics if is_left_to_backward else None
     return values, ref_logps, results, engine.gradients(), statistics
 
 
+def _find_tokens(
+    weight: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, options: HiddenOptions, paired: bool
+) -> CompletionTokens:
+    layout = {"ignore_index": options.logits.ignore_index, "shift": options.logits.shift, "vocab_size": len(weight)}
+    check_contents(labels, cu_seqlens, **layout)
+    return completion_tokens(labels, cu_seqlens, paired=paired, **layout)
+
+
+def _reference_logps(
+    reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    tokens: CompletionTokens,
+    plan: _Plan,
+    weight: torch.Tensor,
+    weight_sum: torch.Tensor | None,
+    options: HiddenOptions,
+) -> tuple[torch.Tensor, WholeRows | FoldedRows | None, torch.Tensor | None]:
+    """Its log-probabilities [B]; and what serves the policy too: the chunk, the ``weight`` as the GEMMs read it."""
+    hidden, ref_weight, bias = reference
+    # a copy under autocast: one at a time, or one for both
+    is_shared = ref_weight.is_set_to(weight) and options.ref_dtype == options.dtype
+    ref_weight = ref_weight.to(options.ref_dtype)
+    ref_options, chunk = replace(options, dtype=options.ref_dtype, needs=(False, False, False)), None
+    if ref_options.dtype == options.dtype:
+        chunk = _make_chunk(plan, weight, options, weight_sum)
+        limit = max(1, chunk.num_tokens)
+    else:
+        limit = _chunk_spec(ref_weight, ref_options, "nothing").capacity()
+    ranges = _even_ranges(len(tokens.rows), limit)
+    ref_chunk = chunk or _make_chunk(_Plan("nothing", ranges), ref_weight, ref_options)
+    engine = _Engine(hidden, ref_weight, bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
+    for start, stop in ranges:
+        engine.forward(start, stop)
+    return engine.sequences()[0], chunk, ref_weight if is_shared else None
+
+
 def _visit_again(engine: _Engine, weight: torch.Tensor, token_grads: torch.Tensor) -> None:
     """Compute the logits once more, and all gradients."""
     engine.chunk = None  # before the other takes its memory
-    keeps, ranges = _again_ranges(len(engine.tokens.rows), weight, engine.options)
-    engine.chunk = _make_chunk(ranges, weight, engine.options, keeps)
-    engine.start_sums(_empty_weight_sum(ranges, weight, engine.options, keeps))
-    for start, stop in ranges:
+    plan = _plan_again(len(engine.tokens.rows), weight, engine.options)
+    engine.chunk = _make_chunk(plan, weight, engine.options)
+    engine.start_sums(_empty_weight_sum(plan, weight, engine.options))
+    for start, stop in plan.ranges:
         engine.visit_again(start, stop, token_grads)
-
-
-def largest_chunk(
-    counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, paired: bool
-) -> tuple[WholeRows | FoldedRows, torch.Tensor | None]:
-    """(the longest chunk, what the weight's gradient adds up in) of a loss as a whole that does not couple its batch,
-    with sequences of ``counts`` completion tokens; of two visits those of the second, which takes more.
-    """
-    visit = _first_visit(weight, options)
-    keeps, ranges = visit.keeps, None
-    if any(options.needs):
-        ranges = _in_time_ranges(counts, visit, weight, options, paired=paired, couples=False)
-    is_in_time = ranges is not None
-    if not is_in_time and keeps == "all":
-        keeps, ranges = _again_ranges(sum(counts), weight, options)
-    elif not is_in_time:
-        ranges = _even_ranges(sum(counts), visit.limit)
-    weight_sum = _empty_weight_sum(ranges, weight, options, keeps)
-    lent = weight_sum if is_in_time and len(ranges) == 1 else None
-    return _make_chunk(ranges, weight, options, keeps, lent), weight_sum
 
 
 def backward(

@@ -306,5 +306,5 @@ def chunks_of(num_tokens: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if num_tokens is not None:
             patch.setattr(projection.ChunkSpec, "capacity", lambda spec: num_tokens)
-            patch.setattr(from_hidden, "ONLY_CHUNK", 0)
+            patch.setattr(from_hidden, "ONE_CHUNK_MEMORY", 0)
         yield

@@ -191,6 +191,21 @@ def test_memory_stays_within_the_budget(setting, chunk_bytes, tokens):
     assert extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options) <= 1.05 * chunk_bytes
 
 
+@pytest.mark.parametrize(
+    ("setting", "dtype"),
+    [("frozen", torch.float32), ("frozen", torch.bfloat16), ("trained", torch.float32)],
+    ids=["fp32, frozen", "bf16, frozen", "fp32, trained"],
+)
+@pytest.mark.parametrize("chunk_bytes", [2 * MIB, 6 * MIB], ids=["2 MiB", "6 MiB"])
+def test_a_small_budget_is_kept_and_used(setting, dtype, chunk_bytes):
+    """Though it is less than what the row operations and casts of the weight would take at most."""
+    function, trained, options = MEMORY[setting]
+    case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=512, dtype=dtype)
+    case.weight, case.hidden = case.weight.to(dtype), case.hidden.to(dtype)
+    extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
+    assert 0.3 * chunk_bytes < extra <= 1.05 * chunk_bytes
+
+
 @pytest.fixture
 def without_arithmetic(monkeypatch):
     """Nothing is computed from hidden states: memory is taken as on a GPU, at sizes no CPU could work through."""
@@ -281,7 +296,7 @@ def test_one_chunk_where_several_would_take_as_much(without_arithmetic, setting,
     case = untouched_case(hidden_size, 151936, 2 * tokens + 2, batch)
     extra = extra_bytes(KTO, case, INPUTS, **FIXED)
     assert chunks == expected
-    monkeypatch.setattr(from_hidden, "ONLY_CHUNK", 0)
+    monkeypatch.setattr(from_hidden, "ONE_CHUNK_MEMORY", 0)
     chunks.clear()
     assert extra <= 1.05 * extra_bytes(KTO, case, INPUTS, **FIXED)
 
