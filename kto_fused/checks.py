@@ -258,11 +258,24 @@ def ref_lm_head(ref_hidden: object, weight: object, bias: object) -> None:
             raise ValueError(f"{name} came without {needed_name}: expected both or neither")
 
 
-def same_vocabulary(ref_weight: torch.Tensor, weight: torch.Tensor) -> None:
+def reference_head(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ref_weight: torch.Tensor | None,
+    ref_bias: torch.Tensor | None,
+    ref_hidden: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The head of the reference's hidden states: its own weight [V, H_ref] and bias [V], or the policy's."""
+    names = "ref_lm_head_weight", "ref_lm_head_bias"
+    if ref_weight is None:
+        ref_weight, ref_bias = weight, bias
+        names = "lm_head_weight, the reference's too,", "lm_head_bias, the reference's too,"
+    lm_head(names[0], ref_weight, names[1], ref_bias, "ref_hidden", ref_hidden)
     if len(ref_weight) != len(weight):
         raise ValueError(
             f"ref_lm_head_weight has a vocabulary of {len(ref_weight)}, expected lm_head_weight's {len(weight)}"
         )
+    return ref_weight, ref_bias
 
 
 def kto_options(

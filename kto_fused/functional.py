@@ -117,20 +117,10 @@ def fused_kto_loss(
     head, z0 = _kto_head(
         loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits, options.backend
     )
-    loss, logps, token_counts, entropy, mean_logits, token_accuracy, rewards, z0 = LossFromLogits.apply(
+    loss, *sequences, rewards, z0 = LossFromLogits.apply(
         logits, labels, cu_seqlens, num_sequences, options, head, ref_logps, desirable, z0
     )
-    return loss, LossMetrics(
-        logps=logps,
-        ref_logps=ref_logps,
-        rewards=rewards,
-        desirable=desirable == 1 if desirable.dtype != torch.bool else desirable,
-        reference_point=z0,
-        token_counts=token_counts,
-        entropy=entropy,
-        mean_logits=mean_logits,
-        token_accuracy=token_accuracy,
-    )
+    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
 
 
 def fused_dpo_loss(
@@ -210,18 +200,10 @@ def fused_dpo_loss(
         policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences, options, loss_type
     )
     head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, logits, options.backend)
-    loss, logps, token_counts, entropy, mean_logits, token_accuracy, rewards = LossFromLogits.apply(
+    loss, *sequences, rewards = LossFromLogits.apply(
         logits, labels, cu_seqlens, num_sequences, options, head, ref_logps
     )
-    return loss, LossMetrics(
-        logps=logps,
-        ref_logps=ref_logps,
-        rewards=rewards,
-        token_counts=token_counts,
-        entropy=entropy,
-        mean_logits=mean_logits,
-        token_accuracy=token_accuracy,
-    )
+    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards)
 
 
 def fused_linear_kto_loss(
@@ -331,20 +313,11 @@ def fused_linear_kto_loss(
         hidden,
         options.logits.backend,
     )
-    loss, logps, token_counts, entropy, mean_logits, token_accuracy, computed_ref_logps, rewards, z0 = (
-        LossFromHidden.apply(*tensors, *reference, options, head, desirable, z0)
+    loss, *sequences, computed_ref_logps, rewards, z0 = LossFromHidden.apply(
+        *tensors, *reference, options, head, desirable, z0
     )
-    return loss, LossMetrics(
-        logps=logps,
-        ref_logps=computed_ref_logps if ref_hidden is not None else reference[-1],
-        rewards=rewards,
-        desirable=desirable == 1 if desirable.dtype != torch.bool else desirable,
-        reference_point=z0,
-        token_counts=token_counts,
-        entropy=entropy,
-        mean_logits=mean_logits,
-        token_accuracy=token_accuracy,
-    )
+    ref_logps = reference[-1] if ref_hidden is None else computed_ref_logps
+    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
 
 
 def fused_linear_dpo_loss(
@@ -419,18 +392,9 @@ def fused_linear_dpo_loss(
     head = _dpo_head(
         loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, hidden, options.logits.backend
     )
-    loss, logps, token_counts, entropy, mean_logits, token_accuracy, computed_ref_logps, rewards = LossFromHidden.apply(
-        *tensors, *reference, options, head
-    )
-    return loss, LossMetrics(
-        logps=logps,
-        ref_logps=computed_ref_logps if ref_hidden is not None else reference[-1],
-        rewards=rewards,
-        token_counts=token_counts,
-        entropy=entropy,
-        mean_logits=mean_logits,
-        token_accuracy=token_accuracy,
-    )
+    loss, *sequences, computed_ref_logps, rewards = LossFromHidden.apply(*tensors, *reference, options, head)
+    ref_logps = reference[-1] if ref_hidden is None else computed_ref_logps
+    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards)
 
 
 def token_logps(
@@ -668,13 +632,7 @@ def kto_loss_from_logps(
     )
     ref_logps = ref_logps.detach()
     loss, rewards, z0 = LossFromLogps.apply(policy_logps, head, None, ref_logps, desirable, z0)
-    return loss, LossMetrics(
-        logps=policy_logps.detach(),
-        ref_logps=ref_logps,
-        rewards=rewards,
-        desirable=desirable == 1 if desirable.dtype != torch.bool else desirable,
-        reference_point=z0,
-    )
+    return loss, _metrics(policy_logps.detach(), ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
 
 
 def dpo_loss_from_logps(
@@ -715,12 +673,7 @@ def dpo_loss_from_logps(
     head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, policy_logps, backend)
     ref_logps = None if ref_logps is None else ref_logps.detach()
     loss, rewards = LossFromLogps.apply(policy_logps, head, token_counts, ref_logps)
-    return loss, LossMetrics(
-        logps=policy_logps.detach(),
-        ref_logps=ref_logps,
-        rewards=rewards,
-        token_counts=token_counts,
-    )
+    return loss, _metrics(policy_logps.detach(), token_counts, ref_logps=ref_logps, rewards=rewards)
 
 
 def kto_reference_point(
@@ -868,12 +821,7 @@ def _hidden_reference(
         return None, None, None, ref_logps.detach()
     if ref_hidden is None:
         return None, None, None, None
-    names = "ref_lm_head_weight", "ref_lm_head_bias"
-    if ref_weight is None:
-        ref_weight, ref_bias = weight, bias
-        names = "lm_head_weight, the reference's too,", "lm_head_bias, the reference's too,"
-    checks.lm_head(names[0], ref_weight, names[1], ref_bias, "ref_hidden", ref_hidden)
-    checks.same_vocabulary(ref_weight, weight)
+    ref_weight, ref_bias = checks.reference_head(weight, bias, ref_weight, ref_bias, ref_hidden)
     return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), None
 
 
@@ -927,4 +875,32 @@ def _dpo_head(
         reduction=reduction,
         loss_dtype=compute_dtype(like),
         backend=backend,
+    )
+
+
+def _metrics(
+    logps: torch.Tensor,
+    token_counts: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    mean_logits: torch.Tensor | None = None,
+    token_accuracy: torch.Tensor | None = None,
+    *,
+    ref_logps: torch.Tensor | None,
+    rewards: torch.Tensor,
+    desirable: torch.Tensor | None = None,
+    z0: torch.Tensor | None = None,
+) -> LossMetrics:
+    """Of what an engine says of the sequences, in its order, and a loss head of them."""
+    if desirable is not None and desirable.dtype != torch.bool:
+        desirable = desirable == 1
+    return LossMetrics(
+        logps=logps,
+        ref_logps=ref_logps,
+        rewards=rewards,
+        desirable=desirable,
+        reference_point=z0,
+        token_counts=token_counts,
+        entropy=entropy,
+        mean_logits=mean_logits,
+        token_accuracy=token_accuracy,
     )

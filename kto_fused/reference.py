@@ -81,14 +81,9 @@ def kto_loss(
     **engine: Any,
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_kto_loss``."""
-    logps, counts, *means = _sequences("policy_logits", policy_logits, labels, **engine)
-    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
-    if ref_logits is not None:
-        checks.ref_logits(ref_logits, policy_logits)
-        engine["inplace_backward"] = False  # which is about the policy's logits
-        ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
-    loss, metrics = kto_loss_from_logps(
-        logps,
+    sequences, ref_logps = _policy_and_ref_sequences(policy_logits, labels, ref_logits, ref_logps, loss_type, **engine)
+    result = kto_loss_from_logps(
+        sequences[0],
         ref_logps,
         desirable,
         reference_point=reference_point,
@@ -98,9 +93,7 @@ def kto_loss(
         loss_type=loss_type,
         reduction=reduction,
     )
-    metrics.token_counts = counts
-    metrics.entropy, metrics.mean_logits, metrics.token_accuracy = means
-    return loss.to(compute_dtype(policy_logits)), metrics
+    return _with_metrics(*result, sequences, policy_logits)
 
 
 @_twin_of(functional.fused_dpo_loss)
@@ -120,14 +113,9 @@ def dpo_loss(
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_dpo_loss``."""
     engine["average_log_prob"] = average_log_prob
-    logps, counts, *means = _sequences("policy_logits", policy_logits, labels, **engine)
-    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
-    if ref_logits is not None:
-        checks.ref_logits(ref_logits, policy_logits)
-        engine["inplace_backward"] = False  # which is about the policy's logits
-        ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
-    loss, metrics = dpo_loss_from_logps(
-        logps,
+    sequences, ref_logps = _policy_and_ref_sequences(policy_logits, labels, ref_logits, ref_logps, loss_type, **engine)
+    result = dpo_loss_from_logps(
+        sequences[0],
         ref_logps,
         beta=beta,
         loss_type=loss_type,
@@ -135,11 +123,9 @@ def dpo_loss(
         gamma=gamma,
         reduction=reduction,
         average_log_prob=average_log_prob,
-        token_counts=counts if loss_type in LENGTH_AVERAGED and not average_log_prob else None,
+        token_counts=sequences[1] if loss_type in LENGTH_AVERAGED and not average_log_prob else None,
     )
-    metrics.token_counts = counts
-    metrics.entropy, metrics.mean_logits, metrics.token_accuracy = means
-    return loss.to(compute_dtype(policy_logits)), metrics
+    return _with_metrics(*result, sequences, policy_logits)
 
 
 @_twin_of(functional.linear_sequence_logps)
@@ -154,7 +140,7 @@ def linear_sequence_logps(
 ) -> torch.Tensor:
     """Twin of ``kto_fused.linear_sequence_logps``."""
     checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    logits = _logits("hidden", hidden, "lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, labels, **engine)
+    logits = _policy_logits(hidden, lm_head_weight, lm_head_bias, labels, **engine)
     return sequence_logps(logits, labels, **engine)
 
 
@@ -172,7 +158,7 @@ def linear_token_logps(
     """Twin of ``kto_fused.linear_token_logps``."""
     checks.flag("return_metrics", return_metrics)
     checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    logits = _logits("hidden", hidden, "lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, labels, **engine)
+    logits = _policy_logits(hidden, lm_head_weight, lm_head_bias, labels, **engine)
     logps, *metrics, _ = _tokens("logits", logits, labels, **engine)
     return (logps, TokenMetrics(*metrics)) if return_metrics else logps
 
@@ -299,6 +285,32 @@ def dpo_loss_from_logps(
     )
 
 
+def _policy_and_ref_sequences(
+    policy_logits: torch.Tensor,
+    labels: torch.Tensor,
+    ref_logits: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    loss_type: str,
+    **engine: Any,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """``_sequences`` of the policy, and the reference's log-probabilities."""
+    sequences = _sequences("policy_logits", policy_logits, labels, **engine)
+    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
+    if ref_logits is not None:
+        checks.ref_logits(ref_logits, policy_logits)
+        engine["inplace_backward"] = False  # which is about the policy's logits
+        ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
+    return sequences, ref_logps
+
+
+def _with_metrics(
+    loss: torch.Tensor, metrics: LossMetrics, sequences: tuple[torch.Tensor, ...], policy_logits: torch.Tensor
+) -> tuple[torch.Tensor, LossMetrics]:
+    """Loss and metrics of log-probabilities, and what else is known of their logits."""
+    _, metrics.token_counts, metrics.entropy, metrics.mean_logits, metrics.token_accuracy = sequences
+    return loss.to(compute_dtype(policy_logits)), metrics
+
+
 def _targets(labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index: int, shift: bool) -> torch.Tensor:
     """The label that each position predicts. [B, T] or [N]"""
     targets = labels.long()
@@ -312,11 +324,8 @@ def _targets(labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index
 
 
 def _logits(
-    name: str,
     hidden: torch.Tensor,
-    weight_name: str,
     weight: torch.Tensor,
-    bias_name: str,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     *,
@@ -327,8 +336,7 @@ def _logits(
 ) -> torch.Tensor:
     """hidden @ weight.T + bias in float32 (float64 for float64): logits are not rounded on their way. [..., V]"""
     checks.label_options(ignore_index, shift)
-    hidden, labels, cu_seqlens, _ = checks.rows_and_labels(name, hidden, labels, cu_seqlens, last="H")
-    checks.lm_head(weight_name, weight, bias_name, bias, name, hidden)
+    hidden, labels, cu_seqlens, _ = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
     check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=len(weight))
     is_token = _targets(labels, cu_seqlens, ignore_index, shift) != ignore_index
     read, compute = gemm_dtype(hidden), compute_dtype(hidden)
@@ -337,6 +345,20 @@ def _logits(
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden.to(read).to(compute) @ weight.to(read).to(compute).T
         return logits if bias is None else logits + bias.to(compute)
+
+
+def _policy_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
+    checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
+    return _logits(hidden, weight, bias, labels, cu_seqlens=cu_seqlens, **options)
 
 
 def _policy_and_ref_logits(
@@ -355,17 +377,13 @@ def _policy_and_ref_logits(
     checks.one_reference(options.get("loss_type", ""), ref_hidden=ref_hidden, ref_logps=ref_logps)
     checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
     layout = {name: options[name] for name in ("cu_seqlens", "ignore_index", "shift") if name in options}
-    logits = _logits("hidden", hidden, "lm_head_weight", weight, "lm_head_bias", bias, labels, **layout)
+    logits = _policy_logits(hidden, weight, bias, labels, **layout)
     if ref_hidden is None:
         return logits, None
     checks.ref_hidden(ref_hidden, hidden)
-    ref_head = "ref_lm_head_weight", ref_weight, "ref_lm_head_bias", ref_bias
-    if ref_weight is None:
-        ref_head = "lm_head_weight, the reference's too,", weight, "lm_head_bias, the reference's too,", bias
+    ref_head = checks.reference_head(weight, bias, ref_weight, ref_bias, ref_hidden)
     with torch.no_grad():
-        ref_logits = _logits("ref_hidden", ref_hidden, *ref_head, labels, **layout)
-    checks.same_vocabulary(weight if ref_weight is None else ref_weight, weight)
-    return logits, ref_logits
+        return logits, _logits(ref_hidden, *ref_head, labels, **layout)
 
 
 def _tokens(
