@@ -39,8 +39,11 @@ class EstimateSettings:
     seq: int = field(default=2048, metadata={"help": "positions of each sequence, prompt and padding included"})
     loss: Literal["kto", "dpo"] = field(default="kto", metadata={"help": "the loss"})
     dtype: Literal["bf16", "fp16", "fp32"] = field(
-        default="bf16",
-        metadata={"help": "what the model computes in; fp16 keeps trained weights in float32, as loss scaling needs"},
+        default="bf16", metadata={"help": "what the model computes in; of fp32 weights, under autocast"}
+    )
+    weights: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto",
+        metadata={"help": "what weights are kept in; auto, as by kto-fused train: fp32 if trained, else --dtype"},
     )
     gpu_gib: float | None = field(
         default=None, metadata={"help": "a GPU's memory in GiB (the GPU here; without one, several common sizes)"}
@@ -120,9 +123,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class LossMemory:
-    """``peak`` is the moment that holds most; ``kept`` bytes stay until the layers' backward is done."""
+    """``peak`` is the moment that holds most; ``made`` bytes are there before the forward has let go of what autocast
+    cast, and ``kept`` bytes stay until the layers' backward is done.
+    """
 
     peak: Moment
+    made: int
     kept: int
 
 
@@ -130,27 +136,30 @@ class LossMemory:
 class StepMemory:
     """What a training step holds beside the loss, in bytes.
 
-    weights, gradients, moments   the policy's parameters times the bytes of each; AdamW has two moments
+    weights, gradients, adamw     the policy's parameters times the bytes of each; AdamW has two numbers for one
     reference                     a second model's weights, where the policy's own base cannot serve
+    casts                         autocast's copies of trained float32 weights, while the forward runs
     checkpoints                   gradient checkpointing: one [B, T, H] for each of the layers
-    layer                         B T (16 H + 6 I) numbers while one layer runs backward, I the width of its MLP.
-                                  Llama and Qwen 3 are within a quarter of it; attention is taken to hold no [T, T]
+    layer                         B T (16 H + 6 I) numbers while one layer runs backward, I the width of its MLP, and
+                                  under autocast B T 2 H in float32. Llama and Qwen 3 are within a quarter of it;
+                                  attention is taken to hold no [T, T]
     """
 
     weights: int
     gradients: int
-    moments: int
+    adamw: int
     reference: int
+    casts: int
     checkpoints: int
     layer: int
 
     @property
     def states(self) -> int:
-        return self.weights + self.gradients + self.moments + self.reference
+        return self.weights + self.gradients + self.adamw + self.reference
 
     def peak(self, loss: LossMemory) -> int:
-        """The loss, or the backward of a layer thereafter, whichever holds more; with all that stays."""
-        return self.states + self.checkpoints + max(loss.peak.total, loss.kept + self.layer)
+        """The end of the forward, the loss, or the backward of a layer, whichever holds most; with all that stays."""
+        return self.states + self.checkpoints + max(self.casts + loss.made, loss.peak.total, loss.kept + self.layer)
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,10 @@ def check(settings: EstimateSettings) -> None:
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise CommandError(f"--{name} must be a whole number of at least {least}, got {value!r}")
+    if settings.weights not in ("auto", "fp32", settings.dtype):
+        raise CommandError(f"--weights must be auto, fp32 or --dtype's {settings.dtype}, got {settings.weights!r}")
+    if (settings.weights, settings.head) == ("fp16", "trained"):
+        raise CommandError("--weights must be auto or fp32 where fp16 weights would be trained: loss scaling needs it")
     if settings.gpu_gib is not None and not 0 < settings.gpu_gib < math.inf:
         raise CommandError(f"--gpu_gib must be a finite number > 0, got {settings.gpu_gib!r}")
     if not 0 < settings.completion_fraction <= 1:
@@ -282,16 +295,18 @@ def _first_line(error: Exception) -> str:
 
 
 def loss_shape(settings: EstimateSettings, facts: ModelFacts, seq_len: int) -> LossShape:
-    is_trained, is_paired, dtype = settings.head == "trained", settings.loss == "dpo", DTYPES[settings.dtype]
+    is_trained, is_paired = settings.head == "trained", settings.loss == "dpo"
+    weights = settings.weights
+    if weights == "auto":
+        weights = "fp32" if is_trained else settings.dtype
     return LossShape(
         num_sequences=settings.batch * (2 if is_paired else 1),
         seq_len=seq_len,
         tokens_per_sequence=max(1, round(settings.completion_fraction * (seq_len - 1))),
         vocab_size=facts.vocab_size,
         hidden_size=facts.hidden_size,
-        dtype=dtype,
-        # loss scaling refuses float16 gradients
-        param_dtype=torch.float32 if is_trained and dtype == torch.float16 else dtype,
+        dtype=DTYPES[settings.dtype],
+        param_dtype=DTYPES[weights],
         is_head_trained=is_trained,
         is_paired=is_paired,
     )
@@ -304,6 +319,7 @@ def plain_loss(shape: LossShape) -> LossMemory:
     """``plain_moments`` at their peak."""
     return LossMemory(
         peak=max(plain_moments(shape), key=lambda moment: moment.total),
+        made=shape.dtype.itemsize * shape.logits,
         kept=2 * shape.dtype.itemsize * shape.logits,  # both logits still have a name in the loop
     )
 
@@ -351,6 +367,7 @@ def fused_loss(shape: LossShape, chunk_bytes: int, backend: str) -> LossMemory:
     """``fused_moments`` at their peak."""
     return LossMemory(
         peak=max(fused_moments(shape, chunk_bytes, backend), key=lambda moment: moment.total),
+        made=0,
         kept=shape.param_dtype.itemsize * shape.hidden,  # the gradient by the hidden states
     )
 
@@ -368,7 +385,7 @@ def fused_moments(shape: LossShape, chunk_bytes: int, backend: str) -> list[Mome
     """
     params, held_dtype = shape.param_dtype.itemsize, from_hidden.held_dtype(shape.param_dtype)
     chunk, weight_sum = _chunk(shape, chunk_bytes, backend)
-    inputs = {"reference's hidden states [B, T, H]": shape.dtype.itemsize * shape.hidden, **_autocast_copies(shape)}
+    inputs = {"reference's hidden states [B, T, H]": params * shape.hidden, **_autocast_copies(shape)}
     gradients = {
         "gradient by the hidden states [B, T, H]": held_dtype.itemsize * shape.hidden,
         "gradient by the LM head, summed [V, H]": weight_sum.nbytes if weight_sum is not None else 0,
@@ -423,17 +440,19 @@ def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
 
 
 def step_memory(facts: ModelFacts, shape: LossShape) -> StepMemory:
-    width = shape.param_dtype.itemsize
+    width, computed = shape.param_dtype.itemsize, shape.dtype.itemsize
     policy = width * facts.num_parameters
     positions = shape.num_sequences * shape.seq_len
-    is_trained = shape.is_head_trained
+    is_trained, is_cast = shape.is_head_trained, shape.dtype != shape.param_dtype
+    of_layer = computed * (16 * facts.layer_size + 6 * facts.inner_size) + width * 2 * facts.layer_size * is_cast
     return StepMemory(
         weights=policy,
         gradients=policy * is_trained,
-        moments=2 * policy * is_trained,
-        reference=shape.dtype.itemsize * facts.num_parameters * is_trained,
+        adamw=2 * policy * is_trained,
+        reference=policy * is_trained,
+        casts=computed * facts.num_parameters * (is_trained and is_cast),
         checkpoints=width * positions * facts.layer_size * facts.num_layers,
-        layer=width * positions * (16 * facts.layer_size + 6 * facts.inner_size),
+        layer=positions * of_layer,
     )
 
 
@@ -470,7 +489,8 @@ def table(settings: EstimateSettings, numbers: Estimate) -> str:
         f"{settings.model}: {facts.kind}, {facts.num_parameters / 1e6:.1f}M parameters, {facts.num_layers} layers, "
         f"H = {facts.hidden_size}, V = {facts.vocab_size}, {limit}",
         f"{settings.loss.upper()}, {settings.batch} {unit} of T = {settings.seq}, "
-        f"{shape.tokens_per_sequence} completion tokens each, {settings.dtype}, head {settings.head}",
+        f"{shape.tokens_per_sequence} completion tokens each, {settings.dtype}, head {settings.head}, "
+        f"weights in {next(name for name, dtype in DTYPES.items() if dtype == shape.param_dtype)}",
     ]
     if facts.max_length and settings.seq > facts.max_length:
         lines.append(f"T = {settings.seq} is more than the {facts.max_length} positions that the model was made for")
@@ -483,11 +503,13 @@ def table(settings: EstimateSettings, numbers: Estimate) -> str:
     width = shape.param_dtype.itemsize
     lines += ["", "The rest of the step: an estimate, with gradient checkpointing and attention that holds no [T, T]"]
     rows = [(f"weights, {width} bytes each", step.weights)]
+    if step.casts:
+        rows.append((f"autocast's copies of them in the forward, {shape.dtype.itemsize} bytes", step.casts))
     if shape.is_head_trained:
         rows += [
             (f"gradients, {width} bytes each", step.gradients),
-            (f"AdamW's two moments, {2 * width} bytes, no other copy", step.moments),
-            (f"reference's weights, {shape.dtype.itemsize} bytes each", step.reference),
+            (f"AdamW's two moments, {2 * width} bytes, no other copy", step.adamw),
+            (f"reference's weights, {width} bytes each", step.reference),
         ]
     rows += [("a checkpoint for each layer [B, T, H]", step.checkpoints), ("one layer's backward", step.layer)]
     lines += _rows(rows)
@@ -496,7 +518,7 @@ def table(settings: EstimateSettings, numbers: Estimate) -> str:
     rows = [("whole step, plain", step.peak(numbers.plain)), ("whole step, fused", step.peak(numbers.fused))]
     lines += _rows(rows)
     gradients = "; gradients count throughout, as when they accumulate" if shape.is_head_trained else ""
-    lines.append(f"at the loss or one layer's backward, whichever is more{gradients}")
+    lines.append(f"at the forward's end, the loss or a layer's backward{gradients}")
 
     lines += ["", f"Longest T that fits {settings.batch} {unit}, {RESERVED_BYTES / GIB:g} GiB left for the driver"]
     lines.append(f"{'':44}{'plain':>12}{'fused':>12}")

@@ -60,7 +60,7 @@ def fused_kto_loss(
             ``sequence_logps`` of its logits. Exactly one of the two.
         reference_point: z0 in nats, a number or a scalar tensor (``kto_reference_point``), or ``"batch_mean"``: the
             batch's mean log-ratio. Never receives a gradient. Under ``torch.compile`` one that changes should be a
-            tensor: each number may be compiled anew.
+            tensor: each new number, this or ``beta`` or any other, may be compiled anew.
         beta: strength of the pull towards the reference, > 0.
         desirable_weight, undesirable_weight: class weights, >= 0 (``kto_class_weights``).
         loss_type: ``kto``, ``kto_squared`` or ``apo_zero_unpaired``.

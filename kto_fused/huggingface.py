@@ -314,6 +314,8 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tu
 def _head_forward(self: nn.Linear, hidden: torch.Tensor, fused_call: Callable | None = None) -> Any:
     if fused_call is None:
         return type(self).forward(self, hidden)
+    if torch.is_autocast_enabled(hidden.device.type) and not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()  # which holds all layers' weights in half precision, though no layer is left
     result = fused_call(hidden, self.weight, self.bias)
     return result[0] if isinstance(result, tuple) else result, Outcome(result)
 
@@ -325,7 +327,10 @@ def _router_loss(
     model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """The load-balancing loss by the architecture's own function, weighted by its own coefficient."""
-    balance = getattr(sys.modules[_architecture(model).__module__], "load_balancing_loss_func", lambda: None)
+    # of the class from a modeling file: FSDP2 puts a class of its own before it
+    modules = (kind.__module__ for kind in type(model).__mro__)
+    module = next((name for name in modules if name.startswith(("transformers.models", "transformers_modules"))), "")
+    balance = getattr(sys.modules.get(module), "load_balancing_loss_func", lambda: None)
     names = ["gate_logits", "num_experts", "top_k", "attention_mask"]
     if list(inspect.signature(balance).parameters) != names or not hasattr(model, "router_aux_loss_coef"):
         raise _unknown_router_loss(model)
@@ -337,13 +342,6 @@ def _unknown_router_loss(model: PreTrainedModel) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(model).__name__}'s router loss is not a known one: train without it "
         "(model.config.output_router_logits = False), or add it yourself to a loss of the model's logits"
-    )
-
-
-def _architecture(model: PreTrainedModel) -> type:
-    """The class from a modeling file: FSDP2 puts a class of its own before it."""
-    return next(
-        cls for cls in type(model).__mro__ if cls.__module__.startswith(("transformers.models", "transformers_modules"))
     )
 
 

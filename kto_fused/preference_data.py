@@ -256,6 +256,7 @@ def prepare_unpaired(
     *,
     max_length: int | None = 1024,
     mismatch: bool = True,
+    needs_both_labels: bool = True,
     seed: int = 0,
     num_proc: int | None = None,
     name: str = "train",
@@ -271,6 +272,7 @@ def prepare_unpaired(
         max_length: tokens of prompt and completion. A longer completion is cut at its end, an example whose prompt
             leaves no room for one is dropped; both are counted and reported.
         mismatch: add ``kl_completion_ids``.
+        needs_both_labels: refuse data of one label, which nothing can be learned from; evaluation may use it.
         seed: draws the partners among completions of like length.
         num_proc: processes that tokenize.
         name: what the data is called in the progress bar and in messages.
@@ -280,12 +282,12 @@ def prepare_unpaired(
         ``kl_completion_ids``: the completion of another prompt, cut to what fits; empty where there is none left.
 
     Raises:
-        DataError: bad data, a missing chat template, no example left, or none of a label.
+        DataError: bad data, a missing chat template, no example left, or none of a label that is needed.
     """
     tokens, truncated, dropped = _tokenized(source, tokenizer, UNPAIRED, max_length, num_proc, name)
     labels, prompts = (tokens.data.column(column).to_numpy() for column in ("label", "prompt_key"))
     for label, kind in ((True, "desirable"), (False, "undesirable")):
-        if label not in labels:
+        if needs_both_labels and label not in labels:
             raise DataError(f"{name} data: expected desirable and undesirable examples, got no {kind} one")
     tokens = tokens.remove_columns("prompt_key")
     if not mismatch:

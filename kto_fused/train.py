@@ -59,6 +59,7 @@ AT_LEAST = {
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 0,
     "learning_rate": 0,
+    "weight_decay": 0,
     "max_grad_norm": 0,
     "seed": 0,
 }
@@ -88,9 +89,12 @@ class TrainSettings:
     ref_model: str | None = field(
         default=None, metadata={"help": "the reference, as --model; else the policy as it is before training"}
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32",
-        metadata={"help": "of the weights; small updates are lost in 16 bits, unless an adapter is trained"},
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={
+            "help": "of the weights, auto: as they are saved; if not given float32, for small updates are lost in 16 "
+            "bits, or with --lora_rank auto"
+        },
     )
     lora_rank: int = field(default=0, metadata={"help": "train a LoRA adapter of this rank; 0: train all weights"})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank if not given"})
@@ -99,6 +103,8 @@ class TrainSettings:
     )
 
     def __post_init__(self):
+        if self.dtype is None:
+            self.dtype = "auto" if self.lora_rank else "float32"
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
@@ -134,7 +140,8 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
         if trainer.is_world_process_zero():
             print_summary(metrics)
             described = config.to_dict() | {"max_length": trainer.max_length}
-            write(config.output_dir, {"settings": vars(settings), "config": described, **metrics})
+            loaded = vars(settings) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
+            write(config.output_dir, {"settings": loaded, "config": described, **metrics})
             print(f"\nWrote the model, metrics.json and curves.png into {config.output_dir}")
     trainer.accelerator.end_training()
     return 0

@@ -135,7 +135,9 @@ class FusedKTOConfig(FusedPreferenceConfig):
                 self.reference_point = math.nan
             if not math.isfinite(self.reference_point):
                 raise ValueError(f"reference_point must be 'mismatched', 'batch_mean' or a number, got {given!r}")
-        number = self.reference_point if isinstance(self.reference_point, float) else 0.0
+        number = 0.0 if self.reference_point == MISMATCHED else self.reference_point
+        if number == "batch_mean" and self.loss_type == "apo_zero_unpaired":  # the functions' default, but none here
+            raise ValueError("loss_type='apo_zero_unpaired' fixes reference_point at 0, got 'batch_mean'")
         checks.kto_options(
             self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean", None
         )

@@ -92,7 +92,7 @@ class FusedTrainer(Trainer):
         self._model_path = model if isinstance(model, str) else None
         self._path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
         model, ref_model = _load(model, self._path_dtype), _load(ref_model, self._path_dtype)
-        self.max_length = _max_length(args.max_length, model=model, ref_model=ref_model)
+        self.max_length = _max_length(args.max_length, args.pad_to_multiple_of, model=model, ref_model=ref_model)
         self._embedded_tokens = {"model": _embedded_tokens(model), "ref_model": _embedded_tokens(ref_model)}
         self._check_embedded(_pad_token_id(processing_class), "processing_class pads with")
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -167,15 +167,19 @@ class FusedTrainer(Trainer):
         if source is None:
             return None
         if type(source) is dict:
-            return {key: self._prepare_data(value, args, key) for key, value in source.items()}
-        prepared = self._tokenize(source, args, name)
-        self._check_embedded(_largest_token_id(prepared.dataset), f"{name} data: the tokenizer gives")
+            return {key: self._prepare_data(value, args, f"{name}_{key}") for key, value in source.items()}
+        prepared = self._checked_tokens(source, args, name)
         self.data_counts[name] = {
             "examples": len(prepared.dataset),
             "truncated": prepared.truncated,
             "dropped": prepared.dropped,
         }
         return prepared.dataset
+
+    def _checked_tokens(self, source: Any, args: FusedPreferenceConfig, name: str) -> Prepared:
+        prepared = self._tokenize(source, args, name)
+        self._check_embedded(_largest_token_id(prepared.dataset), f"{name} data: the tokenizer gives")
+        return prepared
 
     def _check_embedded(self, token_id: int, where: str) -> None:
         """A forward pass would fail on an index, on a GPU without a word of what it is."""
@@ -259,9 +263,8 @@ class FusedTrainer(Trainer):
             described.del_config_sub_tree(name)
         described.trainer_config_finalize(self.args, ref_model, num_training_steps=0)
         config = described.config
-        config["gradient_accumulation_steps"] = (
-            1  # it never steps, but DeepSpeed asks for the batch it would step after
-        )
+        # it never steps, but DeepSpeed asks for the batch it would step after
+        config["gradient_accumulation_steps"] = 1
         config["train_micro_batch_size_per_gpu"] = self.args.per_device_train_batch_size
         if not described.is_zero3():
             config["zero_optimization"] = {"stage": 0}
@@ -442,7 +445,7 @@ class FusedTrainer(Trainer):
 
     def _prepare_new(self, source: Any) -> Dataset:
         is_prepared = isinstance(source, Dataset) and set(self.columns) <= set(source.column_names)
-        dataset = source if is_prepared else self._prepare_data(source, self.args, "eval")
+        dataset = source if is_prepared else self._checked_tokens(source, self.args, "eval").dataset
         if self._reference_is_gone and not set(self.ref_columns) <= set(dataset.column_names):
             raise ValueError(
                 "eval_dataset is new, and with precompute_ref_log_probs there is no reference model to score it: "
@@ -552,6 +555,7 @@ class FusedKTOTrainer(FusedTrainer):
             self._tokenizer,
             max_length=self.max_length,
             mismatch=args.needs_mismatched,
+            needs_both_labels=name == "train",
             seed=args.seed,
             num_proc=args.dataset_num_proc,
             name=name,
@@ -741,8 +745,10 @@ def _load(model: Any, dtype: torch.dtype | str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype) if isinstance(model, str) else model
 
 
-def _max_length(wanted: int | str | None, **models: nn.Module | None) -> int | None:
-    """In tokens. Beyond its positions a model fails on an index, or, with rotary ones, trains on what it never saw."""
+def _max_length(wanted: int | str | None, multiple: int | None, **models: nn.Module | None) -> int | None:
+    """In tokens. Beyond its positions a model fails on an index, or, with rotary ones, trains on what it never saw; so
+    batches padded to a ``multiple`` end before them.
+    """
     limits = [AUTO_MAX_LENGTH] if wanted == AUTO else [] if wanted is None else [wanted]
     for name, model in models.items():
         config = getattr(model, "config", None)
@@ -751,7 +757,17 @@ def _max_length(wanted: int | str | None, **models: nn.Module | None) -> int | N
             continue
         if isinstance(wanted, int) and wanted > positions:
             raise ValueError(f"max_length must be at most {positions}, the positions that {name} has, got {wanted}")
-        limits.append(positions)
+        usable = positions - positions % (multiple or 1)
+        if usable < 2:
+            raise ValueError(
+                f"pad_to_multiple_of must be at most {positions}, the positions that {name} has, got {multiple}"
+            )
+        if isinstance(wanted, int) and wanted > usable:
+            raise ValueError(
+                f"max_length={wanted} would be padded to a multiple of {multiple} (pad_to_multiple_of), beyond the "
+                f"{positions} positions that {name} has: expected at most {usable}"
+            )
+        limits.append(usable)
     return min(limits, default=None)
 
 

@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kto_fused import fused_kto_loss, fused_linear_kto_loss, huggingface, linear_sequence_logps, reference
 from kto_fused.huggingface import UnsupportedModelError
+from kto_fused.measure import peak_bytes
 
 by_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 by_function = pytest.mark.parametrize("function", TWINS, ids=lambda function: function.__name__)
@@ -668,6 +669,30 @@ def test_compiled_once_for_every_step(name, attached_first):
         assert_same_gradients(backward(model, actual), backward(eager, expected))
         numbers.append(len(graphs))
     assert numbers == numbers[:1] * 4
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+def test_autocasts_copies_of_the_layers_are_let_go_before_the_loss(monkeypatch):
+    model = make_model("llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    model.gradient_checkpointing_enable()
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    num_weights = sum(parameter.numel() for parameter in model.model.layers.parameters())
+
+    def large_loss(**given):
+        torch.empty(2 * num_weights)
+        return fused_linear_kto_loss(**given)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(large_loss, model, model_inputs, **arguments)
+        loss.backward()
+
+    step()  # it has gradients from here on
+    peaks = []
+    for clear in (torch.clear_autocast_cache, lambda: None):
+        monkeypatch.setattr(torch, "clear_autocast_cache", clear)
+        peaks.append(peak_bytes(step, torch.device("cpu")))
+    assert peaks[1] - peaks[0] == pytest.approx(2 * num_weights, rel=0.1)
 
 
 def test_autocast_rounds_the_gemms_inputs_and_no_logit():

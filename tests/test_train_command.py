@@ -23,7 +23,7 @@ import transformers.training_args
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kto_fused import cli, train
+from kto_fused import cli, estimate, train
 from kto_fused.cli import CommandError
 
 ROOT = Path(__file__).parents[1]
@@ -557,6 +557,7 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--config", "missing.yaml"], "--config missing.yaml cannot be read: No such file or directory"),
         (["--beta", "0"], "beta must be a finite number > 0, got 0.0"),
         (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
+        (["--weight_decay", "nan"], "--weight_decay must be a finite number of at least 0, got nan"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be a finite number of at least 1"),
         (["--num_train_epochs", "0"], "--num_train_epochs must be more than 0"),
         (["--max_length", "1025"], "max_length must be at most 1024, the positions that model has, got 1025"),
@@ -646,6 +647,16 @@ def test_estimate_takes_its_settings_as_flags(files, capsys):
     assert "DPO, 3 pairs of T = 64" in capsys.readouterr().out
     assert "--seq must be" in refusal(capsys, ["estimate", "--model", str(files / "model"), "--seq", "0"])
     assert "--model nothing: its config" in refusal(capsys, ["estimate", "--model", "nothing"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", "2"]], ids=["trained", "frozen"])
+def test_weights_are_kept_as_the_command_that_trains_keeps_them(flags):
+    settings, _ = train.parse(["--model", "m", "--data", "d", "--use_cpu", *flags])
+    head = "frozen" if settings.lora_rank else "trained"
+    facts = estimate.ModelFacts("llama", 1, 2, 3, 3, 3, 1, None)
+    shape = estimate.loss_shape(estimate.EstimateSettings("m", dtype="bf16", head=head), facts, 64)
+    # auto is what the checkpoint is in, which is mostly bfloat16
+    assert shape.param_dtype == {"float32": torch.float32, "auto": torch.bfloat16}[settings.dtype]
 
 
 def test_env_prints_versions(capsys):
