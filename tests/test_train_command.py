@@ -137,6 +137,18 @@ def test_lora_saves_an_adapter_of_the_asked_rank(files):
     assert (adapter["r"], adapter["lora_alpha"], set(adapter["target_modules"])) == (2, 4, {"q_proj", "v_proj"})
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([], "float32"), (["--lora_rank", "2"], "bfloat16"), (["--lora_rank", "2", "--dtype", "float32"], "float32")],
+)
+def test_an_adapters_base_is_kept_as_it_was_saved(files, flags, expected):
+    pytest.importorskip("peft")
+    tiny_training.model().to(torch.bfloat16).save_pretrained("half")
+    tiny_training.tokenizer().save_pretrained("half")
+    assert cli.main(command(files, "kto", "--model", "half", "--max_steps", "1", *flags)) == 0
+    assert results("runs/kto")["settings"]["dtype"] == expected
+
+
 def test_an_adapter_is_no_model_to_start_from(files, capsys):
     pytest.importorskip("peft")
     assert cli.main(command(files, "kto", "--lora_rank", "2", "--max_steps", "1", "--output_dir", "adapter")) == 0

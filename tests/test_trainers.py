@@ -41,7 +41,7 @@ from kto_fused import reference, reference_cache
 from kto_fused.huggingface import UnsupportedModelError
 from kto_fused.losses import DPO_LOSS_TYPES
 from kto_fused.metrics import LossMetrics, Totals
-from kto_fused.preference_data import IGNORE_INDEX
+from kto_fused.preference_data import IGNORE_INDEX, DataError
 from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
 
 KINDS = ["kto", "dpo"]
@@ -429,7 +429,11 @@ def test_batches_of_evaluation_change_nothing_where_z0_is_given(tmp_path):
 @by_kind
 def test_several_evaluation_sets_are_reported_by_name(tmp_path, kind):
     sets = {"few": data(kind, 5, seed=3), "more": data(kind, 9, seed=4)}
-    together = make_trainer(kind, tmp_path, ref_model=model(seed=1), evaluation=sets).evaluate()
+    sets["train"] = data(kind, 4, seed=6)
+    trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), evaluation=sets)
+    counted = {name: counts["examples"] for name, counts in trainer.data_counts.items()}
+    assert counted == {"train": 16, "eval_few": 5, "eval_more": 9, "eval_train": 4}
+    together = trainer.evaluate()
     for name, rows in sets.items():
         alone = make_trainer(kind, tmp_path, ref_model=model(seed=1), evaluation=rows).evaluate()
         for metric in LOGGED[kind] | {"loss"}:
@@ -1004,6 +1008,9 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
         refused("label_smoothing", label_smoothing=0.5)
     else:
         refused("undesirable_weight", undesirable_weight=-1.0)
+        for other in ("batch_mean", 0.5):
+            fixed = f"'apo_zero_unpaired' fixes reference_point at 0, got {other!r}"
+            refused(fixed, loss_type="apo_zero_unpaired", reference_point=other)
         for rubbish in ("mean", "nan", "inf", None, [0.1], True):
             refused("reference_point must be 'mismatched', 'batch_mean' or a number, got", reference_point=rubbish)
 
@@ -1034,12 +1041,35 @@ def test_no_sequence_is_longer_than_the_models_positions(tmp_path, kind, make):
         assert trainer.max_length == (5 if settings.get("max_length") == 5 else 8)
         assert trainer.max_length == max(trainer.train_dataset["length"])
         trainer.train()
-        trainer.evaluate(data(kind, 4, seed=5))  # prepared only now
-        assert trainer.data_counts["eval"]["truncated"]
+        counts = dict(trainer.data_counts)
+        trainer.evaluate(data(kind, 5, seed=5))  # prepared only now
+        assert trainer.data_counts == counts
+        assert counts["eval"]["truncated"]
     for settings in ({"policy": make()}, {"ref_model": make()}):
         name = "model" if "policy" in settings else "ref_model"
         with pytest.raises(ValueError, match=f"max_length must be at most 8, the positions that {name} has, got 9"):
             make_trainer(kind, tmp_path, max_length=9, **settings)
+
+
+def test_batches_are_padded_within_the_models_positions(tmp_path):
+    for settings in ({}, {"max_length": None}, {"max_length": 6}):
+        trainer = make_trainer("kto", tmp_path, policy=tiny_gpt2(), pad_to_multiple_of=3, **settings)
+        assert trainer.max_length == 6
+        trainer.train()
+    with pytest.raises(ValueError, match=r"max_length=7 would be padded to a multiple of 3.*at most 6"):
+        make_trainer("kto", tmp_path, policy=tiny_gpt2(), pad_to_multiple_of=3, max_length=7)
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be at most 8, the positions that model has, got 9"):
+        make_trainer("kto", tmp_path, policy=tiny_gpt2(), pad_to_multiple_of=9)
+
+
+def test_evaluation_data_may_be_of_one_label(tmp_path):
+    desirable = data("kto", 9).filter(lambda record: record["label"])
+    trainer = make_trainer("kto", tmp_path, evaluation=desirable)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    assert "eval_rewards/rejected" not in metrics
+    with pytest.raises(DataError, match=r"train data: .* got no undesirable one"):
+        make_trainer("kto", tmp_path, train=desirable)
 
 
 def test_max_length_where_the_model_has_more_positions_or_no_limit(tmp_path):
