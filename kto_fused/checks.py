@@ -1,4 +1,6 @@
-"""Every argument is checked here, at the call, from shapes, dtypes and numbers alone: no check waits for a GPU."""
+"""Every argument is checked here, at the call: shapes, dtypes and numbers, and a tensor's values where
+``backends.may_read`` them; so no check waits for a GPU.
+"""
 
 import math
 import numbers

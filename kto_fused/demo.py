@@ -145,7 +145,7 @@ def make_trainer(settings: Settings, device: torch.device) -> FusedKTOTrainer:
         report_to="none",
         use_cpu=device.type == "cpu",
     )
-    config._n_gpu = min(config.n_gpu, 1)
+    config._n_gpu = min(config.n_gpu, 1)  # the trainers refuse to be shown several; the demo takes the first
     if settings.model is None:
         warm_up(model.to(device), dataset, settings.seed)
     return FusedKTOTrainer(model, args=config, train_dataset=settings.data, processing_class=tokenizer)

@@ -77,14 +77,12 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
             "kto_fused.huggingface.attach(model) before the wrapping"
         )
     gradient_path, outcome = answer
-    result = outcome.result
-    first = result[0] if isinstance(result, tuple) else result
-    first = exact(first, gradient_path)
-    if not isinstance(result, tuple):
+    first, *others = outcome.results(gradient_path)
+    if not isinstance(outcome.result, tuple):
         return first
     if outcome.aux_loss is not None:
         first = first + outcome.aux_loss.to(first)
-    return first, *result[1:]
+    return first, *others
 
 
 def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> Any:
@@ -253,6 +251,11 @@ class Outcome:
 
     def __init__(self, result: Any):
         self.result, self.aux_loss = result, None
+
+    def results(self, gradient_path: torch.Tensor) -> tuple:
+        """``exact``, of the first and what wrappers made of it on its way; then the others."""
+        first, *others = self.result if isinstance(self.result, tuple) else (self.result,)
+        return exact(first, gradient_path), *others
 
 
 class OnBothPaths(torch.autograd.Function):

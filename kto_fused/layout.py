@@ -110,9 +110,13 @@ def completion_tokens(
     order = torch.where(is_token, row_sequence, num_sequences).argsort(stable=True)
     *host_counts, is_partition = torch.cat([counts, is_partition]).tolist()
     if not is_partition:
-        raise ValueError(f"cu_seqlens must rise from 0 to the {num_rows} packed labels, got {cu_seqlens.tolist()}")
+        raise _no_partition(num_rows, cu_seqlens)
     rows = order[: sum(host_counts)]
     return CompletionTokens(rows, targets[rows], offsets, host_counts, sequences)
+
+
+def _no_partition(num_rows: int, cu_seqlens: torch.Tensor) -> ValueError:
+    return ValueError(f"cu_seqlens must rise from 0 to the {num_rows} packed labels, got {cu_seqlens.tolist()}")
 
 
 def check_contents(
@@ -128,7 +132,7 @@ def check_contents(
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != num_rows or sorted(offsets) != offsets:
-            raise ValueError(f"cu_seqlens must rise from 0 to the {num_rows} packed labels, got {offsets}")
+            raise _no_partition(num_rows, cu_seqlens)
     targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size)
     invalid = (targets == INVALID).nonzero()
     if len(invalid):

@@ -364,8 +364,7 @@ def _reference(trainer: Trainer) -> Iterator[nn.Module]:
 def _fused(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> tuple[Any, ...]:
     """``function``'s results, computed inside the model's forward, then the load-balancing loss or None."""
     gradient_path, outcome = model(**model_inputs, fused_lm_head=FusedCall(function, arguments))
-    first, *others = outcome.result if isinstance(outcome.result, tuple) else (outcome.result,)
-    return huggingface.exact(first, gradient_path), *others, outcome.aux_loss
+    return *outcome.results(gradient_path), outcome.aux_loss
 
 
 @torch.no_grad()
