@@ -212,11 +212,12 @@ def held_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Room(NamedTuple):
-    """What a first visit's chunks keep where their loss is known in time, and how many tokens fit one of them."""
+    """What a first visit's chunks keep where their loss is known in time, and how many tokens one of them holds."""
 
     keeps: Keeps
-    of_several: int
-    of_one: int  # where it is the only one
+    usual: int
+    most: int
+    most_alone: int  # where it is the only one
 
 
 class _Plan(NamedTuple):
@@ -236,9 +237,9 @@ class _Plan(NamedTuple):
 
 def _room(weight: torch.Tensor, options: HiddenOptions) -> _Room:
     keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
-    spec, of_one = _chunk_spec(weight, options, keeps), _one_chunk_spec(weight, options, keeps)
-    capacity = spec.capacity()
-    return _Room(keeps, capacity, capacity if of_one == spec else of_one.capacity())
+    spec, alone = _chunk_spec(weight, options, keeps), _lone_chunk_spec(weight, options, keeps)
+    most = spec.capacity()
+    return _Room(keeps, min(most, spec.enough_tokens), most, most if alone == spec else alone.capacity())
 
 
 def _plan(
@@ -256,17 +257,17 @@ def _plan(
     """
     num_tokens = sum(counts)
     if is_total and any(options.needs):
-        one, several = [(0, num_tokens)] if num_tokens else [], None
-        if num_tokens > room.of_one and not couples:
-            several = _whole_ranges(counts, room.of_several, 2 if paired else 1)
-        if num_tokens <= room.of_one or (several and _takes_no_more(one, several, weight, options, room.keeps)):
+        one = [(0, num_tokens)] if num_tokens else []
+        several = None if couples else _whole_ranges(counts, room, 2 if paired else 1)
+        is_one = num_tokens <= room.most_alone and (several is None or room.usual == room.most)
+        if is_one or (several and _takes_no_more(one, several, weight, options, room.keeps)):
             return _Plan(room.keeps, one, is_loss_in_time=True)
         if several is not None:
             return _Plan(room.keeps, several, is_loss_in_time=True)
     if room.keeps == "all":  # the loss comes too late for what would be kept
         limit = _chunk_spec(weight, options, "nothing").capacity()
         return _Plan("nothing", _even_ranges(num_tokens, limit))
-    return _Plan(room.keeps, _even_ranges(num_tokens, room.of_several))
+    return _Plan(room.keeps, _even_ranges(num_tokens, room.usual))
 
 
 def _plan_again(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> _Plan:
@@ -280,14 +281,14 @@ def _even_ranges(num_tokens: int, limit: int) -> list[tuple[int, int]]:
     return [(num_tokens * i // count, num_tokens * (i + 1) // count) for i in range(count)]
 
 
-def _whole_ranges(counts: list[int], limit: int, group: int) -> list[tuple[int, int]] | None:
-    """Chunks of whole groups of sequences; None where one group alone exceeds the limit."""
+def _whole_ranges(counts: list[int], room: _Room, group: int) -> list[tuple[int, int]] | None:
+    """Chunks of whole groups of sequences; None where one group alone is more than a chunk can hold."""
     ranges, start, stop = [], 0, 0
     for first in range(0, len(counts), group):
         size = sum(counts[first : first + group])
-        if size > limit:
+        if size > room.most:
             return None
-        if stop + size - start > limit:
+        if stop + size - start > room.usual and stop > start:
             ranges.append((start, stop))
             start = stop
         stop += size
@@ -306,12 +307,12 @@ def _takes_no_more(
     """Whether one chunk takes no more than several, whose sum of weight gradients is in float32, beside a chunk and
     then beside itself rounded.
     """
-    spec, of_one = _chunk_spec(weight, options, keeps), _one_chunk_spec(weight, options, keeps)
+    spec, alone = _chunk_spec(weight, options, keeps), _lone_chunk_spec(weight, options, keeps)
     wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
-    if not of_one.lent_bytes or spec.grad_dtype != weight.dtype or wide == held:
+    if not alone.lent_bytes or spec.grad_dtype != weight.dtype or wide == held:
         return False
     in_several = max(spec.size(_longest(several)) + wide - held, wide)
-    return of_one.size(_longest(one)) <= ONE_CHUNK_MEMORY * in_several
+    return alone.size(_longest(one)) <= ONE_CHUNK_MEMORY * in_several
 
 
 def _longest(ranges: list[tuple[int, int]]) -> int:
@@ -331,7 +332,7 @@ def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> C
     )
 
 
-def _one_chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
+def _lone_chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
     """Of a chunk of all tokens, whose buffer may lie where its last GEMM writes the weight's gradient."""
     spec = _chunk_spec(weight, options, keeps)
     if keeps != "all" or not options.needs[1]:
@@ -376,10 +377,10 @@ def largest_chunk(
     plan = _plan(counts, room, weight, options, is_total=True, paired=paired, couples=False)
     if room.keeps == "all" and not plan.is_loss_in_time:
         plan = _plan_again(sum(counts), weight, options)
-    lent = _lent_weight_sum(plan, weight, options)
-    return _make_chunk(plan, weight, options, lent), lent if lent is not None else _empty_weight_sum(
-        plan, weight, options
-    )
+    weight_sum = lent = _lent_weight_sum(plan, weight, options)
+    if lent is None:
+        weight_sum = _empty_weight_sum(plan, weight, options)
+    return _make_chunk(plan, weight, options, lent), weight_sum
 
 
 # ---- forward and backward -----------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ PANEL_LOGITS = 3 * TILE_LOGITS
 WEIGHT_PANEL_LOGITS = 2**28
 # Of a chunk that keeps nothing, or panels without the head's gradient: with more its GEMMs would be no faster.
 PANEL_TOKENS = 4096
+# Of any chunk on a CPU: with 4096 a step took as long (H = 1024, V = 32768, on two cores), or 6 % longer (H = 256).
+CPU_TOKENS = 1024
 MOST_TOKENS = 2**24  # of any chunk
 
 # Up to this hidden size a Hopper GPU folds logits in the registers of their GEMM. On an H200, before P was kept there
@@ -144,11 +146,19 @@ class ChunkSpec:
         """Of the weight, at a time."""
         return min(CAST_BYTES, self.num_bytes // 4)
 
+    @property
+    def enough_tokens(self) -> int:
+        """With more its GEMMs would be no faster."""
+        if self.kind is WholeRows:
+            return CPU_TOKENS if self.device.type == "cpu" else MOST_TOKENS
+        writes_weight_gradient = self.keeps == "all" or (self.keeps == "panels" and self.by_head)
+        return MOST_TOKENS if writes_weight_gradient else PANEL_TOKENS
+
     def capacity(self) -> int:
-        """How many tokens fit into ``num_bytes``; at least one."""
-        limit = min(MOST_TOKENS, self.num_bytes // self.hidden_size)
-        if self.kind is FoldedRows and (self.keeps == "nothing" or (self.keeps == "panels" and not self.by_head)):
-            limit = PANEL_TOKENS
+        """How many tokens fit into ``num_bytes``, at least one; no more than enough where a chunk may split sequences,
+        as the loss is known or does not matter yet.
+        """
+        limit = min(MOST_TOKENS if self.keeps == "all" else self.enough_tokens, self.num_bytes // self.hidden_size)
         return max(1, bisect.bisect_right(range(1, limit + 1), self.num_bytes, key=self.size))
 
     def size(self, num_tokens: int) -> int:

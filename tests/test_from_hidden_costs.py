@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import INPUTS, HiddenCase, assert_same_gradient, chunks_of, make_hidden_case, run_hidden
+from cases import INPUTS, HiddenCase, assert_same_gradient, chunks_of, is_masked, make_hidden_case, run_hidden
 from conftest import HAS_GPU
 from kto_fused.kernels import register_tiles, vocabulary_tiles
 from torch.profiler import ProfilerActivity, profile
@@ -106,7 +106,7 @@ def gemms(function, case, trained, **options) -> float:
                 logps.sum().backward()
         else:
             run_hidden(function, case, trained=trained, **options)
-    return counter.get_total_flops() / (2 * 4 * TOKENS * H * V)
+    return counter.get_total_flops() / (2 * (~is_masked(case)).sum().item() * case.weight.numel())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -189,6 +189,26 @@ def test_memory_stays_within_the_budget(setting, chunk_bytes, tokens):
     function, trained, options = MEMORY[setting]
     case = long_case(tokens=tokens, prompt=20, vocab=8192, hidden_size=64)
     assert extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options) <= 1.05 * chunk_bytes
+
+
+@pytest.mark.parametrize(
+    ("setting", "chunk_tokens", "products"),
+    [
+        ("no gradient", 1024, 1),
+        ("frozen", 1024, 2),
+        ("trained", 1024, 3),
+        ("pairs", 1024, 3),
+        ("trained, batch_mean", 2048, 3),
+        ("one loss per sequence", 1024, 4),
+    ],
+)
+def test_a_chunk_on_a_cpu_is_no_larger_than_its_gemms_need(setting, chunk_tokens, products):
+    """Of four sequences of 512 tokens, unless a larger one spares a GEMM."""
+    function, trained, options = MEMORY[setting]
+    case = long_case(tokens=512, prompt=20, vocab=8192, hidden_size=64)
+    chunk_bytes = 4 * 8192 * chunk_tokens
+    assert chunk_bytes < extra_bytes(function, case, trained, **options) < 1.2 * chunk_bytes
+    assert gemms(function, case, trained, **options) == pytest.approx(products, rel=0.02)
 
 
 @pytest.mark.parametrize(
