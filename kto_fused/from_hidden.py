@@ -215,9 +215,9 @@ class _Room(NamedTuple):
     """What a first visit's chunks keep where their loss is known in time, and how many tokens one of them holds."""
 
     keeps: Keeps
-    usual: int
-    most: int
-    most_alone: int  # where it is the only one
+    usual: int  # as many as its GEMMs need
+    most: int  # as fit the budget
+    most_alone: int  # the same where it is the only one
 
 
 class _Plan(NamedTuple):
@@ -230,9 +230,9 @@ class _Plan(NamedTuple):
     is_loss_in_time: bool = False
 
     @property
-    def is_direction(self) -> bool:
-        """Whether it takes d logp / d hidden, which needs no loss."""
-        return self.keeps == "panels" and not self.is_loss_in_time
+    def lends_sum(self) -> bool:
+        """Whether the weight's gradient, which the only chunk writes last, may hold its buffer until then."""
+        return self.is_loss_in_time and len(self.ranges) == 1
 
 
 def _room(weight: torch.Tensor, options: HiddenOptions) -> _Room:
@@ -355,11 +355,6 @@ def _empty_weight_sum(plan: _Plan, weight: torch.Tensor, options: HiddenOptions)
     return total if plan.ranges else total.zero_()
 
 
-def _lent_weight_sum(plan: _Plan, weight: torch.Tensor, options: HiddenOptions) -> torch.Tensor | None:
-    """The same where the only chunk may keep its buffer there until then."""
-    return _empty_weight_sum(plan, weight, options) if plan.is_loss_in_time and len(plan.ranges) == 1 else None
-
-
 def _make_chunk(
     plan: _Plan, weight: torch.Tensor, options: HiddenOptions, lent: torch.Tensor | None = None
 ) -> WholeRows | FoldedRows:
@@ -377,10 +372,8 @@ def largest_chunk(
     plan = _plan(counts, room, weight, options, is_total=True, paired=paired, couples=False)
     if room.keeps == "all" and not plan.is_loss_in_time:
         plan = _plan_again(sum(counts), weight, options)
-    weight_sum = lent = _lent_weight_sum(plan, weight, options)
-    if lent is None:
-        weight_sum = _empty_weight_sum(plan, weight, options)
-    return _make_chunk(plan, weight, options, lent), weight_sum
+    weight_sum = _empty_weight_sum(plan, weight, options)
+    return _make_chunk(plan, weight, options, weight_sum if plan.lends_sum else None), weight_sum
 
 
 # ---- forward and backward -----------------------------------------------------------------------------------------
@@ -417,7 +410,7 @@ def forward(
     tokens = _find_tokens(weight, labels, cu_seqlens, options, paired)
     couples = is_total and head.couples_batch(*head_tensors)
     plan = _plan(tokens.counts, room, weight, options, is_total=is_total, paired=paired, couples=couples)
-    weight_sum = _lent_weight_sum(plan, weight, options)
+    weight_sum = _empty_weight_sum(plan, weight, options) if plan.lends_sum else None
 
     chunk = gemm_weight = None
     if reference[0] is not None:
@@ -442,14 +435,15 @@ def forward(
             engine.backward(start, stop, engine.token_grads(results[1], token_counts))
     else:
         ones = torch.ones_like(engine.per_token[0])
+        is_direction = plan.keeps == "panels"  # d logp / d hidden, which needs no loss
         for start, stop in plan.ranges:
-            engine.forward(start, stop, keep=plan.is_direction)
-            if plan.is_direction:
+            engine.forward(start, stop, keep=is_direction)
+            if is_direction:
                 engine.backward(start, stop, ones)
         results = apply_head()
         if is_total and any(options.needs):
             token_grads = engine.token_grads(results[1], token_counts)
-            if plan.is_direction:
+            if is_direction:
                 engine.scale_hidden_gradient(token_grads, plan.ranges)
             else:
                 _visit_again(engine, weight, token_grads)

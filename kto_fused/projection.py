@@ -22,8 +22,7 @@ from . import torch_backend
 from .backends import multiprocessors, on_device
 from .layout import INVALID, MASKED, compute_dtype
 
-# Bytes of LM-head weight cast at once, where no GEMM reads half precision and writes float32; of a chunk's at most a
-# quarter.
+# Bytes of LM-head weight cast at once, where a GEMM does not read it as it is; at most a quarter of a chunk's.
 CAST_BYTES = 2**24
 # Logits of one tile: enough for a GEMM that fills a GPU many times over, and outlasts its launch.
 TILE_LOGITS = 3 * 2**23
@@ -33,8 +32,10 @@ PANEL_LOGITS = 3 * TILE_LOGITS
 WEIGHT_PANEL_LOGITS = 2**28
 # Of a chunk that keeps nothing, or panels without the head's gradient: with more its GEMMs would be no faster.
 PANEL_TOKENS = 4096
-# Of any chunk on a CPU: with 4096 a step took as long (H = 1024, V = 32768, on two cores), or 6 % longer (H = 256).
+# Enough for a CPU's GEMMs: with 4096 tokens a step took as long (H = 1024, V = 32768, on two cores), or 6 % longer
+# (H = 256). Of few columns more, as each chunk looks at the whole batch's sequences.
 CPU_TOKENS = 1024
+CPU_LOGITS = 2**22
 MOST_TOKENS = 2**24  # of any chunk
 
 # Up to this hidden size a Hopper GPU folds logits in the registers of their GEMM. On an H200, before P was kept there
@@ -150,14 +151,13 @@ class ChunkSpec:
     def enough_tokens(self) -> int:
         """With more its GEMMs would be no faster."""
         if self.kind is WholeRows:
-            return CPU_TOKENS if self.device.type == "cpu" else MOST_TOKENS
+            is_cpu = self.device.type == "cpu"
+            return max(CPU_TOKENS, CPU_LOGITS // self.vocab_size) if is_cpu else MOST_TOKENS
         writes_weight_gradient = self.keeps == "all" or (self.keeps == "panels" and self.by_head)
         return MOST_TOKENS if writes_weight_gradient else PANEL_TOKENS
 
     def capacity(self) -> int:
-        """How many tokens fit into ``num_bytes``, at least one; no more than enough where a chunk may split sequences,
-        as the loss is known or does not matter yet.
-        """
+        """How many tokens fit into ``num_bytes``, at least one; unless it keeps all logits, no more than enough."""
         limit = min(MOST_TOKENS if self.keeps == "all" else self.enough_tokens, self.num_bytes // self.hidden_size)
         return max(1, bisect.bisect_right(range(1, limit + 1), self.num_bytes, key=self.size))
 
@@ -195,8 +195,8 @@ class WholeRows:
         logits = num_tokens * spec.vocab_size
         buffers = logits * (wide + grad if is_kept and grad != wide else wide)
         # beside them, what passes through the GEMMs: the gradient by the hidden states, or hidden states and a block of
-        # the weight, cast; or what the row operations need
-        passing = hidden * grad if is_kept else 0
+        # the weight, cast; or what gathering the hidden states needs, or the row operations
+        passing = hidden * grad if is_kept else hidden * spec.dtype.itemsize if spec.backend == "torch" else 0
         if not spec.is_native or (is_kept and spec.grad_dtype != spec.dtype):
             passing = hidden * wide + min(spec.cast_bytes, spec.vocab_size * spec.hidden_size * wide)
         scratch = 2 * min(torch_backend.BLOCK_BYTES, logits * wide) if spec.backend == "torch" else 0

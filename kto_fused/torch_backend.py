@@ -13,7 +13,8 @@ import torch
 from .heads import scale_grads
 from .layout import INVALID, MASKED, compute_dtype, row_sequences, row_targets
 
-# Bytes of one scratch buffer in the compute dtype; at most three are alive.
+# Bytes of one scratch buffer in the compute dtype; two are alive, and a block of rows that are of another and not side
+# by side.
 BLOCK_BYTES = 2 * 2**20
 # exp2 costs a quarter of exp in PyTorch on some processors, and is as exact
 LOG2_E = 1.4426950408889634
@@ -54,9 +55,13 @@ class _Rows:
         first = int(offsets[0])
         return self.view[first : first + stop - start]
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read(self, start: int, stop: int, scratch: torch.Tensor) -> torch.Tensor:
+        """The rows as a view, or copied, into ``scratch`` where that has their dtype."""
         block = self.block(start, stop)
-        return self.view[self.offsets[start:stop]] if block is None else block
+        if block is None:
+            out = scratch if scratch.dtype == self.view.dtype else None
+            block = torch.index_select(self.view, 0, self.offsets[start:stop], out=out)
+        return block
 
     def write(self, start: int, stop: int, values: torch.Tensor) -> None:
         block = self.block(start, stop)
@@ -106,7 +111,7 @@ def token_logprobs(
         u, exps = scratch[:, : stop - start]
         logps, row_max, log_sum, entropy, mean_logits, is_top1 = results[:, start:stop]
 
-        x = rows.read(start, stop)
+        x = rows.read(start, stop, exps)  # which are written once u has been made of x
         if softcap is not None:
             x = torch.mul(u.copy_(x), scale / softcap, out=u).tanh_().mul_(softcap)
         row_max.copy_(x.amax(1))
@@ -162,7 +167,7 @@ def token_logprobs_backward(
     for start, stop in _blocks(len(tokens), vocab_size, dtype):
         if scratch is None:
             scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
-        x = rows.read(start, stop)
+        x = rows.read(start, stop, scratch[1, : stop - start])
         result = grad_rows.block(start, stop) if grad.dtype == dtype else None
         if result is None:
             result = scratch[0, : stop - start]

@@ -191,6 +191,23 @@ def test_memory_stays_within_the_budget(setting, chunk_bytes, tokens):
     assert extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options) <= 1.05 * chunk_bytes
 
 
+@pytest.mark.parametrize("trained", [FROZEN, INPUTS], ids=["frozen", "trained"])
+@pytest.mark.parametrize("chunk_bytes", [8 * MIB, 32 * MIB], ids=["8 MiB", "32 MiB"])
+def test_tokens_without_a_gradient_do_not_exceed_the_budget(chunk_bytes, trained):
+    """Which leave the others not side by side, so that they are copied."""
+    case = make_hidden_case(batch=256, seq_len=9, vocab=8192, hidden_size=64)
+    case.labels = torch.randint(8192, case.labels.shape)
+    case.hidden = torch.randn_like(case.hidden)
+    case.options["ref_logps"] = torch.zeros(256)
+    options = {"desirable_weight": 0.0, "chunk_bytes": chunk_bytes, **FIXED}
+    assert extra_bytes(KTO, case, trained, **options) <= 1.05 * chunk_bytes
+
+
+def test_gathering_wide_hidden_states_does_not_exceed_the_budget():
+    case = long_case(tokens=512, prompt=4, vocab=8192, hidden_size=4096)
+    assert extra_bytes(LOGPS, case, (), chunk_bytes=32 * MIB) <= 1.05 * 32 * MIB
+
+
 @pytest.mark.parametrize(
     ("setting", "chunk_tokens", "products"),
     [
