@@ -1,5 +1,5 @@
 """Every argument is checked here, at the call: shapes, dtypes and numbers, and a tensor's values where
-``backends.may_read`` them; so no check waits for a GPU.
+``backends.may_read`` them, which is on a CPU: no check waits for a GPU, unless it is told to.
 """
 
 import math

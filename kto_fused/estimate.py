@@ -43,7 +43,7 @@ class EstimateSettings:
     )
     weights: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto",
-        metadata={"help": "what weights are kept in; auto, as by kto-fused train: fp32 if trained, else --dtype"},
+        metadata={"help": "what weights are kept in; auto: fp32 if trained, as by kto-fused train, else --dtype"},
     )
     gpu_gib: float | None = field(
         default=None, metadata={"help": "a GPU's memory in GiB (the GPU here; without one, several common sizes)"}
@@ -138,7 +138,8 @@ class StepMemory:
 
     weights, gradients, adamw     the policy's parameters times the bytes of each; AdamW has two numbers for one
     reference                     a second model's weights, where the policy's own base cannot serve
-    casts                         autocast's copies of trained float32 weights, while the forward runs
+    casts                         autocast's copies of trained float32 weights but the head's, while the forward runs;
+                                  too many by an embedding that is not the head
     checkpoints                   gradient checkpointing: one [B, T, H] for each of the layers
     layer                         B T (16 H + 6 I) numbers while one layer runs backward, I the width of its MLP, and
                                   under autocast B T 2 H in float32. Llama and Qwen 3 are within a quarter of it;
@@ -450,7 +451,7 @@ def step_memory(facts: ModelFacts, shape: LossShape) -> StepMemory:
         gradients=policy * is_trained,
         adamw=2 * policy * is_trained,
         reference=policy * is_trained,
-        casts=computed * facts.num_parameters * (is_trained and is_cast),
+        casts=computed * (facts.num_parameters - shape.head) * (is_trained and is_cast),
         checkpoints=width * positions * facts.layer_size * facts.num_layers,
         layer=positions * of_layer,
     )

@@ -2,7 +2,8 @@
 
 A head is a callable ``head(logps, token_counts, ref_logps, *tensors)`` on [B] fp64 log-probabilities; its numbers are
 fixed when it is made, its tensors come with the call. It returns ``(loss, grads, *reported)``, all detached. ``HEADS``
-names them all: a new loss is a class there, its formula given to ``value_and_grads``. Beside the call a class has
+names them all: a new loss is a class there, its formula given to ``value_and_grads`` in an operator. Beside the call a
+class has
 
 - ``paired``: the batch's halves belong together, sequence i with i + B/2
 - ``numbers``: its own fields as floats, from which ``rebuild`` makes it again inside an operator

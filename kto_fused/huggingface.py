@@ -307,6 +307,10 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tu
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
     outputs = model.base_model(*args, **inputs)
+    if torch.is_autocast_enabled(outputs.last_hidden_state.device.type) and not torch.compiler.is_compiling():
+        is_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if is_checkpointing or not torch.is_grad_enabled():  # else the graph holds them as well
+            torch.clear_autocast_cache()  # of the layers' weights in half precision, though no layer is left
     gradient_path, outcome = model.get_output_embeddings()(
         outputs.last_hidden_state, fused_call=functools.partial(call, options=logit_options(model.config))
     )
@@ -317,8 +321,6 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tu
 def _head_forward(self: nn.Linear, hidden: torch.Tensor, fused_call: Callable | None = None) -> Any:
     if fused_call is None:
         return type(self).forward(self, hidden)
-    if torch.is_autocast_enabled(hidden.device.type) and not torch.compiler.is_compiling():
-        torch.clear_autocast_cache()  # which holds all layers' weights in half precision, though no layer is left
     result = fused_call(hidden, self.weight, self.bias)
     return result[0] if isinstance(result, tuple) else result, Outcome(result)
 

@@ -283,6 +283,7 @@ def prepare_unpaired(
 
     Raises:
         DataError: bad data, a missing chat template, no example left, or none of a label that is needed.
+        TypeError, ValueError: ``max_length`` is not an integer of at least 1, or None; the tokenizer is none.
     """
     tokens, truncated, dropped = _tokenized(source, tokenizer, UNPAIRED, max_length, num_proc, name)
     labels, prompts = (tokens.data.column(column).to_numpy() for column in ("label", "prompt_key"))

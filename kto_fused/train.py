@@ -92,8 +92,8 @@ class TrainSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = field(
         default=None,
         metadata={
-            "help": "of the weights, auto: as they are saved; if not given float32, for small updates are lost in 16 "
-            "bits, or with --lora_rank auto"
+            "help": "of the weights, auto: as they are saved; not given, float32, for small updates are lost in 16 "
+            "bits; but as they are saved where --lora_rank adds an adapter"
         },
     )
     lora_rank: int = field(default=0, metadata={"help": "train a LoRA adapter of this rank; 0: train all weights"})

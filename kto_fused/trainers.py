@@ -315,9 +315,8 @@ class FusedTrainer(Trainer):
             raise NotImplementedError(
                 f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, adapters off cost no memory"
             )
-        if (
-            has_policy
-        ):  # which a Trainer leaves on the host until it trains, where evaluation is to be in half precision
+        # a Trainer leaves the policy on the host until it trains, where evaluation is to be in half precision
+        if has_policy:
             self._move_model_to_device(self.model, args.device)
         model = self.model if has_policy else self.ref_model
         prefix = getattr(getattr(model, "base_model", None), "prefix", None) if self._is_peft and has_policy else None

@@ -37,8 +37,8 @@ def patch_language_once_a_launch() -> None:
         modules = frozenset(value for value in function.__globals__.values() if value is tl or value is tl.core)
         if modules in patched:
             return None  # which only a launch would look at
-        patched.add(modules)
         scope = patch(function)
+        patched.add(modules)
         restore = scope.restore
 
         def restore_and_forget():

@@ -237,10 +237,10 @@ def test_activations_are_within_a_quarter(make_config, make_model, dtype, num_la
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
-@pytest.mark.parametrize("seq_len", [64, 512], ids=["copies of the weights", "activations"])
+@pytest.mark.parametrize("seq_len", [64, 512])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_step_of_the_trainer_is_within_a_quarter(dtype, seq_len, tmp_path):
-    """With float32 weights; what holds most of it is what the test is called."""
+    """With float32 weights: of few positions the loss, or the copies under autocast, of many a layer's backward."""
     tiny_training = pytest.importorskip("tiny_training", reason="the trainers need datasets and accelerate")
     sizes = {**SMALL, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
     config = LlamaConfig(**sizes, vocab_size=4096, max_position_embeddings=512)
@@ -311,8 +311,10 @@ def test_pairs_are_twice_the_sequences(llama):
 def test_bytes_of_a_parameter(llama, dtype, weights, head, sizes):
     numbers = estimate.estimate(EstimateSettings(llama, dtype=dtype, weights=weights, head=head))
     step, count = numbers.step, numbers.facts.num_parameters
-    actual = (step.weights, step.gradients, step.adamw, step.reference, step.casts)
-    assert actual == tuple(size * count for size in sizes)
+    *kept, cast = sizes
+    actual = (step.weights, step.gradients, step.adamw, step.reference)
+    assert actual == tuple(size * count for size in kept)
+    assert step.casts == cast * (count - numbers.shape.head)
 
 
 def peak_of(settings: EstimateSettings, seq_len: int, which: str) -> int:
