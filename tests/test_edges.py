@@ -1,5 +1,6 @@
 """Inputs at the edges of what is legal, and just past them."""
 
+import contextlib
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from cases import (
     make_case,
     make_hidden_case,
     run,
+    run_hidden,
     truth,
 )
 
@@ -268,6 +270,17 @@ def test_losses_where_hooks_on_saved_tensors_are_disabled(engine):
     with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
         actual = run(fused_kto_loss, case)
     assert torch.equal(actual[2], expected[2])
+
+
+def test_a_default_device_changes_nothing(engine):
+    case, hidden_case = case_on(engine), make_hidden_case(bias=True, device=engine[1], backend=engine[0])
+    results = []
+    for context in (contextlib.nullcontext(), torch.device("meta")):
+        with context:
+            of_hidden = run_hidden(fused_linear_kto_loss, hidden_case)[2]
+            results.append([*run(fused_kto_loss, case)[::2], *of_hidden.values()])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])
