@@ -398,14 +398,14 @@ def fused_moments(shape: LossShape, chunk_bytes: int, backend: str) -> list[Mome
         rounded += params * shape.hidden
     logits = f"chunk: logits of {chunk.num_tokens} of {shape.num_tokens} tokens"
     moments = [
-        Moment("in a chunk", {**inputs, **gradients, logits: _chunk_bytes(chunk)}),
+        Moment("in a chunk", {**inputs, **gradients, logits: chunk.spec.size(chunk.num_tokens)}),
         Moment("after the last chunk", {**inputs, **gradients, "gradients, rounded": rounded}),
     ]
     if not shape.is_paired:
         chunk, _ = _chunk(shape, chunk_bytes, backend, has_gradient=False)
         hidden = {"mismatched pairs' hidden states [B, T, H]": params * shape.hidden, **_autocast_copies(shape)}
         logits = f"chunk: logits of {chunk.num_tokens} of {shape.num_tokens} tokens"
-        moments.append(Moment("in the mismatched pairs", {**hidden, logits: _chunk_bytes(chunk)}))
+        moments.append(Moment("in the mismatched pairs", {**hidden, logits: chunk.spec.size(chunk.num_tokens)}))
     return moments
 
 
@@ -429,12 +429,6 @@ def _chunk(
     weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
     counts = [shape.tokens_per_sequence] * shape.num_sequences
     return from_hidden.largest_chunk(counts, weight, options, paired=shape.is_paired)
-
-
-def _chunk_bytes(chunk: WholeRows | FoldedRows) -> int:
-    """The chunk's buffers, and what passes through its GEMMs."""
-    lent = getattr(chunk, "lent", None)
-    return replace(chunk.spec, lent_bytes=0 if lent is None else lent.nbytes).size(chunk.num_tokens)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------

@@ -359,6 +359,8 @@ def _make_chunk(
     plan: _Plan, weight: torch.Tensor, options: HiddenOptions, lent: torch.Tensor | None = None
 ) -> WholeRows | FoldedRows:
     longest, spec = _longest(plan.ranges), _chunk_spec(weight, options, plan.keeps)
+    if lent is not None:
+        spec = replace(spec, lent_bytes=lent.nbytes)
     return FoldedRows(longest, spec, lent) if spec.kind is FoldedRows else WholeRows(longest, spec)
 
 

@@ -308,8 +308,8 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tu
         inputs.setdefault("output_router_logits", True)
     outputs = model.base_model(*args, **inputs)
     if torch.is_autocast_enabled(outputs.last_hidden_state.device.type) and not torch.compiler.is_compiling():
-        is_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        if is_checkpointing or not torch.is_grad_enabled():  # else the graph holds them as well
+        is_checkpointing = (getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if not torch.is_grad_enabled() or any(is_checkpointing):  # else the graph holds them as well
             torch.clear_autocast_cache()  # of the layers' weights in half precision, though no layer is left
     gradient_path, outcome = model.get_output_embeddings()(
         outputs.last_hidden_state, fused_call=functools.partial(call, options=logit_options(model.config))

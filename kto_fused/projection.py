@@ -194,11 +194,14 @@ class WholeRows:
         is_kept, hidden = spec.keeps != "nothing", num_tokens * spec.hidden_size
         logits = num_tokens * spec.vocab_size
         buffers = logits * (wide + grad if is_kept and grad != wide else wide)
-        # beside them, what passes through the GEMMs: the gradient by the hidden states, or hidden states and a block of
-        # the weight, cast; or what gathering the hidden states needs, or the row operations
-        passing = hidden * grad if is_kept else hidden * spec.dtype.itemsize if spec.backend == "torch" else 0
-        if not spec.is_native or (is_kept and spec.grad_dtype != spec.dtype):
+        # beside them, what passes through the GEMMs, or what the row operations need
+        passing = 0
+        if not spec.is_native or (is_kept and spec.grad_dtype != spec.dtype):  # hidden states, a block of the weight
             passing = hidden * wide + min(spec.cast_bytes, spec.vocab_size * spec.hidden_size * wide)
+        elif is_kept:  # the gradient by the hidden states
+            passing = hidden * grad
+        elif spec.backend == "torch":  # hidden states as they are gathered
+            passing = hidden * spec.dtype.itemsize
         scratch = 2 * min(torch_backend.BLOCK_BYTES, logits * wide) if spec.backend == "torch" else 0
         return buffers + hidden * spec.dtype.itemsize + max(passing, scratch)
 

@@ -140,7 +140,7 @@ def linear_sequence_logps(
 ) -> torch.Tensor:
     """Twin of ``kto_fused.linear_sequence_logps``."""
     checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    logits = _policy_logits(hidden, lm_head_weight, lm_head_bias, labels, **engine)
+    logits = _logits(hidden, lm_head_weight, lm_head_bias, labels, **engine)
     return sequence_logps(logits, labels, **engine)
 
 
@@ -158,7 +158,7 @@ def linear_token_logps(
     """Twin of ``kto_fused.linear_token_logps``."""
     checks.flag("return_metrics", return_metrics)
     checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    logits = _policy_logits(hidden, lm_head_weight, lm_head_bias, labels, **engine)
+    logits = _logits(hidden, lm_head_weight, lm_head_bias, labels, **engine)
     logps, *metrics, _ = _tokens("logits", logits, labels, **engine)
     return (logps, TokenMetrics(*metrics)) if return_metrics else logps
 
@@ -337,6 +337,8 @@ def _logits(
     """hidden @ weight.T + bias in float32 (float64 for float64): logits are not rounded on their way. [..., V]"""
     checks.label_options(ignore_index, shift)
     hidden, labels, cu_seqlens, _ = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
+    # finds nothing in a reference's, which came here checked under its own names
+    checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
     check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=len(weight))
     is_token = _targets(labels, cu_seqlens, ignore_index, shift) != ignore_index
     read, compute = gemm_dtype(hidden), compute_dtype(hidden)
@@ -345,20 +347,6 @@ def _logits(
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden.to(read).to(compute) @ weight.to(read).to(compute).T
         return logits if bias is None else logits + bias.to(compute)
-
-
-def _policy_logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    *,
-    cu_seqlens: torch.Tensor | None = None,
-    **options: Any,
-) -> torch.Tensor:
-    checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
-    checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
-    return _logits(hidden, weight, bias, labels, cu_seqlens=cu_seqlens, **options)
 
 
 def _policy_and_ref_logits(
@@ -377,7 +365,7 @@ def _policy_and_ref_logits(
     checks.one_reference(options.get("loss_type", ""), ref_hidden=ref_hidden, ref_logps=ref_logps)
     checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
     layout = {name: options[name] for name in ("cu_seqlens", "ignore_index", "shift") if name in options}
-    logits = _policy_logits(hidden, weight, bias, labels, **layout)
+    logits = _logits(hidden, weight, bias, labels, **layout)
     if ref_hidden is None:
         return logits, None
     checks.ref_hidden(ref_hidden, hidden)
