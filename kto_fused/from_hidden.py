@@ -26,6 +26,7 @@ from .first_derivative import first_derivative_only
 from .from_logits import LogitOptions, sequence_backward, sequence_sums
 from .layout import CompletionTokens, check_contents, completion_tokens, compute_dtype, row_targets
 from .projection import NUM_STATISTICS, ChunkSpec, FoldedRows, Keeps, LMHead, WholeRows, move_rows
+from .torch_backend import BLOCK_BYTES
 
 # One chunk for all tokens writes the weight's gradient once: how many times the memory of several it may take.
 ONE_CHUNK_MEMORY = 1.05
@@ -478,11 +479,13 @@ def _reference_logps(
     is_shared = ref_weight.is_set_to(weight) and options.ref_dtype == options.dtype
     ref_weight = ref_weight.to(options.ref_dtype)
     ref_options, chunk = replace(options, dtype=options.ref_dtype, needs=(False, False, False)), None
+    limit = max(1, len(tokens.rows))
     if ref_options.dtype == options.dtype:
         chunk = _make_chunk(plan, weight, options, weight_sum)
         limit = max(1, chunk.num_tokens)
-    else:
-        limit = _chunk_spec(ref_weight, ref_options, "nothing").capacity()
+    # the policy's chunk was made for hidden states of its own width
+    if chunk is None or ref_weight.shape[1] > weight.shape[1]:
+        limit = min(limit, _chunk_spec(ref_weight, ref_options, "nothing").capacity())
     ranges = _even_ranges(len(tokens.rows), limit)
     ref_chunk = chunk or _make_chunk(_Plan("nothing", ranges), ref_weight, ref_options)
     engine = _Engine(hidden, ref_weight, bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
@@ -705,6 +708,19 @@ def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch
     return gradients
 
 
+def _scale_rows(values: torch.Tensor, factors: torch.Tensor, chunk_bytes: int) -> None:
+    """values [..., H] *= factors [..., 1]. A row that takes no part keeps a gradient of 0, even beside a NaN."""
+    if values.device.type != "cpu" or values.dtype == factors.dtype or torch.compiler.is_compiling():
+        values.mul_(factors)
+    else:  # a CPU multiplies copies in the wider dtype, so a block of rows at a time
+        hidden_size = values.shape[-1]
+        size = max(1, min(BLOCK_BYTES, chunk_bytes // 2) // (hidden_size * factors.dtype.itemsize))
+        blocks = values.view(-1, hidden_size).split(size), factors.view(-1, 1).split(size)
+        for rows, factor in zip(*blocks, strict=True):
+            rows.mul_(factor)
+    values.masked_fill_(factors == 0, 0)
+
+
 def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
     """values *= factor, a scalar tensor on their device, but a 0 stays one; where it is 1, none is visited."""
     if values.device.type == "cpu":
@@ -769,8 +785,8 @@ def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
         row_grads = row_grads.view(*direction.shape[:-1], 1)
         if torch.compiler.is_compiling() or _keeps_graph():
             direction = direction.clone()
-        # a row that takes no part keeps a gradient of 0, even beside a NaN
-        return direction.mul_(row_grads).masked_fill_(row_grads == 0, 0).to(ctx.dtypes[0]), None, None
+        _scale_rows(direction, row_grads, options.chunk_bytes)
+        return direction.to(ctx.dtypes[0]), None, None
     *inputs, head_grads, statistics = ctx.saved_tensors
     logp_grads = incoming if head_grads is None else heads.scale_grads(head_grads, incoming)
     gradients = _linear_backward(*inputs, logp_grads, statistics, *_flatten_options(options))

@@ -376,6 +376,7 @@ class FoldedRows:
         # a tile's columns, and of one step of the kernels that meet it in memory
         self.width, self.block = self.tile_cols, self.spec.block
         if self.in_registers:
+            self.__dict__.pop("buffer", None)  # of an earlier visit: its memory is for the registers' results
             self.width, self.block = register_tiles.COLUMNS, min(self.block, register_tiles.COLUMNS)
 
     def _split(self, panel: slice) -> tuple[slice, slice]:
