@@ -301,8 +301,7 @@ class FoldedRows:
         """``lent`` is the weight's gradient, whose memory serves the buffer until this chunk's last GEMM writes it."""
         self.num_tokens, self.spec = num_tokens, spec
         self.tile_cols, self.kept_cols = _column_counts(num_tokens, spec)
-        self.buffer_size = num_tokens, _buffer_cols(self.tile_cols, spec)
-        is_enough = lent is not None and lent.nbytes >= 4 * math.prod(self.buffer_size)
+        is_enough = lent is not None and lent.nbytes >= 4 * num_tokens * _buffer_cols(self.tile_cols, spec)
         self.lent = lent if is_enough else None
         if self.kept_cols:
             self.kept = torch.empty(num_tokens, self.kept_cols, dtype=spec.dtype, device=spec.device)
@@ -311,11 +310,15 @@ class FoldedRows:
 
     @functools.cached_property
     def buffer(self) -> torch.Tensor:
-        """A tile of logits; where all are kept, the gradient by the hidden states after the last."""
+        """A tile of logits, unless registers hold them; where all are kept, the gradient by the hidden states after the
+        last.
+        """
+        cols = self.spec.hidden_size if self.in_registers else _buffer_cols(self.tile_cols, self.spec)
+        size = self.num_tokens, cols
         if self.lent is None:
-            return torch.empty(self.buffer_size, dtype=torch.float32, device=self.spec.device)
-        memory = self.lent.view(-1).view(torch.uint8)[: 4 * math.prod(self.buffer_size)]
-        return memory.view(torch.float32).view(self.buffer_size)
+            return torch.empty(size, dtype=torch.float32, device=self.spec.device)
+        memory = self.lent.view(-1).view(torch.uint8)[: 4 * math.prod(size)]
+        return memory.view(torch.float32).view(size)
 
     @staticmethod
     def size(num_tokens: int, spec: ChunkSpec) -> int:
