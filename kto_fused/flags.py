@@ -28,6 +28,18 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null
 _Loader.add_constructor("tag:yaml.org,2002:null", lambda *_: None)
 
 
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    """YAML itself lets the last of several values under one name stand."""
+    names = [loader.construct_object(name) for name, _ in node.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise yaml.YAMLError(f"{name!r} is set {names.count(name)} times")
+    return yaml.BaseLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
 class FlagParser(HfArgumentParser):
     """A flag for each field of the dataclasses ``kinds``, but for those ``left_out``. ``elsewhere`` says of other names
     what they are flags of.

@@ -306,7 +306,7 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tu
     inputs |= {"use_cache": False, "return_dict": True}
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
-    outputs = model.base_model(*args, **inputs)
+    outputs = _backbone(model)(*args, **inputs)
     if torch.is_autocast_enabled(outputs.last_hidden_state.device.type) and not torch.compiler.is_compiling():
         is_checkpointing = (getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if not torch.is_grad_enabled() or any(is_checkpointing):  # else the graph holds them as well
@@ -316,6 +316,18 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tu
     )
     is_routed = inputs.get("output_router_logits", False)
     return gradient_path, outcome, (outputs.router_logits, inputs.get("attention_mask")) if is_routed else None
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """What gives the hidden states to the LM head. Some classes name it wrongly, and it is found where most have it."""
+    named = model.base_model  # the model itself if there is nothing of that name
+    found = getattr(model, "model", None) if named is model else named
+    if not isinstance(found, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no base_model beside its LM head: pass its logits to the losses that take "
+            "logits (in a trainer: loss_from='logits')"
+        )
+    return found
 
 
 def _head_forward(self: nn.Linear, hidden: torch.Tensor, fused_call: Callable | None = None) -> Any:
@@ -353,12 +365,25 @@ def _unknown_router_loss(model: PreTrainedModel) -> UnsupportedModelError:
 # ---- what may be attached -----------------------------------------------------------------------------------------
 
 
+def check_is_decoder(model: PreTrainedModel) -> None:
+    """Refuse what reads one sequence and writes another."""
+    if model.config.is_encoder_decoder:
+        raise _no_causal_model(model)
+
+
+def _no_causal_model(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} is no causal language model with an LM head: load AutoModelForCausalLM"
+    )
+
+
 def head_layers(model: PreTrainedModel) -> list[nn.Linear]:
     """The plain linear layer that is the LM head, or the copies of it that PEFT's ``modules_to_save`` holds."""
     name = type(model).__name__
+    check_is_decoder(model)
     head = model.get_output_embeddings()
-    if head is None or model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is no causal language model with an LM head: load AutoModelForCausalLM")
+    if head is None:
+        raise _no_causal_model(model)
     if type(head).__name__ == "ModulesToSaveWrapper":
         layers = [head.original_module, *head.modules_to_save.values()]
     else:
@@ -468,6 +493,12 @@ def _compare(model: PreTrainedModel, own: torch.Tensor, ours: torch.Tensor) -> N
 
 
 def _plain_logits(hidden, lm_head_weight, lm_head_bias, logit_scale, logit_softcap) -> tuple[torch.Tensor]:
+    if hidden.shape[-1] != lm_head_weight.shape[1]:
+        raise UnsupportedModelError(
+            f"model's hidden states are {hidden.shape[-1]} wide and its LM head takes {lm_head_weight.shape[1]}: it "
+            "computes something in between, so pass its logits to the losses that take logits (in a trainer: "
+            "loss_from='logits')"
+        )
     return (_transformed(F.linear(hidden, lm_head_weight, lm_head_bias), logit_scale, logit_softcap),)
 
 

@@ -543,7 +543,8 @@ class _Padding:
         tokens = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         labels = [[IGNORE_INDEX] * len(prompt) + ids for prompt, ids in zip(prompts, completions, strict=True)]
         multiple = self.pad_to_multiple_of or 1
-        width = -(-max(map(len, tokens)) // multiple) * multiple
+        # never 0, which models do not take: mismatched pairs may all be empty
+        width = -(-max(1, *map(len, tokens)) // multiple) * multiple
 
         def padded(rows: list[list[int]], value: int) -> torch.Tensor:
             return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)

@@ -153,13 +153,16 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
 def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     """From flags and, where they say nothing, the file of ``--config``."""
     first_look = FlagParser([], "train", add_help=False)
-    for flag in ("--config", "--loss"):
-        first_look.add_argument(flag)
+    first_look.add_argument("--config", action="append", default=[])
+    first_look.add_argument("--loss")
     first, _ = first_look.parse_known_args(arguments)
-    file = read_yaml(first.config) if first.config else {}
+    if len(first.config) > 1:
+        raise CommandError(f"--config is given {len(first.config)} times: expected one file")
+    path = next(iter(first.config), None)
+    file = read_yaml(path) if path else {}
     loss = str(first.loss or file.get("loss") or "kto")
     parser = flags_of(loss)
-    values = parser.values([*parser.arguments_from(file, first.config), *arguments])
+    values = parser.values([*parser.arguments_from(file, path), *arguments])
     for name in ("output_dir", "report_to"):  # None is no choice here: another folder, and an error
         if values[name] is None:
             values[name] = parser.get_default(name)
@@ -209,6 +212,8 @@ def check_writable(folder: str | Path) -> None:
 def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
     """The checkpoint to resume from. A folder that holds another run's is refused: nobody could tell them apart."""
     folder, wanted = config.output_dir, config.resume_from_checkpoint
+    if wanted is not None and wanted.lower() == "false":
+        wanted = None
     latest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if wanted is None:
         if latest is not None:

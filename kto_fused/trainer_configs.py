@@ -19,6 +19,8 @@ FIXED = {
     "average_tokens_across_devices": (True, "a loss is the mean over the sequences of all devices"),
     "length_column_name": ("length", "that is what tokenized data calls it"),
     "include_for_metrics": ([], "there are no logits to pass to compute_metrics"),
+    "bf16_full_eval": (False, "it would round the model for good, not its reference; bf16=True computes in bfloat16"),
+    "fp16_full_eval": (False, "it would round the model for good, not its reference; fp16=True computes in float16"),
 }
 
 
@@ -64,7 +66,7 @@ class FusedPreferenceConfig(TrainingArguments):
     )
     dataset_num_proc: int | None = _option(None, "Processes that tokenize.")
     pad_to_multiple_of: int | None = _option(None, "Pad batches to a multiple of this many tokens.")
-    disable_dropout: bool = _option(True, "Set dropout to 0 in the model and its reference.")
+    disable_dropout: bool = _option(True, "Set dropout to 0 in the model, its adapters and its reference.")
     loss_from: str = _option(
         "hidden",
         "What the loss takes: the model's hidden states and LM head, or its logits, which need more memory and suit "
@@ -97,6 +99,13 @@ class FusedPreferenceConfig(TrainingArguments):
         for name in ("precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive integer or None, got {getattr(self, name)!r}")
+        for name, default, needed, is_on in (
+            ("chunk_bytes", DEFAULT_CHUNK_BYTES, "loss_from='hidden'", self.loss_from == "hidden"),
+            ("precompute_ref_batch_size", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
+            ("ref_cache_dir", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
+        ):
+            if getattr(self, name) != default and not is_on:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no meaning without {needed}")
         if isinstance(self.max_length, str) and self.max_length.isdecimal():  # HfArgumentParser leaves it a string
             self.max_length = int(self.max_length)
         if self.max_length != AUTO and not _is_count(self.max_length):
@@ -172,6 +181,8 @@ class FusedDPOConfig(FusedPreferenceConfig):
     def __post_init__(self):
         super().__post_init__()
         checks.dpo_options(self.loss_type, self.beta, self.label_smoothing, self.gamma, "mean")
+        if self.precompute_ref_log_probs and not self.needs_reference:
+            raise ValueError(f"precompute_ref_log_probs has no meaning for loss_type={self.loss_type!r}: no reference")
 
     @property
     def needs_reference(self) -> bool:

@@ -44,6 +44,9 @@ from .trainer_configs import AUTO, AUTO_MAX_LENGTH, FusedDPOConfig, FusedKTOConf
 
 logger = logging.getLogger(__name__)
 
+# ``init_lora_weights`` that change the weights under the adapter too (PiSSA may have a number of iterations behind it)
+REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 class FusedTrainer(Trainer):
     """What the KTO and the DPO trainer share: models, data, reference log-probabilities, logging, resuming."""
@@ -107,9 +110,12 @@ class FusedTrainer(Trainer):
                 "model has no parameter that requires a gradient, so nothing would be trained: load adapters with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or requires_grad_() what is to be trained"
             )
+        huggingface.check_is_decoder(huggingface.unwrap(model))
         if args.loss_from == "hidden":
             _attach(model)
         self._is_peft = hasattr(model, "disable_adapter")
+        if self._is_peft and args.needs_reference and ref_model is None:
+            _check_adapters_alone_differ(model)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()
         if args.disable_dropout:
@@ -166,7 +172,7 @@ class FusedTrainer(Trainer):
     def _prepare_data(self, source: Any, args: FusedPreferenceConfig, name: str) -> Any:
         if source is None:
             return None
-        if type(source) is dict:
+        if isinstance(source, dict) and name != "train":
             return {key: self._prepare_data(value, args, f"{name}_{key}") for key, value in source.items()}
         prepared = self._checked_tokens(source, args, name)
         self.data_counts[name] = {
@@ -315,9 +321,6 @@ class FusedTrainer(Trainer):
             raise NotImplementedError(
                 f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, adapters off cost no memory"
             )
-        # a Trainer leaves the policy on the host until it trains, where evaluation is to be in half precision
-        if has_policy:
-            self._move_model_to_device(self.model, args.device)
         model = self.model if has_policy else self.ref_model
         prefix = getattr(getattr(model, "base_model", None), "prefix", None) if self._is_peft and has_policy else None
         weights = reference_cache.hash_model(huggingface.unwrap(model), prefix)
@@ -436,6 +439,8 @@ class FusedTrainer(Trainer):
         is_name = isinstance(self.eval_dataset, dict) and isinstance(eval_dataset, str)
         if eval_dataset is not None and not (is_name and eval_dataset in self.eval_dataset):
             eval_dataset = self._prepare_new(eval_dataset)
+            # with persistent workers ``Trainer`` keeps a loader under this name, whatever data it is for
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -787,6 +792,31 @@ def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     if isinstance(model, PeftModel):
         raise ValueError("peft_config is given, but the model carries adapters already: merge_and_unload() them first")
     return get_peft_model(model, peft_config)
+
+
+def _check_adapters_alone_differ(model: nn.Module) -> None:
+    """Refuse a ``PeftModel`` that without its adapters is not the model it started from, or will not stay it."""
+    for config in model.peft_config.values():
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(init, str) and init.lower().startswith(REWRITING_INITS):
+            raise ValueError(
+                f"init_lora_weights={init!r} changes the weights under the adapter, so the model without it is not "
+                "the reference: pass the original model, or its path, as ref_model"
+            )
+    prefix = getattr(model.base_model, "prefix", None)
+    if prefix is None:
+        return
+    of_adapters = (prefix, "modules_to_save.", "trainable_tokens_")
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(part in name for part in of_adapters)
+    ]
+    if others:
+        raise ValueError(
+            f"model trains weights beside its adapters ({len(others)}, {others[0]} among them), so without the "
+            "adapters it would not stay the reference: pass ref_model, or freeze them (bias='none', modules_to_save)"
+        )
 
 
 def _disable_dropout(model: nn.Module) -> None:

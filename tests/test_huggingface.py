@@ -19,7 +19,14 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    ElectraConfig,
+    ElectraForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -411,6 +418,28 @@ def test_refuses_an_encoder_decoder():
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))
     with refuses(model, "T5ForConditionalGeneration is no causal language model", "AutoModelForCausalLM"):
+        huggingface.attach(model)
+
+
+def test_finds_a_backbone_that_its_class_names_wrongly():
+    """As Llama 4's does."""
+    model = make_model("llama")
+    model.base_model_prefix = "language_model"
+    assert model.base_model is model
+    check_against_own_logits(fused_linear_kto_loss, model)
+
+
+def test_refuses_a_model_whose_backbone_it_does_not_find():
+    model = make_model("llama")
+    model.base_model_prefix, model.model, model.layers = "language_model", nn.Identity(), model.model
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no base_model beside its LM head"):
+        huggingface.call_at_head(model, None)
+
+
+def test_refuses_layers_between_the_hidden_states_and_the_head():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ElectraForCausalLM(ElectraConfig(vocab_size=VOCAB, embedding_size=24, is_decoder=True, **sizes))
+    with refuses(model, "hidden states are 32 wide and its LM head takes 24", "loss_from='logits'"):
         huggingface.attach(model)
 
 

@@ -312,6 +312,13 @@ def test_a_stop_saves_all_even_where_checkpoints_hold_the_model_alone(files, mon
     assert not Path("runs/kto/checkpoint-4/optimizer.pt").exists()
 
 
+def test_not_to_resume_can_be_said(files, capsys):
+    arguments = command(files, "kto", "--max_steps", "1", "--resume_from_checkpoint", "false")
+    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 2
+    assert "holds checkpoint-1 of another run" in capsys.readouterr().err
+
+
 def test_a_model_alone_is_no_checkpoint_to_go_on_from(files, capsys):
     arguments = command(files, "kto", "--save_steps", "2", "--save_only_model", "true")
     assert cli.main([*arguments, "--max_steps", "2"]) == 0
@@ -524,6 +531,7 @@ def test_the_files_command_trains(files):
         ("data: [a, ~]", "file.yaml: 'data' takes no null in its list, got ['a', None]"),
         ("max_steps: many", "--max_steps/--max-steps: invalid int value: 'many'"),
         ("loss: sft", "--loss: invalid choice: 'sft'"),
+        ("beta: 0.1\nloss: kto\nbeta: 0.2", "--config file.yaml is not YAML: 'beta' is set 2 times"),
         ("max_steps: 1: 2", "--config file.yaml is not YAML: mapping values are not allowed here"),
         ("- a", "--config file.yaml: expected names with values, got list"),
         ("", "--config file.yaml: expected names with values, got NoneType"),
@@ -566,6 +574,7 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--loss", "sft"], "--loss: invalid choice: 'sft'"),
         (["--loss_type", "sigmoid"], "invalid choice: 'sigmoid'"),
         (["--data"], "--data: expected at least one argument"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config is given 2 times: expected one file"),
         (["--config", "missing.yaml"], "--config missing.yaml cannot be read: No such file or directory"),
         (["--beta", "0"], "beta must be a finite number > 0, got 0.0"),
         (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),

@@ -32,6 +32,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     HfArgumentParser,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -454,6 +456,26 @@ def test_evaluate_takes_new_data_and_prepared_data(tmp_path, kind, settings):
         assert {name: evaluated[name] for name in names} == {name: given[name] for name in names}
         evaluated = trainer.evaluate({"again": rows})
         assert evaluated["eval_again_loss"] == given["eval_loss"]
+
+
+@by_kind
+def test_workers_that_stay_evaluate_what_they_are_given(tmp_path, kind):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_trainer(kind, tmp_path, evaluation=4, **workers)
+    of_old, of_new, of_old_again = trainer.evaluate(), trainer.evaluate(data(kind, 4, seed=5)), trainer.evaluate()
+    expected = make_trainer(kind, tmp_path, evaluation=data(kind, 4, seed=5)).evaluate()
+    assert of_new["eval_logps/chosen"] == expected["eval_logps/chosen"] != of_old["eval_logps/chosen"]
+    assert of_old_again["eval_logps/chosen"] == of_old["eval_logps/chosen"]
+
+
+@by_kind
+def test_training_data_is_one_dataset_and_evaluation_data_may_be_several(tmp_path, kind):
+    named = datasets.DatasetDict(a=data(kind, 4), b=data(kind, 4, seed=2))
+    for several in (named, dict(named)):
+        with pytest.raises((ValueError, TypeError), match="[dD]ict.*expected"):
+            make_trainer(kind, tmp_path, train=several)
+        metrics = make_trainer(kind, tmp_path, evaluation=several).evaluate()
+        assert {"eval_a_loss", "eval_b_loss"} <= metrics.keys()
 
 
 class Log(TrainerCallback):
@@ -1023,6 +1045,8 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
         ("average_tokens_across_devices", False, "sequences of all devices"),
         ("length_column_name", "size", "tokenized data"),
         ("include_for_metrics", ["inputs"], "compute_metrics"),
+        ("bf16_full_eval", True, "round the model for good, not its reference"),
+        ("fp16_full_eval", True, "round the model for good, not its reference"),
         ("use_liger_kernel", True, "fused_linear_cross_entropy"),
     ],
 )
@@ -1030,6 +1054,26 @@ def test_arguments_that_would_change_nothing_are_refused(tmp_path, monkeypatch, 
     monkeypatch.setattr("transformers.training_args.is_liger_kernel_available", lambda: True, raising=False)
     with pytest.raises(ValueError, match=f"{option}.*{why}"):
         CONFIGS[kind](output_dir=str(tmp_path), use_cpu=True, **{option: value})
+
+
+@by_kind
+@pytest.mark.parametrize(
+    ("needed", "options"),
+    [
+        ("loss_from='hidden'", {"chunk_bytes": 2**20, "loss_from": "logits"}),
+        ("precompute_ref_log_probs", {"precompute_ref_batch_size": 2}),
+        ("precompute_ref_log_probs", {"ref_cache_dir": "cache"}),
+    ],
+)
+def test_options_without_what_they_belong_to_are_refused(tmp_path, kind, needed, options):
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{name}={value!r} has no meaning without {needed}"):
+        CONFIGS[kind](output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_precomputing_what_there_is_not_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="precompute_ref_log_probs has no meaning for loss_type='simpo'"):
+        CONFIGS["dpo"](output_dir=str(tmp_path), use_cpu=True, loss_type="simpo", precompute_ref_log_probs=True)
 
 
 @by_kind
@@ -1191,6 +1235,57 @@ def test_arguments_of_the_wrong_kind_are_refused(tmp_path, kind):
 def test_batch_mean_is_refused_where_a_batch_lies_in_parts(tmp_path):
     with pytest.raises(ValueError, match=r"reference_point='batch_mean'.*gradient_accumulation_steps=2"):
         make_trainer("kto", tmp_path, reference_point="batch_mean", gradient_accumulation_steps=2)
+
+
+@by_kind
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_replace_weights_need_a_reference_of_their_own(tmp_path, kind, init):
+    """Without them the model is another than the one that it started from, which policy and reference both are."""
+    pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    adapters = {"peft_config": lora_config(init_lora_weights=init)}
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the weights.*as ref_model"):
+        make_trainer(kind, tmp_path, **adapters)
+    trainer = make_trainer(kind, tmp_path, ref_model=model(), max_steps=1, learning_rate=0.0, **adapters)
+    trainer.train()
+    assert history(trainer)[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+
+
+@by_kind
+@pytest.mark.parametrize("beside", ["biases", "embeddings"])
+def test_weights_trained_beside_adapters_need_a_reference_of_their_own(tmp_path, kind, beside):
+    peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
+
+    def run(ref_model):
+        start = model(attention_bias=True)
+        policy = peft.get_peft_model(start, lora_config(bias="all" if beside == "biases" else "none"))
+        if beside == "embeddings":
+            start.get_input_embeddings().requires_grad_(True)
+        trainer = make_trainer(kind, tmp_path, policy=policy, ref_model=ref_model)
+        trainer.train()
+        return trainer
+
+    with pytest.raises(ValueError, match=r"model trains weights beside its adapters \(\d+, base_.*: pass ref_model"):
+        run(None)
+    assert math.isfinite(history(run(model(attention_bias=True)))[-1]["loss"])
+    whole = lora_config(modules_to_save=["embed_tokens"])  # which PEFT takes off with the adapters
+    assert make_trainer(kind, tmp_path, peft_config=whole).ref_model is None
+
+
+@pytest.mark.parametrize("empty", [16, 12], ids=["all", "most"])
+def test_prompts_may_be_empty_where_no_completion_has_a_mismatched_one(tmp_path, empty):
+    records = data("kto", 16).to_list()
+    for record in records[:empty]:
+        record["prompt"] = ""
+    trainer = make_trainer("kto", tmp_path, train=datasets.Dataset.from_list(records), per_device_train_batch_size=2)
+    trainer.train()
+    assert all(math.isfinite(entry["loss"]) and entry["kl"] >= 0 for entry in history(trainer))
+
+
+def test_an_encoder_decoder_is_refused_from_logits_too(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    policy = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes))
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is no causal language model"):
+        make_trainer("dpo", tmp_path, policy=policy, loss_from="logits")
 
 
 @by_kind
