@@ -472,7 +472,7 @@ def test_workers_that_stay_evaluate_what_they_are_given(tmp_path, kind):
 def test_training_data_is_one_dataset_and_evaluation_data_may_be_several(tmp_path, kind):
     named = datasets.DatasetDict(a=data(kind, 4), b=data(kind, 4, seed=2))
     for several in (named, dict(named)):
-        with pytest.raises((ValueError, TypeError), match="[dD]ict.*expected"):
+        with pytest.raises((ValueError, TypeError), match=r"[dD]ict.*expected"):
             make_trainer(kind, tmp_path, train=several)
         metrics = make_trainer(kind, tmp_path, evaluation=several).evaluate()
         assert {"eval_a_loss", "eval_b_loss"} <= metrics.keys()
