@@ -319,10 +319,11 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tu
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
-    """What gives the hidden states to the LM head. Some classes name it wrongly, and it is found where most have it."""
-    named = model.base_model  # the model itself if there is nothing of that name
-    found = getattr(model, "model", None) if named is model else named
-    if not isinstance(found, PreTrainedModel):
+    """What gives the hidden states to the LM head."""
+    found = model.base_model
+    if found is model:  # there is nothing of the name that its class says: most have it here
+        found = getattr(model, "model", None)
+    if not isinstance(found, nn.Module):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no base_model beside its LM head: pass its logits to the losses that take "
             "logits (in a trainer: loss_from='logits')"

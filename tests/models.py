@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "falcon_h1": {"lm_head_multiplier": 0.3, **MAMBA},
     "mixtral": {"num_local_experts": 4, **MIXTURE},
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8},  # a backbone of another name
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, **MIXTURE},
 }
 

@@ -249,8 +249,9 @@ def with_lora(model, **settings):
 def test_lora_is_trained_and_switched_off(name):
     base = make_model(name)
     base_loss = kto(base)
-    # PEFT refuses a Mamba layer's projections
-    model = with_lora(base, **({"target_modules": ["q_proj", "gate_proj"]} if name == "falcon_h1" else {}))
+    # PEFT refuses a Mamba layer's projections, and trips over a router that returns two results
+    refused = name in ("falcon_h1", "llama4_text")
+    model = with_lora(base, **({"target_modules": ["q_proj", "gate_proj"]} if refused else {}))
     for function in TWINS:
         check_against_own_logits(function, model)
     assert {"lora_A", "lora_B"} == {key.split(".")[-3] for key in backward(model, kto(model))}
@@ -421,17 +422,10 @@ def test_refuses_an_encoder_decoder():
         huggingface.attach(model)
 
 
-def test_finds_a_backbone_that_its_class_names_wrongly():
-    """As Llama 4's does."""
-    model = make_model("llama")
-    model.base_model_prefix = "language_model"
-    assert model.base_model is model
-    check_against_own_logits(fused_linear_kto_loss, model)
-
-
 def test_refuses_a_model_whose_backbone_it_does_not_find():
     model = make_model("llama")
-    model.base_model_prefix, model.model, model.layers = "language_model", nn.Identity(), model.model
+    model.base_model_prefix, model.layers = "language_model", model.model
+    del model.model
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no base_model beside its LM head"):
         huggingface.call_at_head(model, None)
 
