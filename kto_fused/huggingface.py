@@ -366,13 +366,13 @@ def _unknown_router_loss(model: PreTrainedModel) -> UnsupportedModelError:
 # ---- what may be attached -----------------------------------------------------------------------------------------
 
 
-def check_is_decoder(model: PreTrainedModel) -> None:
+def check_is_decoder(model: nn.Module) -> None:
     """Refuse what reads one sequence and writes another."""
-    if model.config.is_encoder_decoder:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise _no_causal_model(model)
 
 
-def _no_causal_model(model: PreTrainedModel) -> UnsupportedModelError:
+def _no_causal_model(model: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(model).__name__} is no causal language model with an LM head: load AutoModelForCausalLM"
     )

@@ -110,7 +110,7 @@ class FusedTrainer(Trainer):
                 "model has no parameter that requires a gradient, so nothing would be trained: load adapters with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or requires_grad_() what is to be trained"
             )
-        huggingface.check_is_decoder(huggingface.unwrap(model))
+        huggingface.check_is_decoder(model)
         if args.loss_from == "hidden":
             _attach(model)
         self._is_peft = hasattr(model, "disable_adapter")
