@@ -51,7 +51,7 @@ LEFT_OUT = (
     *("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config"),
     *("label_smoothing_factor", "label_names", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
     *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
-    *("remove_unused_columns", "length_column_name"),
+    *("remove_unused_columns", "length_column_name", "bf16_full_eval", "fp16_full_eval"),
 )
 AT_LEAST = {
     "per_device_train_batch_size": 1,

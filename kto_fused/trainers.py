@@ -437,11 +437,15 @@ class FusedTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As ``Trainer``'s; a dataset that is not prepared yet is tokenized first."""
         is_name = isinstance(self.eval_dataset, dict) and isinstance(eval_dataset, str)
-        if eval_dataset is not None and not (is_name and eval_dataset in self.eval_dataset):
-            eval_dataset = self._prepare_new(eval_dataset)
-            # with persistent workers ``Trainer`` keeps a loader under this name, whatever data it is for
-            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
-        return super().get_eval_dataloader(eval_dataset)
+        if eval_dataset is None or eval_dataset is self.eval_dataset or (is_name and eval_dataset in self.eval_dataset):
+            return super().get_eval_dataloader(eval_dataset)
+        new = self._prepare_new(eval_dataset)
+        # workers that stay: ``Trainer`` keeps their loaders by name, and whatever has none is "eval"
+        kept = getattr(self, "_eval_dataloaders", {})
+        self._eval_dataloaders = {}
+        loader = super().get_eval_dataloader(new)
+        self._eval_dataloaders = kept
+        return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As ``Trainer``'s; a dataset that is not prepared yet is tokenized first."""
