@@ -144,9 +144,9 @@ class FusedTrainer(Trainer):
         self._train_totals, self._eval_totals = Totals(), Totals()
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.ref_model = self._make_reference(ref_model)
-        precomputes, is_base = args.needs_reference and args.precompute_ref_log_probs, ref_model is None
-        self._reference_is_gone = precomputes and not (self._is_peft and is_base)
-        if precomputes:
+        is_base = self._is_peft and ref_model is None
+        self._reference_is_gone = args.precompute_ref_log_probs and not is_base
+        if args.precompute_ref_log_probs:
             self._precompute_references()
 
     # ---- of each loss ----

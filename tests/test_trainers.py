@@ -988,12 +988,10 @@ def test_what_could_not_be_kept_is_not_computed(tmp_path, ref_passes):
 
 
 def test_simpo_has_no_reference(tmp_path, ref_passes):
-    for settings in ({}, {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}):
-        trainer = make_trainer("dpo", tmp_path, loss_type="simpo", **settings)
-        trainer.train()
-        assert trainer.ref_model is None
-        assert ref_passes() == 0
-    assert not (tmp_path / "cache").exists()
+    trainer = make_trainer("dpo", tmp_path, loss_type="simpo")
+    trainer.train()
+    assert trainer.ref_model is None
+    assert ref_passes() == 0
     with pytest.raises(ValueError, match="ref_model is given, but loss_type='simpo' has no reference"):
         make_trainer("dpo", tmp_path, loss_type="simpo", ref_model=model(seed=1))
 
