@@ -22,6 +22,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVIDED_BY = ("logits_scaling",)
 SOFT_CAPPED_BY = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# what is left for a model that ``attach`` refuses
+FROM_LOGITS = "pass its logits to the losses that take logits (in a trainer: loss_from='logits')"
 CHECKED_TOKENS = 8
 ROUNDINGS = 8  # that those tokens' logits may be apart, of the largest
 PROBED = 100.0
@@ -324,10 +326,7 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
     if found is model:  # there is nothing of the name that its class says: most have it here
         found = getattr(model, "model", None)
     if not isinstance(found, nn.Module):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no base_model beside its LM head: pass its logits to the losses that take "
-            "logits (in a trainer: loss_from='logits')"
-        )
+        raise UnsupportedModelError(f"{type(model).__name__} has no base_model beside its LM head: {FROM_LOGITS}")
     return found
 
 
@@ -488,8 +487,7 @@ def _compare(model: PreTrainedModel, own: torch.Tensor, ours: torch.Tensor) -> N
     if not difference <= ROUNDINGS * eps * largest:
         raise UnsupportedModelError(
             f"{name}'s logits differ by up to {difference:.1e} (largest {largest:.1e}) from its head with "
-            f"{logit_options(model.config)}: it computes something else there, so pass its logits to the losses that "
-            "take logits (in a trainer: loss_from='logits')"
+            f"{logit_options(model.config)}: it computes something else there, so {FROM_LOGITS}"
         )
 
 
@@ -497,8 +495,7 @@ def _plain_logits(hidden, lm_head_weight, lm_head_bias, logit_scale, logit_softc
     if hidden.shape[-1] != lm_head_weight.shape[1]:
         raise UnsupportedModelError(
             f"model's hidden states are {hidden.shape[-1]} wide and its LM head takes {lm_head_weight.shape[1]}: it "
-            "computes something in between, so pass its logits to the losses that take logits (in a trainer: "
-            "loss_from='logits')"
+            f"computes something in between, so {FROM_LOGITS}"
         )
     return (_transformed(F.linear(hidden, lm_head_weight, lm_head_bias), logit_scale, logit_softcap),)
 
