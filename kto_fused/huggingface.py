@@ -119,8 +119,8 @@ def attach(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: the LM head is not a plain linear layer (it carries an adapter, is quantised or missing),
-            prompts are learned, ``config.return_dict`` is off, or the model's logits are not finite or more than its
-            head, scale and soft cap.
+            prompts are learned, ``config.return_dict`` is off, attention sees later tokens, or the model's logits are
+            not finite or more than its head, scale and soft cap.
         TypeError: ``model`` holds no ``PreTrainedModel``.
     """
     inner = unwrap(model)
@@ -146,6 +146,7 @@ def attach(model: nn.Module) -> None:
     inner.forward = MethodType(_forward_like(type(inner).forward), inner)
     inner._has_fused_call = True
     try:
+        check_is_causal(inner)
         _check_logits(inner)
     except BaseException:
         detach(inner)
@@ -445,11 +446,26 @@ def keeping_trainable(model: nn.Module) -> Iterator[None]:
             now.requires_grad_(is_trainable)
 
 
-def _check_logits(model: PreTrainedModel) -> None:
-    """Compare the model's logits of a few tokens with its head, scale and soft cap applied to its hidden states; and,
-    where half precision or small logits would hide a difference, what it makes of float32 numbers put in the head's
-    place.
-    """
+def check_is_causal(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits at a token depend on those after it, which are what it is asked for."""
+    input_ids = _tokens_to_check(model)
+    seen = input_ids.shape[1] // 2
+    others = input_ids.clone()
+    others[:, seen:] = (others[:, seen:] + 1) % model.config.get_text_config().vocab_size
+    with evaluating(model), _attention_of(model, input_ids.device):
+        logits = [model(input_ids=ids, use_cache=False, return_dict=True).logits for ids in (input_ids, others)]
+    before, after = (of_all[:, :seen].double() for of_all in logits)
+    # half the digits, for experts may round by how many tokens each of them gets
+    rounding = torch.finfo(logits[0].dtype).eps ** 0.5 * before.abs().max()
+    if (before - after).abs().max() > rounding:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no causal language model as it is configured: its logits at a token change "
+            "with the tokens after it (BERT and its relatives need config.is_decoder = True)"
+        )
+
+
+def _tokens_to_check(model: PreTrainedModel) -> torch.Tensor:
+    """[1, CHECKED_TOKENS] random token ids, fewer where the model has fewer positions, on its device."""
     embeddings = model.get_input_embeddings()
     device = embeddings.weight.device
     if device.type == "meta":
@@ -462,8 +478,16 @@ def _check_logits(model: PreTrainedModel) -> None:
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     length = min(CHECKED_TOKENS, positions(model.config) or CHECKED_TOKENS)
-    input_ids = torch.randint(vocab_size, (1, length), generator=generator).to(device)
-    with evaluating(model), _attention_of(model, device):
+    return torch.randint(vocab_size, (1, length), generator=generator).to(device)
+
+
+def _check_logits(model: PreTrainedModel) -> None:
+    """Compare the model's logits of a few tokens with its head, scale and soft cap applied to its hidden states; and,
+    where half precision or small logits would hide a difference, what it makes of float32 numbers put in the head's
+    place.
+    """
+    input_ids = _tokens_to_check(model)
+    with evaluating(model), _attention_of(model, input_ids.device):
         own = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
         _, outcome = model(input_ids=input_ids, fused_call=FusedCall(_plain_logits, {}))
         (ours,) = outcome.result

@@ -112,7 +112,7 @@ class FusedTrainer(Trainer):
             )
         huggingface.check_is_decoder(model)
         if args.loss_from == "hidden":
-            _attach(model)
+            huggingface.head_layers(huggingface.unwrap(model))
         self._is_peft = hasattr(model, "disable_adapter")
         if self._is_peft and args.needs_reference and ref_model is None:
             _check_adapters_alone_differ(model)
@@ -137,6 +137,7 @@ class FusedTrainer(Trainer):
         )
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
+        self._check_logits(self.model)
         self.model_accepts_loss_kwargs = True  # that losses are scaled for accumulation is compute_loss's work
         self._options = {"backend": args.backend, "average_log_prob": args.average_log_prob}
         if args.loss_from == "hidden":
@@ -206,6 +207,22 @@ class FusedTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         return _LengthGroupedEpochs(self, dataset["length"])
 
+    # ---- models ----
+
+    def _check_logits(self, model: nn.Module) -> None:
+        """On the device, for a layer's kernels may run nowhere else, and before the model is prepared."""
+        is_from_hidden = self.args.loss_from == "hidden"
+        if _is_partitioned(model):  # it gives no logits yet: ``apply`` attaches it
+            if is_from_hidden:
+                huggingface.head_layers(huggingface.unwrap(model))
+            return
+        if is_from_hidden:
+            huggingface.attach(model)
+            return
+        inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+        if inner is not None and _embedded_tokens(inner) is not None:
+            huggingface.check_is_causal(inner)
+
     # ---- the reference ----
 
     def _make_reference(self, ref_model: PreTrainedModel | None) -> nn.Module | None:
@@ -220,8 +237,9 @@ class FusedTrainer(Trainer):
             if is_policy_enough:
                 return None
             ref_model = self._copy_of_policy()
-        if self.args.loss_from == "hidden":
-            _attach(ref_model)
+        if self.place_model_on_device:
+            self._move_model_to_device(ref_model, self.args.device)
+        self._check_logits(ref_model)
         if self.args.disable_dropout:
             _disable_dropout(ref_model)
         ref_model.requires_grad_(False).eval()
@@ -734,14 +752,6 @@ def _largest_token_id(dataset: Dataset) -> int:
         found = (pc.max(pc.list_flatten(rows[column])).as_py() for column in columns)
         largest = max(largest, *(0 if token_id is None else token_id for token_id in found))  # a prompt may be empty
     return largest
-
-
-def _attach(model: nn.Module) -> None:
-    """Before the model is prepared; a partitioned one has no logits to compare yet, so ``apply`` attaches it."""
-    if _is_partitioned(model):
-        huggingface.head_layers(huggingface.unwrap(model))
-    else:
-        huggingface.attach(model)
 
 
 def _is_partitioned(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
+    BertGenerationConfig,
     ElectraConfig,
     ElectraForCausalLM,
     PreTrainedModel,
@@ -420,6 +421,16 @@ def test_refuses_an_encoder_decoder():
     model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))
     with refuses(model, "T5ForConditionalGeneration is no causal language model", "AutoModelForCausalLM"):
         huggingface.attach(model)
+
+
+def test_refuses_a_model_that_sees_what_it_is_asked_for():
+    """BERT's attention sees later tokens, unless it is told to be a decoder."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    configs = [BertGenerationConfig(vocab_size=VOCAB, is_decoder=is_decoder, **sizes) for is_decoder in (False, True)]
+    model, decoder = (AutoModelForCausalLM.from_config(config) for config in configs)
+    with refuses(model, "BertGenerationDecoder is no causal language model", "tokens after it", "is_decoder = True"):
+        huggingface.attach(model)
+    huggingface.attach(decoder)
 
 
 def test_refuses_a_model_whose_backbone_it_does_not_find():

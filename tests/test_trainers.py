@@ -28,6 +28,8 @@ from tiny_training import (
     weights,
 )
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
@@ -1284,6 +1286,38 @@ def test_an_encoder_decoder_is_refused_from_logits_too(tmp_path):
     policy = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes))
     with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is no causal language model"):
         make_trainer("dpo", tmp_path, policy=policy, loss_from="logits")
+
+
+def test_a_model_that_sees_what_it_is_asked_for_is_refused_from_logits_too(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    configs = [BertConfig(vocab_size=64, is_decoder=is_decoder, **sizes) for is_decoder in (False, True)]
+    policy, decoder = (BertLMHeadModel(config) for config in configs)
+    with pytest.raises(UnsupportedModelError, match="BertLMHeadModel is no causal language model as it is configured"):
+        make_trainer("dpo", tmp_path, policy=policy, loss_from="logits")
+    with pytest.raises(UnsupportedModelError, match="BertLMHeadModel is no causal language model as it is configured"):
+        make_trainer("dpo", tmp_path, policy=decoder, ref_model=policy, loss_from="logits")
+    make_trainer("dpo", tmp_path, policy=decoder, loss_from="logits").train()
+
+
+@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+def test_models_are_checked_on_the_device_alone(tmp_path, monkeypatch, loss_from):
+    """Layers may have kernels that run nowhere else, as Liger's do."""
+    moved, move = [], Trainer._move_model_to_device
+
+    def noted(self, model, device):
+        moved.append(model)
+        move(self, model, device)
+
+    monkeypatch.setattr(Trainer, "_move_model_to_device", noted)
+
+    def check_device(layer, arguments):
+        assert any(layer in whole.modules() for whole in moved)
+
+    policy, ref_model = model(), model(seed=1)
+    for whole in (policy, ref_model):
+        whole.model.norm.register_forward_pre_hook(check_device)
+    make_trainer("dpo", tmp_path, policy=policy, ref_model=ref_model, loss_from=loss_from)
+    assert moved == [policy, ref_model]
 
 
 @by_kind
