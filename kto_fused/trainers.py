@@ -587,6 +587,12 @@ class FusedKTOTrainer(FusedTrainer):
             name=name,
         )
 
+    def _inner_training_loop(self, *args, **kwargs):
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:  # ``compute_loss`` may be called by hand afterwards
+            self._step_batches = self._step_reference_point = None
+
     def get_batch_samples(self, *arguments) -> tuple[list, torch.Tensor | int | None]:
         batches, num_items = super().get_batch_samples(*arguments)
         self._step_batches, self._step_reference_point = batches, None
@@ -601,7 +607,9 @@ class FusedKTOTrainer(FusedTrainer):
         if not self.model.training:  # DeepSpeed's engine does not say
             return self._estimate(model, [inputs])
         if self._step_reference_point is None:  # not before the step: resuming restores the random state in between
-            self._step_reference_point = self._estimate(model, self._step_batches or [inputs])
+            if self._step_batches is None:  # called by hand
+                return self._estimate(model, [inputs])
+            self._step_reference_point = self._estimate(model, self._step_batches)
             self._step_batches = None
         return self._step_reference_point
 

@@ -771,6 +771,21 @@ def test_a_run_stopped_at_any_step_ends_as_one_that_was_not(tmp_path, kind, samp
             assert tensor.equal(weights(whole)[name]), f"stopped at {step}: {name}"
 
 
+def test_a_loss_asked_for_by_hand_has_a_reference_point_of_its_own(tmp_path):
+    """Not the last step's, nor that of the batch before."""
+    settings = {"ref_model": model(seed=1), "gradient_accumulation_steps": 4}
+    trained = make_trainer("kto", tmp_path, max_steps=1, **settings)
+    trained.train()
+    batches = list(trained.get_train_dataloader())
+    losses = [trained.compute_loss(trained.model, batch).item() for batch in batches]
+    points = set()
+    for loss, batch in zip(losses, batches, strict=True):
+        fresh = make_trainer("kto", tmp_path, policy=copy.deepcopy(trained.model), **settings)
+        points.add(fresh._estimate(fresh.model, [batch]).item())
+        assert fresh.compute_loss(fresh.model.train(), batch).item() == loss
+    assert len(points) > 1
+
+
 def test_epochs_of_similar_lengths_are_in_an_order_of_their_own(tmp_path):
     trainer = make_trainer("dpo", tmp_path, train=32, num_train_epochs=3)
     compute_loss, batches = trainer.compute_loss, []
