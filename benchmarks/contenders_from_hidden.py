@@ -168,7 +168,7 @@ def contenders(device: torch.device, softcap: float | None = None, compiled: boo
     compiled = compiled and can_compile(device)
     found: dict[str, Contender] = {"kto-fused": fused, "eager": from_sequence_logps(eager)}
     if device.type == "cuda":
-        found["kto-fused, 512 MiB chunk"] = partial(fused, chunk_bytes=2**29)
+        found["kto-fused, 2 GiB chunk"] = partial(fused, chunk_bytes=2**31)
     if compiled and device.type == "cuda":
         found["torch.compile of eager"] = torch.compile(from_sequence_logps(eager))
     if is_installed("trl"):

@@ -295,16 +295,15 @@ def settle_rows_kernel(
 def finish_rows_kernel(
     targets_ptr,
     state_ptr,
-    logps_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
+    outputs_ptr,
     num_rows: tl.int64,
     vocab_size: tl.int64,
     factor: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (blocks of rows,). What the rows' statistics say, in fp64 because r may lie far from the maximum."""
+    """Grid: (blocks of rows,). What the rows' statistics say, in fp64 because r may lie far from the maximum: outputs
+    [4, rows].
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
     target = tl.load(targets_ptr + row, mask=inside, other=INVALID_TARGET)
@@ -320,11 +319,12 @@ def finish_rows_kernel(
     log_sum, mean_distance = tl.log(row_sum.to(tl.float64)), weighted / row_sum
     logp = log_probability(u_target.to(tl.float64) - reference, log_sum, mean_distance, factor64, log2_factor)
     logp = tl.where(is_token, logp, float("nan"))
-    tl.store(logps_ptr + row, logp, mask=inside)
-    tl.store(entropy_ptr + row, log_sum - factor64 * mean_distance, mask=inside)
-    tl.store(mean_logits_ptr + row, factor64 * total / vocab_size, mask=inside)
+    tl.store(outputs_ptr + row, logp, mask=inside)
+    tl.store(outputs_ptr + num_rows + row, log_sum - factor64 * mean_distance, mask=inside)
+    tl.store(outputs_ptr + 2 * num_rows + row, factor64 * total / vocab_size, mask=inside)
     # maxima pass over a NaN, the log-probability does not
-    tl.store(is_top1_ptr + row, ((u_target >= row_max) & (logp == logp)).to(tl.float32), mask=inside)
+    is_top1 = (u_target >= row_max) & (logp == logp)
+    tl.store(outputs_ptr + 3 * num_rows + row, is_top1.to(tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "hidden_size"])
@@ -507,13 +507,13 @@ def settle(
 
 
 def finish(
-    targets: torch.Tensor, state: torch.Tensor, outputs: tuple[torch.Tensor, ...], *, vocab_size: int, factor: float
+    targets: torch.Tensor, state: torch.Tensor, outputs: torch.Tensor, *, vocab_size: int, factor: float
 ) -> None:
-    """Fill ``outputs`` (logps, entropy, mean_logits, is_top1), each [rows], once every tile was folded."""
+    """Fill ``outputs`` [4, rows]: logps, entropy, mean_logits and is_top1, once every tile was folded."""
     finish_rows_kernel[(triton.cdiv(len(targets), ROWS_BLOCK),)](
         targets,
         state,
-        *outputs,
+        outputs,
         num_rows=len(targets),
         vocab_size=vocab_size,
         factor=factor,

@@ -75,11 +75,12 @@ class _Engine:
         compute = options.compute_dtype
         self.lm_head = LMHead(weight, None if bias is None else bias.to(compute).contiguous())
         self.tokens, self.chunk, self.options = tokens, chunk, options
-        # (logps, entropy, mean_logits, is_top1) of each token; 0 until its chunk was visited
-        self.per_token = [torch.zeros(len(tokens.rows), dtype=compute, device=hidden.device) for _ in range(4)]
+        # [4, N]: logps, entropy, mean_logits and is_top1 of each token; 0 until its chunk was visited. Each row begins
+        # where the widest loads reach it, whatever N is: kernels are compiled for that.
+        num_tokens = len(tokens.rows)
+        self.per_token = hidden.new_zeros(4, -(-num_tokens // 4) * 4, dtype=compute)[:, :num_tokens]
         self.targets = tokens.targets.int()
-        # for a second visit: what the chunks of the first said of each token's logits
-        self.statistics = hidden.new_zeros(NUM_STATISTICS, hidden.shape[:-1].numel(), dtype=compute)
+        self.statistics = None
         logits = options.logits
         self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
 
@@ -95,11 +96,17 @@ class _Engine:
         self._gather(start, stop)
         # a copy, as below: where a slice starts would be one more thing that kernels are compiled for
         targets = self.targets[start:stop].clone()
-        outputs = self.chunk.forward(self.chunk_hidden, self.lm_head, targets, self.transform, keep)
-        for values, output in zip(self.per_token, outputs, strict=True):
-            values[start:stop] = output
-        for values, statistic in zip(self.statistics, self.chunk.statistics, strict=True):
-            values[start:stop] = statistic
+        self.per_token[:, start:stop] = self.chunk.forward(
+            self.chunk_hidden, self.lm_head, targets, self.transform, keep
+        )
+        if self.statistics is not None:
+            for values, statistic in zip(self.statistics, self.chunk.statistics, strict=True):
+                values[start:stop] = statistic
+
+    def start_statistics(self) -> None:
+        """For a second visit: what the chunks of the first say of each token's logits."""
+        num_positions = self.hidden.shape[:-1].numel()
+        self.statistics = self.hidden.new_zeros(NUM_STATISTICS, num_positions, dtype=self.options.compute_dtype)
 
     def _gather(self, start: int, stop: int) -> None:
         rows = self.tokens.rows[start:stop]
@@ -117,7 +124,7 @@ class _Engine:
         """Add the gradients of tokens start..stop by what ``statistics`` says of their logits, computed once more."""
         self._gather(start, stop)
         targets = self.targets[start:stop].clone()
-        statistics = tuple(values[start:stop].clone() for values in self.statistics)
+        statistics = self.statistics[:, start:stop].contiguous()
         for panel in self.chunk.again(
             self.chunk_hidden, self.lm_head, targets, statistics, token_grads[start:stop], self.transform
         ):
@@ -216,9 +223,10 @@ class _Room(NamedTuple):
     """What a first visit's chunks keep where their loss is known in time, and how many tokens one of them holds."""
 
     keeps: Keeps
-    usual: int  # as many as its GEMMs need
+    usual: int  # with several sequences: as many as its GEMMs need, or as are worth their memory
     most: int  # as fit the budget
     most_alone: int  # the same where it is the only one
+    is_one_faster: bool  # than several
 
 
 class _Plan(NamedTuple):
@@ -240,7 +248,13 @@ def _room(weight: torch.Tensor, options: HiddenOptions) -> _Room:
     keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
     spec, alone = _chunk_spec(weight, options, keeps), _lone_chunk_spec(weight, options, keeps)
     most = spec.capacity()
-    return _Room(keeps, min(most, spec.enough_tokens), most, most if alone == spec else alone.capacity())
+    usual = min(most, spec.enough_tokens)
+    if keeps == "all" and spec.kind is FoldedRows:
+        # several chunks go with a float32 sum of the weight's gradient: up to its size they are not what takes most
+        enough_bytes = max(spec.num_bytes // 2, weight.numel() * spec.compute_dtype.itemsize)
+        usual = min(usual, replace(spec, num_bytes=enough_bytes).capacity())
+    most_alone = most if alone == spec else alone.capacity()
+    return _Room(keeps, usual, most, most_alone, is_one_faster=most <= spec.enough_tokens)
 
 
 def _plan(
@@ -260,7 +274,7 @@ def _plan(
     if is_total and any(options.needs):
         one = [(0, num_tokens)] if num_tokens else []
         several = None if couples else _whole_ranges(counts, room, 2 if paired else 1)
-        is_one = num_tokens <= room.most_alone and (several is None or room.usual == room.most)
+        is_one = num_tokens <= room.most_alone and (several is None or room.is_one_faster)
         if is_one or (several and _takes_no_more(one, several, weight, options, room.keeps)):
             return _Plan(room.keeps, one, is_loss_in_time=True)
         if several is not None:
@@ -439,6 +453,8 @@ def forward(
     else:
         ones = torch.ones_like(engine.per_token[0])
         is_direction = plan.keeps == "panels"  # d logp / d hidden, which needs no loss
+        if is_left_to_backward or (is_total and any(options.needs) and not is_direction):
+            engine.start_statistics()
         for start, stop in plan.ranges:
             engine.forward(start, stop, keep=is_direction)
             if is_direction:

@@ -38,10 +38,9 @@ CPU_TOKENS = 1024
 CPU_LOGITS = 2**22
 MOST_TOKENS = 2**24  # of any chunk
 
-# Up to this hidden size a Hopper GPU folds logits in the registers of their GEMM. On an H200, before P was kept there
-# too, that took 3.9 ms where a GEMM of the libraries and a fold took 5.4 (H = 896, V = 151936, 8192 tokens); at 2048
-# both took 7.5 (V = 128256).
-REGISTER_HIDDEN_SIZE = 2048
+# Up to this hidden size a Hopper GPU folds logits in the registers of their GEMM. On an H200 a step with a trained head
+# took 16.9 ms with it and 20.3 without (H = 896), 30.1 and 31.1 (2048), 81.7 and 83.8 (2560), 69.2 and 65.9 (4096).
+REGISTER_HIDDEN_SIZE = 2560
 
 # Numbers by which a second visit to a token knows what the first found.
 NUM_STATISTICS = 3
@@ -207,9 +206,9 @@ class WholeRows:
 
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
-    ) -> tuple[torch.Tensor, ...]:
-        """(logps, entropy, mean_logits, is_top1), each [n], of hidden [n, H] and targets [n] int32; ``keep`` what
-        backward needs. ``statistics`` is for a second visit.
+    ) -> torch.Tensor:
+        """(logps, entropy, mean_logits, is_top1) [4, n] of hidden [n, H] and targets [n] int32; ``keep`` what backward
+        needs. ``statistics`` is for a second visit.
         """
         logits = self._logits(hidden, lm_head)
         options = {"ignore_index": MASKED, "shift": False, **transform}
@@ -227,22 +226,24 @@ class WholeRows:
                 )
         _, logps, _, _, *metrics = outputs
         self.statistics, self.targets, self.transform = outputs[1:4], outputs[0], transform
-        return logps, *metrics
+        return torch.stack([logps, *metrics])
 
     def again(
         self,
         hidden: torch.Tensor,
         lm_head: LMHead,
         targets: torch.Tensor,
-        statistics: tuple[torch.Tensor, ...],
+        statistics: torch.Tensor,
         token_grads: torch.Tensor,
         transform: dict,
     ) -> Iterator[slice]:
-        """``forward`` and ``backward`` once more, with the first visit's NUM_STATISTICS ``statistics``, each [n]: for
-        some columns at a time, which it yields for the head's gradient.
+        """``forward`` and ``backward`` once more, with the first visit's ``statistics`` [NUM_STATISTICS, n]: for some
+        columns at a time, which it yields for the head's gradient.
         """
         self._logits(hidden, lm_head)
-        self.targets, self.transform, self.statistics = targets, transform, statistics
+        self.targets, self.transform = targets, transform
+        # copies: where a row of them starts would be one more thing that kernels are compiled for
+        self.statistics = tuple(row.clone() for row in statistics)
         self.backward(token_grads)
         yield slice(0, self.spec.vocab_size)
 
@@ -346,14 +347,14 @@ class FoldedRows:
 
     def forward(
         self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> torch.Tensor:
         """As ``WholeRows.forward``."""
         from .kernels import register_tiles, vocabulary_tiles
 
         self._begin(lm_head, targets, transform)
         new_empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
         state = new_empty(6, len(hidden))
-        outputs = tuple(new_empty(len(hidden)) for _ in range(4))
+        outputs = new_empty(4, len(hidden))
         with on_device(hidden):
             if self.in_registers:
                 register_tiles.start(hidden, *lm_head, targets, state)
@@ -364,7 +365,7 @@ class FoldedRows:
             vocabulary_tiles.finish(
                 targets, state, outputs, vocab_size=self.spec.vocab_size, factor=transform["factor"]
             )
-        self.statistics = tuple(state[:3])
+        self.statistics = state[:NUM_STATISTICS]
         return outputs
 
     def _begin(self, lm_head: LMHead, targets: torch.Tensor, transform: dict) -> None:
@@ -448,7 +449,7 @@ class FoldedRows:
         hidden: torch.Tensor,
         lm_head: LMHead,
         targets: torch.Tensor,
-        statistics: tuple[torch.Tensor, ...],
+        statistics: torch.Tensor,
         token_grads: torch.Tensor,
         transform: dict,
     ) -> Iterator[slice]:
@@ -456,7 +457,6 @@ class FoldedRows:
         from .kernels import register_tiles, vocabulary_tiles
 
         self._begin(lm_head, targets, transform)
-        state = torch.stack(statistics)
         self.statistics = statistics
         self.backward(token_grads)
         factors, self.row_scale = self.row_scale, None
@@ -466,12 +466,12 @@ class FoldedRows:
             with on_device(hidden):
                 if whole.start < whole.stop:
                     register_tiles.keep(
-                        hidden, *lm_head, self.current, targets, state, factors, whole, factor=transform["factor"]
+                        hidden, *lm_head, self.current, targets, statistics, factors, whole, factor=transform["factor"]
                     )
                 for tile, columns in self._tiles(hidden, lm_head, rest):
                     into = self._kept_columns(hidden, columns, panel)
                     vocabulary_tiles.keep(
-                        tile, lm_head.bias, into, targets, state, factors, columns, block=self.block, **transform
+                        tile, lm_head.bias, into, targets, statistics, factors, columns, block=self.block, **transform
                     )
             if self.spec.by_hidden:
                 self._add_product(lm_head, panel)
