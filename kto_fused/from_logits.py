@@ -255,18 +255,28 @@ def _engine_backward(
 ) -> torch.Tensor:
     options: LogitOptions = ctx.options
     transform = options.logit_scale, options.logit_softcap, options.factor, options.backend
-    if not options.inplace_backward:
+    if not ctx.is_inplace:
         grad = logits.new_empty(logits.shape)
         _token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, *transform)
         return grad
-    if getattr(ctx, "is_overwritten", False):
-        raise RuntimeError("inplace_backward=True has overwritten the logits: there is no second backward")
-    ctx.is_overwritten = True
     grad = logits.detach()  # the same storage and version counter, without the graph
     _token_logprobs_backward_inplace(grad, targets, token_grads, row_max, log_sum, *transform)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(grad)  # whoever saved these logits must not read gradients
     return grad
+
+
+def _save(ctx: Any, options: LogitOptions, *tensors: torch.Tensor | None) -> None:
+    """For the backward. What hooks give back for the logits (those of checkpoints, of ``save_on_cpu``) may be another's
+    too, whom no version warns: it is not written over.
+    """
+    ctx.save_for_backward(*tensors)
+    ctx.options = options
+    ctx.is_inplace = options.inplace_backward and (torch.compiler.is_compiling() or not _has_saved_tensors_hooks())
+
+
+def _has_saved_tensors_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class TokenLogps(torch.autograd.Function):
@@ -275,8 +285,7 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, options):
         targets, logps, row_max, log_sum, *_ = _engine_forward(logits, labels, cu_seqlens, options)
-        ctx.save_for_backward(logits, targets, row_max, log_sum)
-        ctx.options = options
+        _save(ctx, options, logits, targets, row_max, log_sum)
         return logps
 
     @staticmethod
@@ -295,8 +304,7 @@ class SequenceLogps(torch.autograd.Function):
         rows = _engine_forward(logits, labels, cu_seqlens, options)
         logps, token_counts, *_ = _engine_sequences(rows, cu_seqlens, num_sequences, options)
         targets, _, row_max, log_sum, *_ = rows
-        ctx.save_for_backward(logits, targets, row_max, log_sum, token_counts, cu_seqlens)
-        ctx.options = options
+        _save(ctx, options, logits, targets, row_max, log_sum, token_counts, cu_seqlens)
         return logps
 
     @staticmethod
@@ -331,8 +339,7 @@ class LossFromLogits(torch.autograd.Function):
         logps, token_counts, *_ = sequences
         loss, head_grads, *reported = head(logps, token_counts, *head_tensors)
         targets, _, row_max, log_sum, *_ = rows
-        ctx.save_for_backward(logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens)
-        ctx.options = options
+        _save(ctx, options, logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens)
         ctx.num_arguments = len(arguments)
         ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
         ctx.mark_non_differentiable(*sequences, *reported)

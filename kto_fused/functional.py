@@ -73,7 +73,9 @@ def fused_kto_loss(
         temperature, logit_scale, logit_softcap: z = softcap tanh(scale x / softcap) / temperature, for the policy and
             for ``ref_logits``. A soft cap makes even an infinite logit finite; without one, +inf gives a NaN loss.
         inplace_backward: write the gradient over ``policy_logits`` and save a tensor of its size. Whoever else saved
-            those logits gets autograd's error. Refused for a leaf tensor.
+            those logits gets autograd's error, but not the graph of a compiled model that uses its logits again. Refused
+            for a leaf tensor; under saved-tensor hooks (a checkpoint around the loss, ``save_on_cpu``) the gradient is
+            a tensor of its own.
         backend: ``triton``, ``torch``, or None for the faster one on the tensors' device.
 
     Returns:
@@ -255,9 +257,10 @@ def fused_linear_kto_loss(
         ref_logps: [B] the reference's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
         chunk_bytes: how much memory to spend beside the gradients: enough for one token at the least. The default,
             1 GiB, lets the GEMMs run near their full rate; more can spare the fourth GEMM, and what no GEMM would be
-            faster for is not taken, nor the half of it that would make a GPU's GEMMs a few percent faster (2 GiB make
-            them so at H = 896). Gradients count in float32 for float16, and the weight's where several chunks add
-            up, or one chunk takes what that would; under autocast the cast head comes on top.
+            faster for is not taken. (On a GPU, several sequences share at most half of it where the head is trained:
+            2 GiB make small ones, H = 896, a few percent faster.) Gradients count in float32 for float16, and the
+            weight's where several chunks add up, or one chunk takes what that would; under autocast the cast head comes
+            on top.
 
     All other arguments are those of ``fused_kto_loss``, and so are the errors.
 

@@ -478,7 +478,7 @@ def _tokens_to_check(model: PreTrainedModel) -> torch.Tensor:
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     length = min(CHECKED_TOKENS, positions(model.config) or CHECKED_TOKENS)
-    return torch.randint(vocab_size, (1, length), generator=generator).to(device)
+    return torch.randint(vocab_size, (1, length), generator=generator, device="cpu").to(device)
 
 
 def _check_logits(model: PreTrainedModel) -> None:

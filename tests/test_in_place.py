@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import assert_same_gradient
+from torch.utils.checkpoint import checkpoint
 
 import kto_fused
 from kto_fused import fused_kto_loss
@@ -73,13 +74,35 @@ def test_packed_logits_in_a_batch_of_one_are_overwritten_too(engine):
     assert_same_gradient(source.grad, plain.grad)
 
 
-def test_a_second_backward_raises_where_hooks_hide_the_version(engine):
-    _, logits = policy_logits(engine)
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
-        loss = policy_loss(logits, engine)
+def stored(function, *arguments):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        return function(*arguments)
+
+
+def checkpointed(function, *arguments):
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+@pytest.mark.parametrize("keeping", [stored, checkpointed])
+def test_where_hooks_hide_the_version_nothing_is_overwritten(engine, keeping):
+    """Neither before another user of the logits reads them, nor before a second backward."""
+    source, _ = policy_logits(engine)
+    plain = source.detach().requires_grad_()
+    (policy_loss(plain * 1, engine) + 2 * plain.square().sum()).backward()
+
+    def losses(source):
+        logits = source * 1
+        return policy_loss(logits, engine), logits.square().sum()
+
+    loss, square = keeping(losses, source)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="no second backward"):
-        loss.backward()
+    square.backward(retain_graph=True)
+    square.backward()
+    torch.testing.assert_close(source.grad, plain.grad)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        loss = policy_loss(source * 1, engine)
+    gradients = [torch.autograd.grad(loss, source, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("view", [lambda x: x.view(2, 4, 11), lambda x: x[:, :-1]], ids=["view", "slice"])

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer import utils as trl_utils
 
-from kto_fused import huggingface
+from kto_fused import huggingface, linear_sequence_logps
 from kto_fused.integrations import trl as dropin
 from kto_fused.integrations.trl import fuse
 
@@ -639,6 +639,18 @@ def test_two_trainers_may_share_a_model(tmp_path, calls):
     calls.update(dict.fromkeys(calls, 0))
     steps(fuse(make_trainer(DPOTrainer, tmp_path, policy=policy)))
     only(calls, fused_linear_dpo_loss=STEPS, linear_sequence_logps=STEPS)
+
+
+def test_a_deep_copy_computes_with_its_own_weights(tmp_path):
+    policy, inputs = model(), batch()
+    fuse(make_trainer(DPOTrainer, tmp_path, policy=policy))
+    copied = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    labels = {"labels": inputs["input_ids"]}
+    expected = huggingface.apply(linear_sequence_logps, model(), inputs, **labels)
+    assert torch.equal(huggingface.apply(linear_sequence_logps, copied, inputs, **labels), expected)
 
 
 def snapshot(trainer) -> dict[str, object]:

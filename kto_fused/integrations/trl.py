@@ -173,11 +173,12 @@ def _install(models: list[nn.Module], accelerator: Accelerator) -> None:
 
 
 def _answer_fused_lm_head(model: PreTrainedModel) -> None:
-    unfused = model.forward
+    unfused, level = model.forward, len(model.__dict__.setdefault("_unanswered_forwards", []))
+    model._unanswered_forwards.append(unfused)  # a deep copy calls its own; trainers may share a model, and stack these
 
     def forward(self, *args, fused_lm_head: bool | FusedCall = False, **kwargs) -> Any:
         if fused_lm_head is False:
-            return unfused(*args, **kwargs)
+            return self._unanswered_forwards[level](*args, **kwargs)
         if fused_lm_head is True:
             return _token_logps(self, *args, **kwargs)
         return _call(self, fused_lm_head, *args, **kwargs)
