@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .backends import may_read
+from .backends import may_read, resolve
 from .losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -88,7 +88,7 @@ def rows_and_labels(
     name: str, values: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, *, last: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
     """The same for logits or hidden states; ``last`` names their last dimension."""
-    tensor(name, values, FLOAT_DTYPES, A_FLOAT)
+    resolve(None, tensor(name, values, FLOAT_DTYPES, A_FLOAT).device)  # raises for one that computes nothing
     tensor("labels", labels, INTEGER_DTYPES, "integer token ids")
     same_device("labels", labels, name, values)
     if cu_seqlens is None:

@@ -17,6 +17,9 @@ class LossMetrics:
     rejected. From logits or hidden states there are also ``token_counts`` [B], and ``entropy``, ``mean_logits`` and
     ``token_accuracy`` [B], means over each sequence's completion tokens (0 where it has none). ``token_accuracy`` is
     the share of them that are the model's most likely token, a tie included.
+
+    What was an argument of the loss (``desirable``, log-probabilities) is not copied: written to afterwards, it changes
+    here too.
     """
 
     logps: torch.Tensor

@@ -365,8 +365,13 @@ def test_kto_from_logps_needs_a_reference(function):
 
 
 def test_tensors_that_hold_no_values():
-    with pytest.raises(ValueError, match="tensors are on meta, which holds no values"):
-        kto_fused.token_logps(torch.zeros(1, 2, 3, device="meta"), torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    values, labels = torch.zeros(1, 2, 3, device="meta"), torch.zeros(1, 2, dtype=torch.long, device="meta")
+    for call in (
+        lambda: kto_fused.token_logps(values, labels),
+        lambda: kto_fused.linear_token_logps(values, torch.zeros(4, 3, device="meta"), labels),
+    ):
+        with pytest.raises(ValueError, match="tensors are on meta, which holds no values"):
+            call()
 
 
 def test_a_tensor_that_wraps_others_is_refused():

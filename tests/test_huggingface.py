@@ -581,6 +581,12 @@ def test_attaching_leaves_modes_random_numbers_and_gradients_alone():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_attaching_under_another_default_device():
+    model = make_model("llama")
+    with torch.device("meta"):  # as a GPU would be
+        huggingface.attach(model)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_logits_and_generation_are_unchanged(name):
     model = make_model(name).eval()
