@@ -90,7 +90,7 @@ PLANS = {
         ),
         picture=QWEN_05B,
         lengths=(512, 2048, 8192),
-        rounds=5,
+        rounds=3,
         settling=0.5,
     ),
 }
