@@ -1074,7 +1074,7 @@ def test_registers_hand_on_what_is_no_number(poison, in_registers):
 
 @pytest.mark.parametrize("why", ["soft cap", "hidden size", "steps of H", "strides", "float16", "another GPU"])
 def test_logits_that_registers_do_not_serve(why, in_registers, monkeypatch):
-    hidden_size = {"hidden size": 2112, "steps of H": 72}.get(why, 64)
+    hidden_size = {"hidden size": 2624, "steps of H": 72}.get(why, 64)
     dtype = torch.float16 if why == "float16" else torch.bfloat16
     case = make_hidden_case(hidden_size=hidden_size, vocab=300, dtype=dtype, device=DEVICE, backend="triton")
     if why == "soft cap":
