@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -65,11 +66,26 @@ AT_LEAST = {
 }
 # what is printed of a log, and how it is called
 REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
-LINE = {"loss": "loss", **REWARDS, "rewards/accuracies": "accuracy", "kl": "z0"}
+PAIRS_ALONE = "rewards/accuracies"
+LINE = {"loss": "loss", **REWARDS, PAIRS_ALONE: "accuracy", "kl": "z0"}
 COLORS = {"rewards/chosen": "tab:green", "rewards/rejected": "tab:red", "rewards/margins": "tab:blue"}
 SETUP_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 # how messages begin where a checkpoint is of weights of other shapes, of other layers' adapters, of an adapter
 UNFIT = ("Error(s) in loading state_dict", "loaded state dict", "Can't find a checkpoint index")
+# what an evaluation finds
+SIDES = [f"{kind}/{side}" for kind in ("rewards", "logits", "logps") for side in ("chosen", "rejected")]
+EVALUATED = ["loss", *SIDES, "rewards/margins", "entropy"]
+EVALUATED_ALONE = {"kto": ["kl"], "dpo": [PAIRS_ALONE, "mean_token_accuracy"]}
+# of what a run leaves behind, and a model's folder holds
+RESULTS = ("metrics.json", "adapter_config.json", "config.json")
+# what asks for an evaluation, and with what nothing is asked for
+OF_EVALUATION = {
+    "eval_strategy": ("no", None),
+    "eval_steps": (None,),
+    "eval_on_start": (False,),
+    "metric_for_best_model": (None,),
+    "load_best_model_at_end": (False,),
+}
 INTERRUPTED = b"\nfinishing this step, then saving a checkpoint; Ctrl-C again stops at once\n"
 
 
@@ -99,7 +115,11 @@ class TrainSettings:
     lora_rank: int = field(default=0, metadata={"help": "train a LoRA adapter of this rank; 0: train all weights"})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank if not given"})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "names of the layers to adapt; all linear layers but the head if not given"}
+        default=None,
+        metadata={
+            "help": "names of the layers to adapt, or one regular expression of whole names; all-linear, the default: "
+            "all linear layers but the head"
+        },
     )
 
     def __post_init__(self):
@@ -166,6 +186,13 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     for name in ("output_dir", "report_to"):  # None is no choice here: another folder, and an error
         if values[name] is None:
             values[name] = parser.get_default(name)
+    if not values["eval_data"]:
+        for name, unasked in OF_EVALUATION.items():
+            if values[name] not in unasked:
+                raise CommandError(f"--{name} needs --eval_data, files to evaluate on")
+    metric, known = values["metric_for_best_model"], EVALUATED + EVALUATED_ALONE.get(loss, [])
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise CommandError(f"--metric_for_best_model {metric} is not evaluated: expected one of {known}")
     if values["eval_strategy"] is None:
         strategy = "epoch" if values["eval_steps"] is None else "steps"
         values["eval_strategy"] = strategy if values["eval_data"] else "no"
@@ -221,6 +248,9 @@ def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
                 f"--output_dir {folder} holds {Path(latest).name} of another run: go on with it "
                 "(--resume_from_checkpoint true), or name another folder"
             )
+        held = next((name for name in RESULTS if (Path(folder) / name).exists()), None)
+        if held is not None:
+            raise CommandError(f"--output_dir {folder} holds {held} of another model or run: name another folder")
         return None
     if wanted.lower() == "true":
         if latest is None:
@@ -237,6 +267,9 @@ def check_goes_on(checkpoint: str, config: FusedPreferenceConfig) -> None:
         raise CommandError(f"{named} is no checkpoint: it has no trainer_state.json")
     with refusals(OSError, ValueError, TypeError, doing=f"{path} cannot be read: "):
         state = TrainerState.load_from_json(str(path))
+    is_dpo = next((PAIRS_ALONE in entry for entry in state.log_history if "loss" in entry), None)
+    if is_dpo is not None and is_dpo != isinstance(config, FusedDPOConfig):
+        raise CommandError(f"{named} is of a run with --loss {'dpo' if is_dpo else 'kto'}: go on with that")
     steps = state.global_step
     if 0 < config.max_steps < steps:
         raise CommandError(f"{named} has {steps} steps already, but --max_steps is {config.max_steps}")
@@ -284,11 +317,13 @@ def lora(settings: TrainSettings) -> Any:
         raise CommandError(f"--lora_rank needs peft: {INSTALL}")
     from peft import LoraConfig
 
+    modules = settings.lora_target_modules or ["all-linear"]
+    is_pattern = len(modules) == 1 and (modules[0] == "all-linear" or re.search(r"[^\w.-]", modules[0]))
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
-        target_modules=settings.lora_target_modules or "all-linear",
+        target_modules=modules[0] if is_pattern else modules,
     )
 
 
@@ -313,7 +348,12 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
     """Train, with a line for every ``every``-th step that is logged. Returns what ``metrics.json`` holds of it."""
     show_bar_alone(trainer)
     trainer.add_callback(LogLines(every))
-    device = trainer.args.device
+    device, batch_size = trainer.args.device, trainer.args.train_batch_size * trainer.args.world_size
+    if trainer.args.dataloader_drop_last and len(trainer.train_dataset) < batch_size:
+        raise CommandError(
+            f"--dataloader_drop_last leaves nothing to train on: {len(trainer.train_dataset)} examples are less than a "
+            f"batch of {batch_size}"
+        )
     backend = backends.resolve(trainer.args.backend, device)
     if trainer.is_world_process_zero():
         print(
@@ -381,6 +421,8 @@ class CtrlC(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
             args.save_only_model = False  # nothing could go on from that
+            if args.save_total_limit == 1:  # with one to keep, and a best one, this would be the one to go
+                args.save_total_limit = 2
 
     def on_epoch_end(self, args, state, control: TrainerControl, **kwargs: Any) -> None:
         if self.checkpoint is not None:  # the epoch was cut short
@@ -422,7 +464,7 @@ class LogLines(TrainerCallback):
         if not (state.is_world_process_zero and is_due and f"{prefix}loss" in logs):
             return
         if not self.names:
-            other_losses = "rewards/accuracies" if isinstance(args, FusedKTOConfig) else "kl"
+            other_losses = PAIRS_ALONE if isinstance(args, FusedKTOConfig) else "kl"
             self.names = [name for name in LINE if name != other_losses]  # some are missing from a batch of one class
             tqdm.write("  step " + " ".join(f"{LINE[name]:>10}" for name in self.names))
         values = (logs.get(prefix + name) for name in self.names)
@@ -485,7 +527,17 @@ def write(folder: str | Path, metrics: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         draft = Path(scratch)
-        (draft / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str) + "\n", encoding="utf-8")
+        text = json.dumps(_finite(metrics), indent=1, default=str, allow_nan=False)
+        (draft / "metrics.json").write_text(text + "\n", encoding="utf-8")
         plot(metrics, draft / "curves.png")
         for name in ("metrics.json", "curves.png"):
             os.replace(draft / name, folder / name)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

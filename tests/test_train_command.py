@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 for package in ("datasets", "accelerate", "matplotlib"):
@@ -310,6 +311,87 @@ def test_a_stop_saves_all_even_where_checkpoints_hold_the_model_alone(files, mon
     assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 0
     assert losses("runs/kto") == losses("whole")
     assert not Path("runs/kto/checkpoint-4/optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("best", [["--load_best_model_at_end"], ["--metric_for_best_model", "rewards/margins"]])
+def test_a_stop_keeps_its_checkpoint_beside_the_best_one(files, monkeypatch, best):
+    evaluated = ["--eval_data", str(files / "kto-eval.jsonl"), "--eval_steps", "1", "--save_steps", "1", *best]
+    arguments = command(files, "kto", "--max_steps", "4", "--logging_steps", "1", *evaluated)
+    with monkeypatch.context() as patch:
+        press_ctrl_c_after(patch, 2)
+        patch.setattr(train.FusedTrainer, "_determine_best_metric", first_is_best)
+        assert cli.main(arguments) == 130
+    assert Path("runs/kto/checkpoint-3").is_dir()
+    assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 0
+
+
+def first_is_best(self, metrics, trial) -> bool:
+    is_first = self.state.best_metric is None
+    if is_first:
+        self.state.best_metric, self.state.best_global_step = 0.0, self.state.global_step
+    return is_first
+
+
+def test_a_folder_of_another_run_or_model_is_refused(files, capsys):
+    assert cli.main(command(files, "kto", "--max_steps", "1", "--save_strategy", "no")) == 0
+    before = results("runs/kto")
+    assert cli.main(command(files, "kto", "--max_steps", "2", "--lora_rank", "2")) == 2
+    assert "--output_dir runs/kto holds metrics.json of another model or run" in capsys.readouterr().err
+    assert results("runs/kto") == before
+    assert cli.main(command(files, "kto", "--output_dir", str(files / "model"))) == 2
+    assert "holds config.json of another model or run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_other_loss_is_refused(files, capsys):
+    assert cli.main(command(files, "kto", "--max_steps", "1")) == 0
+    resumed = ["--output_dir", "runs/kto", "--max_steps", "2", "--resume_from_checkpoint", "true"]
+    assert cli.main(command(files, "dpo", *resumed)) == 2
+    assert "is of a run with --loss kto: go on with that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["all-linear", ".*[qv]_proj", "self_attn.q_proj"])
+def test_layers_to_adapt_by_name_or_pattern(files, name):
+    pytest.importorskip("peft")
+    assert cli.main(command(files, "kto", "--max_steps", "1", "--lora_rank", "2", "--lora_target_modules", name)) == 0
+    adapted = safetensors.torch.load_file("runs/kto/adapter_model.safetensors").keys()
+    layers = {key.split(".lora_")[0].rpartition(".")[2] for key in adapted}
+    expected = {"self_attn.q_proj": {"q_proj"}, ".*[qv]_proj": {"q_proj", "v_proj"}}
+    assert layers == expected.get(name, layers)
+    assert ("down_proj" in layers) == (name == "all-linear")
+
+
+def test_fewer_examples_than_a_batch_that_must_be_whole(files, capsys):
+    arguments = ["--per_device_train_batch_size", "17", "--dataloader_drop_last"]
+    assert cli.main(command(files, "kto", *arguments)) == 2
+    assert "16 examples are less than a batch of 17" in capsys.readouterr().err
+    assert not Path("runs/kto/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--eval_steps", "2"], ["--eval_on_start"], ["--load_best_model_at_end"], ["--metric_for_best_model", "loss"]],
+    ids=lambda flags: flags[0],
+)
+def test_evaluations_of_nothing_are_refused(files, capsys, flags):
+    assert cli.main(command(files, "kto", *flags)) == 2
+    assert f"{flags[0]} needs --eval_data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["kto", "dpo"])
+def test_the_best_model_is_chosen_by_what_an_evaluation_finds(files, capsys, loss):
+    evaluated = ["--eval_data", str(files / f"{loss}-eval.jsonl")]
+    assert cli.main(command(files, loss, *evaluated, "--metric_for_best_model", "rewards/margin")) == 2
+    assert "--metric_for_best_model rewards/margin is not evaluated: expected one of" in capsys.readouterr().err
+    assert cli.main(command(files, loss, *evaluated, "--max_steps", "1")) == 0
+    (found,) = results(f"runs/{loss}")["evaluations"]
+    own = {"epoch", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    known = {f"eval_{name}" for name in train.EVALUATED + train.EVALUATED_ALONE[loss]}
+    assert found.keys() - own == known
+
+
+def test_numbers_that_json_does_not_have():
+    train.write("results", {"steps": [{"step": 1, "loss": float("nan"), "grad_norm": float("inf")}], "evaluations": []})
+    assert results("results")["steps"] == [{"step": 1, "loss": None, "grad_norm": None}]
 
 
 def test_not_to_resume_can_be_said(files, capsys):
