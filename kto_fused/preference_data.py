@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
@@ -106,7 +107,15 @@ def _read(path: Path) -> Dataset:
             while chunk := file.read(2**20):
                 content.update(chunk)
         if path.suffix == ".parquet":
-            return _checked_dataset(Dataset.from_parquet(str(path)), str(path))
+            if not pq.read_metadata(path).num_rows:
+                raise DataError(f"{path}: holds no records")
+            records = Dataset.from_generator(
+                _parquet_records,
+                features=Features.from_arrow_schema(pq.read_schema(path)),
+                gen_kwargs={"path": path},
+                fingerprint=_digest("parquet", content.hexdigest()),
+            )
+            return _checked_dataset(records, str(path))
         where, record = next(_json_lines(path), (None, None))
         if where is None:
             raise DataError(f"{path}: holds no records")
@@ -123,6 +132,12 @@ def _read(path: Path) -> Dataset:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise DataError(f"{path}: cannot be read: {error.__cause__ or error}") from error
+
+
+def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -150,11 +165,9 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
         raise DataError(f"{name}: holds no records")
     dataset = dataset.with_format(None)
     form = _form(dataset[0], f"{name}, row 0")
-    for field in set(RENDERED) & set(dataset.column_names):
-        if dataset.data.column(field).null_count < len(dataset):
-            raise DataError(f"{name}, field {field!r}: not supported, expected texts or conversations alone")
+    rendered = [field for field in RENDERED if field in dataset.column_names]
+    tables = dataset.select_columns([*form.fields, *rendered]).with_format("arrow").iter(1000)
     dataset = dataset.select_columns(list(form.fields))
-    tables = dataset.with_format("arrow").iter(1000)
     for row, record in enumerate(chain.from_iterable(table.to_pylist() for table in tables)):
         _checked(record, form, f"{name}, row {row}")
     if dataset.features == form.features:
@@ -194,6 +207,8 @@ def _checked(record: Any, form: _Form, where: str) -> dict[str, Any]:
             checked[field] = bool(value)
             continue
         checked[field] = _messages(value, here) if form.conversational else _text(value, here)
+        if form.conversational and field != "prompt" and (first := checked[field][0]["role"]) in ("system", "user"):
+            raise DataError(f"{here}: expected the answer alone, got messages that begin with the {first}'s")
         texts = [message["content"] for message in checked[field]] if form.conversational else [checked[field]]
         if field != "prompt" and not any(texts):
             raise DataError(f"{here}: expected text, got an empty completion")
@@ -350,6 +365,11 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
             f"{name} data: the tokenizer has no eos_token, so nothing ends a completion, and the model does not learn "
             "to end one: set it, or end the texts with the model's own token."
         )
+    if records.features["prompt"] == Value("string") and _begins_twice(tokenizer, records[0]["prompt"]):
+        logger.warning(
+            f"{name} data: the texts begin with {tokenizer.bos_token}, and the tokenizer puts another before it: take "
+            "it off the texts, or give conversations, which the chat template renders."
+        )
     columns = {f"{field}_ids": TOKENS for field in fields if field != "label"}
     columns |= {"label": Value("bool")} if "label" in fields else {}
     columns |= {"length": Value("int32"), "prompt_key": Value("int64")}
@@ -422,6 +442,11 @@ def _token_rows(batch: dict, rows: list[int], *, columns: list[str], tokenizer, 
         for column in columns:
             made[column].append(row[column])
     return made
+
+
+def _begins_twice(tokenizer, text: str) -> bool:
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return begins and tokenizer(text)["input_ids"][:2] == 2 * [tokenizer.bos_token_id]
 
 
 def _adds_end(tokenizer) -> bool:

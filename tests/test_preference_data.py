@@ -4,6 +4,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -169,8 +170,11 @@ def test_what_a_template_would_render_too_is_refused(tmp_path, field):
     path.write_text("\n".join(map(json.dumps, records)))
     with pytest.raises(preference_data.DataError, match=f"line 2, field '{field}': not supported"):
         preference_data.load(path)
-    with pytest.raises(preference_data.DataError, match=f"dataset, field '{field}': not supported"):
-        preference_data.load(Dataset.from_list([records[1], records[1]]))
+    dataset = Dataset.from_list([records[1], records[0] | {field: None}])
+    for chosen, row in ((dataset, 0), (dataset.select([1, 0]), 1), (dataset.select([1, 1, 0]).select([2, 0]), 0)):
+        with pytest.raises(preference_data.DataError, match=f"dataset, row {row}, field '{field}': not supported"):
+            preference_data.load(chosen)
+    assert load(dataset.select([1])).to_list() == records[:1]
 
 
 def test_null_columns_of_messages_are_dropped():
@@ -266,6 +270,14 @@ def test_a_bad_row_is_named(tmp_path, kind, changed, message):
     assert str(caught.value).startswith(f"{name}, row")
 
 
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_completion_that_repeats_the_prompt_is_refused(role):
+    conversations = FORMS["paired conversations"][0]
+    whole = [{"role": role, "content": "a"}, *conversations["rejected"]]
+    with pytest.raises(DataError, match=f"row 0, field 'rejected': expected the answer alone, .* with the {role}'s"):
+        load(Dataset.from_list([conversations | {"rejected": whole}]))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -332,7 +344,20 @@ def test_an_edited_file_is_read_again(tmp_path, kind):
 
     for records in (UNPAIRED, UNPAIRED[:2], UNPAIRED[::-1]):
         save(records)
+        os.utime(path, (1, 1))  # as a copy that keeps the time
         assert load(path).to_list() == records
+
+
+def test_a_files_name_is_no_pattern(tmp_path):
+    Dataset.from_list(UNPAIRED[:2]).to_parquet(tmp_path / "data[1].parquet")
+    Dataset.from_list(UNPAIRED[2:]).to_parquet(tmp_path / "data1.parquet")
+    assert load(tmp_path / "data[1].parquet").to_list() == UNPAIRED[:2]
+
+
+def test_an_empty_table_holds_no_records(tmp_path):
+    Dataset.from_list(UNPAIRED).select([]).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"data\.parquet: holds no records"):
+        load(tmp_path / "data.parquet")
 
 
 def test_tokens_are_made_once_for_one_file_tokenizer_and_length(tmp_path, monkeypatch, caplog):
@@ -480,6 +505,18 @@ def test_texts_that_nothing_ends_are_said_once(caplog):
     caplog.clear()
     prepare_paired(Dataset.from_list(FORMS["paired conversations"]), one_token_a_word(eos_token=None))
     assert not caplog.records  # a template ends them
+
+
+def test_texts_that_begin_twice_are_said_once(caplog):
+    tokenizer = one_token_a_word(bos_token="one")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="one $0", special_tokens=[("one", tokenizer.convert_tokens_to_ids("one"))]
+    )
+    prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizer)
+    assert not caplog.records
+    prepare_unpaired(Dataset.from_list([x | {"prompt": "one " + x["prompt"]} for x in UNPAIRED]), tokenizer)
+    (said,) = caplog.records
+    assert said.message.startswith("train data: the texts begin with one, and the tokenizer puts another before it")
 
 
 def with_template(template: str) -> PreTrainedTokenizerFast:
