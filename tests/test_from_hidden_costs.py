@@ -380,7 +380,7 @@ def test_a_budget_may_be_any_number():
 
 
 # MiB of a step of 8 sequences: (H, V, T), the head trained, with twice the budget, frozen
-ON_HOPPER = {  # as README gives them
+ON_HOPPER = {  # on an H200 860, 1483, 203, 1087, 1864, 3767 and 465 were measured
     (896, 151936, 2048): (859, 1481, 203),
     (896, 151936, 8192): (1087, 1878, 285),
     (2048, 128256, 2048): (1863, 1863, 262),
