@@ -495,19 +495,35 @@ def _reference_logps(
     is_shared = ref_weight.is_set_to(weight) and options.ref_dtype == options.dtype
     ref_weight = ref_weight.to(options.ref_dtype)
     ref_options, chunk = replace(options, dtype=options.ref_dtype, needs=(False, False, False)), None
-    limit = max(1, len(tokens.rows))
+    num_tokens, spec = len(tokens.rows), _chunk_spec(ref_weight, ref_options, "nothing")
+    limit = max(1, num_tokens)
     if ref_options.dtype == options.dtype:
-        chunk = _make_chunk(plan, weight, options, weight_sum)
-        limit = max(1, chunk.num_tokens)
+        if _takes_fewer(spec, ref_weight, num_tokens, plan, options):
+            limit = spec.enough_tokens
+        else:
+            chunk = _make_chunk(plan, weight, options, weight_sum)
+            limit = max(1, chunk.num_tokens)
     # the policy's chunk was made for hidden states of its own width
-    if chunk is None or ref_weight.shape[1] > weight.shape[1]:
-        limit = min(limit, _chunk_spec(ref_weight, ref_options, "nothing").capacity())
-    ranges = _even_ranges(len(tokens.rows), limit)
+    if ref_options.dtype != options.dtype or ref_weight.shape[1] > weight.shape[1]:
+        limit = min(limit, spec.capacity())
+    ranges = _even_ranges(num_tokens, limit)
     ref_chunk = chunk or _make_chunk(_Plan("nothing", ranges), ref_weight, ref_options)
     engine = _Engine(hidden, ref_weight, bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
     for start, stop in ranges:
         engine.forward(start, stop)
     return engine.sequences()[0], chunk, ref_weight if is_shared else None
+
+
+def _takes_fewer(
+    spec: ChunkSpec, ref_weight: torch.Tensor, num_tokens: int, plan: _Plan, options: HiddenOptions
+) -> bool:
+    """Whether the reference takes fewer chunks of its own, before the policy's take their memory. Not where tiles in
+    memory would be others than the policy's: of equal models the log-ratios would no longer be exactly 0.
+    """
+    if spec.kind is not FoldedRows or not spec.goes_through_registers(ref_weight, options.logits.logit_softcap):
+        return False
+    shared, own = (max(1, size) for size in (_longest(plan.ranges), min(num_tokens, spec.enough_tokens)))
+    return -(-num_tokens // own) < -(-num_tokens // shared) and spec.size(own) <= spec.num_bytes
 
 
 def _visit_again(engine: _Engine, weight: torch.Tensor, token_grads: torch.Tensor) -> None:

@@ -160,6 +160,14 @@ class ChunkSpec:
         limit = min(MOST_TOKENS if self.keeps == "all" else self.enough_tokens, self.num_bytes // self.hidden_size)
         return max(1, bisect.bisect_right(range(1, limit + 1), self.num_bytes, key=self.size))
 
+    def goes_through_registers(self, weight: torch.Tensor, softcap: float | None) -> bool:
+        """Whether a chunk of ``FoldedRows`` folds logits of this LM head in the registers of their GEMM."""
+        from .kernels import register_tiles
+
+        # of policy and reference the wider: a chunk planned for tiles in memory has no room for registers' results
+        is_narrow = _folds_in_registers(max(self.hidden_size, weight.shape[1]), self.device)
+        return is_narrow and softcap is None and register_tiles.serves(weight)
+
     def size(self, num_tokens: int) -> int:
         """Bytes that a chunk of so many tokens takes, what passes through their GEMMs counted in."""
         return self.kind.size(num_tokens, self)
@@ -373,10 +381,7 @@ class FoldedRows:
         from .kernels import register_tiles
 
         self.targets, self.transform = targets, transform
-        # Of policy and reference the wider: a chunk planned for tiles in memory has no room for registers' results.
-        hidden_size = max(self.spec.hidden_size, lm_head.weight.shape[1])
-        is_served = transform["softcap"] is None and register_tiles.serves(lm_head.weight)
-        self.in_registers = is_served and _folds_in_registers(hidden_size, self.spec.device)
+        self.in_registers = self.spec.goes_through_registers(lm_head.weight, transform["softcap"])
         # a tile's columns, and of one step of the kernels that meet it in memory
         self.width, self.block = self.tile_cols, self.spec.block
         if self.in_registers:

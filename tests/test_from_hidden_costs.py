@@ -327,6 +327,26 @@ def test_a_reference_of_bf16_rows_shares_the_budget(without_arithmetic, chunk_by
     assert extra <= 1.05 * chunk_bytes + sums
 
 
+@pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
+@pytest.mark.parametrize(("is_hopper", "softcap"), [(True, None), (True, 30.0), (False, None)])
+def test_a_reference_in_registers_takes_as_few_chunks_as_fit(without_arithmetic, is_hopper, softcap, monkeypatch):
+    """The policy's hold a sequence each, for they keep its softmax."""
+    monkeypatch.setattr(projection, "_is_hopper", lambda device: is_hopper)
+    chunks, forward = {False: [], True: []}, projection.FoldedRows.forward
+
+    def counted(chunk, hidden, lm_head, targets, transform, keep):
+        chunks[keep].append(len(hidden))
+        return forward(chunk, hidden, lm_head, targets, transform, keep)
+
+    monkeypatch.setattr(projection.FoldedRows, "forward", counted)
+    case = untouched_case(896, 151936, 2048, batch=8)
+    reference = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": torch.empty_like(case.weight), **FIXED}
+    _, step = inputs_and_step(KTO, case.with_options(ref_logps=None), INPUTS, logit_softcap=softcap, **reference)
+    step()
+    assert chunks[True] == 8 * [1023]
+    assert chunks[False] == (2 * [4092] if is_hopper and softcap is None else 8 * [1023])
+
+
 # H, completion tokens of each sequence, batch -> tokens of each chunk
 ONE_FOR_SEVERAL = {
     "2 H tokens": (4096, 2048, 4, [8192]),  # their softmax takes what a float32 sum of the weight's gradients does
