@@ -226,7 +226,6 @@ class _Room(NamedTuple):
     usual: int  # with several sequences: as many as its GEMMs need, or as are worth their memory
     most: int  # as fit the budget
     most_alone: int  # the same where it is the only one
-    is_one_faster: bool  # than several
 
 
 class _Plan(NamedTuple):
@@ -254,7 +253,7 @@ def _room(weight: torch.Tensor, options: HiddenOptions) -> _Room:
         enough_bytes = max(spec.num_bytes // 2, weight.numel() * spec.compute_dtype.itemsize)
         usual = min(usual, replace(spec, num_bytes=enough_bytes).capacity())
     most_alone = most if alone == spec else alone.capacity()
-    return _Room(keeps, usual, most, most_alone, is_one_faster=most <= spec.enough_tokens)
+    return _Room(keeps, usual, most, most_alone)
 
 
 def _plan(
@@ -274,7 +273,7 @@ def _plan(
     if is_total and any(options.needs):
         one = [(0, num_tokens)] if num_tokens else []
         several = None if couples else _whole_ranges(counts, room, 2 if paired else 1)
-        is_one = num_tokens <= room.most_alone and (several is None or room.is_one_faster)
+        is_one = num_tokens <= room.most_alone and several is None
         if is_one or (several and _takes_no_more(one, several, weight, options, room.keeps)):
             return _Plan(room.keeps, one, is_loss_in_time=True)
         if several is not None:
