@@ -451,9 +451,12 @@ def check_is_causal(model: PreTrainedModel) -> None:
     input_ids = _tokens_to_check(model)
     seen = input_ids.shape[1] // 2
     others = input_ids.clone()
-    others[:, seen:] = (others[:, seen:] + 1) % model.config.get_text_config().vocab_size
+    others[:, seen:] = (others[:, seen:] + 1) % _vocab_size(model)
+    options = {"use_cache": False, "return_dict": True}
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        options["attention_mask"] = torch.ones_like(input_ids)
     with evaluating(model), _attention_of(model, input_ids.device):
-        logits = [model(input_ids=ids, use_cache=False, return_dict=True).logits for ids in (input_ids, others)]
+        logits = [model(input_ids=ids, **options).logits for ids in (input_ids, others)]
     before, after = (of_all[:, :seen].double() for of_all in logits)
     # half the digits, for experts may round by how many tokens each of them gets
     rounding = torch.finfo(logits[0].dtype).eps ** 0.5 * before.abs().max()
@@ -475,10 +478,14 @@ def _tokens_to_check(model: PreTrainedModel) -> torch.Tensor:
             "model was partitioned by DeepSpeed ZeRO-3, whose engine alone gathers its weights: make the engine first "
             "(deepspeed.initialize), and pass it to apply or attach"
         )
-    vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     length = min(CHECKED_TOKENS, positions(model.config) or CHECKED_TOKENS)
-    return torch.randint(vocab_size, (1, length), generator=generator, device="cpu").to(device)
+    return torch.randint(_vocab_size(model), (1, length), generator=generator, device="cpu").to(device)
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    return size or len(model.get_input_embeddings().weight)
 
 
 def _check_logits(model: PreTrainedModel) -> None:
@@ -544,9 +551,12 @@ def _head_giving(model: PreTrainedModel, logits: torch.Tensor) -> Iterator[None]
 
 @contextmanager
 def _attention_of(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """An attention that runs where the model lies now: a GPU's kernels do not, before it is moved there."""
+    """An attention that runs where the model lies now: a GPU's kernels do not before it is moved there, nor, outside
+    autocast, with float32 weights.
+    """
     chosen = getattr(model.config, "_attn_implementation", None)
-    if device.type != "cpu" or chosen in (None, "eager", "sdpa"):
+    is_on_gpu_in_half = device.type != "cpu" and model.dtype in (torch.float16, torch.bfloat16)
+    if is_on_gpu_in_half or chosen in (None, "eager", "sdpa"):
         yield
         return
     model.set_attn_implementation("eager")

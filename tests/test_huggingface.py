@@ -24,10 +24,12 @@ from transformers import (
     BertGenerationConfig,
     ElectraConfig,
     ElectraForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -579,6 +581,44 @@ def test_attaching_leaves_modes_random_numbers_and_gradients_alone():
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        (torch.float32, "cpu", "eager"),
+        (torch.bfloat16, "cpu", "eager"),
+        (torch.float32, "cuda", "eager"),  # FlashAttention takes half precision alone, and autocast is not on yet
+        (torch.bfloat16, "cuda", "gpu_kernel"),
+    ],
+)
+def test_what_is_checked_runs_an_attention_that_can(dtype, device, expected, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "gpu_kernel", None)
+    model = make_model("llama", dtype)
+    model.set_attn_implementation("gpu_kernel")
+    with huggingface._attention_of(model, torch.device(device)):
+        assert model.config._attn_implementation == expected
+
+
+class Unusual(PreTrainedModel):
+    """A causal model whose configuration does not say how many tokens there are, and which needs a mask."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        self.embeddings, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def forward(self, input_ids, attention_mask, **_):
+        return CausalLMOutput(logits=self.head((self.embeddings(input_ids) * attention_mask[..., None]).cumsum(1)))
+
+
+def test_a_model_of_ones_own_is_seen_to_be_causal():
+    huggingface.check_is_causal(Unusual(PretrainedConfig()))
 
 
 def test_attaching_under_another_default_device():
