@@ -33,7 +33,7 @@ BUNDLED = Path(__file__).with_name("data") / "feedback.jsonl"
 IGNORE_INDEX = -100
 UNPAIRED, PAIRED = ("prompt", "completion", "label"), ("prompt", "chosen", "rejected")
 RENDERED = ("tools", "chat_template_kwargs")  # what a chat template would render too; without it the text is another
-CACHE_FORMAT = 2  # part of every cache's key: raise it when the same input gives other rows
+CACHE_FORMAT = 3  # part of every cache's key: raise it when the same input gives other rows
 NEIGHBOURS = 64  # completions of like length among which mismatched partners are drawn
 # tokens of a prompt's messages that may change once an answer follows: one or two where a tokenizer merges across the
 # border; a chat template that renders a message otherwise changes its words and what stands around them
@@ -107,15 +107,7 @@ def _read(path: Path) -> Dataset:
             while chunk := file.read(2**20):
                 content.update(chunk)
         if path.suffix == ".parquet":
-            if not pq.read_metadata(path).num_rows:
-                raise DataError(f"{path}: holds no records")
-            records = Dataset.from_generator(
-                _parquet_records,
-                features=Features.from_arrow_schema(pq.read_schema(path)),
-                gen_kwargs={"path": path},
-                fingerprint=_digest("parquet", content.hexdigest()),
-            )
-            return _checked_dataset(records, str(path))
+            return _checked_dataset(_read_parquet(path, content.hexdigest()), str(path))
         where, record = next(_json_lines(path), (None, None))
         if where is None:
             raise DataError(f"{path}: holds no records")
@@ -134,9 +126,23 @@ def _read(path: Path) -> Dataset:
         raise DataError(f"{path}: cannot be read: {error.__cause__ or error}") from error
 
 
-def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path, content: str) -> Dataset:
+    if not pq.read_metadata(path).num_rows:
+        raise DataError(f"{path}: holds no records")
+    schema = pq.read_schema(path)
+    counted = [field for field in schema if field.name in {*UNPAIRED, *PAIRED, *RENDERED}]
+    _form(dict.fromkeys(schema.names), f"{path}, row 0")  # names all columns where one is missing
+    return Dataset.from_generator(
+        _parquet_records,
+        features=Features.from_arrow_schema(pa.schema(counted)),
+        gen_kwargs={"path": path, "columns": tuple(field.name for field in counted)},  # a list would be taken apart
+        fingerprint=_digest("parquet", content),
+    )
+
+
+def _parquet_records(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(1000, columns=list(columns)):
             yield from batch.to_pylist()
 
 

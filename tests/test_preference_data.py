@@ -11,6 +11,8 @@ from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -352,6 +354,14 @@ def test_a_files_name_is_no_pattern(tmp_path):
     Dataset.from_list(UNPAIRED[:2]).to_parquet(tmp_path / "data[1].parquet")
     Dataset.from_list(UNPAIRED[2:]).to_parquet(tmp_path / "data1.parquet")
     assert load(tmp_path / "data[1].parquet").to_list() == UNPAIRED[:2]
+
+
+def test_other_columns_of_a_table_are_not_read(tmp_path):
+    table = pa.table({name: [record[name] for record in UNPAIRED] for name in UNPAIRED[0]})
+    table = table.append_column("hash", pa.array([2**64 - 1] * len(UNPAIRED), pa.uint64()))
+    table = table.append_column("counts", pa.array([[("a", 1)]] * len(UNPAIRED), pa.map_("str", "int8")))
+    pq.write_table(table, tmp_path / "data.parquet")
+    assert load(tmp_path / "data.parquet").to_list() == UNPAIRED
 
 
 def test_an_empty_table_holds_no_records(tmp_path):
