@@ -73,9 +73,9 @@ def fused_kto_loss(
         temperature, logit_scale, logit_softcap: z = softcap tanh(scale x / softcap) / temperature, for the policy and
             for ``ref_logits``. A soft cap makes even an infinite logit finite; without one, +inf gives a NaN loss.
         inplace_backward: write the gradient over ``policy_logits`` and save a tensor of its size. Whoever else saved
-            those logits gets autograd's error, but not the graph of a compiled model that uses its logits again.
-            Refused for a leaf tensor; under saved-tensor hooks (a checkpoint around the loss, ``save_on_cpu``) the
-            gradient is a tensor of its own.
+            those logits gets autograd's error, but neither the graph of a compiled model that uses its logits again nor
+            whoever saved them under hooks of their own. Refused for a leaf tensor; under saved-tensor hooks around the
+            loss (a checkpoint, ``save_on_cpu``) the gradient is a tensor of its own.
         backend: ``triton``, ``torch``, or None for the faster one on the tensors' device.
 
     Returns:

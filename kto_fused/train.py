@@ -188,7 +188,8 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
             values[name] = parser.get_default(name)
     if not values["eval_data"]:
         for name, unasked in OF_EVALUATION.items():
-            if values[name] not in unasked:
+            is_off = name == "eval_steps" and values["eval_strategy"] == "no"
+            if values[name] not in unasked and not is_off:
                 raise CommandError(f"--{name} needs --eval_data, files to evaluate on")
     metric, known = values["metric_for_best_model"], EVALUATED + EVALUATED_ALONE.get(loss, [])
     if metric is not None and metric.removeprefix("eval_") not in known:
@@ -242,7 +243,11 @@ def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
     if wanted is not None and wanted.lower() == "false":
         wanted = None
     latest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if wanted is None:
+    if wanted is not None and wanted.lower() == "true":
+        if latest is None:
+            raise CommandError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
+        wanted = latest
+    if wanted is None or Path(wanted).resolve().parent != Path(folder).resolve():
         if latest is not None:
             raise CommandError(
                 f"--output_dir {folder} holds {Path(latest).name} of another run: go on with it "
@@ -251,12 +256,8 @@ def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
         held = next((name for name in RESULTS if (Path(folder) / name).exists()), None)
         if held is not None:
             raise CommandError(f"--output_dir {folder} holds {held} of another model or run: name another folder")
-        return None
-    if wanted.lower() == "true":
-        if latest is None:
-            raise CommandError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
-        wanted = latest
-    check_goes_on(wanted, config)
+    if wanted is not None:
+        check_goes_on(wanted, config)
     return wanted
 
 
@@ -364,6 +365,10 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
     with refusals(ValueError, ImportError, OSError):  # some of the trainer's settings are looked at only now
         try:
             timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except KeyError as error:  # transformers' own: a metric of both labels, evaluated on one
+            if "metric_for_best_model" not in str(error):
+                raise
+            raise CommandError(sentence(error).strip('"')) from error
         except (RuntimeError, ValueError, OSError) as error:
             if checkpoint is None or not str(error).startswith(UNFIT):
                 raise
@@ -421,7 +426,7 @@ class CtrlC(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
             args.save_only_model = False  # nothing could go on from that
-            if args.save_total_limit == 1:  # with one to keep, and a best one, this would be the one to go
+            if args.save_total_limit == 1 and state.best_model_checkpoint is not None:  # this would be the one to go
                 args.save_total_limit = 2
 
     def on_epoch_end(self, args, state, control: TrainerControl, **kwargs: Any) -> None:

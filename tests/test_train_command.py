@@ -321,8 +321,14 @@ def test_a_stop_keeps_its_checkpoint_beside_the_best_one(files, monkeypatch, bes
         press_ctrl_c_after(patch, 2)
         patch.setattr(train.FusedTrainer, "_determine_best_metric", first_is_best)
         assert cli.main(arguments) == 130
-    assert Path("runs/kto/checkpoint-3").is_dir()
+    assert {path.name for path in Path("runs/kto").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
     assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 0
+
+
+def test_a_stop_leaves_its_checkpoint_alone_where_none_is_best(files, monkeypatch):
+    press_ctrl_c_after(monkeypatch, 2)
+    assert cli.main(command(files, "kto", "--max_steps", "4", "--save_steps", "1")) == 130
+    assert [path.name for path in Path("runs/kto").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 def first_is_best(self, metrics, trial) -> bool:
@@ -338,6 +344,12 @@ def test_a_folder_of_another_run_or_model_is_refused(files, capsys):
     assert cli.main(command(files, "kto", "--max_steps", "2", "--lora_rank", "2")) == 2
     assert "--output_dir runs/kto holds metrics.json of another model or run" in capsys.readouterr().err
     assert results("runs/kto") == before
+    assert cli.main(command(files, "kto", "--max_steps", "1", "--output_dir", "other")) == 0
+    elsewhere = ["--max_steps", "2", "--resume_from_checkpoint", "other/checkpoint-1"]
+    assert cli.main(command(files, "kto", *elsewhere)) == 2
+    assert "--output_dir runs/kto holds metrics.json of another model or run" in capsys.readouterr().err
+    assert cli.main(command(files, "kto", *elsewhere, "--output_dir", "other")) == 0
+    capsys.readouterr()
     assert cli.main(command(files, "kto", "--output_dir", str(files / "model"))) == 2
     assert "holds config.json of another model or run" in capsys.readouterr().err
 
@@ -375,6 +387,20 @@ def test_fewer_examples_than_a_batch_that_must_be_whole(files, capsys):
 def test_evaluations_of_nothing_are_refused(files, capsys, flags):
     assert cli.main(command(files, "kto", *flags)) == 2
     assert f"{flags[0]} needs --eval_data" in capsys.readouterr().err
+
+
+def test_a_file_for_several_runs_may_say_how_often_none_is_evaluated(files):
+    assert cli.main(command(files, "kto", "--max_steps", "1", "--eval_strategy", "no", "--eval_steps", "5")) == 0
+
+
+def test_a_metric_of_both_labels_evaluated_on_one_is_one_sentence(files, tmp_path, capsys):
+    liked = [line for line in (files / "kto-eval.jsonl").read_text().splitlines() if json.loads(line)["label"]]
+    (tmp_path / "liked.jsonl").write_text("\n".join(liked))
+    evaluated = ["--eval_data", str(tmp_path / "liked.jsonl"), "--metric_for_best_model", "rewards/margins"]
+    assert cli.main(command(files, "kto", "--max_steps", "1", *evaluated)) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert "eval_rewards/margins" in message
 
 
 @pytest.mark.parametrize("loss", ["kto", "dpo"])

@@ -641,7 +641,7 @@ def test_two_trainers_may_share_a_model(tmp_path, calls):
     only(calls, fused_linear_dpo_loss=STEPS, linear_sequence_logps=STEPS)
 
 
-def test_a_deep_copy_computes_with_its_own_weights(tmp_path):
+def test_a_deep_copy_calls_a_loss_at_its_own_head(tmp_path):
     policy, inputs = model(), batch()
     fuse(make_trainer(DPOTrainer, tmp_path, policy=policy))
     copied = copy.deepcopy(policy)

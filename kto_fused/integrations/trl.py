@@ -174,7 +174,7 @@ def _install(models: list[nn.Module], accelerator: Accelerator) -> None:
 
 def _answer_fused_lm_head(model: PreTrainedModel) -> None:
     unfused, level = model.forward, len(model.__dict__.setdefault("_unanswered_forwards", []))
-    model._unanswered_forwards.append(unfused)  # a deep copy calls its own; trainers may share a model, and stack these
+    model._unanswered_forwards.append(unfused)  # a deep copy has its own; trainers that share a model stack them
 
     def forward(self, *args, fused_lm_head: bool | FusedCall = False, **kwargs) -> Any:
         if fused_lm_head is False:
