@@ -19,6 +19,7 @@ from kto_fused import projection
 
 LLAMA_1B, QWEN_8B = on_gpu("Llama-3.2-1B", 2048, 128256), on_gpu("Qwen3-8B", 4096, 151936)
 LONG = replace(QWEN_05B, seq_len=8192)
+IN_MEMORY = (QWEN_8B, on_gpu("Gemma-3-4B", 2560, 262208, softcap=30.0))  # whose logits registers do not hold
 EVERY_WIDTH = (QWEN_05B, LLAMA_1B, QWEN_8B)
 
 
@@ -58,7 +59,7 @@ SWEEPS = {
         ),
         sizes=(QWEN_05B, LLAMA_1B),
     ),
-    "tile": of("TILE_LOGITS", 2**23, 3 * 2**22, 3 * 2**24, 3 * 2**25, sizes=EVERY_WIDTH),
+    "tile": of("TILE_LOGITS", 2**23, 3 * 2**22, 3 * 2**24, 3 * 2**25, sizes=IN_MEMORY),
     "panel": of("PANEL_LOGITS", 3 * 2**23, 9 * 2**24, 9 * 2**25, sizes=EVERY_WIDTH, cases=("kto frozen",)),
     "panel's tokens": of("PANEL_TOKENS", 2048, 8192, sizes=EVERY_WIDTH, cases=("kto frozen",)),
     "second visit's panel": of("WEIGHT_PANEL_LOGITS", 2**26, 2**27, 2**29, sizes=(LONG,)),

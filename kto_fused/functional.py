@@ -257,10 +257,10 @@ def fused_linear_kto_loss(
         ref_logps: [B] the reference's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
         chunk_bytes: how much memory to spend beside the gradients: enough for one token at the least. The default,
             1 GiB, lets the GEMMs run near their full rate; more can spare the fourth GEMM, and what no GEMM would be
-            faster for is not taken. (On a GPU, several sequences share at most half of it where the head is trained:
-            2 GiB make small ones, H = 896, a few percent faster.) Gradients count in float32 for float16, and the
-            weight's where several chunks add up, or one chunk takes what that would; under autocast the cast head comes
-            on top.
+            faster for is not taken. (On a GPU with a trained head, several sequences share half of it, or what a
+            float32 gradient of the head takes: 2 GiB make small heads, H = 896, a few percent faster.) Gradients count
+            in float32 for float16, and the weight's where several chunks add up, or one chunk takes what that would;
+            under autocast the cast head comes on top.
 
     All other arguments are those of ``fused_kto_loss``, and so are the errors.
 
