@@ -127,11 +127,12 @@ def _read(path: Path) -> Dataset:
 
 
 def _read_parquet(path: Path, content: str) -> Dataset:
-    if not pq.read_metadata(path).num_rows:
+    with pq.ParquetFile(path) as file:
+        num_rows, schema = file.metadata.num_rows, file.schema_arrow
+    if num_rows == 0:
         raise DataError(f"{path}: holds no records")
-    schema = pq.read_schema(path)
-    counted = [field for field in schema if field.name in {*UNPAIRED, *PAIRED, *RENDERED}]
     _form(dict.fromkeys(schema.names), f"{path}, row 0")  # names all columns where one is missing
+    counted = [field for field in schema if field.name in {*UNPAIRED, *PAIRED, *RENDERED}]
     return Dataset.from_generator(
         _parquet_records,
         features=Features.from_arrow_schema(pa.schema(counted)),
