@@ -79,7 +79,7 @@ class _Engine:
         # where the widest loads reach it, whatever N is: kernels are compiled for that.
         num_tokens = len(tokens.rows)
         self.per_token = hidden.new_zeros(4, -(-num_tokens // 4) * 4, dtype=compute)[:, :num_tokens]
-        self.targets = tokens.targets.int()
+        self.targets = tokens.targets
         self.statistics = None
         logits = options.logits
         self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}

@@ -57,7 +57,7 @@ class CompletionTokens:
     """
 
     rows: torch.Tensor  # [N] int64, in hidden states flattened to rows
-    targets: torch.Tensor  # [N] int64, a token id or INVALID
+    targets: torch.Tensor  # [N] int32, a token id or INVALID
     offsets: torch.Tensor  # [B+1] int64, where each packed sequence starts
     counts: list[int]  # [B] tokens of each packed sequence, known to the host
     sequences: torch.Tensor | None  # [B] int64
@@ -83,7 +83,8 @@ def completion_tokens(
     paired: bool = False,
 ) -> CompletionTokens:
     """Find the completion tokens of labels [B, T], or [N] with offsets. Waits for the device once, for their counts."""
-    targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
+    layout = {"ignore_index": ignore_index, "shift": shift, "vocab_size": vocab_size}
+    targets = row_targets(labels, cu_seqlens, **layout).flatten().int()
     is_token = targets != MASKED
     num_rows = targets.numel()
     if cu_seqlens is None:
