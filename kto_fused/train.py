@@ -194,6 +194,8 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     metric, known = values["metric_for_best_model"], EVALUATED + EVALUATED_ALONE.get(loss, [])
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise CommandError(f"--metric_for_best_model {metric} is not evaluated: expected one of {known}")
+    if metric is not None and values["eval_strategy"] == "no":
+        raise CommandError("--metric_for_best_model needs evaluations, but --eval_strategy is no")
     if values["eval_strategy"] is None:
         strategy = "epoch" if values["eval_steps"] is None else "steps"
         values["eval_strategy"] = strategy if values["eval_data"] else "no"

@@ -237,7 +237,7 @@ class FusedTrainer(Trainer):
             if is_policy_enough:
                 return None
             ref_model = self._copy_of_policy()
-        if self.place_model_on_device:
+        if self.place_model_on_device and getattr(ref_model, "hf_device_map", None) is None:  # else it is placed
             self._move_model_to_device(ref_model, self.args.device)
         self._check_logits(ref_model)
         if self.args.disable_dropout:

@@ -393,6 +393,12 @@ def test_a_file_for_several_runs_may_say_how_often_none_is_evaluated(files):
     assert cli.main(command(files, "kto", "--max_steps", "1", "--eval_strategy", "no", "--eval_steps", "5")) == 0
 
 
+def test_the_best_of_no_evaluations_is_refused(files, capsys):
+    flags = ["--eval_data", str(files / "kto-eval.jsonl"), "--eval_strategy", "no", "--metric_for_best_model", "loss"]
+    assert cli.main(command(files, "kto", *flags)) == 2
+    assert "--metric_for_best_model needs evaluations, but --eval_strategy is no" in capsys.readouterr().err
+
+
 def test_a_metric_of_both_labels_evaluated_on_one_is_one_sentence(files, tmp_path, capsys):
     liked = [line for line in (files / "kto-eval.jsonl").read_text().splitlines() if json.loads(line)["label"]]
     (tmp_path / "liked.jsonl").write_text("\n".join(liked))

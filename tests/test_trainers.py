@@ -1335,6 +1335,16 @@ def test_models_are_checked_on_the_device_alone(tmp_path, monkeypatch, loss_from
     assert moved == [policy, ref_model]
 
 
+def test_a_reference_that_was_placed_stays_there(tmp_path, monkeypatch):
+    """As quantized ones do, which cannot be moved."""
+    ref_model = model(seed=1)
+    ref_model.hf_device_map = {"": "cpu"}
+    moved = []
+    monkeypatch.setattr(Trainer, "_move_model_to_device", lambda self, model, device: moved.append(model))
+    trainer = make_trainer("dpo", tmp_path, ref_model=ref_model)
+    assert moved == [trainer.model]
+
+
 @by_kind
 def test_new_data_is_refused_once_the_reference_is_gone(tmp_path, kind):
     """Not scored by the policy in its place; where adapters can be taken off, the reference is still there."""
