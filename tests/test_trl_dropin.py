@@ -708,6 +708,7 @@ def two_processes(rank: int, folder: Path, port: int) -> None:
         )
         assert len(logs) == 3
         assert kind is DPOTrainer or logs[0]["kl"] > 0
+    gc.collect()  # trainers hold the process group, whose threads should end before the interpreter does
     torch.distributed.destroy_process_group()
 
 

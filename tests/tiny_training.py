@@ -185,6 +185,7 @@ def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
             results[name] = {"error": traceback.format_exc()}
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
+    gc.collect()  # trainers hold the process group, whose threads should end before the interpreter does
     torch.distributed.destroy_process_group()
 
 
