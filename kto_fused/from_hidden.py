@@ -522,7 +522,8 @@ def _takes_fewer(
     if spec.kind is not FoldedRows or not spec.goes_through_registers(ref_weight, options.logits.logit_softcap):
         return False
     shared, own = (max(1, size) for size in (_longest(plan.ranges), min(num_tokens, spec.enough_tokens)))
-    return -(-num_tokens // own) < -(-num_tokens // shared) and spec.size(own) <= spec.num_bytes
+    is_fewer = len(_even_ranges(num_tokens, own)) < len(_even_ranges(num_tokens, shared))
+    return is_fewer and spec.size(own) <= spec.num_bytes
 
 
 def _visit_again(engine: _Engine, weight: torch.Tensor, token_grads: torch.Tensor) -> None:

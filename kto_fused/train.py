@@ -186,16 +186,7 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     for name in ("output_dir", "report_to"):  # None is no choice here: another folder, and an error
         if values[name] is None:
             values[name] = parser.get_default(name)
-    if not values["eval_data"]:
-        for name, unasked in OF_EVALUATION.items():
-            is_off = name == "eval_steps" and values["eval_strategy"] == "no"
-            if values[name] not in unasked and not is_off:
-                raise CommandError(f"--{name} needs --eval_data, files to evaluate on")
-    metric, known = values["metric_for_best_model"], EVALUATED + EVALUATED_ALONE.get(loss, [])
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        raise CommandError(f"--metric_for_best_model {metric} is not evaluated: expected one of {known}")
-    if metric is not None and values["eval_strategy"] == "no":
-        raise CommandError("--metric_for_best_model needs evaluations, but --eval_strategy is no")
+    check_evaluation(values, loss)
     if values["eval_strategy"] is None:
         strategy = "epoch" if values["eval_steps"] is None else "steps"
         values["eval_strategy"] = strategy if values["eval_data"] else "no"
@@ -207,6 +198,20 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     if values["max_steps"] <= 0 and values["num_train_epochs"] == 0:
         raise CommandError("--num_train_epochs must be more than 0, or --max_steps given")
     return build(TrainSettings, values), build(CONFIGS[loss], values)
+
+
+def check_evaluation(values: dict[str, Any], loss: str) -> None:
+    """Raises ``CommandError`` where an evaluation is asked for that there is none of, or for what it does not find."""
+    if not values["eval_data"]:
+        for name, unasked in OF_EVALUATION.items():
+            is_off = name == "eval_steps" and values["eval_strategy"] == "no"
+            if values[name] not in unasked and not is_off:
+                raise CommandError(f"--{name} needs --eval_data, files to evaluate on")
+    metric, known = values["metric_for_best_model"], EVALUATED + EVALUATED_ALONE.get(loss, [])
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise CommandError(f"--metric_for_best_model {metric} is not evaluated: expected one of {known}")
+    if metric is not None and values["eval_strategy"] == "no":
+        raise CommandError("--metric_for_best_model needs evaluations, but --eval_strategy is no")
 
 
 def flags_of(loss: str) -> FlagParser:

@@ -161,7 +161,8 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
     for softcap in (None, 30.0):
         launch_hidden(3, 32000, logit_softcap=softcap)
     if projection._is_hopper(torch.device("cuda")):  # whose kernels are compiled for a hidden size
-        launch_hidden(3, 32000, hidden_size=2560)
+        for hidden_size in (2048, 2560):
+            launch_hidden(3, 32000, hidden_size=hidden_size)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         scale.scale_(
             torch.empty(4096, dtype=dtype),
