@@ -169,6 +169,7 @@ def contenders(device: torch.device, softcap: float | None = None, compiled: boo
     found: dict[str, Contender] = {"kto-fused": fused, "eager": from_sequence_logps(eager)}
     if device.type == "cuda":
         found["kto-fused, 2 GiB chunk"] = partial(fused, chunk_bytes=2**31)
+        found["kto-fused, 128 MiB chunk"] = partial(fused, chunk_bytes=2**27)
     if compiled and device.type == "cuda":
         found["torch.compile of eager"] = torch.compile(from_sequence_logps(eager))
     if is_installed("trl"):

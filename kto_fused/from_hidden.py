@@ -28,8 +28,10 @@ from .layout import CompletionTokens, check_contents, completion_tokens, compute
 from .projection import NUM_STATISTICS, ChunkSpec, FoldedRows, Keeps, LMHead, WholeRows, move_rows
 from .torch_backend import BLOCK_BYTES
 
-# One chunk for all tokens writes the weight's gradient once: how many times the memory of several it may take.
+# One chunk for all tokens writes the weight's gradient once, and needs no float32 sum of it: how many times the memory
+# of several it may take, on the first visit and on a second, where its panels are narrower than theirs.
 ONE_CHUNK_MEMORY = 1.05
+ONE_CHUNK_MEMORY_AGAIN = 0.75
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def _plan(
         one = [(0, num_tokens)] if num_tokens else []
         several = None if couples else _whole_ranges(counts, room, 2 if paired else 1)
         is_one = num_tokens <= room.most_alone and several is None
-        if is_one or (several and _takes_no_more(one, several, weight, options, room.keeps)):
+        if is_one or (several and _one_to_several(one, several, weight, options, room.keeps) <= ONE_CHUNK_MEMORY):
             return _Plan(room.keeps, one, is_loss_in_time=True)
         if several is not None:
             return _Plan(room.keeps, several, is_loss_in_time=True)
@@ -285,8 +287,11 @@ def _plan(
 
 
 def _plan_again(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> _Plan:
-    """The second visit."""
-    return _Plan("panels", _even_ranges(num_tokens, _chunk_spec(weight, options, "panels").capacity()))
+    """The second visit. What it exceeds ``chunk_bytes`` by in one chunk may be less than several add up in."""
+    one = [(0, num_tokens)] if num_tokens else []
+    several = _even_ranges(num_tokens, _chunk_spec(weight, options, "panels").capacity())
+    is_one = _one_to_several(one, several, weight, options, "panels") <= ONE_CHUNK_MEMORY_AGAIN
+    return _Plan("panels", one if is_one else several)
 
 
 def _even_ranges(num_tokens: int, limit: int) -> list[tuple[int, int]]:
@@ -311,22 +316,22 @@ def _whole_ranges(counts: list[int], room: _Room, group: int) -> list[tuple[int,
     return ranges
 
 
-def _takes_no_more(
+def _one_to_several(
     one: list[tuple[int, int]],
     several: list[tuple[int, int]],
     weight: torch.Tensor,
     options: HiddenOptions,
     keeps: Keeps,
-) -> bool:
-    """Whether one chunk takes no more than several, whose sum of weight gradients is in float32, beside a chunk and
-    then beside itself rounded.
+) -> float:
+    """How many times the memory of several chunks one takes. Theirs is a float32 sum of the weight's gradients, beside
+    a chunk and then beside itself rounded; where there is no such sum, one is nothing to ask for.
     """
     spec, alone = _chunk_spec(weight, options, keeps), _lone_chunk_spec(weight, options, keeps)
     wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
-    if not alone.lent_bytes or spec.grad_dtype != weight.dtype or wide == held:
-        return False
+    if not options.needs[1] or spec.grad_dtype != weight.dtype or wide == held:
+        return math.inf
     in_several = max(spec.size(_longest(several)) + wide - held, wide)
-    return alone.size(_longest(one)) <= ONE_CHUNK_MEMORY * in_several
+    return alone.size(_longest(one)) / in_several
 
 
 def _longest(ranges: list[tuple[int, int]]) -> int:

@@ -307,4 +307,5 @@ def chunks_of(num_tokens: int | None) -> Iterator[None]:
         if num_tokens is not None:
             patch.setattr(projection.ChunkSpec, "capacity", lambda spec: num_tokens)
             patch.setattr(from_hidden, "ONE_CHUNK_MEMORY", 0)
+            patch.setattr(from_hidden, "ONE_CHUNK_MEMORY_AGAIN", 0)
         yield

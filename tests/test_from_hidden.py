@@ -458,6 +458,27 @@ def test_panels_of_columns(engine, setting, num_tokens, monkeypatch):
         check_hidden_against_twin(function, case, trained=trained, **options, **softcap)
 
 
+@pytest.mark.parametrize("setting", CHUNKED)
+def test_a_second_visit_in_one_chunk_beyond_the_budget(setting, monkeypatch):
+    """Three panels of a step of the kernels each, whose gradients by the weight need no float32 sum."""
+    function, trained, options = CHUNKED[setting]
+    engine = ("triton", "cuda" if HAS_GPU else "cpu")
+    case = make_hidden_case(
+        batch=4, seq_len=6, vocab=2500, hidden_size=64, dtype=torch.bfloat16, bias=True, **on(engine)
+    )
+    panels, again = [], projection.FoldedRows.again
+
+    def seen_again(chunk, hidden, *args):
+        for panel in again(chunk, hidden, *args):
+            panels.append((len(hidden), panel.start))
+            yield panel
+
+    monkeypatch.setattr(projection.FoldedRows, "again", seen_again)
+    check_hidden_against_twin(function, case, trained=trained, chunk_bytes=1, **options)
+    num_tokens = (~is_masked(case)).sum().item()
+    assert panels == ([(num_tokens, start) for start in (0, 1024, 2048)] if "weight" in trained else [])
+
+
 @pytest.mark.parametrize("tile_logits", [1, 2**24], ids=["three tiles", "one tile"])
 def test_the_weights_gradient_lends_its_memory(tile_logits, monkeypatch):
     """The only chunk's tiles, the reference's too, and the gradient by the hidden states lie where its last GEMM
