@@ -275,8 +275,9 @@ def test_a_chunk_stays_within_its_budget_and_uses_it(tokens, dtype, chunk_bytes)
     budget = chunk_bytes
     if dtype == "fp16":
         budget += CAST_BYTES  # a second block of the head in float32, while the first one is let go
-    if dtype == "bf16" and size >= needed_by_all:
-        budget = max(budget, 1.05 * 4 * shape.head)  # the only chunk needs no sum of several in float32
+    if dtype == "bf16" and in_a_chunk.terms["gradient by the LM head, summed [V, H]"] == 2 * shape.head:
+        # the only chunk needs no sum of several in float32, on a first visit or on a second
+        budget = max(budget, (1.05 if size >= needed_by_all else 0.75) * 4 * shape.head)
     assert min(chunk_bytes, needed_by_all) / 2 < size <= budget
 
 
