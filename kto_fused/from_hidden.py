@@ -29,9 +29,11 @@ from .projection import NUM_STATISTICS, ChunkSpec, FoldedRows, Keeps, LMHead, Wh
 from .torch_backend import BLOCK_BYTES
 
 # One chunk for all tokens writes the weight's gradient once, and needs no float32 sum of it: how many times the memory
-# of several it may take, on the first visit and on a second, where its panels are narrower than theirs.
+# of several it may take, on the first visit and on a second; there, how many times ``chunk_bytes`` too, or its panels
+# are as narrow as can be.
 ONE_CHUNK_MEMORY = 1.05
 ONE_CHUNK_MEMORY_AGAIN = 0.75
+ONE_CHUNK_BUDGETS_AGAIN = 2
 
 
 @dataclass(frozen=True)
@@ -156,12 +158,10 @@ class _Engine:
         """Turn d token log-probability / d hidden into d loss / d hidden."""
         self.chunk = self.chunk_hidden = None  # no longer needed
         backend, hidden_size = self.options.logits.backend, self.hidden.shape[-1]
+        grads = self.grad_hidden.view(self.hidden.shape), self.grad_hidden.view(-1, hidden_size)
         for start, stop in ranges:
-            rows = self.tokens.rows[start:stop]
-            direction = self.grad_hidden.new_empty(len(rows), hidden_size)
-            move_rows(self.grad_hidden.view(self.hidden.shape), direction, backend, source_rows=rows)
-            factors = token_grads[start:stop]
-            move_rows(direction, self.grad_hidden.view(-1, hidden_size), backend, target_rows=rows, factors=factors)
+            rows = {"source_rows": self.tokens.rows[start:stop], "target_rows": self.tokens.rows[start:stop]}
+            move_rows(*grads, backend, **rows, factors=token_grads[start:stop])
 
     def sequences(self) -> tuple[torch.Tensor, ...]:
         """(logps, token counts, mean entropy, mean logit, token accuracy) of the batch's sequences, each [B]."""
@@ -222,20 +222,20 @@ def held_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Room(NamedTuple):
-    """What a first visit's chunks keep where their loss is known in time, and how many tokens one of them holds."""
+    """What a first visit's chunks are made for where their loss is known in time, and how many tokens one holds."""
 
-    keeps: Keeps
+    spec: ChunkSpec
     usual: int  # with several sequences: as many as its GEMMs need, or as are worth their memory
     most: int  # as fit the budget
     most_alone: int  # the same where it is the only one
 
 
 class _Plan(NamedTuple):
-    """A visit to all tokens: what its chunks keep, which tokens are in which, and whether the loss of a chunk's
+    """A visit to all tokens: what its chunks are made for, which tokens are in which, and whether the loss of a chunk's
     sequences is known before its logits are dropped.
     """
 
-    keeps: Keeps
+    spec: ChunkSpec
     ranges: list[tuple[int, int]]
     is_loss_in_time: bool = False
 
@@ -247,15 +247,14 @@ class _Plan(NamedTuple):
 
 def _room(weight: torch.Tensor, options: HiddenOptions) -> _Room:
     keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
-    spec, alone = _chunk_spec(weight, options, keeps), _lone_chunk_spec(weight, options, keeps)
-    most = spec.capacity()
+    spec = _chunk_spec(weight, options, keeps)
+    alone, most = _lone_chunk_spec(weight, options, spec), spec.capacity()
     usual = min(most, spec.enough_tokens)
     if keeps == "all" and spec.kind is FoldedRows:
         # several chunks go with a float32 sum of the weight's gradient: up to its size they are not what takes most
         enough_bytes = max(spec.num_bytes // 2, weight.numel() * spec.compute_dtype.itemsize)
         usual = min(usual, replace(spec, num_bytes=enough_bytes).capacity())
-    most_alone = most if alone == spec else alone.capacity()
-    return _Room(keeps, usual, most, most_alone)
+    return _Room(spec, usual, most, most if alone == spec else alone.capacity())
 
 
 def _plan(
@@ -275,23 +274,31 @@ def _plan(
     if is_total and any(options.needs):
         one = [(0, num_tokens)] if num_tokens else []
         several = None if couples else _whole_ranges(counts, room, 2 if paired else 1)
-        is_one = num_tokens <= room.most_alone and several is None
-        if is_one or (several and _one_to_several(one, several, weight, options, room.keeps) <= ONE_CHUNK_MEMORY):
-            return _Plan(room.keeps, one, is_loss_in_time=True)
+        if several is None:
+            is_one = num_tokens <= room.most_alone
+        else:
+            limit = ONE_CHUNK_MEMORY * _several_bytes(several, weight, options, room.spec)
+            is_one = 0 < _lone_chunk_spec(weight, options, room.spec).size(num_tokens) <= limit
+        if is_one:
+            return _Plan(room.spec, one, is_loss_in_time=True)
         if several is not None:
-            return _Plan(room.keeps, several, is_loss_in_time=True)
-    if room.keeps == "all":  # the loss comes too late for what would be kept
-        limit = _chunk_spec(weight, options, "nothing").capacity()
-        return _Plan("nothing", _even_ranges(num_tokens, limit))
-    return _Plan(room.keeps, _even_ranges(num_tokens, room.usual))
+            return _Plan(room.spec, several, is_loss_in_time=True)
+    if room.spec.keeps == "all":  # the loss comes too late for what would be kept
+        spec = _chunk_spec(weight, options, "nothing")
+        return _Plan(spec, _even_ranges(num_tokens, spec.capacity()))
+    return _Plan(room.spec, _even_ranges(num_tokens, room.usual))
 
 
 def _plan_again(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> _Plan:
-    """The second visit. What it exceeds ``chunk_bytes`` by in one chunk may be less than several add up in."""
-    one = [(0, num_tokens)] if num_tokens else []
-    several = _even_ranges(num_tokens, _chunk_spec(weight, options, "panels").capacity())
-    is_one = _one_to_several(one, several, weight, options, "panels") <= ONE_CHUNK_MEMORY_AGAIN
-    return _Plan("panels", one if is_one else several)
+    """The second visit. One chunk may exceed ``chunk_bytes`` by less than what several add up in takes."""
+    spec = _chunk_spec(weight, options, "panels")
+    ranges = _even_ranges(num_tokens, spec.capacity())
+    if len(ranges) > 1:
+        limit = int(ONE_CHUNK_MEMORY_AGAIN * _several_bytes(ranges, weight, options, spec))
+        alone = replace(spec, num_bytes=min(limit, ONE_CHUNK_BUDGETS_AGAIN * spec.num_bytes))
+        if alone.size(num_tokens) <= limit:
+            return _Plan(alone, [(0, num_tokens)])
+    return _Plan(spec, ranges)
 
 
 def _even_ranges(num_tokens: int, limit: int) -> list[tuple[int, int]]:
@@ -316,22 +323,14 @@ def _whole_ranges(counts: list[int], room: _Room, group: int) -> list[tuple[int,
     return ranges
 
 
-def _one_to_several(
-    one: list[tuple[int, int]],
-    several: list[tuple[int, int]],
-    weight: torch.Tensor,
-    options: HiddenOptions,
-    keeps: Keeps,
-) -> float:
-    """How many times the memory of several chunks one takes. Theirs is a float32 sum of the weight's gradients, beside
-    a chunk and then beside itself rounded; where there is no such sum, one is nothing to ask for.
+def _several_bytes(ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, spec: ChunkSpec) -> int:
+    """Of several chunks and the float32 sum of the weight's gradients, beside a chunk and then beside itself rounded;
+    0 where the sum of one chunk would be no narrower.
     """
-    spec, alone = _chunk_spec(weight, options, keeps), _lone_chunk_spec(weight, options, keeps)
     wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
     if not options.needs[1] or spec.grad_dtype != weight.dtype or wide == held:
-        return math.inf
-    in_several = max(spec.size(_longest(several)) + wide - held, wide)
-    return alone.size(_longest(one)) / in_several
+        return 0
+    return max(spec.size(_longest(ranges)) + wide - held, wide)
 
 
 def _longest(ranges: list[tuple[int, int]]) -> int:
@@ -351,33 +350,29 @@ def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> C
     )
 
 
-def _lone_chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
+def _lone_chunk_spec(weight: torch.Tensor, options: HiddenOptions, spec: ChunkSpec) -> ChunkSpec:
     """Of a chunk of all tokens, whose buffer may lie where its last GEMM writes the weight's gradient."""
-    spec = _chunk_spec(weight, options, keeps)
-    if keeps != "all" or not options.needs[1]:
+    if spec.keeps != "all" or not options.needs[1]:
         return spec
-    return replace(spec, lent_bytes=weight.numel() * _sum_dtype(1, weight, options, keeps).itemsize)
+    return replace(spec, lent_bytes=weight.numel() * _sum_dtype(1, weight, spec).itemsize)
 
 
-def _sum_dtype(num_chunks: int, weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> torch.dtype:
+def _sum_dtype(num_chunks: int, weight: torch.Tensor, spec: ChunkSpec) -> torch.dtype:
     """Of the weight's gradient while chunks add to it; the sum of several is rounded once, at its end."""
     held = held_dtype(weight.dtype)
-    is_held = num_chunks == 1 and _chunk_spec(weight, options, keeps).grad_dtype == held
-    return held if is_held else options.compute_dtype
+    return held if num_chunks == 1 and spec.grad_dtype == held else spec.compute_dtype
 
 
 def _empty_weight_sum(plan: _Plan, weight: torch.Tensor, options: HiddenOptions) -> torch.Tensor | None:
     """For the weight's gradient, which the first chunk writes."""
     if not options.needs[1]:
         return None
-    total = weight.new_empty(weight.shape, dtype=_sum_dtype(len(plan.ranges), weight, options, plan.keeps))
+    total = weight.new_empty(weight.shape, dtype=_sum_dtype(len(plan.ranges), weight, plan.spec))
     return total if plan.ranges else total.zero_()
 
 
-def _make_chunk(
-    plan: _Plan, weight: torch.Tensor, options: HiddenOptions, lent: torch.Tensor | None = None
-) -> WholeRows | FoldedRows:
-    longest, spec = _longest(plan.ranges), _chunk_spec(weight, options, plan.keeps)
+def _make_chunk(plan: _Plan, lent: torch.Tensor | None = None) -> WholeRows | FoldedRows:
+    longest, spec = _longest(plan.ranges), plan.spec
     if lent is not None:
         spec = replace(spec, lent_bytes=lent.nbytes)
     return FoldedRows(longest, spec, lent) if spec.kind is FoldedRows else WholeRows(longest, spec)
@@ -391,10 +386,10 @@ def largest_chunk(
     """
     room = _room(weight, options)
     plan = _plan(counts, room, weight, options, is_total=True, paired=paired, couples=False)
-    if room.keeps == "all" and not plan.is_loss_in_time:
+    if room.spec.keeps == "all" and not plan.is_loss_in_time:
         plan = _plan_again(sum(counts), weight, options)
     weight_sum = _empty_weight_sum(plan, weight, options)
-    return _make_chunk(plan, weight, options, weight_sum if plan.lends_sum else None), weight_sum
+    return _make_chunk(plan, weight_sum if plan.lends_sum else None), weight_sum
 
 
 # ---- forward and backward -----------------------------------------------------------------------------------------
@@ -438,13 +433,14 @@ def forward(
         ref_logps, chunk, gemm_weight = _reference_logps(reference, tokens, plan, weight, weight_sum, options)
     if gemm_weight is None:
         gemm_weight = weight.to(options.dtype)
-    chunk = chunk or _make_chunk(plan, weight, options, weight_sum)
+    chunk = chunk or _make_chunk(plan, weight_sum)
     engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
     token_counts = tokens.unpack(tokens.offsets.diff())
 
-    def apply_head() -> tuple[torch.Tensor, ...]:
-        return () if head is None else head(engine.sequences()[0], token_counts, ref_logps, *head_tensors)
+    def apply_head() -> tuple[tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...]]:
+        sequences = None if options.per_position else engine.sequences()
+        return sequences, () if head is None else head(sequences[0], token_counts, ref_logps, *head_tensors)
 
     results = None
     if plan.is_loss_in_time:
@@ -452,18 +448,18 @@ def forward(
         for start, stop in plan.ranges:
             engine.forward(start, stop, keep=True)
             # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
-            results = apply_head()
+            sequences, results = apply_head()
             engine.backward(start, stop, engine.token_grads(results[1], token_counts))
     else:
         ones = torch.ones_like(engine.per_token[0])
-        is_direction = plan.keeps == "panels"  # d logp / d hidden, which needs no loss
+        is_direction = plan.spec.keeps == "panels"  # d logp / d hidden, which needs no loss
         if is_left_to_backward or (is_total and any(options.needs) and not is_direction):
             engine.start_statistics()
         for start, stop in plan.ranges:
             engine.forward(start, stop, keep=is_direction)
             if is_direction:
                 engine.backward(start, stop, ones)
-        results = apply_head()
+        sequences, results = apply_head()
         if is_total and any(options.needs):
             token_grads = engine.token_grads(results[1], token_counts)
             if is_direction:
@@ -471,8 +467,8 @@ def forward(
             else:
                 _visit_again(engine, weight, token_grads)
     if results is None:  # there was no chunk
-        results = apply_head()
-    values = engine.positions() if options.per_position else engine.sequences()
+        sequences, results = apply_head()
+    values = engine.positions() if options.per_position else sequences
     statistics = engine.statistics if is_left_to_backward else None
     return values, ref_logps, results, engine.gradients(), statistics
 
@@ -505,13 +501,13 @@ def _reference_logps(
         if _takes_fewer(spec, ref_weight, num_tokens, plan, options):
             limit = spec.enough_tokens
         else:
-            chunk = _make_chunk(plan, weight, options, weight_sum)
+            chunk = _make_chunk(plan, weight_sum)
             limit = max(1, chunk.num_tokens)
     # the policy's chunk was made for hidden states of its own width
     if ref_options.dtype != options.dtype or ref_weight.shape[1] > weight.shape[1]:
         limit = min(limit, spec.capacity())
     ranges = _even_ranges(num_tokens, limit)
-    ref_chunk = chunk or _make_chunk(_Plan("nothing", ranges), ref_weight, ref_options)
+    ref_chunk = chunk or _make_chunk(_Plan(spec, ranges))
     engine = _Engine(hidden, ref_weight, bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
     for start, stop in ranges:
         engine.forward(start, stop)
@@ -522,7 +518,8 @@ def _takes_fewer(
     spec: ChunkSpec, ref_weight: torch.Tensor, num_tokens: int, plan: _Plan, options: HiddenOptions
 ) -> bool:
     """Whether the reference takes fewer chunks of its own, before the policy's take their memory. Not where tiles in
-    memory would be others than the policy's: of equal models the log-ratios would no longer be exactly 0.
+    memory would be others than the policy's: of equal models the log-ratios would no longer be exactly 0. (The last
+    columns, less than a tile of registers', go through memory all the same, and may be rounded otherwise there.)
     """
     if spec.kind is not FoldedRows or not spec.goes_through_registers(ref_weight, options.logits.logit_softcap):
         return False
@@ -535,7 +532,7 @@ def _visit_again(engine: _Engine, weight: torch.Tensor, token_grads: torch.Tenso
     """Compute the logits once more, and all gradients."""
     engine.chunk = None  # before the other takes its memory
     plan = _plan_again(len(engine.tokens.rows), weight, engine.options)
-    engine.chunk = _make_chunk(plan, weight, engine.options)
+    engine.chunk = _make_chunk(plan)
     engine.start_sums(_empty_weight_sum(plan, weight, engine.options))
     for start, stop in plan.ranges:
         engine.visit_again(start, stop, token_grads)

@@ -261,8 +261,8 @@ def fused_linear_kto_loss(
             float32 gradient of the head takes: 2 GiB make small heads, H = 896, a few percent faster.) Gradients count
             in float32 for float16, and the weight's where several chunks add up, or one chunk takes what that would;
             under autocast the cast head comes on top. For the least memory on a GPU take less than a sequence needs:
-            the second visit that goes with 4 GEMMs writes a bfloat16 head's gradient without a float32 sum, in one
-            chunk of ``chunk_bytes`` or 6 (H + 1024) bytes a token, whichever is more, while that saves a quarter.
+            the second visit that goes with 4 GEMMs then writes a bfloat16 head's gradient without a float32 sum, in
+            one chunk of up to twice ``chunk_bytes``, or of 6 (H + 1024) bytes a token, where that saves a quarter.
 
     All other arguments are those of ``fused_kto_loss``, and so are the errors.
 

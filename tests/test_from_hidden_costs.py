@@ -398,7 +398,7 @@ def test_lent_memory_may_spare_the_fourth_gemm(without_arithmetic, vocab, tokens
 @pytest.mark.parametrize(
     ("hidden_size", "tokens", "least"), [(896, 1024, 92), (896, 4096, 360), (2048, 1024, 144), (4096, 1024, 240)]
 )
-def test_a_smaller_budget_never_takes_more(without_arithmetic, hidden_size, tokens, least, monkeypatch):
+def test_half_the_budget_never_takes_more(without_arithmetic, hidden_size, tokens, least, monkeypatch):
     """Beside the gradients. In 4 GEMMs no float32 sum of the weight's gradients is needed: of all tokens one chunk is
     taken, though by itself it exceeds the smallest budgets.
     """
@@ -413,19 +413,32 @@ def test_a_smaller_budget_never_takes_more(without_arithmetic, hidden_size, toke
 
 
 @pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
-def test_more_tokens_than_one_chunk_is_worth_add_up_in_float32(without_arithmetic, monkeypatch):
-    chunks = set()
+@pytest.mark.parametrize(
+    ("tokens", "budget", "expected", "cols"),
+    [
+        (32768, 2**30, [32768], 2048),  # within the budget
+        (40960, 2**30, [40960], 6144),  # within less than twice that
+        (65536, 2**30, [32768, 32768], 2048),  # one chunk would take more than it saves
+        (8192, 2**27, [8192], 1024),  # as narrow as panels can be, and still more than twice the budget
+        (65536, 2**27, 16 * [4096], 1024),
+    ],
+)
+def test_the_chunks_of_a_second_visit(without_arithmetic, tokens, budget, expected, cols, monkeypatch):
+    chunks, again = [], projection.FoldedRows.again
+
+    def seen_again(chunk, hidden, *args):
+        chunks.append(len(hidden))
+        assert chunk.kept_cols == cols
+        yield from again(chunk, hidden, *args)
 
     def add_weight_gradient(chunk, total, hidden, *, add):
-        chunks.add(len(hidden))
-        assert total.dtype == (torch.bfloat16 if len(hidden) == num_tokens else torch.float32)
+        assert total.dtype == (torch.bfloat16 if len(expected) == 1 else torch.float32)
 
+    monkeypatch.setattr(projection.FoldedRows, "again", seen_again)
     monkeypatch.setattr(projection.FoldedRows, "add_weight_gradient", add_weight_gradient)
-    for num_tokens, expected in ((16384, {16384}), (65536, {32768})):
-        case = untouched_case(4096, 151936, num_tokens // 4 + 2, batch=8)
-        extra_bytes(KTO, case, INPUTS, **MEAN)
-        assert chunks == expected
-        chunks.clear()
+    case = untouched_case(4096, 151936, tokens // 4 + 2, batch=8)
+    extra_bytes(KTO, case, INPUTS, chunk_bytes=budget, **MEAN)
+    assert chunks == expected
 
 
 def test_a_budget_may_be_any_number():
@@ -439,13 +452,13 @@ def test_a_budget_may_be_any_number():
 ON_HOPPER = {  # on an H200 860, 1483, 203, 1087, 1864, 3767 and 465 were measured
     (896, 151936, 2048): (859, 859, 1481, 386, 203),
     (896, 151936, 8192): (1087, 766, 1878, 638, 285),
-    (2048, 128256, 2048): (1863, 1567, 1863, 677, 262),
+    (2048, 128256, 2048): (1863, 1567, 1863, 757, 262),
     (4096, 151936, 2048): (3763, 3763, 3763, 1555, 465),
 }
 ELSEWHERE = {
     (896, 151936, 2048): (943, 943, 1543, 410, 290),
     (896, 151936, 8192): (1182, 862, 1928, 734, 375),
-    (2048, 128256, 2048): (1930, 1567, 1930, 709, 353),
+    (2048, 128256, 2048): (1930, 1567, 1930, 821, 353),
     (4096, 151936, 2048): (3763, 3763, 3763, 1555, 465),
 }
 
