@@ -81,10 +81,9 @@ class Problem:
 def make_problem(loss: str, architecture: str, sequences: int, seq_len: int, device: torch.device) -> Problem:
     config = ARCHITECTURES[architecture]
     torch.manual_seed(0)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    # where it stays: a CPU draws half a billion numbers in half a minute
+    # where it stays: a CPU draws half a billion numbers in half a minute; in the dtype that all of them load weights in
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokenizer = word_tokenizer(config.vocab_size)
     words = torch.randint(1, config.vocab_size, (3, sequences, seq_len // 2)).tolist()
@@ -101,7 +100,8 @@ def make_problem(loss: str, architecture: str, sequences: int, seq_len: int, dev
             records.append({"prompt": prompt, "completion": first, "label": row % 2 == 0})
         else:
             records.append({"prompt": prompt, "chosen": first, "rejected": second})
-    return Problem(loss, model, copy.deepcopy(model), tokenizer, Dataset.from_list(records), sequences)
+    ref_model = copy.deepcopy(model).eval()  # as one that was loaded is
+    return Problem(loss, model, ref_model, tokenizer, Dataset.from_list(records), sequences)
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

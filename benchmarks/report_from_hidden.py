@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from contenders import BETA
 from contenders_from_hidden import Contender, GEMMs, Problem, contenders, make_problem
-from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_of, plot, take_turns, write
+from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_of, plot, settled, take_turns, write
 
 from kto_fused import reference
 
@@ -243,10 +243,6 @@ def measure(
 def title(case: str, size: Size | str) -> str:
     loss, head = case.split()
     return f"{loss.upper()}, head {head}, {size}"
-
-
-def settled(settling: float) -> str:
-    return f", each of {settling:g} s, the last step of which counts" if settling else ""
 
 
 def cell(value: float | None, form: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from contenders_training import CONTENDERS, Contender, Problem, Training, make_problem
-from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_of, take_turns, write
+from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_of, settled, take_turns, write
 
 from kto_fused.measure import peak_bytes
 
@@ -27,10 +27,12 @@ class Size:
 class Plan:
     sizes: tuple[Size, ...]
     rounds: int
-    search: Size  # where the search for the longest sequence begins; it goes down to SHORTEST, up to ``longest``
-    longest: int
-    # bytes a step may allocate beside weights, optimizer and batch; None: what the device has
-    budget: int | None
+    settling: float = 0.0  # seconds
+    # where the search for the longest sequence begins; it goes down to SHORTEST, up to ``longest``. None on a GPU: with
+    # checkpointing, what ends there first is the patience for attention
+    search: Size | None = None
+    longest: int = 0
+    budget: int = 0  # bytes a step may allocate beside weights, optimizer and batch
     losses: tuple[str, ...] = LOSSES
 
 
@@ -40,10 +42,8 @@ PLANS = {
     ),
     "cuda": Plan(
         sizes=(Size("Qwen2.5-0.5B", 8, 2048), Size("Llama-3.2-1B", 8, 2048)),
-        rounds=5,
-        search=Size("Qwen2.5-0.5B", 2, 32768),
-        longest=65536,
-        budget=None,
+        rounds=3,
+        settling=1.0,
     ),
 }
 
@@ -91,14 +91,14 @@ class TrainingTurn(Turn):
             self.training.clear_gradients()
 
 
-def fits(contender: Contender, loss: str, size: Size, budget: int | None, device: torch.device) -> bool:
+def fits(contender: Contender, loss: str, size: Size, budget: int, device: torch.device) -> bool:
     """Whether a step goes through within the budget."""
     free(device)
     training = contender(make_problem(loss, size.architecture, size.sequences, size.seq_len, device))
     try:
         training.step()
         training.clear_gradients()
-        return budget is None or peak_bytes(training.step, device) <= budget
+        return peak_bytes(training.step, device) <= budget
     except torch.OutOfMemoryError:
         return False
 
@@ -130,14 +130,15 @@ def found_length(seq_len: int | None, tried: int) -> str:
 
 
 def tables(report: dict) -> str:
+    precision = "" if report["device"] == "CPU" else " and bfloat16 autocast"
     lines = [
         f"# A training step, {report['device']}",
         "",
-        f"{report['machine']}; torch {report['torch']}. Random weights, gradient checkpointing, AdamW; a step is what "
-        "a trainer does for one batch: reference and mismatched passes, policy forward and backward, optimizer. Half "
-        f"of each sequence is prompt. Medians of {report['rounds']} rounds in which all took turns. "
-        f"{how_timed(report['device'])} Peak memory is what a step allocates at most, the gradients included, beside "
-        "weights, optimizer and batch.",
+        f"{report['machine']}; torch {report['torch']}. Random float32 weights{precision}, gradient checkpointing, "
+        "AdamW; a step is what a trainer does for one batch: reference and mismatched passes, policy forward and "
+        f"backward, optimizer. Half of each sequence is prompt. Medians of {report['rounds']} rounds in which all took "
+        f"turns{settled(report['settling'])}. {how_timed(report['device'])} Peak memory is what a step allocates at "
+        "most, the gradients included, beside weights, optimizer and batch.",
     ]
     for loss, size in dict.fromkeys((row["loss"], row["size"]) for row in report["rows"]):
         lines += ["", f"## {title(loss, size)}", "", "| | ms | peak MiB |", "|---|---:|---:|"]
@@ -146,11 +147,9 @@ def tables(report: dict) -> str:
                 lines.append(f"| {row['contender']} | {row['ms']:.1f} | {row['peak_mib']:.0f} |")
         lines += left_out_line(report, title(loss, size))
     if report["longest"]:
-        budget = report["budget_mib"]
-        limit = "before running out of memory" if budget is None else f"within {budget:.0f} MiB"
         lines += [
             "",
-            f"## The longest sequences {limit}",
+            f"## The longest sequences within {report['budget_mib']:.0f} MiB",
             "",
             f"{report['longest'][0]['size']}; tried were lengths twice or half as long, and once between the last two, "
             f"up to {report['longest_tried']} tokens.",
@@ -165,26 +164,31 @@ def tables(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measure(loss: str, size: Size, plan: Plan, left_out: list[dict], device: torch.device) -> list[Row]:
+    """Of all contenders, whose models go with this call."""
+    problem = make_problem(loss, size.architecture, size.sequences, size.seq_len, device)
+    turns = [TrainingTurn(name, contender, problem.with_own_models()) for name, contender in CONTENDERS.items()]
+    del problem
+    turns = take_turns(turns, plan.rounds, title(loss, size), left_out, device, plan.settling)
+    return [Row(loss, str(size), turn.name, turn.milliseconds[0], turn.peak_mib) for turn in turns]
+
+
 def run(device: torch.device, plan: Plan, out: Path) -> None:
     report = new_report(device, plan.rounds) | {
+        "settling": plan.settling,
         "longest": [],
         "longest_tried": plan.longest,
-        "budget_mib": None if plan.budget is None else plan.budget / 2**20,
+        "budget_mib": plan.budget / 2**20,
     }
     for size in plan.sizes:
         for loss in plan.losses:
             free(device)
-            problem = make_problem(loss, size.architecture, size.sequences, size.seq_len, device)
-            turns = [TrainingTurn(name, contender, problem.with_own_models()) for name, contender in CONTENDERS.items()]
-            del problem
-            for turn in take_turns(turns, plan.rounds, title(loss, size), report["left_out"], device):
-                row = Row(loss, str(size), turn.name, turn.milliseconds[0], turn.peak_mib)
+            for row in measure(loss, size, plan, report["left_out"], device):
                 print(f"{title(loss, size)}: {row.contender:20} {row.ms:9.1f} ms {row.peak_mib:8.0f} MiB", flush=True)
                 report["rows"].append(asdict(row))
-            del turns
             write(report, tables, out, "-training")
-    searched = f"{plan.search.architecture}, {plan.search.sequences} sequences"
-    for loss in plan.losses:
+    for loss in plan.losses if plan.search else ():
+        searched = f"{plan.search.architecture}, {plan.search.sequences} sequences"
         for name, contender in CONTENDERS.items():
             seq_len = longest(contender, loss, plan, device)
             print(f"{loss.upper()}, {searched}: {name:20} up to {seq_len} tokens", flush=True)

@@ -25,7 +25,7 @@ QUEUED_CYCLES = 4_000_000
 
 
 def step_seconds(step: Callable[[], object], device: torch.device) -> float:
-    """Wall time on a CPU. On a GPU the device's own, behind other work, as in a training loop whose host runs ahead."""
+    """Wall time on a CPU. On a GPU the device's own, behind other work, the step's own waits for the host included."""
     if device.type != "cuda":
         return seconds(step, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -40,7 +40,11 @@ def step_seconds(step: Callable[[], object], device: torch.device) -> float:
 def how_timed(device_name: str) -> str:
     if device_name == "CPU":
         return "Wall time."
-    return "Time on the device, behind other work, as in a training loop whose host runs ahead."
+    return "Time on the device, behind other work, a step's own waits for the host included."
+
+
+def settled(settling: float) -> str:
+    return f", each of {settling:g} s, the last step of which counts" if settling else ""
 
 
 class Turn(ABC):
@@ -127,7 +131,7 @@ def failure(turn: Turn, device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         return "out of memory"
     except Exception as error:
-        if turn.name.startswith("kto-fused"):
+        if "fused" in turn.name:  # "TRL 1.16, fused" too
             raise
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

@@ -48,7 +48,7 @@ def test_the_longest_sequence_is_found_from_above_and_below(most, found, monkeyp
         return size.seq_len <= most
 
     monkeypatch.setattr(report_training, "fits", fits)
-    plan = report_training.Plan((), 1, report_training.Size("Llama 20M", 2, 1024), longest=4096, budget=None)
+    plan = report_training.Plan((), 1, search=report_training.Size("Llama 20M", 2, 1024), longest=4096)
     assert report_training.longest(None, "kto", plan, DEVICE) == found
     assert len(tried) == len(set(tried))
     assert max(tried) <= 4096
