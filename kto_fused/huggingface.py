@@ -198,6 +198,23 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any]) -> dict[str, Any]:
+    """``model_inputs`` that are padded on the right, without their ``attention_mask`` where nothing needs it.
+
+    No token of a causal model sees the padding behind it, and PyTorch's own attention takes its fastest kernels where
+    there is no mask, which would be [B, 1, T, T]. It stays for another attention (FlashAttention leaves out padding by
+    it), for the auxiliary loss of a mixture of experts, and for a forward that has no default for it.
+    """
+    inner = unwrap(model)
+    config = inner.config.get_text_config()
+    parameter = inspect.signature(_backbone(inner).forward).parameters.get("attention_mask")
+    is_optional = parameter is not None and parameter.default is None
+    is_routed = getattr(config, "output_router_logits", False)
+    if config._attn_implementation != "sdpa" or is_routed or not is_optional:
+        return model_inputs
+    return {name: value for name, value in model_inputs.items() if name != "attention_mask"}
+
+
 def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
     """``logit_scale`` and ``logit_softcap`` of the logits a configuration describes."""
     text = config.get_text_config()

@@ -313,6 +313,7 @@ class FusedTrainer(Trainer):
         from_hidden, from_logits = self.logps_functions
         with torch.no_grad():
             if self.args.loss_from == "hidden":
+                inputs = huggingface.without_padding_mask(model, inputs)
                 return huggingface.apply(from_hidden, model, inputs, labels=labels, **self._options)
             return huggingface.apply_to_logits(from_logits, model, inputs, labels=labels, **self._options)
 
@@ -325,6 +326,7 @@ class FusedTrainer(Trainer):
     ) -> tuple[torch.Tensor, LossMetrics]:
         from_hidden, from_logits = self.loss_functions
         if self.args.loss_from == "hidden":
+            inputs = huggingface.without_padding_mask(model, inputs)
             return huggingface.apply(from_hidden, model, inputs, **arguments, **self._options)
         in_place = torch.is_grad_enabled()
         return huggingface.apply_to_logits(

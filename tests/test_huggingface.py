@@ -217,6 +217,38 @@ def test_padding_on_the_right_changes_nothing():
     )
 
 
+@by_architecture
+def test_a_mask_of_padding_on_the_right_is_left_out_where_nothing_needs_it(name):
+    """Left out by all but those with an attention of their own (Gemma 2) or a router's loss; it changes nothing."""
+    model = make_model(name)
+    model_inputs, arguments = make_batch(linear_sequence_logps)
+    left = huggingface.without_padding_mask(model, model_inputs)
+    assert ("attention_mask" in left) == (name in ("gemma2", "mixtral", "qwen3_moe"))
+    logps, expected = (
+        huggingface.apply(linear_sequence_logps, model, inputs, **arguments) for inputs in (left, model_inputs)
+    )
+    torch.testing.assert_close(logps, expected, rtol=1e-6, atol=0)
+
+
+def test_a_mask_stays_for_another_attention_and_where_it_has_no_default():
+    model_inputs, _ = make_batch(linear_sequence_logps)
+    model = make_model("llama")
+    wrapped = torch.nn.Sequential()
+    wrapped.module = model  # as DDP does
+    assert "attention_mask" not in huggingface.without_padding_mask(wrapped, model_inputs)
+    model.set_attn_implementation("eager")
+    assert huggingface.without_padding_mask(wrapped, model_inputs) is model_inputs
+    model.set_attn_implementation("sdpa")
+    backbone = type(model.model)
+
+    class Insistent(backbone):
+        def forward(self, input_ids, attention_mask, **options):
+            return super().forward(input_ids, attention_mask, **options)
+
+    model.model.__class__ = Insistent
+    assert huggingface.without_padding_mask(model, model_inputs) is model_inputs
+
+
 def test_packed_sequences_and_embeddings_as_inputs():
     model = make_model("llama")
     model_inputs, arguments = make_batch(fused_linear_kto_loss)

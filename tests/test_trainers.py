@@ -201,6 +201,22 @@ def test_dpo_trains_as_a_plain_loop(tmp_path, loss_type, loss_from):
     )
 
 
+@by_kind
+def test_attention_gets_no_mask_for_padding(tmp_path, kind, monkeypatch):
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def seen_attention(*args, attn_mask=None, **options):
+        masks.append((attn_mask, options["is_causal"]))
+        return attention(*args, attn_mask=attn_mask, **options)
+
+    trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert not batch["attention_mask"].all()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen_attention)
+    trainer.train()
+    assert set(masks) == {(None, True)}
+
+
 # ---- accumulation ----
 
 
