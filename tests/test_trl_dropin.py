@@ -337,6 +337,15 @@ def test_what_trainers_bring_keeps_working(tmp_path, kind, case):
     assert ("aux_loss" in logs[0]) == case.startswith("experts")
 
 
+@both_trainers
+def test_a_reference_of_its_own_leaves_the_policys_checkpointing_alone(tmp_path, kind):
+    """Off and on again at each pass, it leaves one more hook at the embeddings each time."""
+    trainer = fuse(make_trainer(kind, tmp_path, gradient_checkpointing=True))
+    steps(trainer)
+    assert trainer.model.is_gradient_checkpointing
+    assert len(trainer.model.get_input_embeddings()._forward_hooks) <= 1
+
+
 def with_trained_adapter():
     """TRL copies such an adapter into one named "ref", its reference."""
     peft = pytest.importorskip("peft")

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -352,13 +352,15 @@ def _reference(trainer: Trainer) -> Iterator[nn.Module]:
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
 
-    reference, kept, adapter = trainer.ref_model, nullcontext(), nullcontext()
-    if reference is None and is_peft_model(trainer.model):
-        reference = trainer.model
-        unwrapped = trainer.accelerator.unwrap_model(reference)
-        kept = huggingface.keeping_trainable(unwrapped)
-        adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-    with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs), kept, adapter:
+    reference = trainer.ref_model
+    with ExitStack() as policy_as_reference:
+        if reference is None and is_peft_model(trainer.model):
+            reference = trainer.model
+            unwrapped = trainer.accelerator.unwrap_model(reference)
+            checkpointing = disable_gradient_checkpointing(reference, trainer.args.gradient_checkpointing_kwargs)
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+            for context in (checkpointing, huggingface.keeping_trainable(unwrapped), adapter):
+                policy_as_reference.enter_context(context)
         yield reference
 
 
