@@ -165,7 +165,7 @@ def tables(report: dict) -> str:
 
 
 def measure(loss: str, size: Size, plan: Plan, left_out: list[dict], device: torch.device) -> list[Row]:
-    """Of all contenders, whose models go with this call."""
+    """Of all contenders, whose models are let go of when it returns."""
     problem = make_problem(loss, size.architecture, size.sequences, size.seq_len, device)
     turns = [TrainingTurn(name, contender, problem.with_own_models()) for name, contender in CONTENDERS.items()]
     del problem

@@ -28,11 +28,11 @@ from .layout import CompletionTokens, check_contents, completion_tokens, compute
 from .projection import NUM_STATISTICS, ChunkSpec, FoldedRows, Keeps, LMHead, WholeRows, move_rows
 from .torch_backend import BLOCK_BYTES
 
-# One chunk for all tokens writes the weight's gradient once, and needs no float32 sum of it: how many times the memory
-# of several it may take, on the first visit and on a second; there, how many times ``chunk_bytes`` too, or its panels
-# are as narrow as can be.
+# One chunk for all tokens writes the weight's gradient once, and needs no float32 sum of it. How many times the memory
+# of several chunks and their sum it may take on the first visit, and on the second:
 ONE_CHUNK_MEMORY = 1.05
 ONE_CHUNK_MEMORY_AGAIN = 0.75
+# How many times ``chunk_bytes`` it may take on the second; more only with the narrowest panels.
 ONE_CHUNK_BUDGETS_AGAIN = 2
 
 
@@ -290,10 +290,12 @@ def _plan(
 
 
 def _plan_again(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> _Plan:
-    """The second visit. One chunk may exceed ``chunk_bytes`` by less than what several add up in takes."""
+    """The second visit. Where it saves a quarter of the memory of several chunks and their sum, one chunk in panels may
+    exceed ``chunk_bytes``: up to twice, or as far as its narrowest panels do.
+    """
     spec = _chunk_spec(weight, options, "panels")
     ranges = _even_ranges(num_tokens, spec.capacity())
-    if len(ranges) > 1:
+    if len(ranges) > 1 and spec.kind is FoldedRows:
         limit = int(ONE_CHUNK_MEMORY_AGAIN * _several_bytes(ranges, weight, options, spec))
         alone = replace(spec, num_bytes=min(limit, ONE_CHUNK_BUDGETS_AGAIN * spec.num_bytes))
         if alone.size(num_tokens) <= limit:

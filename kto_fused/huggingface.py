@@ -198,21 +198,39 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any]) -> dict[str, Any]:
-    """``model_inputs`` that are padded on the right, without their ``attention_mask`` where nothing needs it.
+def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any], compute_dtype: torch.dtype) -> dict[str, Any]:
+    """``model_inputs`` that are padded on the right, without their ``attention_mask`` where nothing needs it for
+    attention in ``compute_dtype``.
 
     No token of a causal model sees the padding behind it, and PyTorch's own attention takes its fastest kernels where
     there is no mask, which would be [B, 1, T, T]. It stays for another attention (FlashAttention leaves out padding by
-    it), for the auxiliary loss of a mixture of experts, and for a forward that has no default for it.
+    it), for heads that share keys and values where the GPU has no kernel for them, for the auxiliary loss of a mixture
+    of experts, and for a forward that has no default for it.
     """
     inner = unwrap(model)
     config = inner.config.get_text_config()
-    parameter = inspect.signature(_backbone(inner).forward).parameters.get("attention_mask")
+    parameter = inspect.signature(inner.base_model.forward).parameters.get("attention_mask")
     is_optional = parameter is not None and parameter.default is None
     is_routed = getattr(config, "output_router_logits", False)
     if config._attn_implementation != "sdpa" or is_routed or not is_optional:
         return model_inputs
+    if _shares_keys(config) and not _attends_shared_keys(inner.device, compute_dtype):
+        return model_inputs
     return {name: value for name, value in model_inputs.items() if name != "attention_mask"}
+
+
+def _shares_keys(config: PretrainedConfig) -> bool:
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "num_key_value_heads", heads) != heads
+
+
+def _attends_shared_keys(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch has an attention for heads that share keys without a mask: on a GPU that is FlashAttention alone,
+    in half precision from compute capability 8.0 on; else it would write [B, heads, T, T] out.
+    """
+    if device.type != "cuda":
+        return True
+    return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
@@ -464,24 +482,30 @@ def keeping_trainable(model: nn.Module) -> Iterator[None]:
 
 
 def check_is_causal(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits at a token depend on those after it, which are what it is asked for."""
+    """Refuse a model whose logits at a token depend on those after it, which are what it is asked for; with a mask that
+    leaves nothing out, and without one where training leaves it out.
+    """
     input_ids = _tokens_to_check(model)
     seen = input_ids.shape[1] // 2
     others = input_ids.clone()
     others[:, seen:] = (others[:, seen:] + 1) % _vocab_size(model)
     options = {"use_cache": False, "return_dict": True}
+    ways = [options]
     if "attention_mask" in inspect.signature(model.forward).parameters:
-        options["attention_mask"] = torch.ones_like(input_ids)
-    with evaluating(model), _attention_of(model, input_ids.device):
-        logits = [model(input_ids=ids, **options).logits for ids in (input_ids, others)]
-    before, after = (of_all[:, :seen].double() for of_all in logits)
-    # half the digits, for experts may round by how many tokens each of them gets
-    rounding = torch.finfo(logits[0].dtype).eps ** 0.5 * before.abs().max()
-    if (before - after).abs().max() > rounding:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is no causal language model as it is configured: its logits at a token change "
-            "with the tokens after it (BERT and its relatives need config.is_decoder = True)"
-        )
+        masked = {**options, "attention_mask": torch.ones_like(input_ids)}
+        unmasked = without_padding_mask(model, masked, torch.bfloat16)
+        ways = [masked] if unmasked is masked else [masked, unmasked]
+    for options in ways:
+        with evaluating(model), _attention_of(model, input_ids.device):
+            logits = [model(input_ids=ids, **options).logits for ids in (input_ids, others)]
+        before, after = (of_all[:, :seen].double() for of_all in logits)
+        # half the digits, for experts may round by how many tokens each of them gets
+        rounding = torch.finfo(logits[0].dtype).eps ** 0.5 * before.abs().max()
+        if (before - after).abs().max() > rounding:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is no causal language model as it is configured: its logits at a token change "
+                "with the tokens after it (BERT and its relatives need config.is_decoder = True)"
+            )
 
 
 def _tokens_to_check(model: PreTrainedModel) -> torch.Tensor:

@@ -313,7 +313,7 @@ class FusedTrainer(Trainer):
         from_hidden, from_logits = self.logps_functions
         with torch.no_grad():
             if self.args.loss_from == "hidden":
-                inputs = huggingface.without_padding_mask(model, inputs)
+                inputs = huggingface.without_padding_mask(model, inputs, self._compute_dtype(model))
                 return huggingface.apply(from_hidden, model, inputs, labels=labels, **self._options)
             return huggingface.apply_to_logits(from_logits, model, inputs, labels=labels, **self._options)
 
@@ -326,12 +326,17 @@ class FusedTrainer(Trainer):
     ) -> tuple[torch.Tensor, LossMetrics]:
         from_hidden, from_logits = self.loss_functions
         if self.args.loss_from == "hidden":
-            inputs = huggingface.without_padding_mask(model, inputs)
+            inputs = huggingface.without_padding_mask(model, inputs, self._compute_dtype(model))
             return huggingface.apply(from_hidden, model, inputs, **arguments, **self._options)
         in_place = torch.is_grad_enabled()
         return huggingface.apply_to_logits(
             from_logits, model, inputs, inplace_backward=in_place, **arguments, **self._options
         )
+
+    def _compute_dtype(self, model: nn.Module) -> torch.dtype:
+        """The dtype that the forward computes in: autocast's, which is on within it alone, or the weights'."""
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return autocast.get(self.accelerator.mixed_precision) or huggingface.unwrap(model).dtype
 
     def _precompute_references(self) -> None:
         """Add ``ref_columns`` to the datasets, from disk or by the reference, which is not needed afterwards."""

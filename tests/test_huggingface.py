@@ -219,25 +219,32 @@ def test_padding_on_the_right_changes_nothing():
 
 @by_architecture
 def test_a_mask_of_padding_on_the_right_is_left_out_where_nothing_needs_it(name):
-    """Left out by all but those with an attention of their own (Gemma 2) or a router's loss; it changes nothing."""
+    """Left out by all but those with an attention of their own (Gemma 2's) or a router's loss; it changes nothing."""
     model = make_model(name)
     model_inputs, arguments = make_batch(linear_sequence_logps)
-    left = huggingface.without_padding_mask(model, model_inputs)
-    assert ("attention_mask" in left) == (name in ("gemma2", "mixtral", "qwen3_moe"))
+    left = huggingface.without_padding_mask(model, model_inputs, torch.bfloat16)
+    needs_it = name in ("mixtral", "qwen3_moe") or model.config._attn_implementation != "sdpa"
+    assert ("attention_mask" in left) == needs_it
     logps, expected = (
         huggingface.apply(linear_sequence_logps, model, inputs, **arguments) for inputs in (left, model_inputs)
     )
     torch.testing.assert_close(logps, expected, rtol=1e-6, atol=0)
 
 
-def test_a_mask_stays_for_another_attention_and_where_it_has_no_default():
+def is_mask_left_out(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool:
     model_inputs, _ = make_batch(linear_sequence_logps)
+    left = huggingface.without_padding_mask(model, model_inputs, dtype)
+    assert left.keys() | {"attention_mask"} == model_inputs.keys()
+    return "attention_mask" not in left
+
+
+def test_a_mask_stays_for_another_attention_and_where_it_has_no_default():
     model = make_model("llama")
-    wrapped = torch.nn.Sequential()
+    wrapped = nn.Sequential()
     wrapped.module = model  # as DDP does
-    assert "attention_mask" not in huggingface.without_padding_mask(wrapped, model_inputs)
+    assert is_mask_left_out(wrapped)
     model.set_attn_implementation("eager")
-    assert huggingface.without_padding_mask(wrapped, model_inputs) is model_inputs
+    assert not is_mask_left_out(wrapped)
     model.set_attn_implementation("sdpa")
     backbone = type(model.model)
 
@@ -246,7 +253,29 @@ def test_a_mask_stays_for_another_attention_and_where_it_has_no_default():
             return super().forward(input_ids, attention_mask, **options)
 
     model.model.__class__ = Insistent
-    assert huggingface.without_padding_mask(model, model_inputs) is model_inputs
+    assert not is_mask_left_out(model)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "key_value_heads", "expected"),
+    [
+        ((9, 0), torch.bfloat16, 2, True),
+        ((9, 0), torch.float16, 2, True),
+        ((9, 0), torch.float32, 2, False),  # FlashAttention takes half precision alone
+        ((7, 5), torch.float16, 2, False),  # and no GPU before Ampere
+        ((7, 5), torch.float32, 4, True),  # each head its own keys
+    ],
+)
+def test_a_mask_stays_on_a_gpu_without_a_kernel_for_shared_keys(
+    capability, dtype, key_value_heads, expected, monkeypatch
+):
+    """Else PyTorch would hold [B, heads, T, T] scores."""
+    model = make_model("llama")
+    model.config.num_key_value_heads = key_value_heads
+    assert is_mask_left_out(model, dtype)  # a CPU has one
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert is_mask_left_out(model, dtype) is expected
 
 
 def test_packed_sequences_and_embeddings_as_inputs():
@@ -651,6 +680,22 @@ class Unusual(PreTrainedModel):
 
 def test_a_model_of_ones_own_is_seen_to_be_causal():
     huggingface.check_is_causal(Unusual(PretrainedConfig()))
+
+
+def test_a_model_that_is_causal_by_its_mask_alone_is_refused():
+    model = make_model("llama")
+    backbone = type(model.model)
+
+    class SeesAllWithoutAMask(backbone):
+        def forward(self, input_ids=None, attention_mask=None, **options):
+            output = super().forward(input_ids, attention_mask, **options)
+            if attention_mask is None:
+                output.last_hidden_state = output.last_hidden_state.flip(1).cumsum(1).flip(1)
+            return output
+
+    model.model.__class__ = SeesAllWithoutAMask
+    with pytest.raises(UnsupportedModelError, match="no causal language model"):
+        huggingface.check_is_causal(model)
 
 
 def test_attaching_under_another_default_device():

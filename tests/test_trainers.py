@@ -41,7 +41,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kto_fused import reference, reference_cache
+from kto_fused import huggingface, reference, reference_cache
 from kto_fused.huggingface import UnsupportedModelError
 from kto_fused.losses import DPO_LOSS_TYPES
 from kto_fused.metrics import LossMetrics, Totals
@@ -215,6 +215,27 @@ def test_attention_gets_no_mask_for_padding(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen_attention)
     trainer.train()
     assert set(masks) == {(None, True)}
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "expected"),
+    [
+        ({}, torch.float32, torch.float32),
+        ({}, torch.bfloat16, torch.bfloat16),
+        ({"bf16": True}, torch.float32, torch.bfloat16),  # autocast is not on yet where the mask is left out
+    ],
+)
+def test_the_mask_is_left_out_by_what_attention_computes_in(tmp_path, options, weights, expected, monkeypatch):
+    seen, leave_out = [], huggingface.without_padding_mask
+
+    def seen_dtypes(model, inputs, dtype):
+        seen.append(dtype)
+        return leave_out(model, inputs, dtype)
+
+    trainer = make_trainer("kto", tmp_path, policy=model().to(weights), **options)
+    monkeypatch.setattr(huggingface, "without_padding_mask", seen_dtypes)
+    trainer.train()
+    assert set(seen) == {expected}
 
 
 # ---- accumulation ----
