@@ -28,6 +28,7 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
+    get_scheduler,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -142,6 +143,7 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     """Train and write the results. Returns 130 if Ctrl-C ended the training, else 0. Raises ``CommandError``."""
     check_writable(config.output_dir)
     checkpoint = starting_checkpoint(config)
+    check_schedule(config)
     with refusals(*SETUP_ERRORS):
         trainer = make_trainer(settings, config)
     with CtrlC() as ctrl_c:
@@ -195,6 +197,9 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     for name, least in AT_LEAST.items():
         if not least <= values[name] < math.inf:
             raise CommandError(f"--{name} must be a finite number of at least {least}, got {values[name]}")
+    alpha = values["neftune_noise_alpha"]
+    if alpha is not None and not 0 <= alpha < math.inf:
+        raise CommandError(f"--neftune_noise_alpha must be a finite number of at least 0, got {alpha}")
     if values["max_steps"] <= 0 and values["num_train_epochs"] == 0:
         raise CommandError("--num_train_epochs must be more than 0, or --max_steps given")
     return build(TrainSettings, values), build(CONFIGS[loss], values)
@@ -287,6 +292,21 @@ def check_goes_on(checkpoint: str, config: FusedPreferenceConfig) -> None:
         raise CommandError(
             f"{named} holds a model alone (--save_only_model), and training cannot go on without its optimizer and "
             f"schedule: start a run of its own from it (--model {checkpoint}, another --output_dir)"
+        )
+
+
+def check_schedule(config: FusedPreferenceConfig) -> None:
+    """Raises ``CommandError`` where the learning rate's schedule does not take what ``--lr_scheduler_kwargs`` gives it,
+    which the trainer would find after the model is loaded.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    with refusals(ValueError, TypeError, doing=f"--lr_scheduler_kwargs {config.lr_scheduler_kwargs}: "):
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
 
 

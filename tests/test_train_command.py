@@ -660,6 +660,15 @@ def test_a_file_that_cannot_be_used(text, message):
 # errors
 
 
+def test_a_schedule_is_checked_at_the_runs_learning_rate(files):
+    flags = ["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 0.5}']
+    _, config = train.parse(command(files, "kto", "--learning_rate", "1.0", *flags)[1:])
+    train.check_schedule(config)
+    config.learning_rate = 0.4
+    with pytest.raises(CommandError, match=r"lr_end \(0.5\) must be smaller than initial lr \(0.4\)"):
+        train.check_schedule(config)
+
+
 def refusal(capsys, arguments: list[str]) -> str:
     """The one sentence on stderr, with exit code 2 and nothing written."""
     assert cli.main(arguments) == 2
@@ -693,6 +702,10 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--beta", "0"], "beta must be a finite number > 0, got 0.0"),
         (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
         (["--weight_decay", "nan"], "--weight_decay must be a finite number of at least 0, got nan"),
+        (["--neftune_noise_alpha", "-1"], "--neftune_noise_alpha must be a finite number of at least 0, got -1.0"),
+        (["--lr_scheduler_kwargs", '{"power": 2}'], "--lr_scheduler_kwargs {'power': 2}: "),  # not of a linear one
+        (["--lr_scheduler_kwargs", "abc"], "--lr_scheduler_kwargs abc: "),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_kwargs None: "),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be a finite number of at least 1"),
         (["--num_train_epochs", "0"], "--num_train_epochs must be more than 0"),
         (["--max_length", "1025"], "max_length must be at most 1024, the positions that model has, got 1025"),
