@@ -660,15 +660,6 @@ def test_a_file_that_cannot_be_used(text, message):
 # errors
 
 
-def test_a_schedule_is_checked_at_the_runs_learning_rate(files):
-    flags = ["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 0.5}']
-    _, config = train.parse(command(files, "kto", "--learning_rate", "1.0", *flags)[1:])
-    train.check_schedule(config)
-    config.learning_rate = 0.4
-    with pytest.raises(CommandError, match=r"lr_end \(0.5\) must be smaller than initial lr \(0.4\)"):
-        train.check_schedule(config)
-
-
 def refusal(capsys, arguments: list[str]) -> str:
     """The one sentence on stderr, with exit code 2 and nothing written."""
     assert cli.main(arguments) == 2
@@ -727,6 +718,15 @@ def refusal(capsys, arguments: list[str]) -> str:
 def test_what_cannot_be_trained_is_one_sentence(files, capsys, flags, message):
     Path("broken.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     assert message in refusal(capsys, command(files, "kto", *flags))
+
+
+def test_a_schedule_is_checked_at_the_runs_learning_rate(files):
+    flags = ["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 0.5}']
+    _, config = train.parse(command(files, "kto", "--learning_rate", "1.0", *flags)[1:])
+    train.check_schedule(config)
+    config.learning_rate = 0.4
+    with pytest.raises(CommandError, match=r"lr_end \(0.5\) must be smaller than initial lr \(0.4\)"):
+        train.check_schedule(config)
 
 
 @pytest.mark.parametrize(("layer", "message"), [("lm_head", "LM head carries an adapter"), ("nothing", "nothing")])
