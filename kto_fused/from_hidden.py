@@ -160,8 +160,8 @@ class _Engine:
         backend, hidden_size = self.options.logits.backend, self.hidden.shape[-1]
         grads = self.grad_hidden.view(self.hidden.shape), self.grad_hidden.view(-1, hidden_size)
         for start, stop in ranges:
-            rows = {"source_rows": self.tokens.rows[start:stop], "target_rows": self.tokens.rows[start:stop]}
-            move_rows(*grads, backend, **rows, factors=token_grads[start:stop])
+            rows = self.tokens.rows[start:stop]
+            move_rows(*grads, backend, source_rows=rows, target_rows=rows, factors=token_grads[start:stop])
 
     def sequences(self) -> tuple[torch.Tensor, ...]:
         """(logps, token counts, mean entropy, mean logit, token accuracy) of the batch's sequences, each [B]."""

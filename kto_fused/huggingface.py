@@ -493,7 +493,7 @@ def check_is_causal(model: PreTrainedModel) -> None:
     ways = [options]
     if "attention_mask" in inspect.signature(model.forward).parameters:
         masked = {**options, "attention_mask": torch.ones_like(input_ids)}
-        unmasked = without_padding_mask(model, masked, torch.bfloat16)
+        unmasked = without_padding_mask(model, masked, torch.bfloat16)  # in which most models may do without
         ways = [masked] if unmasked is masked else [masked, unmasked]
     for options in ways:
         with evaluating(model), _attention_of(model, input_ids.device):

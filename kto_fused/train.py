@@ -64,6 +64,7 @@ AT_LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "seed": 0,
+    "neftune_noise_alpha": 0,
 }
 # what is printed of a log, and how it is called
 REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
@@ -195,11 +196,8 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and is_torch_bf16_gpu_available()
     for name, least in AT_LEAST.items():
-        if not least <= values[name] < math.inf:
+        if values[name] is not None and not least <= values[name] < math.inf:
             raise CommandError(f"--{name} must be a finite number of at least {least}, got {values[name]}")
-    alpha = values["neftune_noise_alpha"]
-    if alpha is not None and not 0 <= alpha < math.inf:
-        raise CommandError(f"--neftune_noise_alpha must be a finite number of at least 0, got {alpha}")
     if values["max_steps"] <= 0 and values["num_train_epochs"] == 0:
         raise CommandError("--num_train_epochs must be more than 0, or --max_steps given")
     return build(TrainSettings, values), build(CONFIGS[loss], values)

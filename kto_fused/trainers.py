@@ -313,8 +313,7 @@ class FusedTrainer(Trainer):
         from_hidden, from_logits = self.logps_functions
         with torch.no_grad():
             if self.args.loss_from == "hidden":
-                inputs = huggingface.without_padding_mask(model, inputs, self._compute_dtype(model))
-                return huggingface.apply(from_hidden, model, inputs, labels=labels, **self._options)
+                return self._apply(from_hidden, model, inputs, labels=labels)
             return huggingface.apply_to_logits(from_logits, model, inputs, labels=labels, **self._options)
 
     def _ref_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -326,17 +325,18 @@ class FusedTrainer(Trainer):
     ) -> tuple[torch.Tensor, LossMetrics]:
         from_hidden, from_logits = self.loss_functions
         if self.args.loss_from == "hidden":
-            inputs = huggingface.without_padding_mask(model, inputs, self._compute_dtype(model))
-            return huggingface.apply(from_hidden, model, inputs, **arguments, **self._options)
+            return self._apply(from_hidden, model, inputs, **arguments)
         in_place = torch.is_grad_enabled()
         return huggingface.apply_to_logits(
             from_logits, model, inputs, inplace_backward=in_place, **arguments, **self._options
         )
 
-    def _compute_dtype(self, model: nn.Module) -> torch.dtype:
-        """The dtype that the forward computes in: autocast's, which is on within it alone, or the weights'."""
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return autocast.get(self.accelerator.mixed_precision) or huggingface.unwrap(model).dtype
+    def _apply(self, from_hidden: Callable, model: nn.Module, inputs: dict[str, torch.Tensor], **arguments) -> Any:
+        """``huggingface.apply``, with the mask of padding only where attention needs it."""
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}  # on within the forward alone
+        compute_dtype = autocast.get(self.accelerator.mixed_precision) or huggingface.unwrap(model).dtype
+        inputs = huggingface.without_padding_mask(model, inputs, compute_dtype)
+        return huggingface.apply(from_hidden, model, inputs, **arguments, **self._options)
 
     def _precompute_references(self) -> None:
         """Add ``ref_columns`` to the datasets, from disk or by the reference, which is not needed afterwards."""
