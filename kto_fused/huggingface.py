@@ -24,6 +24,8 @@ DIVIDED_BY = ("logits_scaling",)
 SOFT_CAPPED_BY = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # what is left for a model that ``attach`` refuses
 FROM_LOGITS = "pass its logits to the losses that take logits (in a trainer: loss_from='logits')"
+# what is autocast to within a forward, by accelerate's names for it
+AUTOCAST_TO = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED_TOKENS = 8
 ROUNDINGS = 8  # that those tokens' logits may be apart, of the largest
 PROBED = 100.0
@@ -198,9 +200,9 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any], compute_dtype: torch.dtype) -> dict[str, Any]:
+def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any], mixed_precision: str | None) -> dict[str, Any]:
     """``model_inputs`` that are padded on the right, without their ``attention_mask`` where nothing needs it for
-    attention in ``compute_dtype``.
+    attention under accelerate's ``mixed_precision``.
 
     No token of a causal model sees the padding behind it, and PyTorch's own attention takes its fastest kernels where
     there is no mask, which would be [B, 1, T, T]. It stays for another attention (FlashAttention leaves out padding by
@@ -211,10 +213,11 @@ def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any], compute
     config = inner.config.get_text_config()
     parameter = inspect.signature(inner.base_model.forward).parameters.get("attention_mask")
     is_optional = parameter is not None and parameter.default is None
-    is_routed = getattr(config, "output_router_logits", False)
+    is_routed = model_inputs.get("output_router_logits") or getattr(config, "output_router_logits", False)
     if config._attn_implementation != "sdpa" or is_routed or not is_optional:
         return model_inputs
-    if _shares_keys(config) and not _attends_shared_keys(inner.device, compute_dtype):
+    attends_in = AUTOCAST_TO.get(mixed_precision) or inner.dtype
+    if _shares_keys(config) and not _attends_shared_keys(inner.device, attends_in):
         return model_inputs
     return {name: value for name, value in model_inputs.items() if name != "attention_mask"}
 
@@ -493,7 +496,7 @@ def check_is_causal(model: PreTrainedModel) -> None:
     ways = [options]
     if "attention_mask" in inspect.signature(model.forward).parameters:
         masked = {**options, "attention_mask": torch.ones_like(input_ids)}
-        unmasked = without_padding_mask(model, masked, torch.bfloat16)  # in which most models may do without
+        unmasked = without_padding_mask(model, masked, "bf16")  # in which most models may do without
         ways = [masked] if unmasked is masked else [masked, unmasked]
     for options in ways:
         with evaluating(model), _attention_of(model, input_ids.device):

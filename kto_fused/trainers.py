@@ -333,9 +333,7 @@ class FusedTrainer(Trainer):
 
     def _apply(self, from_hidden: Callable, model: nn.Module, inputs: dict[str, torch.Tensor], **arguments) -> Any:
         """``huggingface.apply``, with the mask of padding only where attention needs it."""
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}  # on within the forward alone
-        compute_dtype = autocast.get(self.accelerator.mixed_precision) or huggingface.unwrap(model).dtype
-        inputs = huggingface.without_padding_mask(model, inputs, compute_dtype)
+        inputs = huggingface.without_padding_mask(model, inputs, self.accelerator.mixed_precision)
         return huggingface.apply(from_hidden, model, inputs, **arguments, **self._options)
 
     def _precompute_references(self) -> None:

@@ -88,6 +88,20 @@ def small_machine():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def attention_masks(monkeypatch) -> list[torch.Tensor | None]:
+    """The masks that PyTorch's attention is given; where there is none, it is told that it is causal."""
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def seen_attention(*args, attn_mask=None, is_causal=False, **options):
+        assert is_causal == (attn_mask is None)
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen_attention)
+    return masks
+
+
 @pytest.fixture(scope="module")
 def on_one(request, tmp_path_factory):
     """The result of one of the module's ``CASES`` in this process, alone."""

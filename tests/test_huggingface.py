@@ -222,7 +222,7 @@ def test_a_mask_of_padding_on_the_right_is_left_out_where_nothing_needs_it(name)
     """Left out by all but those with an attention of their own (Gemma 2's) or a router's loss; it changes nothing."""
     model = make_model(name)
     model_inputs, arguments = make_batch(linear_sequence_logps)
-    left = huggingface.without_padding_mask(model, model_inputs, torch.bfloat16)
+    left = huggingface.without_padding_mask(model, model_inputs, "bf16")
     needs_it = name in ("mixtral", "qwen3_moe") or model.config._attn_implementation != "sdpa"
     assert ("attention_mask" in left) == needs_it
     logps, expected = (
@@ -231,18 +231,19 @@ def test_a_mask_of_padding_on_the_right_is_left_out_where_nothing_needs_it(name)
     torch.testing.assert_close(logps, expected, rtol=1e-6, atol=0)
 
 
-def is_mask_left_out(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool:
-    model_inputs, _ = make_batch(linear_sequence_logps)
-    left = huggingface.without_padding_mask(model, model_inputs, dtype)
+def is_mask_left_out(model: nn.Module, mixed_precision: str = "no", **more_inputs) -> bool:
+    model_inputs = make_batch(linear_sequence_logps)[0] | more_inputs
+    left = huggingface.without_padding_mask(model, model_inputs, mixed_precision)
     assert left.keys() | {"attention_mask"} == model_inputs.keys()
     return "attention_mask" not in left
 
 
-def test_a_mask_stays_for_another_attention_and_where_it_has_no_default():
+def test_a_mask_stays_for_another_attention_for_a_router_and_where_it_has_no_default():
     model = make_model("llama")
     wrapped = nn.Sequential()
     wrapped.module = model  # as DDP does
     assert is_mask_left_out(wrapped)
+    assert not is_mask_left_out(wrapped, output_router_logits=True)
     model.set_attn_implementation("eager")
     assert not is_mask_left_out(wrapped)
     model.set_attn_implementation("sdpa")
@@ -257,25 +258,27 @@ def test_a_mask_stays_for_another_attention_and_where_it_has_no_default():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "key_value_heads", "expected"),
+    ("capability", "dtype", "mixed_precision", "key_value_heads", "expected"),
     [
-        ((9, 0), torch.bfloat16, 2, True),
-        ((9, 0), torch.float16, 2, True),
-        ((9, 0), torch.float32, 2, False),  # FlashAttention takes half precision alone
-        ((7, 5), torch.float16, 2, False),  # and no GPU before Ampere
-        ((7, 5), torch.float32, 4, True),  # each head its own keys
+        ((9, 0), torch.bfloat16, "no", 2, True),
+        ((9, 0), torch.float16, "no", 2, True),
+        ((9, 0), torch.float32, "bf16", 2, True),  # autocast is not on yet where the mask is left out
+        ((9, 0), torch.float32, "fp16", 2, True),
+        ((9, 0), torch.float32, "no", 2, False),  # FlashAttention takes half precision alone
+        ((7, 5), torch.float32, "fp16", 2, False),  # and no GPU before Ampere
+        ((7, 5), torch.float32, "no", 4, True),  # each head its own keys
     ],
 )
 def test_a_mask_stays_on_a_gpu_without_a_kernel_for_shared_keys(
-    capability, dtype, key_value_heads, expected, monkeypatch
+    capability, dtype, mixed_precision, key_value_heads, expected, monkeypatch
 ):
     """Else PyTorch would hold [B, heads, T, T] scores."""
-    model = make_model("llama")
+    model = make_model("llama").to(dtype)
     model.config.num_key_value_heads = key_value_heads
-    assert is_mask_left_out(model, dtype)  # a CPU has one
+    assert is_mask_left_out(model, mixed_precision)  # a CPU has one
     monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda", 0)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert is_mask_left_out(model, dtype) is expected
+    assert is_mask_left_out(model, mixed_precision) is expected
 
 
 def test_packed_sequences_and_embeddings_as_inputs():

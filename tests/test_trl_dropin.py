@@ -557,6 +557,24 @@ def test_all_logged_values_are_read_at_once(tmp_path, kind, monkeypatch):
     assert counts[0] == counts[1] + 1
 
 
+@both_trainers
+@pytest.mark.parametrize("collator", ["trls", "ones own"])
+def test_attention_gets_no_mask_for_the_padding_of_trls_collators(tmp_path, kind, collator, attention_masks):
+    trainer = fuse(make_trainer(kind, tmp_path, max_steps=1))
+    if collator == "ones own":  # which may pad on the left
+
+        class Collator(type(trainer.data_collator)):
+            pass
+
+        trainer.data_collator = Collator(trainer.data_collator.pad_token_id)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert not batch["attention_mask"].all()
+    attention_masks.clear()  # of the checks that came before
+    trainer.train()
+    assert attention_masks
+    assert all((mask is None) == (collator == "trls") for mask in attention_masks)
+
+
 # ---- what is not taken over, and errors ---------------------------------------------------------------------------
 
 

@@ -272,18 +272,19 @@ def _kto_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_ou
     model_inputs, labels = _model_inputs(batch)
     if self.calculate_KL:
         mismatched = _model_inputs(batch, prefix="KL_")
-        kl_logps = _sequence_logps(model, *mismatched)
+        kl_logps = _sequence_logps(self, model, *mismatched)
     if self.precompute_ref_logps:
         ref_logps, ref_kl_logps = batch["ref_logps"], batch.get("ref_KL_logps")
     else:
         with _reference(self) as reference:
-            ref_logps = _sequence_logps(reference, model_inputs, labels)
-            ref_kl_logps = _sequence_logps(reference, *mismatched) if self.calculate_KL else None
+            ref_logps = _sequence_logps(self, reference, model_inputs, labels)
+            ref_kl_logps = _sequence_logps(self, reference, *mismatched) if self.calculate_KL else None
     reference_point = 0.0
     if self.calculate_KL:
         mean_log_ratio = (kl_logps - ref_kl_logps).mean()
         reference_point = self.accelerator.gather_for_metrics(mean_log_ratio).mean().clamp(min=0)
     loss, metrics, aux_loss = _fused(
+        self,
         fused_linear_kto_loss,
         model,
         _with_router_logits(self, model_inputs),
@@ -309,9 +310,10 @@ def _dpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_ou
         ref_logps = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
     else:
         with _reference(self) as reference:
-            ref_logps = _sequence_logps(reference, model_inputs, labels)
+            ref_logps = _sequence_logps(self, reference, model_inputs, labels)
     (loss_type,) = self.loss_types
     loss, metrics, aux_loss = _fused(
+        self,
         fused_linear_dpo_loss,
         model,
         _with_router_logits(self, model_inputs),
@@ -364,15 +366,27 @@ def _reference(trainer: Trainer) -> Iterator[nn.Module]:
         yield reference
 
 
-def _fused(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> tuple[Any, ...]:
+def _fused(
+    trainer: Trainer, function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments
+) -> tuple[Any, ...]:
     """``function``'s results, computed inside the model's forward, then the load-balancing loss or None."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    if type(trainer.data_collator) in (
+        DataCollatorForPreference,
+        DataCollatorForUnpairedPreference,
+    ):  # pad on the right
+        model_inputs = huggingface.without_padding_mask(model, model_inputs, trainer.accelerator.mixed_precision)
     gradient_path, outcome = model(**model_inputs, fused_lm_head=FusedCall(function, arguments))
     return *outcome.results(gradient_path), outcome.aux_loss
 
 
 @torch.no_grad()
-def _sequence_logps(model: nn.Module, model_inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
-    logps, _ = _fused(linear_sequence_logps, model, model_inputs, labels=labels)
+def _sequence_logps(
+    trainer: Trainer, model: nn.Module, model_inputs: dict[str, Any], labels: torch.Tensor
+) -> torch.Tensor:
+    logps, _ = _fused(trainer, linear_sequence_logps, model, model_inputs, labels=labels)
     return logps
 
 
