@@ -194,7 +194,7 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
         strategy = "epoch" if values["eval_steps"] is None else "steps"
         values["eval_strategy"] = strategy if values["eval_data"] else "no"
     if values["bf16"] is None:
-        values["bf16"] = not (values["fp16"] or values["use_cpu"]) and is_torch_bf16_gpu_available()
+        values["bf16"] = not (values["fp16"] or values["use_cpu"]) and computes_in_bfloat16()
     for name, least in AT_LEAST.items():
         if values[name] is not None and not least <= values[name] < math.inf:
             raise CommandError(f"--{name} must be a finite number of at least {least}, got {values[name]}")
@@ -215,6 +215,12 @@ def check_evaluation(values: dict[str, Any], loss: str) -> None:
         raise CommandError(f"--metric_for_best_model {metric} is not evaluated: expected one of {known}")
     if metric is not None and values["eval_strategy"] == "no":
         raise CommandError("--metric_for_best_model needs evaluations, but --eval_strategy is no")
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether there is a GPU that does, and does not emulate it as those before Ampere do."""
+    is_emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_gpu_available() and not is_emulated
 
 
 def flags_of(loss: str) -> FlagParser:

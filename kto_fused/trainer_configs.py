@@ -22,6 +22,9 @@ FIXED = {
     "bf16_full_eval": (False, "it would round the model for good, not its reference; bf16=True computes in bfloat16"),
     "fp16_full_eval": (False, "it would round the model for good, not its reference; fp16=True computes in float16"),
 }
+# learning rate schedules that transformers builds without their options, or without the warmup
+WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 def _is_count(value: object) -> bool:
@@ -99,7 +102,10 @@ class FusedPreferenceConfig(TrainingArguments):
         for name in ("precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive integer or None, got {getattr(self, name)!r}")
+        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         for name, default, needed, is_on in (
+            ("lr_scheduler_kwargs", None, "an lr_scheduler_type that takes them", schedule not in WITHOUT_OPTIONS),
+            ("warmup_steps", 0, "an lr_scheduler_type that warms up", schedule not in WITHOUT_WARMUP),
             ("chunk_bytes", DEFAULT_CHUNK_BYTES, "loss_from='hidden'", self.loss_from == "hidden"),
             ("precompute_ref_batch_size", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
             ("ref_cache_dir", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),

@@ -519,6 +519,16 @@ def test_a_gpu_with_bfloat16_computes_in_it(monkeypatch, flags, expected):
     assert train.parse(["--model", "m", "--data", "d", *flags])[1].bf16 is expected
 
 
+def test_a_gpu_that_emulates_bfloat16_computes_in_it_only_if_asked(monkeypatch):
+    for module in (train, transformers.training_args):
+        monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    flags = ["--model", "m", "--data", "d"]
+    monkeypatch.setattr(train, "build", lambda kind, values: values["bf16"])  # which would look for the GPU
+    assert [train.parse([*flags, *more])[1] for more in ([], ["--bf16"])] == [False, True]
+
+
 FILE = """
 model: m
 data: [a.jsonl, b.jsonl]

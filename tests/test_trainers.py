@@ -1102,6 +1102,8 @@ def test_arguments_that_would_change_nothing_are_refused(tmp_path, monkeypatch, 
         ("loss_from='hidden'", {"chunk_bytes": 2**20, "loss_from": "logits"}),
         ("precompute_ref_log_probs", {"precompute_ref_batch_size": 2}),
         ("precompute_ref_log_probs", {"ref_cache_dir": "cache"}),
+        ("an lr_scheduler_type that warms up", {"warmup_steps": 5, "lr_scheduler_type": "constant"}),
+        ("an lr_scheduler_type that takes them", {"lr_scheduler_kwargs": {}, "lr_scheduler_type": "constant"}),
     ],
 )
 def test_options_without_what_they_belong_to_are_refused(tmp_path, kind, needed, options):
