@@ -22,6 +22,24 @@ FIXED = {
     "bf16_full_eval": (False, "it would round the model for good, not its reference; bf16=True computes in bfloat16"),
     "fp16_full_eval": (False, "it would round the model for good, not its reference; fp16=True computes in float16"),
 }
+# the least that these may be, where they are given at all; none may be NaN or infinite
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "neftune_noise_alpha": 0,
+    "logging_steps": 0,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+    "seed": 0,
+    "data_seed": 0,
+}
 # learning rate schedules that transformers builds without their options, or without the warmup
 WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -85,6 +103,21 @@ class FusedPreferenceConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
+        if self.max_steps == -1 and self.num_train_epochs == 0:
+            raise ValueError("num_train_epochs must be more than 0, or max_steps given")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "fp16=True has no effect on a CPU, which would compute in float32: use bf16=True or neither"
+            )
+        for name, value in (("save_strategy", "best"), ("load_best_model_at_end", True)):
+            if self.eval_strategy == "no" and getattr(self, name) == value:
+                raise ValueError(f"{name}={value!r} needs evaluations, but eval_strategy is 'no'")
         for name, (value, why) in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {value!r}, got {getattr(self, name)!r}: {why}")
@@ -107,6 +140,13 @@ class FusedPreferenceConfig(TrainingArguments):
             ("lr_scheduler_kwargs", None, "an lr_scheduler_type that takes them", schedule not in WITHOUT_OPTIONS),
             ("warmup_steps", 0, "an lr_scheduler_type that warms up", schedule not in WITHOUT_WARMUP),
             ("chunk_bytes", DEFAULT_CHUNK_BYTES, "loss_from='hidden'", self.loss_from == "hidden"),
+            (
+                "auto_find_batch_size",
+                False,
+                "a train_sampling_strategy whose batches can shrink",
+                self.train_sampling_strategy != "batch_rebalance",
+            ),
+            ("hub_model_id", None, "push_to_hub", self.push_to_hub),
             ("precompute_ref_batch_size", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
             ("ref_cache_dir", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
         ):

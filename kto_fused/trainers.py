@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -27,7 +28,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from . import huggingface, preference_data, reference_cache
 from .functional import (
@@ -110,10 +111,16 @@ class FusedTrainer(Trainer):
                 "model has no parameter that requires a gradient, so nothing would be trained: load adapters with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or requires_grad_() what is to be trained"
             )
+        if ref_model is not None:
+            _check_shares_no_trained_weight(model, ref_model)
+        _check_optimizer(optimizers[0], model)
         huggingface.check_is_decoder(model)
         if args.loss_from == "hidden":
             huggingface.head_layers(huggingface.unwrap(model))
         self._is_peft = hasattr(model, "disable_adapter")
+        self._starts_as_reference = args.needs_reference and ref_model is None and not self._is_peft
+        if self._is_peft:
+            _check_adds_nothing_to_the_loss(model)
         if self._is_peft and args.needs_reference and ref_model is None:
             _check_adapters_alone_differ(model)
         if self._is_peft and args.gradient_checkpointing:
@@ -203,9 +210,14 @@ class FusedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or dataset is None:
-            return super()._get_train_sampler(train_dataset)
-        return _LengthGroupedEpochs(self, dataset["length"])
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.train_sampling_strategy == "group_by_length" and dataset is not None:
+            return _LengthGroupedEpochs(self, dataset["length"], seed)
+        sampler = super()._get_train_sampler(train_dataset)
+        if args.train_sampling_strategy == "batch_rebalance":  # ``Trainer`` leaves it the seed of its own
+            sampler.seed = seed
+        return sampler
 
     # ---- models ----
 
@@ -451,6 +463,9 @@ class FusedTrainer(Trainer):
         if is_first_use:  # the model was prepared to evaluate: left so, it would be trained without DDP
             self.accelerator._models.clear()
             self.model_wrapped, self.model._is_accelerate_prepared = self.model, False
+            original = self.model.__dict__.pop("_original_forward", None)
+            if original is not None:  # autocast stands around it, and would once more each time
+                self.model.forward = original
             deepspeed_config.clear()  # to evaluate, the optimizer and what else it says of training was taken out
             deepspeed_config.update(of_training)
         means = self._eval_totals.pop()
@@ -477,6 +492,8 @@ class FusedTrainer(Trainer):
     def _prepare_new(self, source: Any) -> Dataset:
         is_prepared = isinstance(source, Dataset) and set(self.columns) <= set(source.column_names)
         dataset = source if is_prepared else self._checked_tokens(source, self.args, "eval").dataset
+        if not self.args.precompute_ref_log_probs:  # another trainer's are of another reference
+            dataset = dataset.remove_columns([name for name in self.ref_columns if name in dataset.column_names])
         if self._reference_is_gone and not set(self.ref_columns) <= set(dataset.column_names):
             raise ValueError(
                 "eval_dataset is new, and with precompute_ref_log_probs there is no reference model to score it: "
@@ -503,11 +520,23 @@ class FusedTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
         """Resumed after the last step, nothing is trained; in the middle of an epoch ``Trainer`` would take a step."""
+        if rest[0] is not None and self._starts_as_reference:
+            self._check_began_elsewhere(rest[0])
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
         if self.state.global_step < max_steps:
             return start
         self.accelerator.print(f"The checkpoint has all {max_steps} steps: nothing is trained, its results are written")
         return epochs, 0  # as many epochs as there are lie behind
+
+    def _check_began_elsewhere(self, checkpoint: str) -> None:
+        """A run resumed with a model of its own checkpoints would go on with another reference than it began with."""
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        path = Path(name).resolve()
+        if path.name.startswith(PREFIX_CHECKPOINT_DIR) and path.parent == Path(checkpoint).resolve().parent:
+            raise ValueError(
+                f"model was loaded from {name}, a checkpoint of the run to be resumed, so its reference would be the "
+                "policy as it was then: pass the model that the run began with, or that as ref_model"
+            )
 
     def _metrics_file(self, folder: str) -> str:
         return os.path.join(folder, f"metrics_{self.args.process_index}.pt")
@@ -718,13 +747,9 @@ class _LengthGroupedEpochs(LengthGroupedSampler):
     after resuming, and whether one process or several share a global batch.
     """
 
-    def __init__(self, trainer: Trainer, lengths: list[int]):
-        args = trainer.args
-        self.trainer = trainer
-        self.seed = args.seed if args.data_seed is None else args.data_seed
-        super().__init__(
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size, lengths=list(lengths)
-        )
+    def __init__(self, trainer: Trainer, lengths: list[int], seed: int):
+        self.trainer, self.seed = trainer, seed
+        super().__init__(trainer.get_total_train_batch_size(trainer.args), lengths=list(lengths))
 
     def __iter__(self) -> Iterator[int]:
         epoch = int((self.trainer.state.epoch or 0) + 1e-6)
@@ -821,6 +846,43 @@ def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     return get_peft_model(model, peft_config)
 
 
+def _check_shares_no_trained_weight(model: nn.Module, ref_model: nn.Module) -> None:
+    """A reference is frozen, and would freeze such a weight with it."""
+    held = {parameter.data_ptr() for parameter in ref_model.parameters()} - {0}  # 0: partitioned, or without values
+    shared = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.data_ptr() in held
+    ]
+    if shared:
+        raise ValueError(
+            f"ref_model holds weights that are to be trained ({len(shared)}, {shared[0]} among them), and a reference "
+            "must not change: pass a model that shares none (copy.deepcopy), or leave ref_model out"
+        )
+
+
+def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """One of the caller's own, made before the model was loaded or had its adapters, may hold nothing of it."""
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        return
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if not any(parameter.requires_grad and id(parameter) in held for parameter in model.parameters()):
+        raise ValueError(
+            "optimizers has an optimizer of none of the weights to train: make it of the parameters of model as it is "
+            "passed, with its adapters (get_peft_model) instead of peft_config"
+        )
+
+
+def _check_adds_nothing_to_the_loss(model: nn.Module) -> None:
+    """Refuse adapters whose method adds a term to a model's own loss, which is not computed here."""
+    for config in model.peft_config.values():
+        weight = getattr(config, "orth_reg_weight", 0.0)
+        if weight:
+            raise ValueError(
+                f"orth_reg_weight={weight} (AdaLoRA) has no effect, for it belongs to the loss that a model computes "
+                "from labels itself: set it to 0.0 to train without it"
+            )
+
+
 def _check_adapters_alone_differ(model: nn.Module) -> None:
     """Refuse a ``PeftModel`` that without its adapters is not the model it started from, or will not stay it."""
     for config in model.peft_config.values():
@@ -829,6 +891,11 @@ def _check_adapters_alone_differ(model: nn.Module) -> None:
             raise ValueError(
                 f"init_lora_weights={init!r} changes the weights under the adapter, so the model without it is not "
                 "the reference: pass the original model, or its path, as ref_model"
+            )
+        if getattr(config, "layer_replication", None):
+            raise ValueError(
+                "layer_replication repeats layers of the model, with its adapters off too, so that is not the "
+                "reference: pass the original model, or its path, as ref_model"
             )
     prefix = getattr(model.base_model, "prefix", None)
     if prefix is None:

@@ -485,6 +485,27 @@ def test_evaluate_takes_new_data_and_prepared_data(tmp_path, kind, settings):
 
 
 @by_kind
+def test_another_trainers_reference_is_not_used(tmp_path, kind):
+    settings = {"evaluation": 5, "per_device_eval_batch_size": 5}
+    others = run_precomputed(kind, tmp_path / "other", ref_model=model(seed=2), **settings)
+    trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), **settings)
+    given, of_others = trainer.evaluate(), trainer.evaluate(others.eval_dataset)
+    assert of_others["eval_loss"] == given["eval_loss"] != others.evaluate()["eval_loss"]
+
+
+def test_autocast_stands_around_the_model_once_however_often_it_is_evaluated(tmp_path):
+    trainer = make_trainer("dpo", tmp_path, evaluation=4, bf16=True)
+    forward = trainer.model.forward
+    for _ in range(3):
+        trainer.evaluate()
+        assert trainer.model.forward == forward
+    trainer.train()
+    trained = make_trainer("dpo", tmp_path, evaluation=4, bf16=True)
+    trained.train()
+    assert history(trainer) == history(trained)
+
+
+@by_kind
 def test_workers_that_stay_evaluate_what_they_are_given(tmp_path, kind):
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     trainer = make_trainer(kind, tmp_path, evaluation=4, **workers)
@@ -830,6 +851,28 @@ def test_epochs_of_similar_lengths_are_in_an_order_of_their_own(tmp_path):
     assert all(sum(batch.shape[-1] for batch in epoch) < width for epoch in epochs)
 
 
+@pytest.mark.parametrize("sampling", ["group_by_length", "batch_rebalance", "random"])
+def test_the_order_is_the_seeds(tmp_path, sampling):
+    def widths(**settings):
+        trainer = make_trainer("dpo", tmp_path, train=32, train_sampling_strategy=sampling, **settings)
+        return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
+
+    assert widths() == widths(data_seed=42) != widths(data_seed=5) == widths(data_seed=5)
+
+
+@by_kind
+def test_a_run_is_not_resumed_with_its_own_checkpoint_for_the_reference(tmp_path, kind):
+    make_trainer(kind, tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    begun, checkpoint = str(tmp_path / "checkpoint-1"), str(tmp_path / "checkpoint-2")
+    policy = type(model()).from_pretrained(begun)
+    with pytest.raises(ValueError, match=r"a checkpoint of the run to be resumed.*that as ref_model"):
+        make_trainer(kind, tmp_path, policy=policy, max_steps=3).train(resume_from_checkpoint=checkpoint)
+    for elsewhere in ({"policy": policy, "ref_model": model()}, {"policy": model()}):
+        trainer = make_trainer(kind, tmp_path, max_steps=3, **elsewhere)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 3
+
+
 # ---- the reference ----
 
 
@@ -1055,6 +1098,13 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
     refused("loss_type.*'kto_squared'.*apo_zero_unpaired|loss_type.*'sigmoid'.*'apo_down'", loss_type="squared")
     refused("loss_from.*'hidden'.*'logits'.*'text'", loss_from="text")
     refused("beta", beta=0.0)
+    refused("max_steps must be at least 1, or -1 for num_train_epochs, got 0", max_steps=0)
+    refused("num_train_epochs must be a finite number of at least 0, got -1", num_train_epochs=-1)
+    refused("num_train_epochs must be more than 0, or max_steps given", num_train_epochs=0)
+    refused("learning_rate must be a finite number of at least 0, got nan", learning_rate=float("nan"))
+    refused("gradient_accumulation_steps must be a finite number", gradient_accumulation_steps=0)
+    refused("fp16=True has no effect on a CPU", fp16=True)
+    refused("save_strategy='best' needs evaluations", save_strategy="best", metric_for_best_model="loss")
     for rubbish in (0, -3, 2.5, "-64", "long", True):
         refused(f"max_length must be a positive integer, 'auto' or None, got {rubbish!r}", max_length=rubbish)
     refused("max_length must hold a prompt and a completion", max_length=1)
@@ -1102,6 +1152,11 @@ def test_arguments_that_would_change_nothing_are_refused(tmp_path, monkeypatch, 
         ("loss_from='hidden'", {"chunk_bytes": 2**20, "loss_from": "logits"}),
         ("precompute_ref_log_probs", {"precompute_ref_batch_size": 2}),
         ("precompute_ref_log_probs", {"ref_cache_dir": "cache"}),
+        ("push_to_hub", {"hub_model_id": "mine"}),
+        (
+            "a train_sampling_strategy whose batches can shrink",
+            {"auto_find_batch_size": True, "train_sampling_strategy": "batch_rebalance"},
+        ),
         ("an lr_scheduler_type that warms up", {"warmup_steps": 5, "lr_scheduler_type": "constant"}),
         ("an lr_scheduler_type that takes them", {"lr_scheduler_kwargs": {}, "lr_scheduler_type": "constant"}),
     ],
@@ -1289,6 +1344,61 @@ def test_adapters_that_replace_weights_need_a_reference_of_their_own(tmp_path, k
     trainer = make_trainer(kind, tmp_path, ref_model=model(), max_steps=1, learning_rate=0.0, **adapters)
     trainer.train()
     assert history(trainer)[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+
+
+@by_kind
+def test_repeated_layers_need_a_reference_of_their_own(tmp_path, kind):
+    pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    with pytest.raises(ValueError, match=r"layer_replication repeats layers.*as ref_model"):
+        make_trainer(kind, tmp_path, peft_config=lora_config(layer_replication=[(0, 2), (1, 2)]))
+
+
+@by_kind
+def test_a_term_that_peft_adds_to_a_models_own_loss_is_refused(tmp_path, kind):
+    peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
+
+    def adalora(weight: float):
+        return peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9, orth_reg_weight=weight)
+
+    with pytest.raises(ValueError, match=r"orth_reg_weight=0.5 \(AdaLoRA\) has no effect"):
+        make_trainer(kind, tmp_path, peft_config=adalora(0.5))
+    trainer = make_trainer(kind, tmp_path, peft_config=adalora(0.0))
+    trainer.train()
+    assert math.isfinite(history(trainer)[-1]["loss"])
+
+
+@by_kind
+@pytest.mark.parametrize("part", ["embed_tokens", "all"])
+def test_a_reference_that_shares_what_is_trained_is_refused(tmp_path, kind, part):
+    policy, reference = model(), model(seed=1)
+    if part == "all":
+        reference.model = policy.model
+    else:
+        reference.model.embed_tokens = policy.model.embed_tokens
+    with pytest.raises(ValueError, match=r"ref_model holds weights that are to be trained \(\d+, model.embed_tokens"):
+        make_trainer(kind, tmp_path, policy=policy, ref_model=reference)
+
+
+def test_a_base_that_an_adapter_was_put_into_is_no_reference(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    base = model()
+    with pytest.raises(ValueError, match=r"ref_model holds weights that are to be trained.*lora_A"):
+        make_trainer("dpo", tmp_path, policy=peft.get_peft_model(base, lora_config()), ref_model=base)
+
+
+@pytest.mark.parametrize("made_of", ["another model", "the weights under an adapter"])
+def test_an_optimizer_of_nothing_that_is_trained_is_refused(tmp_path, made_of):
+    policy, settings = model(), {}
+    if made_of != "another model":
+        pytest.importorskip("peft", reason="peft is not installed: no adapters")
+        settings["peft_config"] = lora_config()
+    owner = model() if made_of == "another model" else policy
+    optimizer = torch.optim.SGD(owner.parameters(), lr=0.5)
+    args = CONFIGS["dpo"](output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="optimizers has an optimizer of none of the weights to train"):
+        FusedDPOTrainer(
+            policy, None, args, data("dpo", 8), processing_class=tokenizer(), optimizers=(optimizer, None), **settings
+        )
 
 
 @by_kind
