@@ -70,6 +70,8 @@ class FlagParser(HfArgumentParser):
             hint = hints.get(action.dest)
             if hint == bool | None:  # --flag alone, as where None is no choice
                 action.nargs, action.const = "?", True
+            if typing.get_origin(action.type) is dict:
+                action.type = _json_mapping
             if action.dest in self._value_or_list:
                 action.type = _list_or(action.type)
             if action.dest in self._nullable and action.type is not None:
@@ -134,7 +136,7 @@ def build(kind: type, values: dict[str, Any]) -> Any:
     """``kind`` of those of ``values`` that are its fields; what it refuses is a ``CommandError``."""
     try:
         return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise CommandError(sentence(error)) from error
 
 
@@ -168,6 +170,16 @@ def _typed(value: Any) -> Any:
             continue
         return number if math.isfinite(number) else value  # JSON has no others
     return value
+
+
+def _json_mapping(text: str) -> dict[str, Any]:
+    parsed = json.loads(text)
+    if not isinstance(parsed, dict):
+        raise ValueError(text)
+    return parsed
+
+
+_json_mapping.__name__ = "mapping in JSON"  # argparse names the type in its errors
 
 
 def _list_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -52,20 +52,9 @@ DESCRIPTION = (
 LEFT_OUT = (
     *("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config"),
     *("label_smoothing_factor", "label_names", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
-    *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+    *("skip_memory_metrics", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
     *("remove_unused_columns", "length_column_name", "bf16_full_eval", "fp16_full_eval"),
 )
-AT_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 0,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "seed": 0,
-    "neftune_noise_alpha": 0,
-}
 # what is printed of a log, and how it is called
 REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
 PAIRS_ALONE = "rewards/accuracies"
@@ -84,6 +73,8 @@ RESULTS = ("metrics.json", "adapter_config.json", "config.json")
 OF_EVALUATION = {
     "eval_strategy": ("no", None),
     "eval_steps": (None,),
+    "eval_delay": (0, None),
+    "save_strategy": ("no", "steps", "epoch", None),
     "eval_on_start": (False,),
     "metric_for_best_model": (None,),
     "load_best_model_at_end": (False,),
@@ -141,7 +132,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
-    """Train and write the results. Returns 130 if Ctrl-C ended the training, else 0. Raises ``CommandError``."""
+    """Train and write the results. Returns 130 if a signal ended the training, else 0. Raises ``CommandError``."""
     check_writable(config.output_dir)
     checkpoint = starting_checkpoint(config)
     check_schedule(config)
@@ -150,22 +141,26 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     with CtrlC() as ctrl_c:
         trainer.add_callback(ctrl_c)
         metrics = fit(trainer, checkpoint)
-    if ctrl_c.checkpoint is not None:
+    if trainer.state.global_step < trainer.state.max_steps:  # by Ctrl-C, or SIGTERM with --enable_jit_checkpoint
         if trainer.is_world_process_zero():
             print(
                 f"\nStopped after step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
-                f"{ctrl_c.checkpoint}.\nTo go on: the same command with --resume_from_checkpoint true"
+                f"{get_last_checkpoint(config.output_dir)}.\nTo go on: the same command with "
+                "--resume_from_checkpoint true"
             )
         trainer.accelerator.end_training()
         return 130
     with refusals(OSError, doing=f"{config.output_dir} cannot be written: "):
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # uploaded last: a failure there loses nothing
         if trainer.is_world_process_zero():
             print_summary(metrics)
             described = config.to_dict() | {"max_length": trainer.max_length}
             loaded = vars(settings) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
             write(config.output_dir, {"settings": loaded, "config": described, **metrics})
             print(f"\nWrote the model, metrics.json and curves.png into {config.output_dir}")
+    if config.push_to_hub:
+        with refusals(Exception, doing=f"{config.output_dir} holds all results, but could not be uploaded: "):
+            trainer.push_to_hub()
     trainer.accelerator.end_training()
     return 0
 
@@ -195,11 +190,6 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
         values["eval_strategy"] = strategy if values["eval_data"] else "no"
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and computes_in_bfloat16()
-    for name, least in AT_LEAST.items():
-        if values[name] is not None and not least <= values[name] < math.inf:
-            raise CommandError(f"--{name} must be a finite number of at least {least}, got {values[name]}")
-    if values["max_steps"] <= 0 and values["num_train_epochs"] == 0:
-        raise CommandError("--num_train_epochs must be more than 0, or --max_steps given")
     return build(TrainSettings, values), build(CONFIGS[loss], values)
 
 

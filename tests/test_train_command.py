@@ -20,7 +20,6 @@ for package in ("datasets", "accelerate", "matplotlib"):
 
 import datasets
 import tiny_training
-import transformers.training_args
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -246,6 +245,32 @@ def test_a_stop_does_not_evaluate(files, monkeypatch, capsys, due):
     assert not Path("runs/kto/metrics.json").exists()
 
 
+def test_a_run_that_a_callback_of_transformers_stops_is_not_taken_for_finished(files, monkeypatch, capsys):
+    """As --enable_jit_checkpoint does at SIGTERM."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = state.global_step == 2
+
+    monkeypatch.setattr(train.CtrlC, "on_step_end", on_step_end)
+    assert cli.main(command(files, "kto")) == 130
+    assert "Stopped after step 2 of 12, saved in runs/kto/checkpoint-2" in capsys.readouterr().out
+    assert not Path("runs/kto/metrics.json").exists()
+
+
+def test_results_are_there_where_the_upload_fails(files, monkeypatch, capsys):
+    def no_network(self, *_, **__):
+        raise ConnectionRefusedError("nobody listens")
+
+    monkeypatch.setattr(train.FusedTrainer, "init_hf_repo", lambda self, **_: None)
+    monkeypatch.setattr(train.FusedTrainer, "push_to_hub", no_network)
+    flags = ["--push_to_hub", "--max_steps", "1", "--save_strategy", "no"]
+    assert cli.main(command(files, "kto", *flags)) == 2
+    message = "runs/kto holds all results, but could not be uploaded: nobody listens"
+    assert message in capsys.readouterr().err
+    assert results("runs/kto")["steps"]
+    assert Path("runs/kto/model.safetensors").exists()
+
+
 def test_ctrl_c_in_the_last_step_changes_nothing(files, monkeypatch):
     press_ctrl_c_after(monkeypatch, 2)
     assert cli.main(command(files, "kto", "--max_steps", "3")) == 0
@@ -381,7 +406,14 @@ def test_fewer_examples_than_a_batch_that_must_be_whole(files, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--eval_steps", "2"], ["--eval_on_start"], ["--load_best_model_at_end"], ["--metric_for_best_model", "loss"]],
+    [
+        ["--eval_steps", "2"],
+        ["--eval_on_start"],
+        ["--eval_delay", "100"],
+        ["--load_best_model_at_end"],
+        ["--metric_for_best_model", "loss"],
+        ["--save_strategy", "best"],
+    ],
     ids=lambda flags: flags[0],
 )
 def test_evaluations_of_nothing_are_refused(files, capsys, flags):
@@ -514,18 +546,17 @@ def test_evaluation_data_are_used(flags, expected):
 
 @pytest.mark.parametrize(("flags", "expected"), [([], True), (["--fp16"], False), (["--bf16", "false"], False)])
 def test_a_gpu_with_bfloat16_computes_in_it(monkeypatch, flags, expected):
-    for module in (train, transformers.training_args):
-        monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
-    assert train.parse(["--model", "m", "--data", "d", *flags])[1].bf16 is expected
+    monkeypatch.setattr(train, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(train, "build", lambda kind, values: values["bf16"])  # which would look for the GPU
+    assert train.parse(["--model", "m", "--data", "d", *flags])[1] is expected
 
 
 def test_a_gpu_that_emulates_bfloat16_computes_in_it_only_if_asked(monkeypatch):
-    for module in (train, transformers.training_args):
-        monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(train, "is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(train, "build", lambda kind, values: values["bf16"])
     flags = ["--model", "m", "--data", "d"]
-    monkeypatch.setattr(train, "build", lambda kind, values: values["bf16"])  # which would look for the GPU
     assert [train.parse([*flags, *more])[1] for more in ([], ["--bf16"])] == [False, True]
 
 
@@ -590,6 +621,17 @@ def test_a_mapping_keeps_its_numbers(written, value):
     given = parsed(f"lr_scheduler_kwargs: {written}")[1].lr_scheduler_kwargs
     assert given == value
     assert repr(given) == repr(value)  # 1 is not 1.0, nor True
+
+
+def test_a_mapping_is_one_whatever_it_holds():
+    """transformers' hint of this one is dict[str, bool], not dict | str."""
+    assert parsed("liger_kernel_config: {fused_linear_cross_entropy: false}")[1].liger_kernel_config == {
+        "fused_linear_cross_entropy": False
+    }
+    with pytest.raises(
+        CommandError, match="liger_kernel_config/--liger-kernel-config: invalid mapping in JSON value: '3'"
+    ):
+        parsed("liger_kernel_config: 3")
 
 
 @pytest.mark.parametrize("null", ["null", "~", "", "Null"])
@@ -701,14 +743,14 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--config", "a.yaml", "--config", "b.yaml"], "--config is given 2 times: expected one file"),
         (["--config", "missing.yaml"], "--config missing.yaml cannot be read: No such file or directory"),
         (["--beta", "0"], "beta must be a finite number > 0, got 0.0"),
-        (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
-        (["--weight_decay", "nan"], "--weight_decay must be a finite number of at least 0, got nan"),
-        (["--neftune_noise_alpha", "-1"], "--neftune_noise_alpha must be a finite number of at least 0, got -1.0"),
+        (["--learning_rate", "nan"], "learning_rate must be a finite number of at least 0, got nan"),
+        (["--weight_decay", "nan"], "weight_decay must be a finite number of at least 0, got nan"),
+        (["--neftune_noise_alpha", "-1"], "neftune_noise_alpha must be a finite number of at least 0, got -1.0"),
         (["--lr_scheduler_kwargs", '{"power": 2}'], "--lr_scheduler_kwargs {'power': 2}: "),  # not of a linear one
         (["--lr_scheduler_kwargs", "abc"], "--lr_scheduler_kwargs abc: "),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_kwargs None: "),
-        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be a finite number of at least 1"),
-        (["--num_train_epochs", "0"], "--num_train_epochs must be more than 0"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be a finite number of at least 1"),
+        (["--num_train_epochs", "0"], "num_train_epochs must be more than 0"),
         (["--max_length", "1025"], "max_length must be at most 1024, the positions that model has, got 1025"),
         (["--max_length", "long"], "max_length must be a positive integer, 'auto' or None, got 'long'"),
         (["--backend", "cuda"], "--backend: invalid choice: 'cuda'"),
@@ -723,6 +765,11 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no checkpoint in runs/kto"),
         (["--resume_from_checkpoint", "there"], "--resume_from_checkpoint there is no checkpoint"),
         (["--eval_strategy", "steps"], "eval_strategy"),
+        (["--max_steps", "0"], "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
+        (["--logging_steps", "nan"], "logging_steps must be a finite number of at least 0, got nan"),
+        (["--save_total_limit", "0"], "save_total_limit must be a finite number of at least 1, got 0"),
+        (["--fp16"], "fp16=True has no effect on a CPU"),
+        (["--accelerator_config", "missing.json"], "No such file or directory: missing.json"),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(files, capsys, flags, message):
