@@ -83,7 +83,7 @@ def dpo_kernel(
         elif LOSS_TYPE == "hinge":
             # written so that a NaN stays one
             loss = tl.where(beta * h >= 1.0, 0.0, 1.0 - beta * h)
-            grad_w = tl.where(beta * h >= 1.0, 0.0, -beta + 0.0 * h)
+            grad_w = tl.where(beta * h >= 1.0, 0.0, tl.where(h == h, -beta, h))
             grad_l = -grad_w
         elif LOSS_TYPE == "ipo":
             error = h - 0.5 / beta

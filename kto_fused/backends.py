@@ -23,6 +23,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
         raise ValueError("tensors are on meta, which holds no values to compute with")
     if device.type == "mps":
         raise ValueError("tensors are on mps, which has no float64; move them to the cpu")
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        raise ValueError(f"tensors are on {device}, a GPU without float64; move them to the cpu")
     on_gpu = device.type in ("cuda", "xpu")
     if backend is None:
         return "triton" if on_gpu and HAS_TRITON else "torch"

@@ -77,7 +77,9 @@ def _has_float32_output(device: torch.device, dtype: torch.dtype) -> bool:
         torch.mm(matrix, matrix, out_dtype=torch.float32)
     except torch.OutOfMemoryError:
         raise  # says nothing about the device
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
+        if "CUBLAS_STATUS_ALLOC_FAILED" in str(error) or "CUBLAS_STATUS_NOT_INITIALIZED" in str(error):
+            raise  # as it does where memory is short
         return False
     return True
 

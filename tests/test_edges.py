@@ -175,6 +175,25 @@ def test_a_banned_rejected_completion_has_a_loss_of_0(engine, loss_type):
         assert function(logits, labels, label_smoothing=0.1, **options)[0][0] == smoothed
 
 
+@pytest.mark.parametrize("loss_type", [name for name in kto_fused.losses.DPO_LOSS_TYPES if name != "ipo"])
+def test_a_banned_chosen_completion_has_the_gradient_of_the_formula(engine, loss_type):
+    """h = -inf, where every loss but ipo, a square, has a finite slope."""
+    chosen, rejected = torch.tensor([-math.inf, -2.0]), torch.tensor([-3.0, -1.0])
+    ref_logps = None if loss_type == "simpo" else torch.zeros(4, device=engine[1])
+    gradients = []
+    for function, backend in (
+        (kto_fused.dpo_loss_from_logps, engine[0]),
+        (kto_fused.reference.dpo_loss_from_logps, None),
+    ):
+        logps = torch.cat([chosen, rejected]).to(engine[1]).requires_grad_()
+        options = {"token_counts": torch.ones(4, dtype=torch.int64, device=engine[1])} if loss_type == "simpo" else {}
+        loss, _ = function(logps, ref_logps, loss_type=loss_type, reduction="sum", backend=backend, **options)
+        loss.backward()
+        gradients.append(logps.grad)
+    assert gradients[0].isfinite().all()
+    torch.testing.assert_close(*gradients)
+
+
 @by_function
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_banned_with_the_smallest_number(engine, function, dtype):

@@ -3,6 +3,7 @@
 import math
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -449,6 +450,12 @@ def test_numbers_of_any_kind_are_numbers():
 def test_apples_gpu_is_refused():
     with pytest.raises(ValueError, match="mps, which has no float64"):
         kto_fused.backends.resolve(None, torch.device("mps"))
+
+
+def test_a_gpu_without_float64_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=False))
+    with pytest.raises(ValueError, match="xpu:0, a GPU without float64"):
+        kto_fused.backends.resolve(None, torch.device("xpu", 0))
 
 
 def test_reference_point_inputs():

@@ -869,6 +869,23 @@ def test_what_tensor_cores_truncate_leaves_the_log_ratio(hidden_size):
     assert (metrics.logps - metrics.ref_logps).abs().item() <= 2e-3
 
 
+def test_a_gpu_short_of_memory_is_not_taken_for_one_whose_gemms_write_no_float32(monkeypatch):
+    """What is found of a device is kept, and would keep the process on twice the bytes a logit."""
+    asked, messages = projection._has_float32_output, ["CUBLAS_STATUS_ALLOC_FAILED", "out_dtype is not supported"]
+
+    def failing(*_, **__):
+        raise RuntimeError(messages[0])
+
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "mm", failing)
+    device = torch.device("cuda", 99)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        asked(device, torch.bfloat16)
+    messages.pop(0)
+    assert asked(device, torch.bfloat16) is False
+    asked.cache_clear()
+
+
 # ---- small gradients, far columns ---------------------------------------------------------------------------------
 
 
