@@ -39,6 +39,7 @@ AT_LEAST = {
     "save_total_limit": 1,
     "seed": 0,
     "data_seed": 0,
+    "dataloader_prefetch_factor": 1,
 }
 # learning rate schedules that transformers builds without their options, or without the warmup
 WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
