@@ -373,10 +373,8 @@ def _fused(
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-    if type(trainer.data_collator) in (
-        DataCollatorForPreference,
-        DataCollatorForUnpairedPreference,
-    ):  # pad on the right
+    pad_on_the_right = (DataCollatorForPreference, DataCollatorForUnpairedPreference)
+    if type(trainer.data_collator) in pad_on_the_right:
         model_inputs = huggingface.without_padding_mask(model, model_inputs, trainer.accelerator.mixed_precision)
     gradient_path, outcome = model(**model_inputs, fused_lm_head=FusedCall(function, arguments))
     return *outcome.results(gradient_path), outcome.aux_loss
