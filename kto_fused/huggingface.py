@@ -207,7 +207,8 @@ def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any], mixed_p
     No token of a causal model sees the padding behind it, and PyTorch's own attention takes its fastest kernels where
     there is no mask, which would be [B, 1, T, T]. It stays for another attention (FlashAttention leaves out padding by
     it), for heads that share keys and values where the GPU has no kernel for them, for the auxiliary loss of a mixture
-    of experts, and for a forward that has no default for it.
+    of experts, for batches longer than the model's positions (OPT's padding has none), and for a forward that has no
+    default for it.
     """
     inner = unwrap(model)
     config = inner.config.get_text_config()
@@ -216,6 +217,9 @@ def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any], mixed_p
     is_routed = model_inputs.get("output_router_logits") or getattr(config, "output_router_logits", False)
     if config._attn_implementation != "sdpa" or is_routed or not is_optional:
         return model_inputs
+    input_ids, limit = model_inputs.get("input_ids"), positions(inner.config)
+    if input_ids is not None and limit is not None and input_ids.shape[1] > limit:
+        return model_inputs
     attends_in = AUTOCAST_TO.get(mixed_precision) or inner.dtype
     if _shares_keys(config) and not _attends_shared_keys(inner.device, attends_in):
         return model_inputs
@@ -223,8 +227,11 @@ def without_padding_mask(model: nn.Module, model_inputs: dict[str, Any], mixed_p
 
 
 def _shares_keys(config: PretrainedConfig) -> bool:
-    heads = getattr(config, "num_attention_heads", None)
-    return getattr(config, "num_key_value_heads", heads) != heads
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+        return getattr(config, "num_key_value_heads", heads) != heads
+    except RuntimeError:  # transformers' answer where layers differ in it
+        return True
 
 
 def _attends_shared_keys(device: torch.device, dtype: torch.dtype) -> bool:

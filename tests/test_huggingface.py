@@ -257,6 +257,30 @@ def test_a_mask_stays_for_another_attention_for_a_router_and_where_it_has_no_def
     assert not is_mask_left_out(model)
 
 
+def test_a_mask_stays_for_batches_longer_than_a_models_positions():
+    """OPT looks up positions by it, and has none for padding beyond."""
+    model = make_model("opt", max_position_embeddings=8, word_embed_proj_dim=32, ffn_dim=48)
+    model_inputs, arguments = make_batch(linear_sequence_logps)
+    model_inputs["attention_mask"][:, 8:] = 0
+    arguments["labels"][:, 8:] = -100
+    assert not is_mask_left_out(model)
+    assert is_mask_left_out(make_model("opt", max_position_embeddings=9, word_embed_proj_dim=32, ffn_dim=48))
+    assert huggingface.apply(linear_sequence_logps, model, model_inputs, **arguments).isfinite().all()
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="transformers has no Gemma 4 yet")
+def test_layers_may_differ_in_their_heads():
+    differing = {"num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0, "head_dim": 8}
+    model = make_model("gemma4_text", **differing, **layers)
+    model_inputs, arguments = make_batch(linear_sequence_logps)
+    left = huggingface.without_padding_mask(model, model_inputs, "no")
+    logps, expected = (
+        huggingface.apply(linear_sequence_logps, model, inputs, **arguments) for inputs in (left, model_inputs)
+    )
+    torch.testing.assert_close(logps, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "mixed_precision", "key_value_heads", "expected"),
     [

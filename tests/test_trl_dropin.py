@@ -382,6 +382,21 @@ def test_a_model_with_nothing_to_train_fails_as_in_trl(tmp_path, kind):
             trainer.train()
 
 
+def test_a_router_loss_of_a_models_own_is_not_asked_for(tmp_path):
+    """``apply`` would add it, and refuses one that it does not know; TRL adds Mixtral's, weighed by the setting."""
+
+    def make_policy():
+        policy = experts()
+        del policy.router_aux_loss_coef
+        return policy
+
+    with pytest.raises(huggingface.UnsupportedModelError, match="router loss is not a known one"):
+        huggingface.attach(make_policy())
+    logs = assert_same_training(DPOTrainer, tmp_path, make_policy=make_policy)
+    assert logs[0]["aux_loss"] > 0
+    assert fuse(make_trainer(DPOTrainer, tmp_path, make_policy=make_policy)).model.config.output_router_logits
+
+
 @both_trainers
 def test_evaluation_logs_alike(tmp_path, kind):
     arguments = {"eval_dataset": data(kind, rows=7), "per_device_eval_batch_size": BATCH, "eval_strategy": "steps"}
@@ -558,21 +573,29 @@ def test_all_logged_values_are_read_at_once(tmp_path, kind, monkeypatch):
 
 
 @both_trainers
-@pytest.mark.parametrize("collator", ["trls", "ones own"])
-def test_attention_gets_no_mask_for_the_padding_of_trls_collators(tmp_path, kind, collator, attention_masks):
-    trainer = fuse(make_trainer(kind, tmp_path, max_steps=1))
-    if collator == "ones own":  # which may pad on the left
+@pytest.mark.parametrize("batches", ["trls", "of another collator", "of a patched collator", "prepared otherwise"])
+def test_attention_gets_no_mask_for_the_padding_of_trls_collators(tmp_path, kind, batches, attention_masks):
+    class Prepared(kind):
+        def _prepare_inputs(self, inputs):
+            return super()._prepare_inputs(inputs)
 
-        class Collator(type(trainer.data_collator)):
+    subclass = Prepared if batches == "prepared otherwise" else None
+    trainer = fuse(make_trainer(kind, tmp_path, max_steps=1, subclass=subclass))
+    collator = trainer.data_collator
+    if batches == "of another collator":  # which may pad on the left
+
+        class Collator(type(collator)):
             pass
 
-        trainer.data_collator = Collator(trainer.data_collator.pad_token_id)
+        trainer.data_collator = Collator(collator.pad_token_id)
+    elif batches == "of a patched collator":
+        collator.torch_call = type(collator).torch_call.__get__(collator)
     batch = next(iter(trainer.get_train_dataloader()))
     assert not batch["attention_mask"].all()
     attention_masks.clear()  # of the checks that came before
     trainer.train()
     assert attention_masks
-    assert all((mask is None) == (collator == "trls") for mask in attention_masks)
+    assert all((mask is None) == (batches == "trls") for mask in attention_masks)
 
 
 # ---- what is not taken over, and errors ---------------------------------------------------------------------------

@@ -47,10 +47,13 @@ def fuse(trainer: Trainer) -> Trainer:
     an ``ipo`` batch with an empty prompt. Precomputed reference log-probabilities (``precompute_ref_log_probs=True``)
     come from the trainer's own ``__init__``, before this call.
 
-    Four differences remain. Logits are not rounded to half precision, as TRL's are. With ``disable_dropout=False``
-    dropout draws in another order, since the reference comes before the policy. Where a sequence's log-probability is
-    NaN, so is KTO's loss; TRL's is the mean of the others, with a gradient of NaN. An adapter's frozen weights stay
-    frozen; TRL's reference unfreezes them, and from the second step on the gradient is clipped by a norm with theirs.
+    Differences remain. Logits are not rounded to half precision, as TRL's are, and a configuration's soft cap is kept
+    under all its names (TRL leaves out RecurrentGemma's and xLSTM's). What is random in training (dropout that
+    ``disable_dropout`` leaves or does not reach, a router's jitter, NEFTune's noise) draws in another order, since the
+    reference comes before the policy. Where a sequence's log-probability is NaN, so are KTO's loss and what is logged
+    of its class; TRL's are those of the others, with a gradient of NaN. Of several tokens that are the most likely,
+    each counts for ``mean_token_accuracy``, TRL's only the first. An adapter's frozen weights stay frozen; TRL's
+    reference unfreezes them, and from the second step on the gradient is clipped by a norm with theirs.
 
     Args:
         trainer: of TRL 1.16. Fusing it again changes nothing.
@@ -162,7 +165,8 @@ def _install(models: list[nn.Module], accelerator: Accelerator) -> None:
                 prepared.append(inner)
             if not getattr(inner, "_has_fused_call", False):
                 undo.callback(huggingface.detach, inner)
-            huggingface.attach(inner)
+            with _without_router_logits(inner):
+                huggingface.attach(inner)
         undo.pop_all()
     for inner in inners:
         _answer_fused_lm_head(inner)
@@ -170,6 +174,20 @@ def _install(models: list[nn.Module], accelerator: Accelerator) -> None:
         inner._original_forward = inner.forward
         with_autocast = accelerator.autocast()(inner.forward.__func__)
         inner.forward = MethodType(convert_outputs_to_fp32(with_autocast), inner)
+
+
+@contextmanager
+def _without_router_logits(model: PreTrainedModel) -> Iterator[None]:
+    """The model's own load-balancing loss, whose function may be unknown, is not what TRL adds."""
+    config = model.config.get_text_config()
+    asked = getattr(config, "output_router_logits", False)
+    try:
+        if asked:
+            config.output_router_logits = False
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
 
 
 def _answer_fused_lm_head(model: PreTrainedModel) -> None:
@@ -370,14 +388,20 @@ def _fused(
     trainer: Trainer, function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments
 ) -> tuple[Any, ...]:
     """``function``'s results, computed inside the model's forward, then the load-balancing loss or None."""
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
-
-    pad_on_the_right = (DataCollatorForPreference, DataCollatorForUnpairedPreference)
-    if type(trainer.data_collator) in pad_on_the_right:
+    if _pads_on_the_right(trainer):
         model_inputs = huggingface.without_padding_mask(model, model_inputs, trainer.accelerator.mixed_precision)
     gradient_path, outcome = model(**model_inputs, fused_lm_head=FusedCall(function, arguments))
     return *outcome.results(gradient_path), outcome.aux_loss
+
+
+def _pads_on_the_right(trainer: Trainer) -> bool:
+    """As TRL's collators do, where nothing else has its hands on their batches."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    collator, prepare = trainer.data_collator, getattr(trainer._prepare_inputs, "__func__", None)
+    is_trls = type(collator) in (DataCollatorForPreference, DataCollatorForUnpairedPreference)
+    return is_trls and "torch_call" not in vars(collator) and prepare is Trainer._prepare_inputs
 
 
 @torch.no_grad()
