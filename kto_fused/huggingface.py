@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .metrics import LossMetrics
+
 # what models multiply their logits by, or divide them by, and how their configurations call it
 MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVIDED_BY = ("logits_scaling",)
@@ -40,8 +42,8 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
 
     ``function`` is one that takes hidden states: ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``,
     ``linear_sequence_logps``, or a twin of theirs in ``reference``. A mixture of experts whose configuration asks for
-    router logits has its auxiliary loss added to a loss, times ``router_aux_loss_coef``, as the model's own forward
-    does; not to log-probabilities.
+    router logits has its auxiliary loss added to a loss (with ``reduction="none"`` to each sequence's), times
+    ``router_aux_loss_coef``, as the model's own forward does; not to log-probabilities.
 
     Args:
         function: called once, inside the model's forward.
@@ -72,7 +74,7 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     >>> metrics.token_counts.tolist()
     [3, 3]
     """
-    _check_call(model_inputs, arguments)
+    _check_call(function, model_inputs, arguments)
     attach(model)
     answer = model(**model_inputs, fused_call=FusedCall(function, arguments))
     if not isinstance(answer, tuple) or not isinstance(answer[-1], Outcome):
@@ -84,7 +86,7 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     first, *others = outcome.results(gradient_path)
     if not isinstance(outcome.result, tuple):
         return first
-    if outcome.aux_loss is not None:
+    if outcome.aux_loss is not None and isinstance(others[0], LossMetrics):
         first = first + outcome.aux_loss.to(first)
     return first, *others
 
@@ -100,11 +102,11 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
         UnsupportedModelError: the auxiliary loss has a weight of another name than ``router_aux_loss_coef``.
         TypeError, ValueError: see ``apply``.
     """
-    _check_call(model_inputs, arguments)
+    _check_call(function, model_inputs, arguments)
     outputs = model(**{**model_inputs, "use_cache": False, "return_dict": True})
     result = function(outputs.logits, **arguments)
     aux_loss = getattr(outputs, "aux_loss", None)
-    if aux_loss is None or not isinstance(result, tuple):
+    if aux_loss is None or not isinstance(result, tuple) or not isinstance(result[1], LossMetrics):
         return result
     inner = unwrap(model)
     if not hasattr(inner, "router_aux_loss_coef"):
@@ -266,15 +268,17 @@ def positions(config: PretrainedConfig) -> int | None:
     return max(stated, int(original * (rope.get("factor") or 1)))  # what is stated may be the length before stretching
 
 
-def _check_call(model_inputs: Any, arguments: dict[str, Any]) -> None:
+def _check_call(function: Callable, model_inputs: Any, arguments: dict[str, Any]) -> None:
     if not isinstance(model_inputs, Mapping):
         raise TypeError(
             "model_inputs must be a mapping of the model's arguments, {'input_ids': ..., ...}, "
             f"got {type(model_inputs).__name__}"
         )
+    # of a Fused...Loss, of a functools.partial
+    held = {**getattr(function, "options", {}), **getattr(function, "keywords", {}), **arguments}
     for name in ("logit_scale", "logit_softcap"):
-        if name in arguments:
-            raise ValueError(f"{name}={arguments[name]} is given, expected none: the model's configuration says it")
+        if name in held:
+            raise ValueError(f"{name}={held[name]} is given, expected none: the model's configuration says it")
 
 
 # ---- inside the model's forward -----------------------------------------------------------------------------------

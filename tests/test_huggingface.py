@@ -1,6 +1,7 @@
 """Hugging Face models: the loss inside their forward is the loss of their own logits, whatever wraps them."""
 
 import copy
+import functools
 import inspect
 import io
 import os
@@ -33,7 +34,15 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kto_fused import fused_kto_loss, fused_linear_kto_loss, huggingface, linear_sequence_logps, reference
+from kto_fused import (
+    FusedLinearKTOLoss,
+    fused_kto_loss,
+    fused_linear_kto_loss,
+    huggingface,
+    linear_sequence_logps,
+    linear_token_logps,
+    reference,
+)
 from kto_fused.huggingface import UnsupportedModelError
 from kto_fused.measure import peak_bytes
 
@@ -140,6 +149,21 @@ def test_router_loss_is_added_to_losses_with_and_without_gradients(name):
     torch.testing.assert_close(kto(model, reduction="none"), kto(twin, reduction="none") + added)
     without = loss_of(fused_linear_kto_loss, model, {**model_inputs, "output_router_logits": False}, **arguments)
     torch.testing.assert_close(without, kto(twin))
+
+
+def test_router_loss_is_not_added_to_log_probabilities():
+    model, twin = make_model("mixtral"), make_model("mixtral", output_router_logits=False)
+    model_inputs, arguments = make_batch(linear_sequence_logps)
+    arguments |= {"return_metrics": True}
+    values = [huggingface.apply(linear_token_logps, of, model_inputs, **arguments)[0] for of in (model, twin)]
+    torch.testing.assert_close(*values)
+
+    def of_logits(logits, labels):
+        return reference.token_logps(logits, labels), logits.mean()
+
+    labels = arguments["labels"]
+    values = [huggingface.apply_to_logits(of_logits, of, model_inputs, labels=labels)[0] for of in (model, twin)]
+    torch.testing.assert_close(*values)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "hyperclovax"])
@@ -645,6 +669,11 @@ def test_what_the_configuration_says_of_logits_is_not_an_argument(name, value):
     for function, call in ((fused_linear_kto_loss, huggingface.apply), (fused_kto_loss, huggingface.apply_to_logits)):
         with pytest.raises(ValueError, match=f"{name}={value} is given, expected none: the model's configuration"):
             call(function, model, model_inputs, **{**arguments, name: value})
+        with pytest.raises(ValueError, match=f"{name}={value} is given, expected none: the model's configuration"):
+            call(functools.partial(function, **{name: value}), model, model_inputs, **arguments)
+    held = FusedLinearKTOLoss(**{name: value})
+    with pytest.raises(ValueError, match=f"{name}={value} is given, expected none: the model's configuration"):
+        huggingface.apply(held, model, model_inputs, **arguments)
 
 
 @pytest.mark.parametrize(
