@@ -6,7 +6,6 @@ follows from the shapes (``plain_moments``, ``fused_moments``; vectors of B T nu
 the step is an estimate (``StepMemory``).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -222,16 +221,16 @@ def check(settings: EstimateSettings) -> None:
         value, choices = getattr(settings, setting.name), get_args(setting.type)
         if choices and isinstance(choices[0], str) and value not in choices:
             raise CommandError(f"--{setting.name} must be one of {list(choices)}, got {value!r}")
-    for name, least in (("batch", 1), ("seq", 2), ("chunk_bytes", 1)):
+    for name, least, most in (("batch", 1, 2**16), ("seq", 2, 2**24), ("chunk_bytes", 1, 2**62)):
         value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise CommandError(f"--{name} must be a whole number of at least {least}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise CommandError(f"--{name} must be a whole number from {least} to {most}, got {value!r}")
     if settings.weights not in ("auto", "fp32", settings.dtype):
         raise CommandError(f"--weights must be auto, fp32 or --dtype's {settings.dtype}, got {settings.weights!r}")
     if (settings.weights, settings.head) == ("fp16", "trained"):
         raise CommandError("--weights must be auto or fp32 where fp16 weights would be trained: loss scaling needs it")
-    if settings.gpu_gib is not None and not 0 < settings.gpu_gib < math.inf:
-        raise CommandError(f"--gpu_gib must be a finite number > 0, got {settings.gpu_gib!r}")
+    if settings.gpu_gib is not None and not 0 < settings.gpu_gib <= 2**20:
+        raise CommandError(f"--gpu_gib must be a number > 0 and at most {2**20}, got {settings.gpu_gib!r}")
     if not 0 < settings.completion_fraction <= 1:
         raise CommandError(f"--completion_fraction must lie in (0, 1], got {settings.completion_fraction!r}")
 

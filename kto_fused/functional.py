@@ -740,7 +740,7 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
     """
     checks.number("n_desirable", n_desirable, above=0)
     checks.number("n_undesirable", n_undesirable, above=0)
-    ratio = n_desirable / n_undesirable
+    ratio = float(n_desirable / n_undesirable)  # of NumPy's numbers too
     return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
 
 

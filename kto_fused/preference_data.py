@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +34,7 @@ IGNORE_INDEX = -100
 UNPAIRED, PAIRED = ("prompt", "completion", "label"), ("prompt", "chosen", "rejected")
 RENDERED = ("tools", "chat_template_kwargs")  # what a chat template would render too; without it the text is another
 CACHE_FORMAT = 3  # part of every cache's key: raise it when the same input gives other rows
+RENDERED_TO_CHECK = 100  # conversations, of which a template might leave out a part
 NEIGHBOURS = 64  # completions of like length among which mismatched partners are drawn
 # tokens of a prompt's messages that may change once an answer follows: one or two where a tokenizer merges across the
 # border; a chat template that renders a message otherwise changes its words and what stands around them
@@ -118,7 +119,9 @@ def _read(path: Path) -> Dataset:
             gen_kwargs={"path": path, "form": form},
             fingerprint=_digest("lines", content.hexdigest()),
         )
-    except (OSError, pa.ArrowException) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: of types that ``datasets`` has no name for
         raise DataError(f"{path}: cannot be read: {error}") from error
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
@@ -133,6 +136,7 @@ def _read_parquet(path: Path, content: str) -> Dataset:
         raise DataError(f"{path}: holds no records")
     _form(dict.fromkeys(schema.names), f"{path}, row 0")  # names all columns where one is missing
     counted = [field for field in schema if field.name in {*UNPAIRED, *PAIRED, *RENDERED}]
+    _check_label_classes(Features.from_arrow_schema(pa.schema(counted, metadata=schema.metadata)), str(path))
     return Dataset.from_generator(
         _parquet_records,
         features=Features.from_arrow_schema(pa.schema(counted)),
@@ -170,17 +174,35 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
     """The columns that count, each row looked at; converted (and cached) where their types are others."""
     if len(dataset) == 0:
         raise DataError(f"{name}: holds no records")
+    if dataset.format["type"] == "custom":
+        raise DataError(f"{name}: has a transform of its own (set_transform), which is not applied here: use map")
+    _check_label_classes(dataset.features, name)
     dataset = dataset.with_format(None)
     form = _form(dataset[0], f"{name}, row 0")
     rendered = [field for field in RENDERED if field in dataset.column_names]
-    tables = dataset.select_columns([*form.fields, *rendered]).with_format("arrow").iter(1000)
+    row = 0
+    for batch in dataset.select_columns([*form.fields, *rendered]).iter(1000):
+        for values in zip(*batch.values(), strict=True):
+            _checked(dict(zip(batch, values, strict=True)), form, f"{name}, row {row}")
+            row += 1
     dataset = dataset.select_columns(list(form.fields))
-    for row, record in enumerate(chain.from_iterable(table.to_pylist() for table in tables)):
-        _checked(record, form, f"{name}, row {row}")
     if dataset.features == form.features:
         return dataset
     convert = partial(_checked, form=form, where=name)
     return dataset.map(convert, features=form.features, desc="Converting columns")
+
+
+def _check_label_classes(features: Features, name: str) -> None:
+    """``ClassLabel`` numbers names in whatever order they come: "desirable" before "undesirable" would be 0."""
+    label = features.get("label")
+    if isinstance(label, ClassLabel) and [str(one).lower() for one in label.names] not in (
+        ["false", "true"],
+        ["0", "1"],
+    ):
+        raise DataError(
+            f"{name}, field 'label': expected true or false, got the classes {label.names}: map them to true where "
+            "somebody liked the completion"
+        )
 
 
 def _form(record: Any, where: str) -> _Form:
@@ -365,18 +387,12 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
     records = load(source)
     if fields == PAIRED and "chosen" not in records.column_names:
         raise DataError(f"{name} data: DPO needs pairs, expected {list(PAIRED)}, got {records.column_names}")
-    if records.features["prompt"] != Value("string") and not tokenizer.chat_template:
+    if records.features["prompt"] == Value("string"):
+        _warn_of_ends(tokenizer, records[0]["prompt"], name)
+    elif tokenizer.chat_template:
+        _warn_of_lost_answers(tokenizer, records.select(range(min(len(records), RENDERED_TO_CHECK))), name)
+    else:
         raise DataError(f"{name} data: holds conversations, but the tokenizer has no chat template to render them with")
-    if records.features["prompt"] == Value("string") and tokenizer.eos_token is None:
-        logger.warning(
-            f"{name} data: the tokenizer has no eos_token, so nothing ends a completion, and the model does not learn "
-            "to end one: set it, or end the texts with the model's own token."
-        )
-    if records.features["prompt"] == Value("string") and _begins_twice(tokenizer, records[0]["prompt"]):
-        logger.warning(
-            f"{name} data: the texts begin with {tokenizer.bos_token}, and the tokenizer puts another before it: take "
-            "it off the texts, or give conversations, which the chat template renders."
-        )
     columns = {f"{field}_ids": TOKENS for field in fields if field != "label"}
     columns |= {"label": Value("bool")} if "label" in fields else {}
     columns |= {"length": Value("int32"), "prompt_key": Value("int64")}
@@ -451,9 +467,43 @@ def _token_rows(batch: dict, rows: list[int], *, columns: list[str], tokenizer, 
     return made
 
 
-def _begins_twice(tokenizer, text: str) -> bool:
-    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return begins and tokenizer(text)["input_ids"][:2] == 2 * [tokenizer.bos_token_id]
+def _warn_of_ends(tokenizer, text: str, name: str) -> None:
+    """Of texts that nothing ends, or that begin twice, as ``text`` does."""
+    end, begin = tokenizer.eos_token, tokenizer.bos_token
+    if end is None:
+        logger.warning(
+            f"{name} data: the tokenizer has no eos_token, so nothing ends a completion, and the model does not learn "
+            "to end one: set it, or end the texts with the model's own token."
+        )
+    elif tokenizer.eos_token_id not in tokenizer(f"a{end}")["input_ids"]:
+        logger.warning(
+            f"{name} data: the tokenizer reads {end} as text (split_special_tokens), so nothing ends a completion, and "
+            "the model does not learn to end one."
+        )
+    begins = begin is not None and text.startswith(begin)
+    if begins and tokenizer(text)["input_ids"][:2] == 2 * [tokenizer.bos_token_id]:
+        logger.warning(
+            f"{name} data: the texts begin with {begin}, and the tokenizer puts another before it: take it off the "
+            "texts, or give conversations, which the chat template renders."
+        )
+
+
+def _warn_of_lost_answers(tokenizer, records: Dataset, name: str) -> None:
+    """A template may leave out a part of an answer, such as what a model thought before it."""
+    lost = []
+    for row, record in enumerate(records):
+        for side in record.keys() - {"prompt", "label"}:
+            try:
+                text = tokenizer.apply_chat_template(record["prompt"] + record[side], tokenize=False)
+            except Exception:  # said with the row that it is of, where tokens are made
+                return
+            if any(message["content"].strip() not in text for message in record[side]):
+                lost.append(row)
+    if lost:
+        logger.warning(
+            f"{name} data: the chat template changes or leaves out text of the answers in {len(set(lost))} of the "
+            f"first {len(records)} examples (row {lost[0]} among them), and the model is trained on what is left."
+        )
 
 
 def _adds_end(tokenizer) -> bool:

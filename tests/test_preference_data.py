@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
 
+import copy
 import json
 import logging
 import os
@@ -177,6 +178,53 @@ def test_what_a_template_would_render_too_is_refused(tmp_path, field):
         with pytest.raises(preference_data.DataError, match=f"dataset, row {row}, field '{field}': not supported"):
             preference_data.load(chosen)
     assert load(dataset.select([1])).to_list() == records[:1]
+
+
+def test_a_transform_is_refused_not_left_out():
+    dataset = Dataset.from_list(UNPAIRED)
+    dataset.set_transform(lambda batch: batch | {"label": [not label for label in batch["label"]]})
+    with pytest.raises(DataError, match=r"^dataset: has a transform of its own \(set_transform\)"):
+        load(dataset)
+
+
+@pytest.mark.parametrize("through", ["dataset", "parquet"])
+def test_classes_are_labels_only_where_their_names_say_so(tmp_path, through):
+    def loaded(names):
+        records = [record | {"label": names[record["label"]]} for record in UNPAIRED]
+        dataset = Dataset.from_list(records).class_encode_column("label")
+        if through == "dataset":
+            return load(dataset)
+        path = tmp_path / f"{names[0]}.parquet"
+        dataset.to_parquet(path)
+        return load(path)
+
+    assert loaded(["False", "True"])["label"] == [record["label"] for record in UNPAIRED]
+    message = r"field 'label': expected true or false, got the classes \['desirable', 'undesirable'\]"
+    with pytest.raises(DataError, match=message):  # in the order of their letters: desirable would be 0
+        loaded(["undesirable", "desirable"])
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no type of its own for JSON")
+@pytest.mark.parametrize("through", ["dataset", "parquet"])
+@pytest.mark.parametrize("form", ["paired conversations", "unpaired conversations"])
+def test_columns_of_json_are_read_as_what_they_hold(tmp_path, form, through):
+    plain = Dataset.from_list(FORMS[form])
+    text = {name: datasets.Json() for name in plain.column_names if name != "label"}
+    dataset = Dataset.from_list(FORMS[form], features=datasets.Features({**plain.features, **text}))
+    if through == "parquet":
+        dataset.to_parquet(tmp_path / "json.parquet")
+    again = load(dataset if through == "dataset" else tmp_path / "json.parquet")
+    assert again.to_list() == load(plain).to_list()
+
+
+def test_types_that_datasets_has_no_name_for_are_said_with_their_file(tmp_path):
+    columns = {name: [record[name] for record in UNPAIRED] for name in UNPAIRED[0] if name != "prompt"}
+    maps = pa.array(
+        [[[("role", "user"), ("content", "q")]]] * len(UNPAIRED), pa.list_(pa.map_(pa.string(), pa.string()))
+    )
+    pq.write_table(pa.table({"prompt": maps, **columns}), tmp_path / "maps.parquet")
+    with pytest.raises(DataError, match=r"maps.parquet: cannot be read: .*map"):
+        load(tmp_path / "maps.parquet")
 
 
 def test_null_columns_of_messages_are_dropped():
@@ -517,6 +565,12 @@ def test_texts_that_nothing_ends_are_said_once(caplog):
     assert not caplog.records  # a template ends them
 
 
+def test_an_end_of_text_that_is_read_as_text_is_said_once(caplog):
+    prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(split_special_tokens=True))
+    (said,) = caplog.records
+    assert said.message.startswith("train data: the tokenizer reads </s> as text (split_special_tokens)")
+
+
 def test_texts_that_begin_twice_are_said_once(caplog):
     tokenizer = one_token_a_word(bos_token="one")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -581,6 +635,20 @@ def test_conversations_are_rendered_by_the_chat_template():
     assert first["prompt_ids"] == ids("<user> red </s> <assistant>")
     assert first["chosen_ids"] == ids("one two </s>")
     assert first["rejected_ids"] == ids("three </s>")
+
+
+@pytest.mark.parametrize("prepare", [prepare_unpaired, prepare_paired])
+def test_a_template_that_leaves_out_part_of_an_answer_is_said_once(prepare, caplog):
+    """As those do that show a model none of what it thought."""
+    forgetting = TEMPLATE.replace("message['content']", "message['content'].split('<think>')[-1]")
+    records = copy.deepcopy(FORMS["paired conversations"])
+    prepare(Dataset.from_list(records), with_template(forgetting), name="eval")
+    assert not [said for said in caplog.records if "leaves out" in said.message]
+    records[1]["rejected"][0]["content"] = "two <think> three"
+    prepare(Dataset.from_list(records), with_template(forgetting), name="eval")
+    (said,) = (said.message for said in caplog.records if "leaves out" in said.message)
+    assert said.startswith("eval data: the chat template changes or leaves out text of the answers in 1 of the first 2")
+    assert "(row 1 among them)" in said
 
 
 def test_conversations_need_a_chat_template():

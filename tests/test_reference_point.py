@@ -1,5 +1,6 @@
 """KTO's reference point and class weights; the mean over ranks with real processes."""
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -59,5 +60,6 @@ def test_the_mean_is_over_all_ranks_of_the_group(tmp_path):
 )
 def test_class_weights_put_the_ratio_into_the_advised_range(counts, weights):
     assert kto_fused.kto_class_weights(*counts) == pytest.approx(weights)
+    assert {type(weight) for weight in kto_fused.kto_class_weights(*map(np.int64, counts))} == {float}
     (desirable, undesirable), (n_desirable, n_undesirable) = weights, counts
     assert 1 - 1e-9 <= desirable * n_desirable / (undesirable * n_undesirable) <= 4 / 3 + 1e-9
