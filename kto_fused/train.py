@@ -38,7 +38,7 @@ from . import backends, preference_data
 from .cli import INSTALL, CommandError, sentence
 from .flags import FlagParser, build, read_yaml
 from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
-from .trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
+from .trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, holds_model_alone
 
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
 TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
@@ -281,8 +281,7 @@ def check_goes_on(checkpoint: str, config: FusedPreferenceConfig) -> None:
     if 0 < config.max_steps < steps:
         raise CommandError(f"{named} has {steps} steps already, but --max_steps is {config.max_steps}")
     is_left = steps < config.max_steps if config.max_steps > 0 else (state.epoch or 0) < config.num_train_epochs
-    # of all that is saved beside the model, only this has the same name under DeepSpeed and FSDP
-    if is_left and not any(Path(checkpoint).glob("rng_state*.pth")):
+    if is_left and holds_model_alone(checkpoint):
         raise CommandError(
             f"{named} holds a model alone (--save_only_model), and training cannot go on without its optimizer and "
             f"schedule: start a run of its own from it (--model {checkpoint}, another --output_dir)"

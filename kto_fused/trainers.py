@@ -520,10 +520,16 @@ class FusedTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
         """Resumed after the last step, nothing is trained; in the middle of an epoch ``Trainer`` would take a step."""
-        if rest[0] is not None and self._starts_as_reference:
-            self._check_began_elsewhere(rest[0])
+        checkpoint = rest[0]
+        if checkpoint is not None and self._starts_as_reference:
+            self._check_began_elsewhere(checkpoint)
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
         if self.state.global_step < max_steps:
+            if checkpoint is not None and holds_model_alone(checkpoint):
+                raise ValueError(
+                    f"{checkpoint} holds a model alone (save_only_model), and training would go on with an optimizer "
+                    "and a schedule that begin anew: start a run of its own from that model, with ref_model"
+                )
             return start
         self.accelerator.print(f"The checkpoint has all {max_steps} steps: nothing is trained, its results are written")
         return epochs, 0  # as many epochs as there are lie behind
@@ -755,6 +761,12 @@ class _LengthGroupedEpochs(LengthGroupedSampler):
         epoch = int((self.trainer.state.epoch or 0) + 1e-6)
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def holds_model_alone(checkpoint: str) -> bool:
+    """Whether a checkpoint lacks what a run needs to go on as if it had not been stopped."""
+    # of all that is saved beside the model, only this has the same name under DeepSpeed and FSDP
+    return not any(Path(checkpoint).glob("rng_state*.pth"))
 
 
 def _model_inputs(inputs: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:

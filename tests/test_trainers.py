@@ -816,6 +816,14 @@ def test_a_run_stopped_at_any_step_ends_as_one_that_was_not(tmp_path, kind, samp
             assert tensor.equal(weights(whole)[name]), f"stopped at {step}: {name}"
 
 
+@by_kind
+def test_a_checkpoint_of_a_model_alone_is_refused(tmp_path, kind):
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    make_trainer(kind, tmp_path, max_steps=2, **saving).train()
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds a model alone \(save_only_model\)"):
+        make_trainer(kind, tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_loss_asked_for_by_hand_has_a_reference_point_of_its_own(tmp_path):
     """Not the last step's, nor that of the batch before."""
     settings = {"ref_model": model(seed=1), "gradient_accumulation_steps": 4}
