@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .metrics import LossMetrics
+from .metrics import TokenMetrics
 
 # what models multiply their logits by, or divide them by, and how their configurations call it
 MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -43,7 +43,8 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     ``function`` is one that takes hidden states: ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``,
     ``linear_sequence_logps``, or a twin of theirs in ``reference``. A mixture of experts whose configuration asks for
     router logits has its auxiliary loss added to a loss (with ``reduction="none"`` to each sequence's), times
-    ``router_aux_loss_coef``, as the model's own forward does; not to log-probabilities.
+    ``router_aux_loss_coef``, as the model's own forward does; not to log-probabilities. Of a tuple that a function of
+    your own returns the first is taken for a loss.
 
     Args:
         function: called once, inside the model's forward.
@@ -86,7 +87,7 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     first, *others = outcome.results(gradient_path)
     if not isinstance(outcome.result, tuple):
         return first
-    if outcome.aux_loss is not None and isinstance(others[0], LossMetrics):
+    if outcome.aux_loss is not None and not any(isinstance(other, TokenMetrics) for other in others):
         first = first + outcome.aux_loss.to(first)
     return first, *others
 
@@ -106,7 +107,7 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
     outputs = model(**{**model_inputs, "use_cache": False, "return_dict": True})
     result = function(outputs.logits, **arguments)
     aux_loss = getattr(outputs, "aux_loss", None)
-    if aux_loss is None or not isinstance(result, tuple) or not isinstance(result[1], LossMetrics):
+    if aux_loss is None or not isinstance(result, tuple):
         return result
     inner = unwrap(model)
     if not hasattr(inner, "router_aux_loss_coef"):

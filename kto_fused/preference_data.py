@@ -134,9 +134,12 @@ def _read_parquet(path: Path, content: str) -> Dataset:
         num_rows, schema = file.metadata.num_rows, file.schema_arrow
     if num_rows == 0:
         raise DataError(f"{path}: holds no records")
-    _form(dict.fromkeys(schema.names), f"{path}, row 0")  # names all columns where one is missing
+    form = _form(dict.fromkeys(schema.names), f"{path}, row 0")  # names all columns where one is missing
+    described = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))  # by ``datasets``, where that wrote it
+    label = described.get("info", {}).get("features", {}).get("label", {})
+    if "label" in form.fields and label.get("_type") == "ClassLabel":
+        _check_label_classes(label["names"], str(path))
     counted = [field for field in schema if field.name in {*UNPAIRED, *PAIRED, *RENDERED}]
-    _check_label_classes(Features.from_arrow_schema(pa.schema(counted, metadata=schema.metadata)), str(path))
     return Dataset.from_generator(
         _parquet_records,
         features=Features.from_arrow_schema(pa.schema(counted)),
@@ -176,9 +179,10 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
         raise DataError(f"{name}: holds no records")
     if dataset.format["type"] == "custom":
         raise DataError(f"{name}: has a transform of its own (set_transform), which is not applied here: use map")
-    _check_label_classes(dataset.features, name)
     dataset = dataset.with_format(None)
     form = _form(dataset[0], f"{name}, row 0")
+    if "label" in form.fields and isinstance(dataset.features["label"], ClassLabel):
+        _check_label_classes(dataset.features["label"].names, name)
     rendered = [field for field in RENDERED if field in dataset.column_names]
     row = 0
     for batch in dataset.select_columns([*form.fields, *rendered]).iter(1000):
@@ -192,16 +196,12 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
     return dataset.map(convert, features=form.features, desc="Converting columns")
 
 
-def _check_label_classes(features: Features, name: str) -> None:
+def _check_label_classes(names: list[str], where: str) -> None:
     """``ClassLabel`` numbers names in whatever order they come: "desirable" before "undesirable" would be 0."""
-    label = features.get("label")
-    if isinstance(label, ClassLabel) and [str(one).lower() for one in label.names] not in (
-        ["false", "true"],
-        ["0", "1"],
-    ):
+    if [str(name).lower() for name in names] not in (["false", "true"], ["0", "1"]):
         raise DataError(
-            f"{name}, field 'label': expected true or false, got the classes {label.names}: map them to true where "
-            "somebody liked the completion"
+            f"{where}, field 'label': expected true or false, or classes of these names, got the classes {names}: map "
+            "them to true where somebody liked the completion"
         )
 
 
@@ -475,10 +475,10 @@ def _warn_of_ends(tokenizer, text: str, name: str) -> None:
             f"{name} data: the tokenizer has no eos_token, so nothing ends a completion, and the model does not learn "
             "to end one: set it, or end the texts with the model's own token."
         )
-    elif tokenizer.eos_token_id not in tokenizer(f"a{end}")["input_ids"]:
+    elif end not in tokenizer.convert_ids_to_tokens(tokenizer(f"a{end}")["input_ids"]):
         logger.warning(
-            f"{name} data: the tokenizer reads {end} as text (split_special_tokens), so nothing ends a completion, and "
-            "the model does not learn to end one."
+            f"{name} data: the tokenizer does not read its eos_token {end} as a token (with split_special_tokens as "
+            "text), so nothing ends a completion, and the model does not learn to end one."
         )
     begins = begin is not None and text.startswith(begin)
     if begins and tokenizer(text)["input_ids"][:2] == 2 * [tokenizer.bos_token_id]:

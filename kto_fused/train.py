@@ -48,8 +48,9 @@ DESCRIPTION = (
     "--resume_from_checkpoint true goes on. The flags of --loss dpo are listed with it."
 )
 # flags that would change nothing here: the command trains, the losses have no classes to smooth and return no logits,
-# and the columns are known
+# and the columns are known; and a stop by SIGTERM, which would be taken for the end of the run
 LEFT_OUT = (
+    "enable_jit_checkpoint",
     *("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config"),
     *("label_smoothing_factor", "label_names", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
     *("skip_memory_metrics", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
@@ -132,7 +133,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
-    """Train and write the results. Returns 130 if a signal ended the training, else 0. Raises ``CommandError``."""
+    """Train and write the results. Returns 130 if Ctrl-C ended the training, else 0. Raises ``CommandError``."""
     check_writable(config.output_dir)
     checkpoint = starting_checkpoint(config)
     check_schedule(config)
@@ -141,12 +142,11 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     with CtrlC() as ctrl_c:
         trainer.add_callback(ctrl_c)
         metrics = fit(trainer, checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:  # by Ctrl-C, or SIGTERM with --enable_jit_checkpoint
+    if ctrl_c.checkpoint is not None:
         if trainer.is_world_process_zero():
             print(
                 f"\nStopped after step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
-                f"{get_last_checkpoint(config.output_dir)}.\nTo go on: the same command with "
-                "--resume_from_checkpoint true"
+                f"{ctrl_c.checkpoint}.\nTo go on: the same command with --resume_from_checkpoint true"
             )
         trainer.accelerator.end_training()
         return 130

@@ -22,7 +22,7 @@ FIXED = {
     "bf16_full_eval": (False, "it would round the model for good, not its reference; bf16=True computes in bfloat16"),
     "fp16_full_eval": (False, "it would round the model for good, not its reference; fp16=True computes in float16"),
 }
-# the least that these may be, where they are given at all; none may be NaN or infinite
+# the least that these may be, where they are given at all; none may be NaN, and only a norm, to clip nothing, infinite
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -36,9 +36,7 @@ AT_LEAST = {
     "logging_steps": 0,
     "eval_steps": 0,
     "save_steps": 0,
-    "save_total_limit": 1,
     "seed": 0,
-    "data_seed": 0,
     "dataloader_prefetch_factor": 1,
 }
 # learning rate schedules that transformers builds without their options, or without the warmup
@@ -106,7 +104,8 @@ class FusedPreferenceConfig(TrainingArguments):
         super().__post_init__()
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
+            is_norm = name == "max_grad_norm" and value == math.inf
+            if value is not None and not is_norm and not least <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}")
@@ -151,7 +150,7 @@ class FusedPreferenceConfig(TrainingArguments):
             ("precompute_ref_batch_size", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
             ("ref_cache_dir", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
         ):
-            if getattr(self, name) != default and not is_on:
+            if getattr(self, name) not in (default, {}) and not is_on:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no meaning without {needed}")
         if isinstance(self.max_length, str) and self.max_length.isdecimal():  # HfArgumentParser leaves it a string
             self.max_length = int(self.max_length)

@@ -111,15 +111,16 @@ class FusedTrainer(Trainer):
                 "model has no parameter that requires a gradient, so nothing would be trained: load adapters with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or requires_grad_() what is to be trained"
             )
-        if ref_model is not None:
-            _check_shares_no_trained_weight(model, ref_model)
-        _check_optimizer(optimizers[0], model)
+        if train_dataset is not None:
+            _check_optimizer(optimizers[0], model)
+            if ref_model is not None:
+                _check_shares_no_trained_weight(model, ref_model)
         huggingface.check_is_decoder(model)
         if args.loss_from == "hidden":
             huggingface.head_layers(huggingface.unwrap(model))
         self._is_peft = hasattr(model, "disable_adapter")
         self._starts_as_reference = args.needs_reference and ref_model is None and not self._is_peft
-        if self._is_peft:
+        if self._is_peft and train_dataset is not None:
             _check_adds_nothing_to_the_loss(model)
         if self._is_peft and args.needs_reference and ref_model is None:
             _check_adapters_alone_differ(model)
@@ -526,9 +527,10 @@ class FusedTrainer(Trainer):
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
         if self.state.global_step < max_steps:
             if checkpoint is not None and holds_model_alone(checkpoint):
+                begun = ", with the reference that this one began with as ref_model" * self._starts_as_reference
                 raise ValueError(
                     f"{checkpoint} holds a model alone (save_only_model), and training would go on with an optimizer "
-                    "and a schedule that begin anew: start a run of its own from that model, with ref_model"
+                    f"and a schedule that begin anew: start a run of its own from that model{begun}"
                 )
             return start
         self.accelerator.print(f"The checkpoint has all {max_steps} steps: nothing is trained, its results are written")

@@ -158,12 +158,16 @@ def test_router_loss_is_not_added_to_log_probabilities():
     values = [huggingface.apply(linear_token_logps, of, model_inputs, **arguments)[0] for of in (model, twin)]
     torch.testing.assert_close(*values)
 
-    def of_logits(logits, labels):
-        return reference.token_logps(logits, labels), logits.mean()
 
-    labels = arguments["labels"]
-    values = [huggingface.apply_to_logits(of_logits, of, model_inputs, labels=labels)[0] for of in (model, twin)]
-    torch.testing.assert_close(*values)
+def test_router_loss_is_added_to_a_loss_of_ones_own():
+    def summarized(**arguments):
+        loss, metrics = fused_linear_kto_loss(**arguments)
+        return loss, metrics.summary()
+
+    model = make_model("mixtral")
+    model_inputs, arguments = make_batch(fused_linear_kto_loss)
+    loss, _ = huggingface.apply(summarized, model, model_inputs, **arguments)
+    torch.testing.assert_close(loss, kto(model))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "hyperclovax"])

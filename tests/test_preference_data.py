@@ -199,9 +199,19 @@ def test_classes_are_labels_only_where_their_names_say_so(tmp_path, through):
         return load(path)
 
     assert loaded(["False", "True"])["label"] == [record["label"] for record in UNPAIRED]
-    message = r"field 'label': expected true or false, got the classes \['desirable', 'undesirable'\]"
+    message = r"field 'label': expected true or false, .* got the classes \['desirable', 'undesirable'\]"
     with pytest.raises(DataError, match=message):  # in the order of their letters: desirable would be 0
         loaded(["undesirable", "desirable"])
+
+
+@pytest.mark.parametrize("through", ["dataset", "parquet"])
+def test_a_label_beside_pairs_is_another_column(tmp_path, through):
+    records = [record | {"label": kind} for record, kind in zip(PAIRED, ("math", "chat"), strict=False)]
+    dataset = Dataset.from_list(records).class_encode_column("label")
+    if through == "parquet":
+        dataset.to_parquet(tmp_path / "pairs.parquet")
+    again = load(dataset if through == "dataset" else tmp_path / "pairs.parquet")
+    assert again.column_names == list(PAIRED[0])
 
 
 @pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no type of its own for JSON")
@@ -568,7 +578,13 @@ def test_texts_that_nothing_ends_are_said_once(caplog):
 def test_an_end_of_text_that_is_read_as_text_is_said_once(caplog):
     prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(split_special_tokens=True))
     (said,) = caplog.records
-    assert said.message.startswith("train data: the tokenizer reads </s> as text (split_special_tokens)")
+    assert said.message.startswith("train data: the tokenizer does not read its eos_token </s> as a token (with split")
+    caplog.clear()
+    unknown = one_token_a_word()
+    unknown.eos_token = "<end>"  # whose id is that of what is unknown
+    prepare_paired(Dataset.from_list(PAIRED), unknown)
+    (said,) = caplog.records
+    assert said.message.startswith("train data: the tokenizer does not read its eos_token <end> as a token")
 
 
 def test_texts_that_begin_twice_are_said_once(caplog):

@@ -4,6 +4,7 @@
 
 import copy
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -1166,13 +1167,18 @@ def test_arguments_that_would_change_nothing_are_refused(tmp_path, monkeypatch, 
             {"auto_find_batch_size": True, "train_sampling_strategy": "batch_rebalance"},
         ),
         ("an lr_scheduler_type that warms up", {"warmup_steps": 5, "lr_scheduler_type": "constant"}),
-        ("an lr_scheduler_type that takes them", {"lr_scheduler_kwargs": {}, "lr_scheduler_type": "constant"}),
+        (
+            "an lr_scheduler_type that takes them",
+            {"lr_scheduler_kwargs": {"power": 2}, "lr_scheduler_type": "constant"},
+        ),
     ],
 )
 def test_options_without_what_they_belong_to_are_refused(tmp_path, kind, needed, options):
     name, value = next(iter(options.items()))
-    with pytest.raises(ValueError, match=f"{name}={value!r} has no meaning without {needed}"):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} has no meaning without {needed}")):
         CONFIGS[kind](output_dir=str(tmp_path), use_cpu=True, **options)
+    nothing = {} if name == "lr_scheduler_kwargs" else CONFIGS[kind].__dataclass_fields__[name].default
+    CONFIGS[kind](output_dir=str(tmp_path), use_cpu=True, **{**options, name: nothing})
 
 
 def test_precomputing_what_there_is_not_is_refused(tmp_path):

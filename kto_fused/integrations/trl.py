@@ -27,6 +27,8 @@ KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 DPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down")
 # methods of a trainer that the whole loss takes the place of
 REPLACED = ("compute_loss", "_compute_loss", "_compute_kl_logps")
+# methods of a trainer through which its batches come
+MAKES_BATCHES = ("get_train_dataloader", "get_eval_dataloader", "_prepare_inputs")
 # columns of a batch that no model takes
 DATA = ("label", "ref_logps", "ref_KL_logps", "ref_chosen_logps", "ref_rejected_logps")
 
@@ -180,14 +182,14 @@ def _install(models: list[nn.Module], accelerator: Accelerator) -> None:
 def _without_router_logits(model: PreTrainedModel) -> Iterator[None]:
     """The model's own load-balancing loss, whose function may be unknown, is not what TRL adds."""
     config = model.config.get_text_config()
-    asked = getattr(config, "output_router_logits", False)
+    if not getattr(config, "output_router_logits", False):
+        yield
+        return
+    config.output_router_logits = False
     try:
-        if asked:
-            config.output_router_logits = False
         yield
     finally:
-        if asked:
-            config.output_router_logits = asked
+        config.output_router_logits = True
 
 
 def _answer_fused_lm_head(model: PreTrainedModel) -> None:
@@ -396,12 +398,16 @@ def _fused(
 
 def _pads_on_the_right(trainer: Trainer) -> bool:
     """As TRL's collators do, where nothing else has its hands on their batches."""
+    from trl import DPOTrainer, KTOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-    collator, prepare = trainer.data_collator, getattr(trainer._prepare_inputs, "__func__", None)
+    own = KTOTrainer if isinstance(trainer, KTOTrainer) else DPOTrainer
+    collator = trainer.data_collator
     is_trls = type(collator) in (DataCollatorForPreference, DataCollatorForUnpairedPreference)
-    return is_trls and "torch_call" not in vars(collator) and prepare is Trainer._prepare_inputs
+    methods = ((getattr(trainer, name), getattr(own, name)) for name in MAKES_BATCHES)
+    is_own = all(getattr(method, "__func__", None) is trls for method, trls in methods)
+    return is_trls and "torch_call" not in vars(collator) and is_own
 
 
 @torch.no_grad()
