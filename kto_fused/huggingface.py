@@ -87,7 +87,7 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     first, *others = outcome.results(gradient_path)
     if not isinstance(outcome.result, tuple):
         return first
-    if outcome.aux_loss is not None and not any(isinstance(other, TokenMetrics) for other in others):
+    if outcome.aux_loss is not None:
         first = first + outcome.aux_loss.to(first)
     return first, *others
 
@@ -107,7 +107,7 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
     outputs = model(**{**model_inputs, "use_cache": False, "return_dict": True})
     result = function(outputs.logits, **arguments)
     aux_loss = getattr(outputs, "aux_loss", None)
-    if aux_loss is None or not isinstance(result, tuple):
+    if aux_loss is None or not _is_loss(result):
         return result
     inner = unwrap(model)
     if not hasattr(inner, "router_aux_loss_coef"):
@@ -346,7 +346,7 @@ def _forward(self: PreTrainedModel, fused_call: FusedCall | None, *args, **kwarg
         unfused = self._unfused_forward
         return type(self).forward(self, *args, **kwargs) if unfused is None else unfused(*args, **kwargs)
     gradient_path, outcome, routed = call_at_head(self, fused_call, *args, **kwargs)
-    if routed is not None and isinstance(outcome.result, tuple):
+    if routed is not None and _is_loss(outcome.result):
         outcome.aux_loss = _router_loss(self, *routed)
     return gradient_path, outcome
 
@@ -389,6 +389,11 @@ def _head_forward(self: nn.Linear, hidden: torch.Tensor, fused_call: Callable | 
 
 
 _head_forward.__name__ = "forward"  # by which pickle finds the class's own in what it restores
+
+
+def _is_loss(result: Any) -> bool:
+    """Whether a router's loss belongs to a function's result: not to log-probabilities, alone or with metrics."""
+    return isinstance(result, tuple) and not any(isinstance(part, TokenMetrics) for part in result)
 
 
 def _router_loss(

@@ -184,11 +184,11 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
     if "label" in form.fields and isinstance(dataset.features["label"], ClassLabel):
         _check_label_classes(dataset.features["label"].names, name)
     rendered = [field for field in RENDERED if field in dataset.column_names]
-    row = 0
-    for batch in dataset.select_columns([*form.fields, *rendered]).iter(1000):
-        for values in zip(*batch.values(), strict=True):
-            _checked(dict(zip(batch, values, strict=True)), form, f"{name}, row {row}")
-            row += 1
+    columns = [*form.fields, *rendered]
+    batches = dataset.select_columns(columns).iter(1000)
+    rows = chain.from_iterable(zip(*(batch[column] for column in columns), strict=True) for batch in batches)
+    for row, values in enumerate(rows):
+        _checked(dict(zip(columns, values, strict=True)), form, f"{name}, row {row}")
     dataset = dataset.select_columns(list(form.fields))
     if dataset.features == form.features:
         return dataset

@@ -296,7 +296,6 @@ def test_a_mask_stays_for_batches_longer_than_a_models_positions():
     assert huggingface.apply(linear_sequence_logps, model, model_inputs, **arguments).isfinite().all()
 
 
-@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="transformers has no Gemma 4 yet")
 def test_layers_may_differ_in_their_heads():
     differing = {"num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
     layers = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0, "head_dim": 8}

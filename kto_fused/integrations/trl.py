@@ -90,7 +90,7 @@ def fuse(trainer: Trainer) -> Trainer:
     models = [trainer.ref_model] if is_weighted else [trainer.model, trainer.ref_model]
     _install([model for model in models if model is not None], trainer.accelerator)
     trainer._is_fused = True
-    not_whole = _overridden(trainer, own) or _not_whole(trainer)
+    not_whole = _overridden(trainer, own, REPLACED) or _not_whole(trainer)
     if is_weighted:
         logger.warning("TRL computes the policy's log-probabilities and the loss: use_weighting asks for more of them.")
     elif not_whole is not None:
@@ -119,9 +119,9 @@ def _unsupported(trainer: Trainer) -> str | None:
     return None
 
 
-def _overridden(trainer: Trainer, own: type) -> str | None:
-    """Why the loss is somebody else's, or None."""
-    for name in REPLACED:
+def _overridden(trainer: Trainer, own: type, names: tuple[str, ...]) -> str | None:
+    """Which of these methods is somebody else's, or None."""
+    for name in names:
         method = getattr(trainer, name, None)
         if getattr(method, "__func__", method) is not getattr(own, name, None):
             return f"{type(trainer).__name__}.{name} is not {own.__name__}'s"
@@ -405,9 +405,7 @@ def _pads_on_the_right(trainer: Trainer) -> bool:
     own = KTOTrainer if isinstance(trainer, KTOTrainer) else DPOTrainer
     collator = trainer.data_collator
     is_trls = type(collator) in (DataCollatorForPreference, DataCollatorForUnpairedPreference)
-    methods = ((getattr(trainer, name), getattr(own, name)) for name in MAKES_BATCHES)
-    is_own = all(getattr(method, "__func__", None) is trls for method, trls in methods)
-    return is_trls and "torch_call" not in vars(collator) and is_own
+    return is_trls and "torch_call" not in vars(collator) and _overridden(trainer, own, MAKES_BATCHES) is None
 
 
 @torch.no_grad()
