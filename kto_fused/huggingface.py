@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -516,7 +516,7 @@ def check_is_causal(model: PreTrainedModel) -> None:
         unmasked = without_padding_mask(model, masked, "bf16")  # in which most models may do without
         ways = [masked] if unmasked is masked else [masked, unmasked]
     for options in ways:
-        with evaluating(model), _attention_of(model, input_ids.device):
+        with evaluating(model), _made_to_run(model, input_ids.device):
             logits = [model(input_ids=ids, **options).logits for ids in (input_ids, others)]
         before, after = (of_all[:, :seen].double() for of_all in logits)
         # half the digits, for experts may round by how many tokens each of them gets
@@ -555,7 +555,7 @@ def _check_logits(model: PreTrainedModel) -> None:
     place.
     """
     input_ids = _tokens_to_check(model)
-    with evaluating(model), _attention_of(model, input_ids.device):
+    with evaluating(model), _made_to_run(model, input_ids.device):
         own = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
         _, outcome = model(input_ids=input_ids, fused_call=FusedCall(_plain_logits, {}))
         (ours,) = outcome.result
@@ -611,17 +611,21 @@ def _head_giving(model: PreTrainedModel, logits: torch.Tensor) -> Iterator[None]
 
 
 @contextmanager
-def _attention_of(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """An attention that runs where the model lies now: a GPU's kernels do not before it is moved there, nor, outside
-    autocast, with float32 weights.
+def _made_to_run(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Autocast for a head kept in float32 over a half-precision model, which runs in nothing else; and an attention
+    that runs where the model lies now: a GPU's kernels do not before it is moved there, nor, outside autocast, with
+    float32 weights.
     """
+    is_half = model.dtype in (torch.float16, torch.bfloat16)
+    head = model.get_output_embeddings()
+    is_mixed = is_half and head is not None and any(p.dtype == torch.float32 for p in head.parameters())
     chosen = getattr(model.config, "_attn_implementation", None)
-    is_on_gpu_in_half = device.type != "cpu" and model.dtype in (torch.float16, torch.bfloat16)
-    if is_on_gpu_in_half or chosen in (None, "eager", "sdpa"):
-        yield
-        return
-    model.set_attn_implementation("eager")
+    is_replaced = chosen not in (None, "eager", "sdpa") and not (is_half and device.type != "cpu")
+    if is_replaced:
+        model.set_attn_implementation("eager")
     try:
-        yield
+        with torch.autocast(device.type, model.dtype) if is_mixed else nullcontext():
+            yield
     finally:
-        model.set_attn_implementation(chosen)
+        if is_replaced:
+            model.set_attn_implementation(chosen)

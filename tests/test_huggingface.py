@@ -716,8 +716,18 @@ def test_what_is_checked_runs_an_attention_that_can(dtype, device, expected, mon
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "gpu_kernel", None)
     model = make_model("llama", dtype)
     model.set_attn_implementation("gpu_kernel")
-    with huggingface._attention_of(model, torch.device(device)):
+    with huggingface._made_to_run(model, torch.device(device)):
         assert model.config._attn_implementation == expected
+
+
+def test_a_float32_head_on_a_bfloat16_model_is_attached_outside_of_the_autocast_it_trains_under():
+    model = make_model("llama", torch.bfloat16)
+    model.lm_head.float()
+    huggingface.attach(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        kto(model).backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    assert model.lm_head.weight.grad.abs().max() > 0
 
 
 class Unusual(PreTrainedModel):
