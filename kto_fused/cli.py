@@ -57,18 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    if command == "train":
-        from . import train
-
-        return train.main(arguments)
-    if command == "demo":
-        from . import demo
-
-        return demo.main(arguments)
-    if command == "estimate":
-        from . import estimate
-
-        return estimate.main(arguments)
+    if command != "env":
+        return importlib.import_module(f".{command}", __package__).main(arguments)
     from . import environment
 
     argparse.ArgumentParser(prog="kto-fused env", description=f"Print {COMMANDS[command]}.").parse_args(arguments)

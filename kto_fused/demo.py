@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from . import backends, flags, huggingface, measure, preference_data, reference, train
-from .cli import COMMANDS, CommandError, sentence
+from .cli import COMMANDS, CommandError
 from .functional import kto_class_weights
 from .trainer_configs import FusedKTOConfig
 from .trainers import FusedKTOTrainer
@@ -77,7 +77,7 @@ def run(settings: Settings) -> dict[str, Any]:
     device = check(settings)
     train.check_writable(settings.out)
     set_seed(settings.seed)
-    with train.refusals(*train.SETUP_ERRORS):
+    with flags.refusals(*flags.SETUP_ERRORS):
         trainer = make_trainer(settings, device)
     metrics = train.fit(trainer, every=max(1, settings.steps // 10))
     train.print_summary(metrics)
@@ -85,7 +85,7 @@ def run(settings: Settings) -> dict[str, Any]:
     print_comparison(comparison)
     written = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
     metrics = {"settings": written, **metrics, "comparison": comparison}
-    with train.refusals(OSError, doing=f"{settings.out} cannot be written: "):
+    with flags.refusals(OSError, doing=f"{settings.out} cannot be written: "):
         train.write(settings.out, metrics)
     print(f"\nWrote metrics.json and curves.png into {settings.out}")
     return metrics
@@ -101,12 +101,11 @@ def check(settings: Settings) -> torch.device:
     if not 0 <= settings.seed < 2**32:
         raise CommandError(f"--seed must lie in [0, 2^32), got {settings.seed}")
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    doing = f"--device {name}, --backend {settings.backend}: "
+    with flags.refusals(RuntimeError, AssertionError, ValueError, doing=doing):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         backends.resolve(settings.backend, device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise CommandError(f"--device {name}, --backend {settings.backend}: {sentence(error)}") from error
     if device.index:
         raise CommandError(f"--device {name}: show that GPU alone (CUDA_VISIBLE_DEVICES={device.index}), as cuda")
     return device

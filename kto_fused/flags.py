@@ -7,17 +7,20 @@ import json
 import math
 import re
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
 from .cli import CommandError, sentence
 
 NULL = "null"
+SETUP_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 
 class _Loader(yaml.BaseLoader):
@@ -127,6 +130,20 @@ class FlagParser(HfArgumentParser):
         return f"; the nearest is {nearest[0]}" if nearest else "; --help lists them"
 
 
+@contextmanager
+def refusals(*kinds: type[Exception], doing: str = "") -> Iterator[None]:
+    """Errors of these kinds, from libraries and the disk, become a ``CommandError``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CommandError(
+            "the GPU's memory is not enough: lower --per_device_train_batch_size and raise "
+            "--gradient_accumulation_steps, or use --gradient_checkpointing or --lora_rank"
+        ) from error
+    except kinds as error:
+        raise CommandError(doing + sentence(error)) from error
+
+
 def parse(kind: type, arguments: list[str], command: str, description: str) -> Any:
     """The dataclass that the flags describe."""
     return build(kind, FlagParser([kind], command, description=description).values(arguments))
@@ -134,20 +151,16 @@ def parse(kind: type, arguments: list[str], command: str, description: str) -> A
 
 def build(kind: type, values: dict[str, Any]) -> Any:
     """``kind`` of those of ``values`` that are its fields; what it refuses is a ``CommandError``."""
-    try:
+    with refusals(*SETUP_ERRORS):
         return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
-    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
-        raise CommandError(sentence(error)) from error
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Names and values; each scalar but null as it is written, to be understood as the flag's value would be."""
-    try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"--config {path} cannot be read: {sentence(error)}") from error
-    except yaml.YAMLError as error:
-        raise CommandError(f"--config {path} is not YAML: {sentence(error)}") from error
+    with refusals(OSError, UnicodeDecodeError, doing=f"--config {path} cannot be read: "):
+        text = Path(path).read_text(encoding="utf-8")
+    with refusals(yaml.YAMLError, doing=f"--config {path} is not YAML: "):
+        settings = yaml.load(text, _Loader)
     if not isinstance(settings, dict):
         raise CommandError(f"--config {path}: expected names with values, got {type(settings).__name__}")
     return settings

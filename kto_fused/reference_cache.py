@@ -29,7 +29,7 @@ def add_ref_logps(
     batches: Callable[[Dataset], Iterator[tuple[torch.Tensor, ...]]],
     folder: str | None,
     depends_on: tuple[str, ...],
-    on_every_rank: Callable[[bool], bool] = bool,
+    on_every_rank: Callable[[bool], bool],
 ) -> Dataset:
     """``dataset`` with the float64 columns ``columns``, from the disk or from ``batches``.
 
@@ -107,7 +107,6 @@ def _read(path: Path, columns: tuple[str, ...], length: int) -> dict[str, torch.
 
 def _write(path: Path, values: dict[str, torch.Tensor]) -> None:
     """Whole or not at all; of several processes the last wins, with the same content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:

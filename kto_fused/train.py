@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -36,8 +34,8 @@ from transformers.utils import is_peft_available, is_torch_bf16_gpu_available
 
 from . import backends, preference_data
 from .cli import INSTALL, CommandError, sentence
-from .flags import FlagParser, build, read_yaml
-from .trainer_configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
+from .flags import SETUP_ERRORS, FlagParser, build, read_yaml, refusals
+from .trainer_configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from .trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, holds_model_alone
 
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
@@ -50,19 +48,18 @@ DESCRIPTION = (
 # flags that would change nothing here: the command trains, the losses have no classes to smooth and return no logits,
 # and the columns are known; and a stop by SIGTERM, which would be taken for the end of the run
 LEFT_OUT = (
-    "enable_jit_checkpoint",
-    *("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config"),
-    *("label_smoothing_factor", "label_names", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
+    *FIXED,
+    *("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config", "enable_jit_checkpoint"),
+    *("label_names", "prediction_loss_only", "batch_eval_metrics", "remove_unused_columns"),
     *("skip_memory_metrics", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
-    *("remove_unused_columns", "length_column_name", "bf16_full_eval", "fp16_full_eval"),
 )
 # what is printed of a log, and how it is called
 REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
 PAIRS_ALONE = "rewards/accuracies"
 LINE = {"loss": "loss", **REWARDS, PAIRS_ALONE: "accuracy", "kl": "z0"}
 COLORS = {"rewards/chosen": "tab:green", "rewards/rejected": "tab:red", "rewards/margins": "tab:blue"}
-SETUP_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
-# how messages begin where a checkpoint is of weights of other shapes, of other layers' adapters, of an adapter
+# how errors begin where a checkpoint does not fit: its weights have other shapes, its adapter is of other layers, or it
+# holds an adapter alone
 UNFIT = ("Error(s) in loading state_dict", "loaded state dict", "Can't find a checkpoint index")
 # what an evaluation finds
 SIDES = [f"{kind}/{side}" for kind in ("rewards", "logits", "logps") for side in ("chosen", "rejected")]
@@ -102,8 +99,8 @@ class TrainSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = field(
         default=None,
         metadata={
-            "help": "of the weights, auto: as they are saved; not given, float32, for small updates are lost in 16 "
-            "bits; but as they are saved where --lora_rank adds an adapter"
+            "help": "dtype of the loaded weights; auto: the checkpoint's own. If not given, float32, because 16 bits "
+            "lose small updates, but auto with --lora_rank"
         },
     )
     lora_rank: int = field(default=0, metadata={"help": "train a LoRA adapter of this rank; 0: train all weights"})
@@ -236,11 +233,9 @@ def flags_of(loss: str) -> FlagParser:
 def check_writable(folder: str | Path) -> None:
     """Raises ``CommandError`` if no file can be made in ``folder``, or where it would be. Leaves no trace."""
     folder = Path(folder)
-    try:
+    with refusals(OSError, doing=f"{folder} cannot be written: "):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise CommandError(f"{folder} cannot be written: {sentence(error)}") from error
 
 
 def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
@@ -346,20 +341,6 @@ def lora(settings: TrainSettings) -> Any:
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         target_modules=modules[0] if is_pattern else modules,
     )
-
-
-@contextmanager
-def refusals(*kinds: type[Exception], doing: str = "") -> Iterator[None]:
-    """Errors of these kinds, from libraries and the disk, become a ``CommandError``."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise CommandError(
-            "the GPU's memory is not enough: lower --per_device_train_batch_size and raise "
-            "--gradient_accumulation_steps, or use --gradient_checkpointing or --lora_rank"
-        ) from error
-    except kinds as error:
-        raise CommandError(doing + sentence(error)) from error
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -502,7 +483,7 @@ class LogLines(TrainerCallback):
 
 def print_summary(metrics: dict[str, Any]) -> None:
     steps, evaluations = metrics["steps"], metrics["evaluations"]
-    columns = [("", steps[0]), ("", steps[-1])]
+    columns = [("", entry) for entry in steps[:1] + steps[-1:]]  # none: a finished run that logged no step
     if evaluations:
         columns += [("eval_", evaluations[0]), ("eval_", evaluations[-1])]
     titles = [("eval, " if prefix else "") + f"step {entry['step']}" for prefix, entry in columns]
@@ -512,10 +493,8 @@ def print_summary(metrics: dict[str, Any]) -> None:
         if any(value is not None for value in values):
             cells = (f"{'-':>15}" if value is None else f"{value:15.4f}" for value in values)
             print(f"{name:20}" + " ".join(cells))
-    print(
-        f"\n{steps[-1]['num_tokens']} tokens, {metrics['seconds']:.1f} s, "
-        f"{metrics['samples_per_second']:.1f} examples a second"
-    )
+    tokens = f"{steps[-1]['num_tokens']} tokens, " if steps else ""
+    print(f"\n{tokens}{metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f} examples a second")
     for name, count in metrics["data"].items():
         print(
             f"{name} data: {count['examples']} examples, {count['truncated']} with a completion cut at --max_length, "
@@ -540,7 +519,8 @@ def plot(metrics: dict[str, Any], path: Path) -> None:
     for name, color in COLORS.items():
         draw(reward_axes, name, color, REWARDS[name])
     reward_axes.set(title="rewards (nats x beta)", xlabel="step")
-    reward_axes.legend()
+    if metrics["steps"]:
+        reward_axes.legend()
     if metrics["evaluations"]:
         figure.supxlabel("dots: evaluation data", fontsize="small")
     figure.savefig(path, dpi=120, format="png")

@@ -22,7 +22,7 @@ FIXED = {
     "bf16_full_eval": (False, "it would round the model for good, not its reference; bf16=True computes in bfloat16"),
     "fp16_full_eval": (False, "it would round the model for good, not its reference; fp16=True computes in float16"),
 }
-# the least that these may be, where they are given at all; none may be NaN, and only a norm, to clip nothing, infinite
+# the least that these may be, where they are given; NaN is refused too, infinity but for max_grad_norm (no clipping)
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -39,7 +39,7 @@ AT_LEAST = {
     "seed": 0,
     "dataloader_prefetch_factor": 1,
 }
-# learning rate schedules that transformers builds without their options, or without the warmup
+# schedules to which transformers passes no lr_scheduler_kwargs, and no warmup_steps
 WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
@@ -222,7 +222,9 @@ class FusedDPOConfig(FusedPreferenceConfig):
     label_smoothing: float = _option(
         0.0, "Probability that a preference is wrong, in [0, 0.5): sigmoid, robust, simpo."
     )
-    gamma: float = _option(checks.DEFAULT_GAMMA, "Target margin of simpo.")
+    gamma: float = _option(
+        checks.DEFAULT_GAMMA, "Target reward margin of simpo: log sigmoid(beta x difference - gamma)."
+    )
 
     def __post_init__(self):
         super().__post_init__()

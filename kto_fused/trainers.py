@@ -53,6 +53,7 @@ class FusedTrainer(Trainer):
     """What the KTO and the DPO trainer share: models, data, reference log-probabilities, logging, resuming."""
 
     config_class: type[FusedPreferenceConfig]
+    collator_class: type[UnpairedCollator | PairedCollator]
     loss_functions: tuple[Callable, Callable]  # from hidden states, from logits
     logps_functions: tuple[Callable, Callable] = (linear_sequence_logps, sequence_logps)
     columns: tuple[str, ...]  # of a prepared dataset
@@ -119,10 +120,11 @@ class FusedTrainer(Trainer):
         if args.loss_from == "hidden":
             huggingface.head_layers(huggingface.unwrap(model))
         self._is_peft = hasattr(model, "disable_adapter")
-        self._starts_as_reference = args.needs_reference and ref_model is None and not self._is_peft
+        is_own_reference = args.needs_reference and ref_model is None
+        self._starts_as_reference = is_own_reference and not self._is_peft
         if self._is_peft and train_dataset is not None:
             _check_adds_nothing_to_the_loss(model)
-        if self._is_peft and args.needs_reference and ref_model is None:
+        if self._is_peft and is_own_reference:
             _check_adapters_alone_differ(model)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -136,7 +138,7 @@ class FusedTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collator(args),
+            data_collator=self.collator_class(_pad_token_id(processing_class), args.pad_to_multiple_of),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -148,20 +150,15 @@ class FusedTrainer(Trainer):
         self._check_logits(self.model)
         self.model_accepts_loss_kwargs = True  # that losses are scaled for accumulation is compute_loss's work
         self._options = {"backend": args.backend, "average_log_prob": args.average_log_prob}
-        if args.loss_from == "hidden":
-            self._options["chunk_bytes"] = args.chunk_bytes
+        self._options |= {"chunk_bytes": args.chunk_bytes} if args.loss_from == "hidden" else {"inplace_backward": True}
         self._train_totals, self._eval_totals = Totals(), Totals()
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.ref_model = self._make_reference(ref_model)
-        is_base = self._is_peft and ref_model is None
-        self._reference_is_gone = args.precompute_ref_log_probs and not is_base
+        self._reference_is_gone = args.precompute_ref_log_probs and not (self._is_peft and is_own_reference)
         if args.precompute_ref_log_probs:
             self._precompute_references()
 
     # ---- of each loss ----
-
-    def _collator(self, args: FusedPreferenceConfig) -> UnpairedCollator | PairedCollator:
-        raise NotImplementedError
 
     def _tokenize(self, source: preference_data.Source, args: FusedPreferenceConfig, name: str) -> Prepared:
         raise NotImplementedError
@@ -209,21 +206,27 @@ class FusedTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*self.columns, *self.ref_columns]
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def _get_train_sampler(self, train_dataset: Dataset) -> torch.utils.data.Sampler | None:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        if args.train_sampling_strategy == "group_by_length" and dataset is not None:
-            return _LengthGroupedEpochs(self, dataset["length"], seed)
+        if args.train_sampling_strategy == "group_by_length":
+            return _LengthGroupedEpochs(self, train_dataset["length"], seed)
         sampler = super()._get_train_sampler(train_dataset)
         if args.train_sampling_strategy == "batch_rebalance":  # ``Trainer`` leaves it the seed of its own
             sampler.seed = seed
         return sampler
 
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Any:
+        sampler = super()._get_eval_sampler(eval_dataset)
+        # drawn once: persistent workers would draw another order, and with it z0, at each evaluation
+        return list(sampler) if isinstance(sampler, LengthGroupedSampler) else sampler
+
     # ---- models ----
 
     def _check_logits(self, model: nn.Module) -> None:
-        """On the device, for a layer's kernels may run nowhere else, and before the model is prepared."""
+        """Refuse a model whose logits the loss would not reproduce (from hidden states) or that is not causal (from
+        logits). It runs on the device, for some kernels run nowhere else, and before accelerate prepares the model.
+        """
         is_from_hidden = self.args.loss_from == "hidden"
         if _is_partitioned(model):  # it gives no logits yet: ``apply`` attaches it
             if is_from_hidden:
@@ -265,7 +268,7 @@ class FusedTrainer(Trainer):
         if self.is_deepspeed_enabled:
             return self._deepspeed_engine(ref_model)
         ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self.accelerator._models.pop()  # with a model prepared, evaluate() would take the policy to be, and not do it
+        self.accelerator._models.pop()  # evaluate() prepares the policy only where accelerate holds no model yet
         return ref_model
 
     def _copy_of_policy(self) -> nn.Module:
@@ -321,33 +324,35 @@ class FusedTrainer(Trainer):
         else:
             yield model
 
-    def _logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """[B] sequence log-probabilities, without a gradient."""
-        from_hidden, from_logits = self.logps_functions
+    def _logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
+        """[B] sequence log-probabilities of a batch, with "kl_" of its mismatched pairs; without a gradient."""
         with torch.no_grad():
-            if self.args.loss_from == "hidden":
-                return self._apply(from_hidden, model, inputs, labels=labels)
-            return huggingface.apply_to_logits(from_logits, model, inputs, labels=labels, **self._options)
+            return self._apply(self.logps_functions, model, inputs, prefix)
 
-    def _ref_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    def _ref_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
+        """The same of the reference, which the batch may hold already."""
+        kept = inputs.get(f"ref_{prefix}logps")
+        if kept is not None:
+            return kept
         with self._reference(model) as reference:
-            return self._logps(reference, inputs, labels)
+            return self._logps(reference, inputs, prefix)
 
-    def _fused_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], **arguments
-    ) -> tuple[torch.Tensor, LossMetrics]:
-        from_hidden, from_logits = self.loss_functions
-        if self.args.loss_from == "hidden":
-            return self._apply(from_hidden, model, inputs, **arguments)
-        in_place = torch.is_grad_enabled()
-        return huggingface.apply_to_logits(
-            from_logits, model, inputs, inplace_backward=in_place, **arguments, **self._options
-        )
-
-    def _apply(self, from_hidden: Callable, model: nn.Module, inputs: dict[str, torch.Tensor], **arguments) -> Any:
-        """``huggingface.apply``, with the mask of padding only where attention needs it."""
-        inputs = huggingface.without_padding_mask(model, inputs, self.accelerator.mixed_precision)
-        return huggingface.apply(from_hidden, model, inputs, **arguments, **self._options)
+    def _apply(
+        self,
+        functions: tuple[Callable, Callable],
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prefix: str = "",
+        **arguments,
+    ) -> Any:
+        """The one of (from hidden states, from logits) that ``loss_from`` says, of a batch."""
+        from_hidden, from_logits = functions
+        model_inputs = {name: inputs[prefix + name] for name in ("input_ids", "attention_mask")}
+        arguments |= {"labels": inputs[prefix + "labels"], **self._options}
+        if self.args.loss_from == "logits":
+            return huggingface.apply_to_logits(from_logits, model, model_inputs, **arguments)
+        model_inputs = huggingface.without_padding_mask(model, model_inputs, self.accelerator.mixed_precision)
+        return huggingface.apply(from_hidden, model, model_inputs, **arguments)
 
     def _precompute_references(self) -> None:
         """Add ``ref_columns`` to the datasets, from disk or by the reference, which is not needed afterwards."""
@@ -396,7 +401,7 @@ class FusedTrainer(Trainer):
     # ---- steps ----
 
     def _inner_training_loop(self, *args, **kwargs):
-        """Starts counting anew: after a batch size that did not fit, or an earlier ``train``."""
+        """Sets the logged sums to zero: auto_find_batch_size starts this loop again, and so does a second ``train``."""
         self._train_totals, self._num_tokens = Totals(), torch.zeros_like(self._num_tokens)
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -591,11 +596,13 @@ class FusedKTOTrainer(FusedTrainer):
     """
 
     config_class = FusedKTOConfig
+    collator_class = UnpairedCollator
     loss_functions = (fused_linear_kto_loss, fused_kto_loss)
 
+    _step_batches: list[dict[str, torch.Tensor]] | None = None
+    _step_reference_point: torch.Tensor | None = None
+
     def __init__(self, *arguments, **named_arguments):
-        self._step_batches: list[dict[str, torch.Tensor]] | None = None
-        self._step_reference_point: torch.Tensor | None = None
         super().__init__(*arguments, **named_arguments)
         args = self.args
         if args.reference_point == "batch_mean" and args.world_size * args.gradient_accumulation_steps > 1:
@@ -613,9 +620,6 @@ class FusedKTOTrainer(FusedTrainer):
     @property
     def ref_columns(self) -> tuple[str, ...]:
         return ("ref_logps", "ref_kl_logps") if self.args.needs_mismatched else ("ref_logps",)
-
-    def _collator(self, args: FusedKTOConfig) -> UnpairedCollator:
-        return UnpairedCollator(_pad_token_id(self._tokenizer), args.pad_to_multiple_of)
 
     def _tokenize(self, source: preference_data.Source, args: FusedKTOConfig, name: str) -> Prepared:
         return preference_data.prepare_unpaired(
@@ -660,13 +664,10 @@ class FusedKTOTrainer(FusedTrainer):
         log_ratios, is_pair = [], []
         for batch in batches:
             inputs = self._prepare_inputs(batch)
-            model_inputs, labels = _model_inputs(inputs, "kl_"), inputs["kl_labels"]
-            ref_logps = inputs.get("ref_kl_logps")
-            policy_logps = self._logps(model, model_inputs, labels)
-            if ref_logps is None:
-                ref_logps = self._ref_logps(model, model_inputs, labels)
+            policy_logps, ref_logps = self._logps(model, inputs, "kl_"), self._ref_logps(model, inputs, "kl_")
             log_ratios.append(policy_logps.double() - ref_logps.double())
-            is_pair.append((labels != preference_data.IGNORE_INDEX).any(1))  # a prompt may have no other's completion
+            # a prompt may have no other's completion
+            is_pair.append((inputs["kl_labels"] != preference_data.IGNORE_INDEX).any(1))
         sums = torch.stack([torch.cat(log_ratios), torch.cat(is_pair).double()], 1)  # [pairs, 2]; 0, 0 for no pair
         if self.model.training:
             total, count = self.accelerator.reduce(sums.sum(0))
@@ -675,25 +676,20 @@ class FusedKTOTrainer(FusedTrainer):
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        logps = (self._ref_logps(model, _model_inputs(inputs), inputs["labels"]),)
-        if self.args.needs_mismatched:
-            logps += (self._ref_logps(model, _model_inputs(inputs, "kl_"), inputs["kl_labels"]),)
-        return logps
+        prefixes = ("", "kl_") if self.args.needs_mismatched else ("",)
+        return tuple(self._ref_logps(model, inputs, prefix) for prefix in prefixes)
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
     ) -> tuple[torch.Tensor, LossMetrics]:
-        args, labels = self.args, inputs["labels"]
-        reference_point = self._reference_point(model, inputs)
-        model_inputs = _model_inputs(inputs)
-        ref_logps = inputs["ref_logps"] if "ref_logps" in inputs else self._ref_logps(model, model_inputs, labels)
-        return self._fused_loss(
+        args = self.args
+        return self._apply(
+            self.loss_functions,
             model,
-            model_inputs,
-            labels=labels,
+            inputs,
             desirable=inputs["desirable"],
-            ref_logps=ref_logps,
-            reference_point=reference_point,
+            reference_point=self._reference_point(model, inputs),
+            ref_logps=self._ref_logps(model, inputs),
             beta=args.beta,
             desirable_weight=args.desirable_weight,
             undesirable_weight=args.undesirable_weight,
@@ -714,12 +710,10 @@ class FusedDPOTrainer(FusedTrainer):
     """
 
     config_class = FusedDPOConfig
+    collator_class = PairedCollator
     loss_functions = (fused_linear_dpo_loss, fused_dpo_loss)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
-
-    def _collator(self, args: FusedDPOConfig) -> PairedCollator:
-        return PairedCollator(_pad_token_id(self._tokenizer), args.pad_to_multiple_of)
 
     def _tokenize(self, source: preference_data.Source, args: FusedDPOConfig, name: str) -> Prepared:
         return preference_data.prepare_paired(
@@ -727,21 +721,17 @@ class FusedDPOTrainer(FusedTrainer):
         )
 
     def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        sides = _chosen_then_rejected(inputs)
-        return self._ref_logps(model, _model_inputs(sides), sides["labels"]).chunk(2)
+        return self._ref_logps(model, _chosen_then_rejected(inputs)).chunk(2)
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
     ) -> tuple[torch.Tensor, LossMetrics]:
         args, sides = self.args, _chosen_then_rejected(inputs)
-        model_inputs, labels, ref_logps = _model_inputs(sides), sides["labels"], None
-        if args.needs_reference:
-            ref_logps = sides["ref_logps"] if "ref_logps" in sides else self._ref_logps(model, model_inputs, labels)
-        return self._fused_loss(
+        return self._apply(
+            self.loss_functions,
             model,
-            model_inputs,
-            labels=labels,
-            ref_logps=ref_logps,
+            sides,
+            ref_logps=self._ref_logps(model, sides) if args.needs_reference else None,
             beta=args.beta,
             loss_type=args.loss_type,
             label_smoothing=args.label_smoothing,
@@ -769,10 +759,6 @@ def holds_model_alone(checkpoint: str) -> bool:
     """Whether a checkpoint lacks what a run needs to go on as if it had not been stopped."""
     # of all that is saved beside the model, only this has the same name under DeepSpeed and FSDP
     return not any(Path(checkpoint).glob("rng_state*.pth"))
-
-
-def _model_inputs(inputs: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
-    return {name: inputs[prefix + name] for name in ("input_ids", "attention_mask")}
 
 
 def _chosen_then_rejected(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

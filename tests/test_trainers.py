@@ -516,6 +516,14 @@ def test_workers_that_stay_evaluate_what_they_are_given(tmp_path, kind):
     assert of_old_again["eval_logps/chosen"] == of_old["eval_logps/chosen"]
 
 
+def test_workers_that_stay_draw_the_same_batches_at_each_evaluation(tmp_path):
+    """z0 is of a batch: in other batches the loss is another."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_trainer("kto", tmp_path, ref_model=model(seed=1), evaluation=20, **workers)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert (first["eval_loss"], first["eval_kl"]) == (second["eval_loss"], second["eval_kl"])
+
+
 @by_kind
 def test_training_data_is_one_dataset_and_evaluation_data_may_be_several(tmp_path, kind):
     named = datasets.DatasetDict(a=data(kind, 4), b=data(kind, 4, seed=2))
@@ -741,10 +749,9 @@ def test_metrics_are_recorded_without_waiting_for_the_device(tmp_path, kind, los
 def test_the_reference_point_waits_for_nothing_but_its_forward_passes(tmp_path, monkeypatch):
     trainer = make_trainer("kto", tmp_path, ref_model=model(seed=1))
     (batch,) = in_order(trainer, trainer.train_dataset, 16)
-    kl_inputs = {name: batch[f"kl_{name}"] for name in ("input_ids", "attention_mask")}
     with monkeypatch.context() as patch, Waits(patch) as passes:
-        trainer._logps(trainer.model, kl_inputs, batch["kl_labels"])
-        trainer._logps(trainer.ref_model, kl_inputs, batch["kl_labels"])
+        trainer._logps(trainer.model, batch, "kl_")
+        trainer._logps(trainer.ref_model, batch, "kl_")
     with monkeypatch.context() as patch, Waits(patch) as estimate:
         trainer._estimate(trainer.model, [batch])
     assert +estimate.counts == +passes.counts
@@ -948,13 +955,13 @@ def test_without_a_reference_model_it_is_the_model_before_its_first_step(tmp_pat
 @pytest.fixture
 def ref_passes(monkeypatch):
     """Counts the forward passes of the reference."""
-    counter, passes = Counter(), FusedTrainer._ref_logps
+    counter, passes = Counter(), FusedTrainer._reference
 
     def counted(self, *args):
         counter["passes"] += 1
         return passes(self, *args)
 
-    monkeypatch.setattr(FusedTrainer, "_ref_logps", counted)
+    monkeypatch.setattr(FusedTrainer, "_reference", counted)
 
     def count():
         return counter.pop("passes", 0)
