@@ -173,7 +173,8 @@ def fold_register_tiles_kernel(
     tl.store(partial_ptrs, tile_max, mask=is_row)
     tl.store(partial_ptrs + 3 * stride, tl.sum(u, axis=1), mask=is_row)
     is_here = is_row & (target >= 0) & (target // COLUMNS == column_block)
-    if tl.max(is_here.to(tl.int32), axis=0) > 0:  # seldom, and a quarter of what there is to do with a column
+    if tl.max(is_here.to(tl.int32), axis=0) > 0:
+        # few tiles hold a row's target; in all of them this would be a quarter of the work after the product
         columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
         u_target = tl.sum(tl.where(columns[None, :] == target[:, None], u, 0.0), axis=1)
         tl.store(state_ptr + 2 * num_rows + rows, u_target, mask=is_here)
@@ -330,7 +331,7 @@ def fold(
     targets: torch.Tensor,
     state: torch.Tensor,
     columns: slice,
-    kept: Kept | None = None,
+    kept: Kept | None,
     *,
     factor: float,
 ) -> None:

@@ -12,10 +12,7 @@ BLOCK_TOKENS = 1024
 @triton.jit(do_not_specialize=["seq_len", "num_rows", "num_sequences"])
 def sequence_kernel(
     targets_ptr,
-    logps_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
+    per_token_ptr,
     cu_seqlens_ptr,
     sequence_logps_ptr,
     token_counts_ptr,
@@ -57,10 +54,10 @@ def sequence_kernel(
         rows = start + tl.arange(0, BLOCK)
         target = tl.load(targets_ptr + rows, mask=rows < last, other=MASKED_TARGET)
         is_token = target != MASKED_TARGET
-        logps += tl.load(logps_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
-        entropy += tl.load(entropy_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
-        mean_logits += tl.load(mean_logits_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
-        num_top1 += tl.load(is_top1_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
+        logps += tl.load(per_token_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
+        entropy += tl.load(per_token_ptr + num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
+        mean_logits += tl.load(per_token_ptr + 2 * num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
+        num_top1 += tl.load(per_token_ptr + 3 * num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
         count += is_token.to(tl.int64)
 
     tokens = tl.sum(count, axis=0)
@@ -117,10 +114,7 @@ def sequence_backward_kernel(
 
 def forward(
     targets: torch.Tensor,
-    logps: torch.Tensor,
-    entropy: torch.Tensor,
-    mean_logits: torch.Tensor,
-    is_top1: torch.Tensor,
+    per_token: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     outputs: tuple[torch.Tensor, ...],
     *,
@@ -132,10 +126,7 @@ def forward(
     """
     sequence_kernel[(outputs[0].numel(),)](
         targets,
-        logps,
-        entropy,
-        mean_logits,
-        is_top1,
+        per_token,
         cu_seqlens if cu_seqlens is not None else targets,
         *outputs,
         seq_len=seq_len,

@@ -134,12 +134,10 @@ def store_row(
     row_sum,
     row_weighted,
     row_total,
-    logps_ptr,
     row_max_ptr,
     log_sum_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
+    per_token_ptr,
+    num_rows,
     vocab_size,
     scale,
     softcap,
@@ -155,29 +153,27 @@ def store_row(
     factor64 = tl.full([], factor, tl.float64)
     logp = log_probability(u_target - row_max, log_sum, mean_distance, factor64, log2_factor)
     logp = tl.where(is_token, logp, float("nan"))
-    tl.store(logps_ptr + row, logp)
     tl.store(row_max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
-    tl.store(entropy_ptr + row, log_sum - factor64 * mean_distance)
-    tl.store(mean_logits_ptr + row, factor64 * (row_total / vocab_size))
+    tl.store(per_token_ptr + row, logp)
+    tl.store(per_token_ptr + num_rows + row, log_sum - factor64 * mean_distance)
+    tl.store(per_token_ptr + 2 * num_rows + row, factor64 * (row_total / vocab_size))
     # maxima pass over a NaN, the log-probability does not
     is_top1 = (u_target >= row_max) & (logp == logp)
-    tl.store(is_top1_ptr + row, is_top1.to(scale.dtype))
+    tl.store(per_token_ptr + 3 * num_rows + row, is_top1.to(scale.dtype))
 
 
 @triton.jit
-def store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr):
-    tl.store(logps_ptr + row, 0.0)
+def store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows):
     tl.store(row_max_ptr + row, 0.0)
     tl.store(log_sum_ptr + row, 0.0)
-    tl.store(entropy_ptr + row, 0.0)
-    tl.store(mean_logits_ptr + row, 0.0)
-    tl.store(is_top1_ptr + row, 0.0)
+    tl.store(per_token_ptr + tl.arange(0, 4) * num_rows + row, tl.zeros([4], per_token_ptr.dtype.element_ty))
 
 
 # Nothing here is specialised on a length or a stride: one compiled kernel serves every batch of a model. What changes
 # the code is a compile-time constant, derived from the arguments by the launcher.
 FORWARD_RUNTIME = [
+    "num_rows",
     "seq_len",
     "num_sequences",
     "search_steps",
@@ -198,13 +194,11 @@ def token_logprobs_kernel(
     labels_ptr,
     cu_seqlens_ptr,
     targets_ptr,
-    logps_ptr,
     row_max_ptr,
     log_sum_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
+    per_token_ptr,
     partials_ptr,
+    num_rows: tl.int64,
     seq_len: tl.int64,
     num_sequences: tl.int64,
     search_steps: tl.int32,
@@ -258,7 +252,7 @@ def token_logprobs_kernel(
         tl.store(targets_ptr + row, target.to(tl.int32))
     if is_masked:
         if not SPLIT:
-            store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr)
+            store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows)
         return
 
     row_offset = batch * logits_batch_stride + position * logits_row_stride
@@ -302,12 +296,10 @@ def token_logprobs_kernel(
             row_sum,
             row_weighted,
             row_total,
-            logps_ptr,
             row_max_ptr,
             log_sum_ptr,
-            entropy_ptr,
-            mean_logits_ptr,
-            is_top1_ptr,
+            per_token_ptr,
+            num_rows,
             vocab_size,
             scale,
             softcap,
@@ -318,18 +310,16 @@ def token_logprobs_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["seq_len", "vocab_size", "splits", "logits_batch_stride", "logits_row_stride"],
+    do_not_specialize=["num_rows", "seq_len", "vocab_size", "splits", "logits_batch_stride", "logits_row_stride"],
 )
 def combine_splits_kernel(
     logits_ptr,
     targets_ptr,
-    logps_ptr,
     row_max_ptr,
     log_sum_ptr,
-    entropy_ptr,
-    mean_logits_ptr,
-    is_top1_ptr,
+    per_token_ptr,
     partials_ptr,
+    num_rows: tl.int64,
     seq_len: tl.int64,
     vocab_size: tl.int32,
     splits: tl.int64,
@@ -350,7 +340,7 @@ def combine_splits_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     if target == MASKED_TARGET:
-        store_masked_row(row, logps_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, mean_logits_ptr, is_top1_ptr)
+        store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows)
         return
 
     split = tl.arange(0, BLOCK_SPLITS)
@@ -368,12 +358,10 @@ def combine_splits_kernel(
         row_sum,
         row_weighted,
         tl.sum(totals, axis=0),
-        logps_ptr,
         row_max_ptr,
         log_sum_ptr,
-        entropy_ptr,
-        mean_logits_ptr,
-        is_top1_ptr,
+        per_token_ptr,
+        num_rows,
         vocab_size,
         scale,
         softcap,
@@ -568,7 +556,7 @@ def forward(
     factor: float,
     multiprocessors: int,
 ) -> None:
-    """Fill ``outputs``: targets (int32), logps, row_max, log_sum, entropy, mean_logits, is_top1, each [rows]."""
+    """Fill ``outputs``: targets (int32), row_max and log_sum [rows]; logps, entropy, mean_logits, is_top1 [4, rows]."""
     targets, *stats = outputs
     seq_len, batch_stride, row_stride = _row_view(logits)
     rows, vocab_size = targets.numel(), logits.shape[-1]
@@ -597,6 +585,7 @@ def forward(
         targets,
         *stats,
         partials,
+        num_rows=rows,
         seq_len=seq_len,
         num_sequences=cu_seqlens.numel() - 1 if cu_seqlens is not None else 0,
         search_steps=cu_seqlens.numel().bit_length() if cu_seqlens is not None else 0,
@@ -623,6 +612,7 @@ def forward(
             targets,
             *stats,
             partials,
+            num_rows=rows,
             seq_len=seq_len,
             vocab_size=vocab_size,
             splits=splits,

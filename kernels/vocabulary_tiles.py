@@ -73,9 +73,7 @@ def fold_columns(
         lane_total += tl.sum(tl.where(inside, u, 0.0), axis=1)
         lane_max = tl.maximum(lane_max, tl.max(u, axis=1))
         if KEEP:
-            kept = exps * slope if HAS_SOFTCAP else exps
-            if HAS_SOFTCAP:
-                kept = tl.where(inside, kept, 0.0)
+            kept = tl.where(inside, exps * slope, 0.0) if HAS_SOFTCAP else exps
             tl.store(kept_ptr + start + tile_columns(True, LANES, VEC), kept.to(kept_ptr.dtype.element_ty))
     return tl.sum(lane_sum, axis=0), tl.sum(lane_weighted, axis=0), tl.sum(lane_total, axis=0), tl.max(lane_max, axis=0)
 
@@ -106,7 +104,8 @@ def fold_tile_kernel(
 ):
     """Grid: (rows,). One program folds one row of a tile, columns first .. first + cols of the vocabulary.
 
-    Reads each logit once (4 bytes, from the L2 cache if the tile fits there) and with KEEP writes P (2 bytes).
+    Reads each logit once (4 bytes, from the L2 cache if the tile fits there), twice in a row's first tile, whose
+    largest u is r, and in one that makes the row take a new r; with KEEP writes P (2 bytes).
     ``references`` [rows, tiles] is r as it was for each tile of the panel, and ``tile_index`` this one's place in it.
     """
     scale = tl.full([], scale, tl.float32)
@@ -301,8 +300,9 @@ def finish_rows_kernel(
     factor: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (blocks of rows,). What the rows' statistics say, in fp64 because r may lie far from the maximum: outputs
-    [4, rows].
+    """Grid: (blocks of rows,). Writes outputs [4, rows] = logp, entropy, mean logit, is_top1 from ``state``.
+
+    In fp64: r need not be the row's maximum, so log s and factor (u_target - r) may both be large, and cancel.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
@@ -388,7 +388,7 @@ def fold(
     targets: torch.Tensor,
     state: torch.Tensor,
     columns: slice,
-    kept: Kept | None = None,
+    kept: Kept | None,
     *,
     block: int,
     scale: float,

@@ -79,10 +79,8 @@ class _Engine:
         compute = options.compute_dtype
         self.lm_head = LMHead(weight, None if bias is None else bias.to(compute).contiguous())
         self.tokens, self.chunk, self.options = tokens, chunk, options
-        # [4, N]: logps, entropy, mean_logits and is_top1 of each token; 0 until its chunk was visited. Each row begins
-        # where the widest loads reach it, whatever N is: kernels are compiled for that.
-        num_tokens = len(tokens.rows)
-        self.per_token = hidden.new_zeros(4, -(-num_tokens // 4) * 4, dtype=compute)[:, :num_tokens]
+        # logps, entropy, mean_logits and is_top1 of each token; 0 until its chunk was visited
+        self.per_token = hidden.new_zeros(4, len(tokens.rows), dtype=compute)
         self.targets = tokens.targets
         self.statistics = None
         logits = options.logits
@@ -168,7 +166,7 @@ class _Engine:
         logits = self.options.logits
         sums = sequence_sums(
             self.targets,
-            *self.per_token,
+            self.per_token,
             self.tokens.offsets,
             len(self.tokens.counts),
             logits.average_log_prob,
@@ -404,10 +402,10 @@ def forward(
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     options: HiddenOptions,
-    head: Any = None,
-    reference: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None),
-    ref_logps: torch.Tensor | None = None,
-    head_tensors: tuple[torch.Tensor | None, ...] = (),
+    head: Any,
+    reference: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    ref_logps: torch.Tensor | None,
+    head_tensors: tuple[torch.Tensor | None, ...],
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
     """``(sequences, ref_logps, (loss, head_grads, *reported), gradients, statistics)``.
 

@@ -42,7 +42,8 @@ class LogitOptions:
 def _row_outputs(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     rows = math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic length
     dtype = compute_dtype(logits)
-    return logits.new_empty(rows, dtype=torch.int32), *(logits.new_empty(rows, dtype=dtype) for _ in range(6))
+    row_max, log_sum, per_token = (logits.new_empty(*size, rows, dtype=dtype) for size in ((), (), (4,)))
+    return logits.new_empty(rows, dtype=torch.int32), row_max, log_sum, per_token
 
 
 @opaque(fake=_row_outputs)
@@ -56,8 +57,8 @@ def _token_logprobs(
     softcap: Optional[float],
     factor: float,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(targets, logps, row_max, log_sum, entropy, mean_logits, is_top1), each [rows]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(targets, row_max, log_sum), each [rows], and per_token = (logps, entropy, mean_logits, is_top1) [4, rows]."""
     check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=logits.shape[-1])
     options = {
         "ignore_index": ignore_index,
@@ -113,35 +114,27 @@ def _token_logprobs_backward_inplace(
     factor: float,
     backend: str,
 ) -> None:
-    _token_logprobs_backward.__wrapped__(
-        logits, logits, targets, token_grads, row_max, log_sum, scale, softcap, factor, backend
-    )
+    _token_logprobs_backward(logits, logits, targets, token_grads, row_max, log_sum, scale, softcap, factor, backend)
 
 
 def _sequence_outputs(
     targets: torch.Tensor,
-    logps: torch.Tensor,
-    entropy: torch.Tensor,
-    mean_logits: torch.Tensor,
-    is_top1: torch.Tensor,
+    per_token: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     num_sequences: int,
     *_: Any,
 ) -> tuple[torch.Tensor, ...]:
     return (
-        logps.new_empty(num_sequences, dtype=torch.float64),
-        logps.new_empty(num_sequences, dtype=torch.int64),
-        *(logps.new_empty(num_sequences) for _ in range(3)),
+        per_token.new_empty(num_sequences, dtype=torch.float64),
+        per_token.new_empty(num_sequences, dtype=torch.int64),
+        *(per_token.new_empty(num_sequences) for _ in range(3)),
     )
 
 
 @opaque(fake=_sequence_outputs)
 def sequence_sums(
     targets: torch.Tensor,
-    logps: torch.Tensor,
-    entropy: torch.Tensor,
-    mean_logits: torch.Tensor,
-    is_top1: torch.Tensor,
+    per_token: torch.Tensor,
     cu_seqlens: Optional[torch.Tensor],
     num_sequences: int,
     average: bool,
@@ -149,24 +142,13 @@ def sequence_sums(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log-probabilities, token counts, mean entropy, mean logit, token accuracy) of each sequence, each [B]."""
     if backend == "torch":
-        return torch_backend.sequence_sums(
-            targets, logps, entropy, mean_logits, is_top1, cu_seqlens, num_sequences=num_sequences, average=average
-        )
+        return torch_backend.sequence_sums(targets, per_token, cu_seqlens, num_sequences=num_sequences, average=average)
     from .kernels import sequence
 
-    outputs = _sequence_outputs(targets, logps, entropy, mean_logits, is_top1, cu_seqlens, num_sequences)
-    with on_device(logps):
-        sequence.forward(
-            targets,
-            logps,
-            entropy,
-            mean_logits,
-            is_top1,
-            cu_seqlens,
-            outputs,
-            seq_len=targets.numel() // num_sequences,
-            average=average,
-        )
+    outputs = _sequence_outputs(targets, per_token, cu_seqlens, num_sequences)
+    seq_len = targets.numel() // num_sequences
+    with on_device(targets):
+        sequence.forward(targets, per_token, cu_seqlens, outputs, seq_len=seq_len, average=average)
     return outputs
 
 
@@ -187,14 +169,13 @@ def sequence_backward(
     backend: str,
 ) -> torch.Tensor:
     """d loss / d token log-probability [rows], in the dtype that the row kernel computes in."""
-    token_grads = targets.new_empty(targets.shape, dtype=dtype)
     if backend == "torch":
-        torch_backend.sequence_backward(
-            targets, token_counts, head_grads, incoming, cu_seqlens, token_grads, average=average
+        return torch_backend.sequence_backward(
+            targets, token_counts, head_grads, incoming, cu_seqlens, average=average, dtype=dtype
         )
-        return token_grads
     from .kernels import sequence
 
+    token_grads = targets.new_empty(targets.shape, dtype=dtype)
     with on_device(targets):
         sequence.backward(
             targets,
@@ -228,23 +209,6 @@ def _engine_forward(
     )
 
 
-def _engine_sequences(
-    rows: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor | None, num_sequences: int, options: LogitOptions
-) -> tuple[torch.Tensor, ...]:
-    targets, logps, _, _, entropy, mean_logits, is_top1 = rows
-    return sequence_sums(
-        targets,
-        logps,
-        entropy,
-        mean_logits,
-        is_top1,
-        cu_seqlens,
-        num_sequences,
-        options.average_log_prob,
-        options.backend,
-    )
-
-
 def _engine_backward(
     ctx: Any,
     logits: torch.Tensor,
@@ -266,9 +230,18 @@ def _engine_backward(
     return grad
 
 
+def _sequences_backward(ctx: Any, incoming: torch.Tensor) -> torch.Tensor:
+    logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens = ctx.saved_tensors
+    average, backend = ctx.options.average_log_prob, ctx.options.backend
+    token_grads = sequence_backward(
+        targets, token_counts, head_grads, incoming, cu_seqlens, average, row_max.dtype, backend
+    )
+    return _engine_backward(ctx, logits, targets, token_grads, row_max, log_sum)
+
+
 def _save(ctx: Any, options: LogitOptions, *tensors: torch.Tensor | None) -> None:
-    """For the backward. What hooks give back for the logits (those of checkpoints, of ``save_on_cpu``) may be another's
-    too, whom no version warns: it is not written over.
+    """Save for the backward. What saved-tensor hooks (of checkpoints, of ``save_on_cpu``) give back for the logits may
+    be held by others too, whom a bumped version would not reach: then the gradient is not written in place.
     """
     ctx.save_for_backward(*tensors)
     ctx.options = options
@@ -284,9 +257,9 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, options):
-        targets, logps, row_max, log_sum, *_ = _engine_forward(logits, labels, cu_seqlens, options)
+        targets, row_max, log_sum, per_token = _engine_forward(logits, labels, cu_seqlens, options)
         _save(ctx, options, logits, targets, row_max, log_sum)
-        return logps
+        return per_token[0].clone()
 
     @staticmethod
     @first_derivative_only
@@ -301,28 +274,16 @@ class SequenceLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, num_sequences, options):
-        rows = _engine_forward(logits, labels, cu_seqlens, options)
-        logps, token_counts, *_ = _engine_sequences(rows, cu_seqlens, num_sequences, options)
-        targets, _, row_max, log_sum, *_ = rows
-        _save(ctx, options, logits, targets, row_max, log_sum, token_counts, cu_seqlens)
+        targets, row_max, log_sum, per_token = _engine_forward(logits, labels, cu_seqlens, options)
+        average, backend = options.average_log_prob, options.backend
+        logps, token_counts, *_ = sequence_sums(targets, per_token, cu_seqlens, num_sequences, average, backend)
+        _save(ctx, options, logits, targets, row_max, log_sum, token_counts, None, cu_seqlens)
         return logps
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, incoming):
-        logits, targets, row_max, log_sum, token_counts, cu_seqlens = ctx.saved_tensors
-        options = ctx.options
-        token_grads = sequence_backward(
-            targets,
-            token_counts,
-            None,
-            incoming,
-            cu_seqlens,
-            options.average_log_prob,
-            row_max.dtype,
-            options.backend,
-        )
-        return _engine_backward(ctx, logits, targets, token_grads, row_max, log_sum), None, None, None, None
+        return _sequences_backward(ctx, incoming), None, None, None, None
 
 
 class LossFromLogits(torch.autograd.Function):
@@ -334,11 +295,11 @@ class LossFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):  # of named ones torch.compile may drop the first, where nothing needs a gradient
         logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors = arguments
-        rows = _engine_forward(logits, labels, cu_seqlens, options)
-        sequences = _engine_sequences(rows, cu_seqlens, num_sequences, options)
+        targets, row_max, log_sum, per_token = _engine_forward(logits, labels, cu_seqlens, options)
+        average, backend = options.average_log_prob, options.backend
+        sequences = sequence_sums(targets, per_token, cu_seqlens, num_sequences, average, backend)
         logps, token_counts, *_ = sequences
         loss, head_grads, *reported = head(logps, token_counts, *head_tensors)
-        targets, _, row_max, log_sum, *_ = rows
         _save(ctx, options, logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens)
         ctx.num_arguments = len(arguments)
         ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
@@ -348,17 +309,4 @@ class LossFromLogits(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, incoming, *_):
-        logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens = ctx.saved_tensors
-        options = ctx.options
-        token_grads = sequence_backward(
-            targets,
-            token_counts,
-            head_grads,
-            incoming,
-            cu_seqlens,
-            options.average_log_prob,
-            row_max.dtype,
-            options.backend,
-        )
-        grad = _engine_backward(ctx, logits, targets, token_grads, row_max, log_sum)
-        return grad, *(None for _ in range(ctx.num_arguments - 1))
+        return _sequences_backward(ctx, incoming), *(None for _ in range(ctx.num_arguments - 1))

@@ -6,7 +6,9 @@ names them all: a new loss is a class there, its formula given to ``value_and_gr
 class has
 
 - ``paired``: the batch's halves belong together, sequence i with i + B/2
-- ``numbers``: its own fields as floats, from which ``rebuild`` makes it again inside an operator
+- ``loss_type``, ``reduction``, ``loss_dtype``, ``backend``: fields that every head has
+- ``numbers``: its other fields as floats; ``from_numbers(numbers, **fields of every head)`` makes it again from them,
+  inside an operator
 - ``couples_batch(*tensors)``: whether a sequence's gradient depends on other sequences (or other pairs)
 - ``outputs``: tensors shaped as its results
 

@@ -227,16 +227,15 @@ class WholeRows:
         else:
             from .kernels import token_logprobs
 
-            outputs = tuple(
-                targets.new_empty(len(targets), dtype=dtype) for dtype in [torch.int32] + 6 * [logits.dtype]
-            )
+            row_max, log_sum, per_token = (logits.new_empty(*size, len(targets)) for size in ((), (), (4,)))
+            outputs = torch.empty_like(targets), row_max, log_sum, per_token
             with on_device(logits):
                 token_logprobs.forward(
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
                 )
-        _, logps, _, _, *metrics = outputs
-        self.statistics, self.targets, self.transform = outputs[1:4], outputs[0], transform
-        return torch.stack([logps, *metrics])
+        self.targets, row_max, log_sum, per_token = outputs
+        self.statistics, self.transform = (row_max, log_sum, per_token[0]), transform
+        return per_token
 
     def again(
         self,
@@ -271,7 +270,7 @@ class WholeRows:
 
     def backward(self, token_grads: torch.Tensor) -> None:
         """Turn the chunk's logits into d loss / d logits, from d loss / d logps [n]."""
-        _, row_max, log_sum = self.statistics
+        row_max, log_sum, _ = self.statistics
         logits, self.current = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
         arguments = logits, self.current, self.targets, token_grads, row_max, log_sum
         if self.spec.backend == "torch":

@@ -96,7 +96,7 @@ def token_logprobs(
     softcap: float | None,
     factor: float,
 ) -> tuple[torch.Tensor, ...]:
-    """(targets, logps, row_max, log_sum, entropy, mean_logits, is_top1), each [rows]."""
+    """(targets, row_max, log_sum), each [rows], and (logps, entropy, mean_logits, is_top1) [4, rows]."""
     vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
     targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
     tokens = (targets != MASKED).nonzero().flatten()
@@ -109,7 +109,7 @@ def token_logprobs(
         if scratch is None:
             scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
         u, exps = scratch[:, : stop - start]
-        logps, row_max, log_sum, entropy, mean_logits, is_top1 = results[:, start:stop]
+        row_max, log_sum, logps, entropy, mean_logits, is_top1 = results[:, start:stop]
 
         x = rows.read(start, stop, exps)  # which are written once u has been made of x
         if softcap is not None:
@@ -136,8 +136,11 @@ def token_logprobs(
         exact_log_sum -= mean_distance * (log2_factor * math.log(2) - factor)
         logps.copy_(distance.double().mul_(factor).sub_(exact_log_sum))
         logps[target == INVALID] = math.nan
-    per_row = (logits.new_zeros(targets.numel(), dtype=dtype) for _ in results)
-    return targets.int(), *(row.index_copy_(0, tokens, result) for row, result in zip(per_row, results, strict=True))
+    row_max, log_sum, per_token = (
+        result.new_zeros(*result.shape[:-1], targets.numel()).index_copy_(-1, tokens, result)
+        for result in (results[0], results[1], results[2:])
+    )
+    return targets.int(), row_max, log_sum, per_token
 
 
 def token_logprobs_backward(
@@ -191,10 +194,7 @@ def token_logprobs_backward(
 
 def sequence_sums(
     targets: torch.Tensor,
-    logps: torch.Tensor,
-    entropy: torch.Tensor,
-    mean_logits: torch.Tensor,
-    is_top1: torch.Tensor,
+    per_token: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     *,
     num_sequences: int,
@@ -210,8 +210,9 @@ def sequence_sums(
 
     counts = add_up(targets != MASKED)
     divisor = counts.clamp(min=1)
+    logps, *metrics = per_token
     sums = add_up(logps)
-    means = (add_up(values).div_(divisor).to(values.dtype, copy=True) for values in (entropy, mean_logits, is_top1))
+    means = (add_up(values).div_(divisor).to(values.dtype, copy=True) for values in metrics)
     return sums.div_(divisor) if average else sums, counts.long(), *means
 
 
@@ -221,11 +222,11 @@ def sequence_backward(
     head_grads: torch.Tensor | None,
     incoming: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
-    token_grads: torch.Tensor,
     *,
     average: bool,
-) -> None:
-    """Fill ``token_grads`` [rows] from d loss / d sequence log-probability = incoming * head_grads."""
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """d loss / d token log-probability [rows] from d loss / d sequence log-probability = incoming * head_grads."""
     grads = incoming.double() if head_grads is None else scale_grads(head_grads, incoming)
     if average:
         grads = grads / token_counts.clamp(min=1)
@@ -234,4 +235,4 @@ def sequence_backward(
         row_grads = grads[:, None].expand(num_sequences, num_rows // num_sequences).flatten()
     else:
         row_grads = grads[row_sequences(cu_seqlens, num_rows)]
-    token_grads.copy_(torch.where(targets == MASKED, 0.0, row_grads))
+    return torch.where(targets == MASKED, 0.0, row_grads).to(dtype)
