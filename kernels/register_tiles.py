@@ -41,7 +41,9 @@ def start_rows_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows,). ``state`` before the first tile, all but the target's u, which is the reference here."""
+    """Grid: (rows,). ``state`` before the first tile: r is the target's u, found here. Row 2, the target's u, is left
+    to the tile that holds it, whose GEMM rounds it as it does the others.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.maximum(tl.load(targets_ptr + row), 0).to(tl.int64)  # any column serves a row that has none
     products = tl.zeros([BLOCK], tl.float32)
@@ -302,7 +304,7 @@ def serves(weight: torch.Tensor) -> bool:
 
 
 def partial_bytes(num_columns: int, is_kept: bool) -> int:
-    """What ``fold`` needs of each row beside its results, and the references of what is kept."""
+    """Bytes for each row: four partial results a tile, and a reference where its P is kept."""
     return (4 + is_kept) * 4 * -(-num_columns // COLUMNS)
 
 

@@ -39,7 +39,9 @@ def load_tile(
     tile_ptr, bias_ptr, start, cols, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(u, d u / d x / scale) of the columns start .. start + LANES * VEC; -inf past the last one."""
+    """(u, slope, inside) of the columns start .. start + LANES * VEC: u is -inf past the last one, and slope, which is
+    d u / d x / scale, means something under a soft cap alone.
+    """
     columns = start + tile_columns(True, LANES, VEC)
     x = tl.load(tile_ptr + columns)  # the buffer holds whole blocks
     inside = columns < cols
@@ -435,8 +437,8 @@ def keep(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """P of a tile of logits, those ``columns`` of the vocabulary, once all tiles were folded into ``state`` [3 or more,
-    rows], times ``factors`` [rows].
+    """P of a tile of logits, those ``columns`` of the vocabulary, times ``factors`` [rows], once all tiles were folded
+    into ``state`` [3, rows].
     """
     keep_tile_kernel[(len(targets),)](
         tile,

@@ -81,11 +81,7 @@ class _Engine:
         self.tokens, self.chunk, self.options = tokens, chunk, options
         # logps, entropy, mean_logits and is_top1 of each token; 0 until its chunk was visited
         self.per_token = hidden.new_zeros(4, len(tokens.rows), dtype=compute)
-        self.targets = tokens.targets
         self.statistics = None
-        logits = options.logits
-        self.transform = {"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor}
-
         self.grad_hidden = None
         if options.needs[0]:
             self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=held_dtype(hidden.dtype))
@@ -97,16 +93,16 @@ class _Engine:
         """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
         self._gather(start, stop)
         # a copy, as below: where a slice starts would be one more thing that kernels are compiled for
-        targets = self.targets[start:stop].clone()
-        self.per_token[:, start:stop] = self.chunk.forward(
-            self.chunk_hidden, self.lm_head, targets, self.transform, keep
-        )
+        targets = self.tokens.targets[start:stop].clone()
+        self.per_token[:, start:stop] = self.chunk.forward(self.chunk_hidden, self.lm_head, targets, keep)
         if self.statistics is not None:
             for values, statistic in zip(self.statistics, self.chunk.statistics, strict=True):
                 values[start:stop] = statistic
 
     def start_statistics(self) -> None:
-        """For a second visit: what the chunks of the first say of each token's logits."""
+        """For a second visit: what the first visit's chunks say of each token's logits, [3, B T]. Of these N are used:
+        an operator's output has a shape that must be known before the tokens are counted.
+        """
         num_positions = self.hidden.shape[:-1].numel()
         self.statistics = self.hidden.new_zeros(NUM_STATISTICS, num_positions, dtype=self.options.compute_dtype)
 
@@ -125,11 +121,10 @@ class _Engine:
     def visit_again(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
         """Add the gradients of tokens start..stop by what ``statistics`` says of their logits, computed once more."""
         self._gather(start, stop)
-        targets = self.targets[start:stop].clone()
+        targets = self.tokens.targets[start:stop].clone()
         statistics = self.statistics[:, start:stop].contiguous()
-        for panel in self.chunk.again(
-            self.chunk_hidden, self.lm_head, targets, statistics, token_grads[start:stop], self.transform
-        ):
+        grads = token_grads[start:stop]
+        for panel in self.chunk.again(self.chunk_hidden, self.lm_head, targets, statistics, grads):
             self._add_head_gradients(panel, add=start > 0)
         self._write_hidden_gradient(start, stop)
 
@@ -165,7 +160,7 @@ class _Engine:
         """(logps, token counts, mean entropy, mean logit, token accuracy) of the batch's sequences, each [B]."""
         logits = self.options.logits
         sums = sequence_sums(
-            self.targets,
+            self.tokens.targets,
             self.per_token,
             self.tokens.offsets,
             len(self.tokens.counts),
@@ -186,13 +181,13 @@ class _Engine:
         logps, *metrics = (spread(values) for values in self.per_token)
         return logps, spread(torch.ones_like(self.tokens.rows)), *metrics
 
-    def token_grads(self, logp_grads: torch.Tensor, token_counts: torch.Tensor) -> torch.Tensor:
+    def token_grads(self, logp_grads: torch.Tensor) -> torch.Tensor:
         """d loss / d token log-probability [N] from d loss / d log-probability, each sequence's [B] or position's."""
         if self.options.per_position:
             return logp_grads[self.tokens.rows].to(self.options.compute_dtype)
         return sequence_backward(
-            self.targets,
-            self.tokens.pack(token_counts),
+            self.tokens.targets,
+            self.tokens.offsets.diff(),
             None,
             self.tokens.pack(logp_grads),
             self.tokens.offsets,
@@ -237,11 +232,6 @@ class _Plan(NamedTuple):
     ranges: list[tuple[int, int]]
     is_loss_in_time: bool = False
 
-    @property
-    def lends_sum(self) -> bool:
-        """Whether the weight's gradient, which the only chunk writes last, may hold its buffer until then."""
-        return self.is_loss_in_time and len(self.ranges) == 1
-
 
 def _room(weight: torch.Tensor, options: HiddenOptions) -> _Room:
     keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
@@ -269,16 +259,16 @@ def _plan(
     time, it is the only one.
     """
     num_tokens = sum(counts)
-    if is_total and any(options.needs):
-        one = [(0, num_tokens)] if num_tokens else []
+    if is_total and any(options.needs) and num_tokens:
+        alone = _lone_chunk_spec(weight, options, room.spec)
         several = None if couples else _whole_ranges(counts, room, 2 if paired else 1)
         if several is None:
             is_one = num_tokens <= room.most_alone
         else:
             limit = ONE_CHUNK_MEMORY * _several_bytes(several, weight, options, room.spec)
-            is_one = 0 < _lone_chunk_spec(weight, options, room.spec).size(num_tokens) <= limit
+            is_one = len(several) == 1 or alone.size(num_tokens) <= limit
         if is_one:
-            return _Plan(room.spec, one, is_loss_in_time=True)
+            return _Plan(alone, [(0, num_tokens)], is_loss_in_time=True)
         if several is not None:
             return _Plan(room.spec, several, is_loss_in_time=True)
     if room.spec.keeps == "all":  # the loss comes too late for what would be kept
@@ -324,8 +314,8 @@ def _whole_ranges(counts: list[int], room: _Room, group: int) -> list[tuple[int,
 
 
 def _several_bytes(ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, spec: ChunkSpec) -> int:
-    """Of several chunks and the float32 sum of the weight's gradients, beside a chunk and then beside itself rounded;
-    0 where the sum of one chunk would be no narrower.
+    """The most that several chunks take beyond the weight's gradient itself: a chunk beside the float32 sum, or the
+    whole sum beside its rounded copy. 0 where one chunk would write a gradient as wide as the sum.
     """
     wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
     if not options.needs[1] or spec.grad_dtype != weight.dtype or wide == held:
@@ -338,12 +328,14 @@ def _longest(ranges: list[tuple[int, int]]) -> int:
 
 
 def _chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
+    logits = options.logits
     return ChunkSpec(
         *weight.shape,
         dtype=options.dtype,
         device=weight.device,
-        backend=options.logits.backend,
+        backend=logits.backend,
         keeps=keeps,
+        transform={"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor},
         by_hidden=options.needs[0],
         by_head=options.is_head_trained,
         num_bytes=options.chunk_bytes,
@@ -373,8 +365,6 @@ def _empty_weight_sum(plan: _Plan, weight: torch.Tensor, options: HiddenOptions)
 
 def _make_chunk(plan: _Plan, lent: torch.Tensor | None = None) -> WholeRows | FoldedRows:
     longest, spec = _longest(plan.ranges), plan.spec
-    if lent is not None:
-        spec = replace(spec, lent_bytes=lent.nbytes)
     return FoldedRows(longest, spec, lent) if spec.kind is FoldedRows else WholeRows(longest, spec)
 
 
@@ -389,7 +379,7 @@ def largest_chunk(
     if room.spec.keeps == "all" and not plan.is_loss_in_time:
         plan = _plan_again(sum(counts), weight, options)
     weight_sum = _empty_weight_sum(plan, weight, options)
-    return _make_chunk(plan, weight_sum if plan.lends_sum else None), weight_sum
+    return _make_chunk(plan, weight_sum if plan.spec.lent_bytes else None), weight_sum
 
 
 # ---- forward and backward -----------------------------------------------------------------------------------------
@@ -426,7 +416,7 @@ def forward(
     tokens = _find_tokens(weight, labels, cu_seqlens, options, paired)
     couples = is_total and head.couples_batch(*head_tensors)
     plan = _plan(tokens.counts, room, weight, options, is_total=is_total, paired=paired, couples=couples)
-    weight_sum = _empty_weight_sum(plan, weight, options) if plan.lends_sum else None
+    weight_sum = _empty_weight_sum(plan, weight, options) if plan.spec.lent_bytes else None
 
     chunk = gemm_weight = None
     if reference[0] is not None:
@@ -436,39 +426,34 @@ def forward(
     chunk = chunk or _make_chunk(plan, weight_sum)
     engine = _Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
-    token_counts = tokens.unpack(tokens.offsets.diff())
 
-    def apply_head() -> tuple[tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...]]:
-        sequences = None if options.per_position else engine.sequences()
-        return sequences, () if head is None else head(sequences[0], token_counts, ref_logps, *head_tensors)
+    def apply_head() -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        values = engine.positions() if options.per_position else engine.sequences()
+        return values, () if head is None else head(*values[:2], ref_logps, *head_tensors)
 
-    results = None
     if plan.is_loss_in_time:
         engine.start_sums(_empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
         for start, stop in plan.ranges:
             engine.forward(start, stop, keep=True)
             # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
-            sequences, results = apply_head()
-            engine.backward(start, stop, engine.token_grads(results[1], token_counts))
+            values, results = apply_head()
+            engine.backward(start, stop, engine.token_grads(results[1]))
     else:
         ones = torch.ones_like(engine.per_token[0])
         is_direction = plan.spec.keeps == "panels"  # d logp / d hidden, which needs no loss
-        if is_left_to_backward or (is_total and any(options.needs) and not is_direction):
+        if is_left_to_backward or options.is_head_trained:
             engine.start_statistics()
         for start, stop in plan.ranges:
             engine.forward(start, stop, keep=is_direction)
             if is_direction:
                 engine.backward(start, stop, ones)
-        sequences, results = apply_head()
+        values, results = apply_head()
         if is_total and any(options.needs):
-            token_grads = engine.token_grads(results[1], token_counts)
+            token_grads = engine.token_grads(results[1])
             if is_direction:
                 engine.scale_hidden_gradient(token_grads, plan.ranges)
             else:
                 _visit_again(engine, weight, token_grads)
-    if results is None:  # there was no chunk
-        sequences, results = apply_head()
-    values = engine.positions() if options.per_position else sequences
     statistics = engine.statistics if is_left_to_backward else None
     return values, ref_logps, results, engine.gradients(), statistics
 
@@ -496,16 +481,12 @@ def _reference_logps(
     ref_weight = ref_weight.to(options.ref_dtype)
     ref_options, chunk = replace(options, dtype=options.ref_dtype, needs=(False, False, False)), None
     num_tokens, spec = len(tokens.rows), _chunk_spec(ref_weight, ref_options, "nothing")
-    limit = max(1, num_tokens)
-    if ref_options.dtype == options.dtype:
-        if _takes_fewer(spec, ref_weight, num_tokens, plan, options):
-            limit = spec.enough_tokens
-        else:
-            chunk = _make_chunk(plan, weight_sum)
-            limit = max(1, chunk.num_tokens)
-    # the policy's chunk was made for hidden states of its own width
-    if ref_options.dtype != options.dtype or ref_weight.shape[1] > weight.shape[1]:
-        limit = min(limit, spec.capacity())
+    limit = spec.capacity()
+    if ref_options.dtype == options.dtype and not _takes_fewer(spec, ref_weight, num_tokens, plan):
+        chunk = _make_chunk(plan, weight_sum)
+        most = max(1, chunk.num_tokens)
+        # it was made for hidden states of the policy's width
+        limit = min(limit, most) if ref_weight.shape[1] > weight.shape[1] else most
     ranges = _even_ranges(num_tokens, limit)
     ref_chunk = chunk or _make_chunk(_Plan(spec, ranges))
     engine = _Engine(hidden, ref_weight, bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
@@ -514,14 +495,12 @@ def _reference_logps(
     return engine.sequences()[0], chunk, ref_weight if is_shared else None
 
 
-def _takes_fewer(
-    spec: ChunkSpec, ref_weight: torch.Tensor, num_tokens: int, plan: _Plan, options: HiddenOptions
-) -> bool:
+def _takes_fewer(spec: ChunkSpec, ref_weight: torch.Tensor, num_tokens: int, plan: _Plan) -> bool:
     """Whether the reference takes fewer chunks of its own, before the policy's take their memory. Not where tiles in
     memory would be others than the policy's: of equal models the log-ratios would no longer be exactly 0. (The last
     columns, less than a tile of registers', go through memory all the same, and may be rounded otherwise there.)
     """
-    if spec.kind is not FoldedRows or not spec.goes_through_registers(ref_weight, options.logits.logit_softcap):
+    if spec.kind is not FoldedRows or not spec.goes_through_registers(ref_weight):
         return False
     shared, own = (max(1, size) for size in (_longest(plan.ranges), min(num_tokens, spec.enough_tokens)))
     is_fewer = len(_even_ranges(num_tokens, own)) < len(_even_ranges(num_tokens, shared))
@@ -552,7 +531,7 @@ def backward(
     tokens = _find_tokens(weight, labels, cu_seqlens, options, paired=False)
     engine = _Engine(hidden, weight.to(options.dtype), bias, tokens, None, options, weight.dtype)
     engine.statistics = statistics
-    _visit_again(engine, weight, engine.token_grads(logp_grads, tokens.unpack(tokens.offsets.diff())))
+    _visit_again(engine, weight, engine.token_grads(logp_grads))
     return engine.gradients()
 
 
@@ -577,30 +556,10 @@ def _flatten_options(options: HiddenOptions) -> tuple:
     )
 
 
-def _unflatten_options(
-    ignore_index,
-    shift,
-    average,
-    temperature,
-    scale,
-    softcap,
-    backend,
-    dtype,
-    ref_dtype,
-    chunk_bytes,
-    per_position,
-    *needs,
-) -> HiddenOptions:
-    logits = LogitOptions(
-        ignore_index=ignore_index,
-        shift=shift,
-        average_log_prob=average,
-        temperature=temperature,
-        logit_scale=scale,
-        logit_softcap=softcap,
-        backend=backend,
-    )
-    return HiddenOptions(logits, dtype, ref_dtype, chunk_bytes, needs, per_position)
+def _unflatten_options(*values: Any) -> HiddenOptions:
+    logits = LogitOptions(*values[:6], backend=values[6])
+    dtype, ref_dtype, chunk_bytes, per_position, *needs = values[7:]
+    return HiddenOptions(logits, dtype, ref_dtype, chunk_bytes, tuple(needs), per_position)
 
 
 def _num_sequences(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:

@@ -115,6 +115,7 @@ class ChunkSpec:
     device: torch.device
     backend: str
     keeps: Keeps
+    transform: dict  # scale, softcap and factor of ``kernels.token_logprobs``
     by_hidden: bool  # which gradients are to be taken
     by_head: bool  # of its weight, its bias or both
     num_bytes: int
@@ -162,13 +163,13 @@ class ChunkSpec:
         limit = min(MOST_TOKENS if self.keeps == "all" else self.enough_tokens, self.num_bytes // self.hidden_size)
         return max(1, bisect.bisect_right(range(1, limit + 1), self.num_bytes, key=self.size))
 
-    def goes_through_registers(self, weight: torch.Tensor, softcap: float | None) -> bool:
+    def goes_through_registers(self, weight: torch.Tensor) -> bool:
         """Whether a chunk of ``FoldedRows`` folds logits of this LM head in the registers of their GEMM."""
         from .kernels import register_tiles
 
         # of policy and reference the wider: a chunk planned for tiles in memory has no room for registers' results
         is_narrow = _folds_in_registers(max(self.hidden_size, weight.shape[1]), self.device)
-        return is_narrow and softcap is None and register_tiles.serves(weight)
+        return is_narrow and self.transform["softcap"] is None and register_tiles.serves(weight)
 
     def size(self, num_tokens: int) -> int:
         """Bytes that a chunk of so many tokens takes, what passes through their GEMMs counted in."""
@@ -190,7 +191,7 @@ class WholeRows:
     """
 
     def __init__(self, num_tokens: int, spec: ChunkSpec):
-        self.num_tokens, self.spec = num_tokens, spec
+        self.num_tokens, self.spec, self.transform = num_tokens, spec, spec.transform
         self.logits = torch.empty(num_tokens, spec.vocab_size, dtype=spec.compute_dtype, device=spec.device)
         self.grads = self.logits
         if spec.keeps != "nothing" and spec.grad_dtype != spec.compute_dtype:
@@ -214,14 +215,12 @@ class WholeRows:
         scratch = 2 * min(torch_backend.BLOCK_BYTES, logits * wide) if spec.backend == "torch" else 0
         return buffers + hidden * spec.dtype.itemsize + max(passing, scratch)
 
-    def forward(
-        self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, keep: bool) -> torch.Tensor:
         """(logps, entropy, mean_logits, is_top1) [4, n] of hidden [n, H] and targets [n] int32; ``keep`` what backward
-        needs. ``statistics`` is for a second visit.
+        needs, as these rows always do. ``statistics`` is for a second visit.
         """
         logits = self._logits(hidden, lm_head)
-        options = {"ignore_index": MASKED, "shift": False, **transform}
+        options = {"ignore_index": MASKED, "shift": False, **self.transform}
         if self.spec.backend == "torch":
             outputs = torch_backend.token_logprobs(logits, targets, None, **options)
         else:
@@ -234,7 +233,7 @@ class WholeRows:
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
                 )
         self.targets, row_max, log_sum, per_token = outputs
-        self.statistics, self.transform = (row_max, log_sum, per_token[0]), transform
+        self.statistics = row_max, log_sum, per_token[0]
         return per_token
 
     def again(
@@ -244,13 +243,12 @@ class WholeRows:
         targets: torch.Tensor,
         statistics: torch.Tensor,
         token_grads: torch.Tensor,
-        transform: dict,
     ) -> Iterator[slice]:
         """``forward`` and ``backward`` once more, with the first visit's ``statistics`` [NUM_STATISTICS, n]: for some
         columns at a time, which it yields for the head's gradient.
         """
         self._logits(hidden, lm_head)
-        self.targets, self.transform = targets, transform
+        self.targets = targets
         # copies: where a row of them starts would be one more thing that kernels are compiled for
         self.statistics = tuple(row.clone() for row in statistics)
         self.backward(token_grads)
@@ -309,7 +307,7 @@ class FoldedRows:
 
     def __init__(self, num_tokens: int, spec: ChunkSpec, lent: torch.Tensor | None = None):
         """``lent`` is the weight's gradient, whose memory serves the buffer until this chunk's last GEMM writes it."""
-        self.num_tokens, self.spec = num_tokens, spec
+        self.num_tokens, self.spec, self.transform = num_tokens, spec, spec.transform
         self.tile_cols, self.kept_cols = _column_counts(num_tokens, spec)
         is_enough = lent is not None and lent.nbytes >= 4 * num_tokens * _buffer_cols(self.tile_cols, spec)
         self.lent = lent if is_enough else None
@@ -320,8 +318,8 @@ class FoldedRows:
 
     @functools.cached_property
     def buffer(self) -> torch.Tensor:
-        """A tile of logits, unless registers hold them; where all are kept, the gradient by the hidden states after the
-        last.
+        """A tile of logits, unless registers hold them; where all are kept, also the gradient by the hidden states,
+        once the last tile was folded.
         """
         cols = self.spec.hidden_size if self.in_registers else _buffer_cols(self.tile_cols, self.spec)
         size = self.num_tokens, cols
@@ -354,13 +352,11 @@ class FoldedRows:
         vocab_size, width = self.spec.vocab_size, self.kept_cols or self.spec.vocab_size
         return [slice(first, min(first + width, vocab_size)) for first in range(0, vocab_size, width)]
 
-    def forward(
-        self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, transform: dict, keep: bool
-    ) -> torch.Tensor:
-        """As ``WholeRows.forward``."""
+    def forward(self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, keep: bool) -> torch.Tensor:
+        """As ``WholeRows.forward``, but that P is kept with ``keep`` alone."""
         from .kernels import register_tiles, vocabulary_tiles
 
-        self._begin(lm_head, targets, transform)
+        self._begin(lm_head, targets)
         new_empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
         state = new_empty(6, len(hidden))
         outputs = new_empty(4, len(hidden))
@@ -372,17 +368,17 @@ class FoldedRows:
             else:
                 self._fold(hidden, lm_head, state, slice(0, self.spec.vocab_size))
             vocabulary_tiles.finish(
-                targets, state, outputs, vocab_size=self.spec.vocab_size, factor=transform["factor"]
+                targets, state, outputs, vocab_size=self.spec.vocab_size, factor=self.transform["factor"]
             )
         self.statistics = state[:NUM_STATISTICS]
         return outputs
 
-    def _begin(self, lm_head: LMHead, targets: torch.Tensor, transform: dict) -> None:
+    def _begin(self, lm_head: LMHead, targets: torch.Tensor) -> None:
         """Choose the kernels of a visit."""
         from .kernels import register_tiles
 
-        self.targets, self.transform = targets, transform
-        self.in_registers = self.spec.goes_through_registers(lm_head.weight, transform["softcap"])
+        self.targets = targets
+        self.in_registers = self.spec.goes_through_registers(lm_head.weight)
         # a tile's columns, and of one step of the kernels that meet it in memory
         self.width, self.block = self.tile_cols, self.spec.block
         if self.in_registers:
@@ -457,13 +453,12 @@ class FoldedRows:
         targets: torch.Tensor,
         statistics: torch.Tensor,
         token_grads: torch.Tensor,
-        transform: dict,
     ) -> Iterator[slice]:
         """As ``WholeRows.again``; what is kept is the gradient itself."""
         from .kernels import register_tiles, vocabulary_tiles
 
-        self._begin(lm_head, targets, transform)
-        self.statistics = statistics
+        self._begin(lm_head, targets)
+        self.statistics, transform = statistics, self.transform
         self.backward(token_grads)
         factors, self.row_scale = self.row_scale, None
         for panel in self.panels():

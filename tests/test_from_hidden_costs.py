@@ -334,9 +334,9 @@ def test_a_reference_in_registers_takes_as_few_chunks_as_fit(without_arithmetic,
     monkeypatch.setattr(projection, "_is_hopper", lambda device: is_hopper)
     chunks, forward = {False: [], True: []}, projection.FoldedRows.forward
 
-    def counted(chunk, hidden, lm_head, targets, transform, keep):
+    def counted(chunk, hidden, lm_head, targets, keep):
         chunks[keep].append(len(hidden))
-        return forward(chunk, hidden, lm_head, targets, transform, keep)
+        return forward(chunk, hidden, lm_head, targets, keep)
 
     monkeypatch.setattr(projection.FoldedRows, "forward", counted)
     case = untouched_case(896, 151936, 2048, batch=8)
@@ -443,7 +443,7 @@ def test_the_chunks_of_a_second_visit(without_arithmetic, tokens, budget, expect
 
 def test_a_budget_may_be_any_number():
     for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
-        spec = projection.ChunkSpec(1, 1, dtype, CPU, backend, "all", by_hidden=True, by_head=True, num_bytes=2**70)
+        spec = projection.ChunkSpec(1, 1, dtype, CPU, backend, "all", {}, by_hidden=True, by_head=True, num_bytes=2**70)
         assert spec.capacity() > 2**20
         assert replace(spec, num_bytes=1).capacity() == 1
 
