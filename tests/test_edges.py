@@ -18,7 +18,7 @@ from cases import (
 )
 
 import kto_fused
-from kto_fused import from_hidden, fused_dpo_loss, fused_kto_loss, fused_linear_kto_loss
+from kto_fused import checks, from_hidden, fused_dpo_loss, fused_kto_loss, fused_linear_kto_loss
 from kto_fused.layout import INVALID
 
 MASKED = -100
@@ -431,6 +431,27 @@ def test_a_label_outside_the_vocabulary(engine, bad, shift, monkeypatch):
         monkeypatch.setenv("KTO_FUSED_VALIDATE", "1")
     with pytest.raises(IndexError, match=message):
         run(fused_kto_loss, case)
+
+
+@pytest.mark.parametrize("dtype", checks.INTEGER_DTYPES, ids=str)
+def test_labels_of_every_integer_dtype(engine, dtype):
+    case = case_on(engine, vocab=9, ignore_index=9)  # what uint8 can hold
+    expected = run(fused_kto_loss, case)
+    case.labels = case.labels.to(dtype)
+    actual = run(fused_kto_loss, case)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[2], expected[2])
+
+
+@pytest.mark.parametrize("function", [kto_fused.kto_loss_from_logps, kto_fused.dpo_loss_from_logps])
+def test_metrics_carry_no_gradient(engine, function):
+    policy, ref = (torch.randn(6, device=engine[1], requires_grad=True) for _ in range(2))
+    desirable = [torch.arange(6, device=engine[1]) % 2 == 0] if function is kto_fused.kto_loss_from_logps else []
+    loss, metrics = function(policy, ref, *desirable, backend=engine[0])
+    assert loss.requires_grad
+    tensors = [value for value in vars(metrics).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 3
+    assert not any(value.requires_grad for value in tensors)
 
 
 def test_unchecked_labels_and_offsets_give_nan(engine, monkeypatch):

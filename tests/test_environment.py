@@ -38,6 +38,15 @@ def test_versions_are_those_installed():
     assert list(versions) == ["kto-fused", "python", "torch", "triton", *environment.PACKAGES]
 
 
+def test_checks_read_a_gpus_tensors_only_where_the_variable_says_so(monkeypatch):
+    monkeypatch.delenv("KTO_FUSED_VALIDATE", raising=False)
+    elsewhere = torch.empty(0, device="meta")
+    assert backends.may_read(torch.empty(0))
+    assert not backends.may_read(elsewhere)
+    monkeypatch.setenv("KTO_FUSED_VALIDATE", "1")
+    assert backends.may_read(elsewhere)
+
+
 def test_a_missing_package_is_reported_and_stops_nothing(monkeypatch, capsys):
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)

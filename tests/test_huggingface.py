@@ -137,6 +137,20 @@ def test_the_architectures_exercise_what_logits_may_be(monkeypatch):
         assert abs(losses[name] - kto(model)) > 1e-4, name
 
 
+@pytest.mark.parametrize(
+    ("name", "scale", "softcap"),
+    [
+        *((name, 3.0, None) for name in huggingface.MULTIPLIED_BY),
+        *((name, 1 / 3, None) for name in huggingface.DIVIDED_BY),
+        *((name, 1.0, 3.0) for name in huggingface.SOFT_CAPPED_BY),
+    ],
+)
+def test_each_name_of_a_scale_or_a_soft_cap_is_read(name, scale, softcap):
+    options = huggingface.logit_options(PretrainedConfig(**{name: 3.0}))
+    assert options == {"logit_scale": pytest.approx(scale), "logit_softcap": softcap}
+    assert huggingface.logit_options(PretrainedConfig(**{name: None})) == {"logit_scale": 1.0, "logit_softcap": None}
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_router_loss_is_added_to_losses_with_and_without_gradients(name):
     model, twin = make_model(name), make_model(name, output_router_logits=False)
@@ -605,6 +619,20 @@ def test_refuses_logits_that_are_a_tenth_too_large(dtype):
 
     model.forward = patched
     with refuses(model, "LlamaForCausalLM's logits differ"):
+        huggingface.attach(model)
+
+
+def test_refuses_logits_of_other_shape_than_the_heads():
+    model = make_model("llama")
+    plain = model.forward
+
+    def patched(*args, **kwargs):
+        outputs = plain(*args, **kwargs)
+        outputs.logits = outputs.logits[..., :-1]
+        return outputs
+
+    model.forward = patched
+    with refuses(model, f"LlamaForCausalLM's logits are (1, 8, {VOCAB - 1}), its LM head gives (1, 8, {VOCAB})"):
         huggingface.attach(model)
 
 

@@ -18,8 +18,6 @@ if not trl.__version__.startswith("1.16."):
     pytest.skip(f"fuses TRL 1.16, found {trl.__version__}", allow_module_level=True)
 
 # ruff: noqa: E402  (what follows needs TRL)
-import datasets
-import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,21 +34,7 @@ WORDS = VOCAB - 3
 DPO_WHOLE = ["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"]
 DPO_OTHERS = ["exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop", "sft", "sigmoid_norm"]
 TIMES = ("runtime", "per_second", "total_flos")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def many_short_runs():
-    """Nothing here is worth a second thread; each run collects garbage, which need not look at imported modules."""
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
-    datasets.enable_progress_bars()
-    transformers.logging.set_verbosity_warning()
+pytestmark = pytest.mark.usefixtures("small_machine")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -573,13 +557,11 @@ def test_all_logged_values_are_read_at_once(tmp_path, kind, monkeypatch):
 
 
 @both_trainers
-@pytest.mark.parametrize("batches", ["trls", "of another collator", "of a patched collator", "prepared otherwise"])
+@pytest.mark.parametrize("batches", ["trls", "of another collator", "of a patched collator", *dropin.MAKES_BATCHES])
 def test_attention_gets_no_mask_for_the_padding_of_trls_collators(tmp_path, kind, batches, attention_masks):
-    class Prepared(kind):
-        def _prepare_inputs(self, inputs):
-            return super()._prepare_inputs(inputs)
-
-    subclass = Prepared if batches == "prepared otherwise" else None
+    subclass = None
+    if batches in dropin.MAKES_BATCHES:  # a method of one's own may pad on the left
+        subclass = type("MyTrainer", (kind,), {batches: lambda self, *args: getattr(kind, batches)(self, *args)})
     trainer = fuse(make_trainer(kind, tmp_path, max_steps=1, subclass=subclass))
     collator = trainer.data_collator
     if batches == "of another collator":  # which may pad on the left
