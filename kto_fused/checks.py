@@ -87,7 +87,9 @@ def logits_and_labels(
 def rows_and_labels(
     name: str, values: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, *, last: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
-    """The same for logits or hidden states; ``last`` names their last dimension."""
+    """Check logits [B, T, V] or hidden states [B, T, H], ``last`` naming that dimension, against labels and offsets;
+    returns what ``logits_and_labels`` does.
+    """
     resolve(None, tensor(name, values, FLOAT_DTYPES, A_FLOAT).device)  # raises for one that computes nothing
     tensor("labels", labels, INTEGER_DTYPES, "integer token ids")
     same_device("labels", labels, name, values)
@@ -97,7 +99,7 @@ def rows_and_labels(
                 f"{name} must be [B, T, {last}], got shape {_shape(values)}; packed, [N, {last}], it needs cu_seqlens"
             )
     else:
-        tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 offsets")
+        tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 or int64 offsets")
         same_device("cu_seqlens", cu_seqlens, name, values)
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
             raise ValueError(f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {_shape(cu_seqlens)}")

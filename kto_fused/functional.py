@@ -56,26 +56,27 @@ def fused_kto_loss(
         labels: [B, T] (or [N]) integer token ids; ``ignore_index`` at prompt and padding positions.
         desirable: [B] bool, or integers 0 and 1.
         ref_logits: the reference model's logits, shaped as ``policy_logits``; never receives a gradient.
-        ref_logps: [B] the reference's log-probabilities instead, summed, or averaged with ``average_log_prob``:
-            ``sequence_logps`` of its logits. Exactly one of the two.
+        ref_logps: [B] the reference's log-probabilities instead, in nats and any floating dtype, summed, or averaged
+            with ``average_log_prob``: ``sequence_logps`` of its logits. Exactly one of the two.
         reference_point: z0 in nats, a number or a scalar tensor (``kto_reference_point``), or ``"batch_mean"``: the
-            batch's mean log-ratio. Never receives a gradient. Under ``torch.compile`` one that changes should be a
-            tensor: each new number, this or ``beta`` or any other, may be compiled anew.
+            batch's mean log-ratio; for ``apo_zero_unpaired`` left out, or the number 0. Never receives a gradient.
+            Under ``torch.compile`` one that changes should be a tensor: each new number, this or ``beta`` or any
+            other, may be compiled anew.
         beta: strength of the pull towards the reference, > 0.
         desirable_weight, undesirable_weight: class weights, >= 0 (``kto_class_weights``).
         loss_type: ``kto``, ``kto_squared`` or ``apo_zero_unpaired``.
         reduction: ``mean`` over all sequences, ``sum``, or ``none`` ([B]).
         average_log_prob: L_s is the mean over completion tokens instead of the sum.
-        cu_seqlens: [B+1] int32, the packed sequences' offsets from 0 to N.
+        cu_seqlens: [B+1] int32 or int64, the packed sequences' offsets from 0 to N.
         ignore_index: the label of a position that is not part of a completion.
         shift: position t predicts ``labels[:, t + 1]``, as in Hugging Face models; else ``labels[:, t]``. A shift never
             crosses from one packed sequence to the next.
         temperature, logit_scale, logit_softcap: z = softcap tanh(scale x / softcap) / temperature, for the policy and
             for ``ref_logits``. A soft cap makes even an infinite logit finite; without one, +inf gives a NaN loss.
-        inplace_backward: write the gradient over ``policy_logits`` and save a tensor of its size. Whoever else saved
-            those logits gets autograd's error, but neither the graph of a compiled model that uses its logits again nor
-            whoever saved them under hooks of their own. Refused for a leaf tensor; under saved-tensor hooks around the
-            loss (a checkpoint, ``save_on_cpu``) the gradient is a tensor of its own.
+        inplace_backward: write the gradient over ``policy_logits``, which saves a tensor of that size. For logits that
+            nothing else needs in its backward: autograd raises an error if something does, but neither a compiled
+            model that uses them again nor saved-tensor hooks of one's own can notice. Refused for a leaf tensor; in a
+            checkpoint, or under ``save_on_cpu``, the gradient is a tensor of its own.
         backend: ``triton``, ``torch``, or None for the faster one on the tensors' device.
 
     Returns:
@@ -165,9 +166,9 @@ def fused_dpo_loss(
     2408.06266.
 
     Args:
-        beta: strength of the pull towards the reference, > 0.
+        beta: strength of the pull towards the reference, > 0; for ``simpo``, which has none, the reward's scale.
         label_smoothing: s in [0, 0.5), the assumed share of flipped pairs; for ``sigmoid``, ``robust``, ``simpo``.
-        gamma: SimPO's target margin in nats; for ``simpo``.
+        gamma: SimPO's target margin between rewards, in units of beta h: gamma / beta nats a token; for ``simpo``.
         reduction: ``mean`` over all pairs, ``sum``, or ``none`` ([B/2]).
         ref_logits, ref_logps: the reference, exactly one of them; neither for ``simpo``.
 
@@ -255,14 +256,13 @@ def fused_linear_kto_loss(
         ref_lm_head_weight, ref_lm_head_bias: its LM head [V, H_ref] and bias [V]. A weight alone has no bias; without a
             weight both are the policy's, without a gradient.
         ref_logps: [B] the reference's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
-        chunk_bytes: how much memory to spend beside the gradients: enough for one token at the least. The default,
-            1 GiB, lets the GEMMs run near their full rate; more can spare the fourth GEMM, and what no GEMM would be
-            faster for is not taken. (On a GPU with a trained head, several sequences share half of it, or what a
-            float32 gradient of the head takes: 2 GiB make small heads, H = 896, a few percent faster.) Gradients count
-            in float32 for float16, and the weight's where several chunks add up, or one chunk takes what that would;
-            under autocast the cast head comes on top. For the least memory on a GPU take less than a sequence needs:
-            the second visit that goes with 4 GEMMs then writes a bfloat16 head's gradient without a float32 sum, in
+        chunk_bytes: memory to spend beside the gradients, enough for one token at the least. The default, 1 GiB, lets
+            the GEMMs run near their full rate. More can spare a long sequence or a coupled batch the fourth GEMM, and
+            makes small heads on a GPU (H = 896, 2 GiB) a few percent faster; what no GEMM would be faster for is not
+            taken. Less than a sequence needs takes the least memory on a GPU, with 4 GEMMs: their second visit takes
             one chunk of up to twice ``chunk_bytes``, or of 6 (H + 1024) bytes a token, where that saves a quarter.
+            Gradients count in float32 for float16, and the weight's where several chunks add up, or one chunk takes
+            what that would; under autocast the cast head comes on top.
 
     All other arguments are those of ``fused_kto_loss``, and so are the errors.
 
@@ -286,8 +286,8 @@ def fused_linear_kto_loss(
         lm_head_bias,
         labels,
         cu_seqlens,
-        ref_hidden,
         chunk_bytes,
+        ref_hidden=ref_hidden,
         ignore_index=ignore_index,
         shift=shift,
         average_log_prob=average_log_prob,
@@ -372,8 +372,8 @@ def fused_linear_dpo_loss(
         lm_head_bias,
         labels,
         cu_seqlens,
-        ref_hidden,
         chunk_bytes,
+        ref_hidden=ref_hidden,
         ignore_index=ignore_index,
         shift=shift,
         average_log_prob=average_log_prob,
@@ -526,7 +526,6 @@ def linear_sequence_logps(
         lm_head_bias,
         labels,
         cu_seqlens,
-        None,
         chunk_bytes,
         ignore_index=ignore_index,
         shift=shift,
@@ -582,7 +581,6 @@ def linear_token_logps(
         lm_head_bias,
         labels,
         cu_seqlens,
-        None,
         chunk_bytes,
         ignore_index=ignore_index,
         shift=shift,
@@ -690,9 +688,9 @@ def kto_reference_point(
 ) -> torch.Tensor:
     """The KTO paper's reference point: z0 = max(0, mean_i [log pi(y_j | x_i) - log pi_ref(y_j | x_i)]), j = i+1 mod m.
 
-    The log-probabilities are those of mismatched pairs: each prompt with the next prompt's completion. Where
-    ``torch.distributed`` is initialised, the mean is over all ranks of ``process_group`` (None: all ranks), so every
-    rank must call.
+    The log-probabilities are those of mismatched pairs: each prompt with the next prompt's completion (Ethayarajh et
+    al. 2024, arXiv 2402.01306, whose class weights ``kto_class_weights`` gives). Where ``torch.distributed`` is
+    initialised, the mean is over all ranks of ``process_group`` (None: all ranks), so every rank must call.
 
     Args:
         policy_kl_logps, ref_kl_logps: [m] floating-point, in nats; a rank's m may be 0.
@@ -782,17 +780,16 @@ def _hidden_arguments(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
-    ref_hidden: torch.Tensor | None,
     chunk_bytes: int,
     *,
-    backend: str | None,
+    ref_hidden: torch.Tensor | None = None,
     per_position: bool = False,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, int, HiddenOptions]:
     """(hidden, weight, bias, labels, cu_seqlens, number of sequences, options), all checked."""
     rows, labels, cu_seqlens, num_sequences = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
     checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
-    logits = _logit_options("hidden", hidden, backend=backend, inplace_backward=False, **options)
+    logits = _logit_options("hidden", hidden, inplace_backward=False, **options)
     checks.integer("chunk_bytes", chunk_bytes, at_least=1)
     if ref_hidden is not None:
         checks.ref_hidden(ref_hidden, hidden)

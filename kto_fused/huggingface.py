@@ -41,10 +41,10 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     """``function(hidden=, lm_head_weight=, lm_head_bias=, logit_scale=, logit_softcap=, **arguments)`` of a model.
 
     ``function`` is one that takes hidden states: ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``,
-    ``linear_sequence_logps``, or a twin of theirs in ``reference``. A mixture of experts whose configuration asks for
-    router logits has its auxiliary loss added to a loss (with ``reduction="none"`` to each sequence's), times
-    ``router_aux_loss_coef``, as the model's own forward does; not to log-probabilities. Of a tuple that a function of
-    your own returns the first is taken for a loss.
+    ``linear_sequence_logps``, ``linear_token_logps``, or a twin of theirs in ``reference``. A mixture of experts whose
+    configuration asks for router logits has its auxiliary loss added to a loss (with ``reduction="none"`` to each
+    sequence's), times ``router_aux_loss_coef``, as the model's own forward does; not to log-probabilities. A function
+    of your own that returns a tuple returns a loss first.
 
     Args:
         function: called once, inside the model's forward.
@@ -95,9 +95,17 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
 def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> Any:
     """``function(logits, **arguments)`` of a model's own logits, for a model that ``attach`` refuses.
 
-    ``function`` is one that takes logits: ``fused_kto_loss``, ``fused_dpo_loss``, ``sequence_logps``, or a twin. The
-    auxiliary loss of a mixture of experts is treated as in ``apply``, and so are ``logit_scale`` and ``logit_softcap``,
-    which these logits hold already.
+    ``function`` is one that takes logits: ``fused_kto_loss``, ``fused_dpo_loss``, ``sequence_logps``, ``token_logps``,
+    or a twin. The auxiliary loss of a mixture of experts is treated as in ``apply``, and so are ``logit_scale`` and
+    ``logit_softcap``, which these logits hold already.
+
+    Args:
+        function: called once, with the logits [B, T, V].
+        model: any model that returns ``logits``, bare or wrapped.
+        model_inputs, arguments: as in ``apply``.
+
+    Returns:
+        What ``function`` returns.
 
     Raises:
         UnsupportedModelError: the auxiliary loss has a weight of another name than ``router_aux_loss_coef``.
@@ -122,16 +130,26 @@ def attach(model: nn.Module) -> None:
     saving and copying are as before. The model's own logits are compared once, on a few tokens, with those the loss
     would see: an architecture that does more between its hidden states and its logits is refused, not trained wrongly.
 
+    Args:
+        model: as in ``apply``. Attaching it again changes nothing.
+
     Raises:
         UnsupportedModelError: the LM head is not a plain linear layer (it carries an adapter, is quantised or missing),
             prompts are learned, ``config.return_dict`` is off, attention sees later tokens, or the model's logits are
-            not finite or more than its head, scale and soft cap.
+            not finite or more than its head, scale and soft cap; or the model is wrapped in ``nn.DataParallel``, was
+            prepared by accelerate before, lies on the meta device, or is ZeRO-3's without an engine.
         TypeError: ``model`` holds no ``PreTrainedModel``.
+
+    >>> from kto_fused import huggingface
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    ...                                      num_attention_heads=2, num_key_value_heads=2))
+    >>> huggingface.attach(model)
     """
     inner = unwrap(model)
     layers = head_layers(inner)
     # what pickle brings back is the class's own forward
-    is_attached = getattr(inner, "_has_fused_call", False) and _forward_of(inner) is not type(inner).forward
+    is_attached = hasattr(inner, "_unfused_forward") and _forward_of(inner) is not type(inner).forward
     if not is_attached and "_original_forward" in inner.__dict__:
         raise UnsupportedModelError(
             "model was prepared by accelerate before it knew the fused loss, which would run outside of autocast: "
@@ -149,7 +167,6 @@ def attach(model: nn.Module) -> None:
     # an instance's own forward is somebody else's patch; as a bound method it follows the model when that is copied
     inner._unfused_forward = inner.__dict__.get("forward")
     inner.forward = MethodType(_forward_like(type(inner).forward), inner)
-    inner._has_fused_call = True
     try:
         check_is_causal(inner)
         _check_logits(inner)
@@ -161,7 +178,7 @@ def attach(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Give the model back the forward it had before ``attach``."""
     inner = unwrap(model)
-    if not getattr(inner, "_has_fused_call", False):
+    if not hasattr(inner, "_unfused_forward"):
         return
     for layer in inner.get_output_embeddings().modules():
         if _forward_of(layer) is _head_forward:
@@ -169,7 +186,7 @@ def detach(model: nn.Module) -> None:
     del inner.forward
     if inner._unfused_forward is not None:
         inner.forward = inner._unfused_forward
-    del inner._unfused_forward, inner._has_fused_call
+    del inner._unfused_forward
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -254,7 +271,7 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
         scale *= getattr(text, name, None) or 1.0
     for name in DIVIDED_BY:
         scale /= getattr(text, name, None) or 1.0
-    softcaps = (getattr(text, name, None) or None for name in SOFT_CAPPED_BY)
+    softcaps = (getattr(text, name, None) for name in SOFT_CAPPED_BY)
     return {"logit_scale": scale, "logit_softcap": next(filter(None, softcaps), None)}
 
 
@@ -276,7 +293,11 @@ def _check_call(function: Callable, model_inputs: Any, arguments: dict[str, Any]
             f"got {type(model_inputs).__name__}"
         )
     # of a Fused...Loss, of a functools.partial
-    held = {**getattr(function, "options", {}), **getattr(function, "keywords", {}), **arguments}
+    held = {
+        **getattr(getattr(function, "func", function), "options", {}),
+        **getattr(function, "keywords", {}),
+        **arguments,
+    }
     for name in ("logit_scale", "logit_softcap"):
         if name in held:
             raise ValueError(f"{name}={held[name]} is given, expected none: the model's configuration says it")
@@ -306,13 +327,15 @@ class Outcome:
         self.result, self.aux_loss = result, None
 
     def results(self, gradient_path: torch.Tensor) -> tuple:
-        """``exact``, of the first and what wrappers made of it on its way; then the others."""
+        """As computed; the first with the gradient hooks of the wrappers that may have rounded ``gradient_path``."""
         first, *others = self.result if isinstance(self.result, tuple) else (self.result,)
-        return exact(first, gradient_path), *others
+        return first if gradient_path is first else OnBothPaths.apply(first, gradient_path), *others
 
 
 class OnBothPaths(torch.autograd.Function):
-    """``exact`` with its own gradient; zeros run along ``wrapped``, what wrappers made of it, through their hooks."""
+    """Forward: ``exact``, unrounded. Backward: the gradient goes straight to ``exact``, and zeros through ``wrapped``,
+    what wrappers (DDP, FSDP2) made of it, so that their hooks run.
+    """
 
     @staticmethod
     def forward(ctx, exact: torch.Tensor, wrapped: torch.Tensor) -> torch.Tensor:
@@ -324,31 +347,22 @@ class OnBothPaths(torch.autograd.Function):
         return grad, torch.zeros_like(*ctx.saved_tensors)
 
 
-def exact(result: torch.Tensor, wrapped: torch.Tensor) -> torch.Tensor:
-    """A result as it was computed, with the gradient hooks of the wrappers that may have rounded it."""
-    return result if wrapped is result else OnBothPaths.apply(result, wrapped)
-
-
 def _forward_like(forward: Callable) -> Callable:
-    """``_forward`` under the signature that ``generate`` and ``Trainer`` look at."""
+    """``forward`` that takes a ``fused_call``, under the signature that ``generate`` and ``Trainer`` look at."""
 
     def fused_forward(self: PreTrainedModel, *args, fused_call: FusedCall | None = None, **kwargs) -> Any:
-        return _forward(self, fused_call, *args, **kwargs)
+        if fused_call is None:
+            unfused = self._unfused_forward
+            return type(self).forward(self, *args, **kwargs) if unfused is None else unfused(*args, **kwargs)
+        gradient_path, outcome, routed = call_at_head(self, fused_call, *args, **kwargs)
+        if routed is not None and _is_loss(outcome.result):
+            outcome.aux_loss = _router_loss(self, *routed)
+        return gradient_path, outcome
 
     # not functools.wraps, whose __wrapped__ accelerate follows when it takes its own wrappers off
     fused_forward.__signature__ = inspect.signature(forward)
     fused_forward.__name__ = "forward"
     return fused_forward
-
-
-def _forward(self: PreTrainedModel, fused_call: FusedCall | None, *args, **kwargs) -> Any:
-    if fused_call is None:
-        unfused = self._unfused_forward
-        return type(self).forward(self, *args, **kwargs) if unfused is None else unfused(*args, **kwargs)
-    gradient_path, outcome, routed = call_at_head(self, fused_call, *args, **kwargs)
-    if routed is not None and _is_loss(outcome.result):
-        outcome.aux_loss = _router_loss(self, *routed)
-    return gradient_path, outcome
 
 
 def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tuple[torch.Tensor, Outcome, Any]:

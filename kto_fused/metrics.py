@@ -15,8 +15,9 @@ class LossMetrics:
     length-averaged log-probability, beta ``logps`` / ``token_counts`` of sums. ``reference_point`` is KTO's z0 in nats
     (None for pairs). ``desirable`` [B] is KTO's argument; None for pairs, whose first half is chosen and second
     rejected. From logits or hidden states there are also ``token_counts`` [B], and ``entropy``, ``mean_logits`` and
-    ``token_accuracy`` [B], means over each sequence's completion tokens (0 where it has none). ``token_accuracy`` is
-    the share of them that are the model's most likely token, a tie included.
+    ``token_accuracy`` [B], means over each sequence's completion tokens (0 where it has none). ``entropy`` is in nats,
+    ``mean_logits`` the mean over the vocabulary of the logits after scale, soft cap and temperature, ``token_accuracy``
+    the share of tokens that are the model's most likely one, a tie included.
 
     What was an argument of the loss (``desirable``, log-probabilities) is not copied: written to afterwards, it changes
     here too.

@@ -179,10 +179,10 @@ def linear_kto_loss(
     **options: Any,
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_linear_kto_loss``."""
-    head = lm_head_weight, lm_head_bias
-    ref_head = ref_lm_head_weight, ref_lm_head_bias
-    reference = ref_hidden, *ref_head, ref_logps
-    logits, ref_logits = _policy_and_ref_logits(hidden, *head, labels, *reference, chunk_bytes, options)
+    head, ref_head = (lm_head_weight, lm_head_bias), (ref_lm_head_weight, ref_lm_head_bias)
+    logits, ref_logits = _policy_and_ref_logits(
+        hidden, head, labels, ref_hidden, ref_head, ref_logps, chunk_bytes, **options
+    )
     return kto_loss(logits, labels, desirable, ref_logits=ref_logits, ref_logps=ref_logps, **options)
 
 
@@ -201,10 +201,10 @@ def linear_dpo_loss(
     **options: Any,
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Twin of ``kto_fused.fused_linear_dpo_loss``."""
-    head = lm_head_weight, lm_head_bias
-    ref_head = ref_lm_head_weight, ref_lm_head_bias
-    reference = ref_hidden, *ref_head, ref_logps
-    logits, ref_logits = _policy_and_ref_logits(hidden, *head, labels, *reference, chunk_bytes, options)
+    head, ref_head = (lm_head_weight, lm_head_bias), (ref_lm_head_weight, ref_lm_head_bias)
+    logits, ref_logits = _policy_and_ref_logits(
+        hidden, head, labels, ref_hidden, ref_head, ref_logps, chunk_bytes, **options
+    )
     return dpo_loss(logits, labels, ref_logits=ref_logits, ref_logps=ref_logps, **options)
 
 
@@ -351,27 +351,25 @@ def _logits(
 
 def _policy_and_ref_logits(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    head: tuple[torch.Tensor, torch.Tensor | None],
     labels: torch.Tensor,
     ref_hidden: torch.Tensor | None,
-    ref_weight: torch.Tensor | None,
-    ref_bias: torch.Tensor | None,
+    ref_head: tuple[torch.Tensor | None, torch.Tensor | None],
     ref_logps: torch.Tensor | None,
     chunk_bytes: int,
-    options: dict[str, Any],
+    loss_type: str = "",
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    checks.one_reference(options.get("loss_type", ""), ref_hidden=ref_hidden, ref_logps=ref_logps)
-    checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
-    layout = {name: options[name] for name in ("cu_seqlens", "ignore_index", "shift") if name in options}
-    logits = _logits(hidden, weight, bias, labels, **layout)
+    checks.one_reference(loss_type, ref_hidden=ref_hidden, ref_logps=ref_logps)
+    checks.ref_lm_head(ref_hidden, *ref_head)
+    logits = _logits(hidden, *head, labels, **options)
     if ref_hidden is None:
         return logits, None
     checks.ref_hidden(ref_hidden, hidden)
-    ref_head = checks.reference_head(weight, bias, ref_weight, ref_bias, ref_hidden)
+    ref_head = checks.reference_head(*head, *ref_head, ref_hidden)
     with torch.no_grad():
-        return logits, _logits(ref_hidden, *ref_head, labels, **layout)
+        return logits, _logits(ref_hidden, *ref_head, labels, **options)
 
 
 def _tokens(
@@ -402,7 +400,7 @@ def _tokens(
     is_token = targets != ignore_index
     is_known = (targets >= 0) & (targets < logits.shape[-1])
 
-    z = (logits if logits.dtype == torch.float64 else logits.float()) * float(logit_scale)
+    z = logits.to(compute_dtype(logits)) * float(logit_scale)
     if logit_softcap is not None:
         logit_softcap = float(logit_softcap)
         z = logit_softcap * torch.tanh(z / logit_softcap)

@@ -119,7 +119,11 @@ KTO_ERRORS = {
         ValueError,
         "policy_logits must be [N, V] or [1, N, V] with cu_seqlens, got shape [2, 3, 7]",
     ),
-    "float offsets": ({**PACKED, "cu_seqlens": OFFSETS.float()}, TypeError, "cu_seqlens must be int32 offsets"),
+    "float offsets": (
+        {**PACKED, "cu_seqlens": OFFSETS.float()},
+        TypeError,
+        "cu_seqlens must be int32 or int64 offsets",
+    ),
     # dtypes
     "integer logits": ({"policy_logits": LOGITS.long()}, TypeError, f"policy_logits must be {FLOATS}, got torch.int64"),
     "fp8 logits": (

@@ -703,8 +703,9 @@ def test_what_the_configuration_says_of_logits_is_not_an_argument(name, value):
         with pytest.raises(ValueError, match=f"{name}={value} is given, expected none: the model's configuration"):
             call(functools.partial(function, **{name: value}), model, model_inputs, **arguments)
     held = FusedLinearKTOLoss(**{name: value})
-    with pytest.raises(ValueError, match=f"{name}={value} is given, expected none: the model's configuration"):
-        huggingface.apply(held, model, model_inputs, **arguments)
+    for function in (held, functools.partial(held, beta=0.2)):
+        with pytest.raises(ValueError, match=f"{name}={value} is given, expected none: the model's configuration"):
+            huggingface.apply(function, model, model_inputs, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -689,7 +689,7 @@ def snapshot(trainer) -> dict[str, object]:
     found = {"loss": vars(trainer).get("_compute_loss"), "fused": vars(trainer).get("_is_fused")}
     for name, one in (("policy", trainer.model), ("reference", trainer.ref_model)):
         for module_name, module in one.named_modules():
-            for attribute in ("forward", "_original_forward", "_unfused_forward", "_has_fused_call"):
+            for attribute in ("forward", "_original_forward", "_unfused_forward"):
                 found[f"{name}.{module_name}.{attribute}"] = module.__dict__.get(attribute)
     return found
 

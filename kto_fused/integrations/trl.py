@@ -165,7 +165,7 @@ def _install(models: list[nn.Module], accelerator: Accelerator) -> None:
                 undo.callback(inner.__dict__.update, forward=inner.forward, _original_forward=original)
                 inner.forward = inner.__dict__.pop("_original_forward")
                 prepared.append(inner)
-            if not getattr(inner, "_has_fused_call", False):
+            if not hasattr(inner, "_unfused_forward"):
                 undo.callback(huggingface.detach, inner)
             with _without_router_logits(inner):
                 huggingface.attach(inner)
@@ -238,8 +238,7 @@ def _token_logps(
     targets = shift_labels if is_shifted else labels
     call = FusedCall(_predicted_logps, {"labels": targets, "shift": not is_shifted})
     gradient_path, outcome = _call(model, call, *args, **kwargs)
-    log_probs, entropy, mean_logits, is_top1 = outcome.result
-    log_probs = huggingface.exact(log_probs, gradient_path)
+    log_probs, entropy, mean_logits, is_top1 = outcome.results(gradient_path)
     label_mask = (targets if is_shifted else targets[:, 1:]) != -100
     num_items = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -log_probs.sum() / num_items
