@@ -75,6 +75,16 @@ def test_bytes_moved(monkeypatch, dtype, packed, vocab, multiprocessors):
 
 
 @interpreted
+def test_a_references_logits_are_read_once(monkeypatch):
+    case, tokens = wide_case(torch.bfloat16, 16384)
+    case.ref_logits = torch.randn_like(case.logits)
+    moved = MovedBytes(monkeypatch)
+    fused_kto_loss(case.logits, case.labels, case.desirable, ref_logits=case.ref_logits, **case.options)
+    needed = 2 * tokens * 16384 * 2
+    assert needed <= sum(moved.take()) <= 1.02 * needed
+
+
+@interpreted
 def test_in_place_backward_moves_no_more(monkeypatch):
     case, tokens = wide_case(torch.bfloat16, 16384)
     moved = MovedBytes(monkeypatch)
@@ -137,24 +147,30 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("multiprocessors", [0, 132], ids=["whole rows", "split rows"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("inplace_backward", [False, True])
+@pytest.mark.parametrize("reference", ["ref_logps", "ref_logits"])
 @pytest.mark.parametrize("function", [fused_kto_loss, fused_dpo_loss], ids=["kto", "dpo"])
-def test_launches(monkeypatch, launches, function, packed, multiprocessors, inplace_backward):
-    """At most 4 kernels forward and 2 backward, and no other operator: nothing for the host to wait for."""
+def test_launches(monkeypatch, launches, function, reference, packed, multiprocessors, inplace_backward):
+    """At most 4 kernels forward, with a reference's logits 7, and 2 backward, and no other operator: nothing for the
+    host to wait for.
+    """
     monkeypatch.setattr(from_logits, "multiprocessors", lambda device: multiprocessors)
     device = "cuda" if HAS_GPU else "cpu"
     case, _ = wide_case(torch.bfloat16, 16384, packed=packed, device=device)
     logits = case.logits.requires_grad_() * 1
-    ref_logps = torch.zeros(2, device=device)
+    references = {"ref_logps": torch.zeros(2, device=device), "ref_logits": torch.zeros_like(case.logits)}
     tensors = (logits, case.labels) + ((case.desirable,) if function is fused_kto_loss else ())
     one = torch.ones((), device=device)
     with Operators() as operators:
-        loss, _ = function(*tensors, ref_logps=ref_logps, inplace_backward=inplace_backward, **case.options)
+        loss, _ = function(
+            *tensors, **{reference: references[reference]}, inplace_backward=inplace_backward, **case.options
+        )
         forward = dict(launches)
         launches.clear()
         torch.autograd.grad(loss, logits, one)
     head = "kto_kernel" if function is fused_kto_loss else "dpo_kernel"
-    combine = {"combine_splits_kernel": 1} if multiprocessors else {}
-    assert forward == {"token_logprobs_kernel": 1, "sequence_kernel": 1, head: 1, **combine}
+    models = 2 if reference == "ref_logits" else 1
+    combine = {"combine_splits_kernel": models} if multiprocessors else {}
+    assert forward == {"token_logprobs_kernel": models, "sequence_kernel": models, head: 1, **combine}
     assert dict(launches) == {"sequence_backward_kernel": 1, "token_logprobs_backward_kernel": 1}
     assert operators.names == []
 
