@@ -125,11 +125,11 @@ def test_strided_views_need_no_copy(engine, view, masked, inplace_backward):
 
     expected, _ = reference.kto_loss(logits, *inputs, **options)
     expected.backward()
-    # `* 1` gives a view of an intermediate, which in place may overwrite
-    actual, _ = fused_kto_loss(
-        VIEWS[view](actual_base * 1), *inputs, backend=engine[0], inplace_backward=inplace_backward, **options
-    )
+    logits, seen = VIEWS[view](actual_base * 1), []  # a view of an intermediate, which in place may overwrite
+    logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    actual, _ = fused_kto_loss(logits, *inputs, backend=engine[0], inplace_backward=inplace_backward, **options)
     actual.backward()
+    assert (seen == [logits.data_ptr()]) == inplace_backward
     assert_close(actual, expected, 1e-12, "loss")
     assert_same_gradient(actual_base.grad, expected_base.grad)
 
