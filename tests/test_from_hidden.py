@@ -853,7 +853,7 @@ def test_the_default_dtype_changes_nothing(engine, default, reduction, trained):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="a CPU does not truncate")
+@pytest.mark.skipif(not HAS_GPU, reason="only a GPU truncates")
 @pytest.mark.parametrize("hidden_size", [896, 2048, 2560, 4096])
 def test_what_tensor_cores_truncate_leaves_the_log_ratio(hidden_size):
     """Whichever GEMM the reference comes from: to a policy that is its own reference the log-ratio is 0, where
