@@ -144,7 +144,7 @@ def evaluate(folder: Path, kind: str, stage: int):
 
 def precompute(folder: Path, kind: str, stage: int, is_on_disk: bool = False, **settings: Any):
     """Twice: the second time they are found on the disk."""
-    runs, passes = [], FusedTrainer._ref_logps
+    runs, passes = [], FusedTrainer._reference
     for _ in range(2):
         count = 0
 
@@ -153,7 +153,7 @@ def precompute(folder: Path, kind: str, stage: int, is_on_disk: bool = False, **
             count += 1
             return passes(self, *args)
 
-        FusedTrainer._ref_logps = counted
+        FusedTrainer._reference = counted
         if is_on_disk:
             settings["policy"] = on_disk(folder, 0)
         cache = str(folder / f"cache_of_{PROCESSES}")
@@ -163,7 +163,7 @@ def precompute(folder: Path, kind: str, stage: int, is_on_disk: bool = False, **
             )
             trainer.train()
         finally:
-            FusedTrainer._ref_logps = passes
+            FusedTrainer._reference = passes
         batch = next(iter(trainer.get_train_dataloader()))
         is_unrounded = trainer._prepare_inputs(batch)["ref_logps"].equal(batch["ref_logps"])
         fingerprints = sorted(os.listdir(cache))

@@ -110,14 +110,14 @@ def evaluate(folder: Path, kind: str, wrapper: str):
 
 
 def precompute_once(kind: str, wrapper: str, folder: Path, cache: Path, **settings: Any):
-    passes, count = FusedTrainer._ref_logps, 0
+    passes, count = FusedTrainer._reference, 0
 
     def counted(self, *args):
         nonlocal count
         count += 1
         return passes(self, *args)
 
-    FusedTrainer._ref_logps = counted
+    FusedTrainer._reference = counted
     try:
         trainer = make(
             kind,
@@ -133,7 +133,7 @@ def precompute_once(kind: str, wrapper: str, folder: Path, cache: Path, **settin
         )
         trainer.train()
     finally:
-        FusedTrainer._ref_logps = passes
+        FusedTrainer._reference = passes
     return {"passes": count, **outcome(trainer)}
 
 
