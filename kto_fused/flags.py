@@ -132,15 +132,15 @@ class FlagParser(HfArgumentParser):
 
 @contextmanager
 def refusals(*kinds: type[Exception], doing: str = "") -> Iterator[None]:
-    """Errors of these kinds, from libraries and the disk, become a ``CommandError``."""
+    """Errors of these kinds, from libraries and the disk, become a ``CommandError`` that says what was being done."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise CommandError(
-            "the GPU's memory is not enough: lower --per_device_train_batch_size and raise "
-            "--gradient_accumulation_steps, or use --gradient_checkpointing or --lora_rank"
-        ) from error
-    except kinds as error:
+    except (torch.OutOfMemoryError, *kinds) as error:
+        if isinstance(error, torch.OutOfMemoryError) and not doing:
+            raise CommandError(
+                "the GPU's memory is not enough: lower --per_device_train_batch_size and raise "
+                "--gradient_accumulation_steps, or use --gradient_checkpointing or --lora_rank"
+            ) from error
         raise CommandError(doing + sentence(error)) from error
 
 

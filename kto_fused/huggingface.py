@@ -626,19 +626,19 @@ def _head_giving(model: PreTrainedModel, logits: torch.Tensor) -> Iterator[None]
 
 @contextmanager
 def _made_to_run(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Autocast for a head kept in float32 over a half-precision model, which runs in nothing else; and an attention
-    that runs where the model lies now: a GPU's kernels do not before it is moved there, nor, outside autocast, with
-    float32 weights.
+    """Autocast for a model that keeps some weights (its head, its norms) in float32 and others in half precision, which
+    may run in nothing else; and an attention that runs where the model lies now: a GPU's kernels do not before it is
+    moved there, nor, outside autocast, with float32 weights.
     """
-    is_half = model.dtype in (torch.float16, torch.bfloat16)
-    head = model.get_output_embeddings()
-    is_mixed = is_half and head is not None and any(p.dtype == torch.float32 for p in head.parameters())
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    half = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
+    is_mixed = half is not None and torch.float32 in dtypes
     chosen = getattr(model.config, "_attn_implementation", None)
-    is_replaced = chosen not in (None, "eager", "sdpa") and not (is_half and device.type != "cpu")
+    is_replaced = chosen not in (None, "eager", "sdpa") and not (model.dtype == half and device.type != "cpu")
     if is_replaced:
         model.set_attn_implementation("eager")
     try:
-        with torch.autocast(device.type, model.dtype) if is_mixed else nullcontext():
+        with torch.autocast(device.type, half) if is_mixed else nullcontext():
             yield
     finally:
         if is_replaced:

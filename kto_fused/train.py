@@ -45,8 +45,8 @@ DESCRIPTION = (
     "Into --output_dir go the model, its tokenizer, metrics.json and curves.png. Ctrl-C saves a checkpoint, from which "
     "--resume_from_checkpoint true goes on. The flags of --loss dpo are listed with it."
 )
-# flags that would change nothing here: the command trains, the losses have no classes to smooth and return no logits,
-# and the columns are known; and a stop by SIGTERM, which would be taken for the end of the run
+# flags that would change nothing here: those of but one value, and others of what the command does, of logits that no
+# loss returns and of columns that are known; and a stop by SIGTERM, which would be taken for the end of the run
 LEFT_OUT = (
     *FIXED,
     *("do_train", "do_eval", "do_predict", "local_rank", "parallelism_config", "enable_jit_checkpoint"),

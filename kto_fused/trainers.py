@@ -150,7 +150,8 @@ class FusedTrainer(Trainer):
         self._check_logits(self.model)
         self.model_accepts_loss_kwargs = True  # that losses are scaled for accumulation is compute_loss's work
         self._options = {"backend": args.backend, "average_log_prob": args.average_log_prob}
-        self._options |= {"chunk_bytes": args.chunk_bytes} if args.loss_from == "hidden" else {"inplace_backward": True}
+        if args.loss_from == "hidden":
+            self._options["chunk_bytes"] = args.chunk_bytes
         self._train_totals, self._eval_totals = Totals(), Totals()
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self.ref_model = self._make_reference(ref_model)
@@ -350,7 +351,8 @@ class FusedTrainer(Trainer):
         model_inputs = {name: inputs[prefix + name] for name in ("input_ids", "attention_mask")}
         arguments |= {"labels": inputs[prefix + "labels"], **self._options}
         if self.args.loss_from == "logits":
-            return huggingface.apply_to_logits(from_logits, model, model_inputs, **arguments)
+            in_place = torch.is_grad_enabled()
+            return huggingface.apply_to_logits(from_logits, model, model_inputs, inplace_backward=in_place, **arguments)
         model_inputs = huggingface.without_padding_mask(model, model_inputs, self.accelerator.mixed_precision)
         return huggingface.apply(from_hidden, model, model_inputs, **arguments)
 

@@ -749,14 +749,20 @@ def test_what_is_checked_runs_an_attention_that_can(dtype, device, expected, mon
         assert model.config._attn_implementation == expected
 
 
-def test_a_float32_head_on_a_bfloat16_model_is_attached_outside_of_the_autocast_it_trains_under():
-    model = make_model("llama", torch.bfloat16)
-    model.lm_head.float()
+@pytest.mark.parametrize("name", ["llama", "qwen2"], ids=["untied", "tied"])
+@pytest.mark.parametrize("kept", ["head", "norms", "all but the head"])
+def test_a_model_of_two_dtypes_is_attached_outside_of_the_autocast_it_trains_under(name, kept):
+    model = make_model(name, torch.bfloat16)
+    head = model.get_output_embeddings()
+    layers = {"head": head, "norms": model.model.norm, "all but the head": model.model}
+    layers[kept].float()
+    if kept == "all but the head":
+        head.weight = nn.Parameter(head.weight.bfloat16())
     huggingface.attach(model)
     with torch.autocast("cpu", torch.bfloat16):
         kto(model).backward()
-    assert model.lm_head.weight.grad.dtype == torch.float32
-    assert model.lm_head.weight.grad.abs().max() > 0
+    assert head.weight.grad.dtype == head.weight.dtype
+    assert head.weight.grad.abs().max() > 0
 
 
 class Unusual(PreTrainedModel):

@@ -23,7 +23,7 @@ import tiny_training
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kto_fused import cli, estimate, train
+from kto_fused import cli, estimate, flags, train
 from kto_fused.cli import CommandError
 
 ROOT = Path(__file__).parents[1]
@@ -824,7 +824,7 @@ def test_an_optimizer_that_is_not_installed(capsys, files):
 
 
 def test_too_little_memory_names_flags_that_exist():
-    with pytest.raises(CommandError) as refused, train.refusals(OSError):
+    with pytest.raises(CommandError) as refused, flags.refusals(OSError):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     named = re.findall("--[a-z_]+", str(refused.value))
     assert len(named) == 4

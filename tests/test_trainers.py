@@ -224,7 +224,7 @@ OF_DPO = {"loss_type": "simpo", "label_smoothing": 0.1, "gamma": 0.7}
 @pytest.mark.parametrize(
     ("kind", "options"), [("kto", {"loss_type": "kto_squared", **OF_KTO}), ("dpo", OF_DPO)], ids=KINDS
 )
-def test_every_option_reaches_the_loss(tmp_path, kind, options, loss_from, monkeypatch):
+def test_every_option_of_a_loss_reaches_it(tmp_path, kind, options, loss_from, monkeypatch):
     options = {**OF_ANY_LOSS, **options, **({"chunk_bytes": 2**20} if loss_from == "hidden" else {})}
     of_engine = {"inplace_backward": True} if loss_from == "logits" else {}
     calls = []
@@ -235,8 +235,21 @@ def test_every_option_reaches_the_loss(tmp_path, kind, options, loss_from, monke
     assert {**options, **of_engine}.items() <= calls[0].items()
 
 
+@by_kind
+def test_logits_without_a_backward_are_not_written_over(tmp_path, kind, monkeypatch):
+    """A reference's may be no memory of their own."""
+    of_loss, of_logps = [], []
+    trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), train=4, evaluation=4, loss_from="logits")
+    for name, calls in (("loss_functions", of_loss), ("logps_functions", of_logps)):
+        monkeypatch.setattr(trainer, name, [spied(function, calls) for function in getattr(trainer, name)])
+    trainer.train()
+    trainer.evaluate()
+    assert [call["inplace_backward"] for call in of_loss] == [True, False]
+    assert {call["inplace_backward"] for call in of_logps} == {False}
+
+
 @pytest.mark.parametrize(("kind", "prepare"), [("kto", "prepare_unpaired"), ("dpo", "prepare_paired")])
-def test_every_option_reaches_the_data(tmp_path, kind, prepare, monkeypatch):
+def test_what_the_data_are_prepared_by_reaches_them(tmp_path, kind, prepare, monkeypatch):
     calls = []
     monkeypatch.setattr(preference_data, prepare, spied(getattr(preference_data, prepare), calls, num_proc=None))
     make_trainer(kind, tmp_path, train=4, dataset_num_proc=3, max_length=12, seed=5)
