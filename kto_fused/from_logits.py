@@ -41,9 +41,8 @@ class LogitOptions:
 
 def _row_outputs(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     rows = math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic length
-    dtype = compute_dtype(logits)
-    row_max, log_sum, per_token = (logits.new_empty(*size, rows, dtype=dtype) for size in ((), (), (4,)))
-    return logits.new_empty(rows, dtype=torch.int32), row_max, log_sum, per_token
+    row_max, log_sum = (logits.new_empty(rows, dtype=compute_dtype(logits)) for _ in range(2))
+    return logits.new_empty(rows, dtype=torch.int32), row_max, log_sum, row_max.new_empty(4, rows)
 
 
 @opaque(fake=_row_outputs)

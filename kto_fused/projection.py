@@ -226,8 +226,8 @@ class WholeRows:
         else:
             from .kernels import token_logprobs
 
-            row_max, log_sum, per_token = (logits.new_empty(*size, len(targets)) for size in ((), (), (4,)))
-            outputs = torch.empty_like(targets), row_max, log_sum, per_token
+            row_max, log_sum = (logits.new_empty(len(targets)) for _ in range(2))
+            outputs = torch.empty_like(targets), row_max, log_sum, logits.new_empty(4, len(targets))
             with on_device(logits):
                 token_logprobs.forward(
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
