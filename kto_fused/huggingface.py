@@ -110,6 +110,17 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
     Raises:
         UnsupportedModelError: the auxiliary loss has a weight of another name than ``router_aux_loss_coef``.
         TypeError, ValueError: see ``apply``.
+
+    >>> import torch, kto_fused
+    >>> from kto_fused import huggingface
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=8))
+    >>> input_ids = torch.arange(8).view(2, 4)
+    >>> logps = huggingface.apply_to_logits(
+    ...     kto_fused.sequence_logps, model, {"input_ids": input_ids}, labels=input_ids
+    ... )
+    >>> logps.shape
+    torch.Size([2])
     """
     _check_call(function, model_inputs, arguments)
     outputs = model(**{**model_inputs, "use_cache": False, "return_dict": True})

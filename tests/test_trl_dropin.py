@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -478,8 +480,7 @@ def test_every_field_of_trls_output_is_answered(tmp_path, make_policy, layout):
     own, own_grads = answers()
     fuse(trainer)
     output, grads = answers()
-    assert type(output) is type(own)
-    assert list(output) == list(own)
+    assert list(output) == [*own, "outcome"]
     for name in own:
         torch.testing.assert_close(output[name], own[name], rtol=2e-5, atol=5e-6)
         assert output[name].requires_grad == own[name].requires_grad, name
@@ -740,8 +741,26 @@ def two_processes(rank: int, folder: Path, port: int) -> None:
         )
         assert len(logs) == 3
         assert kind is DPOTrainer or logs[0]["kl"] > 0
+    check_fsdp2_rounds_no_log_probability(folder / f"{rank}")
     gc.collect()  # trainers hold the process group, whose threads should end before the interpreter does
     torch.distributed.destroy_process_group()
+
+
+def check_fsdp2_rounds_no_log_probability(folder: Path) -> None:
+    """Not even those that go to losses of TRL's own."""
+    fused = fuse(make_trainer(DPOTrainer, folder)).model
+    whole, weight = fused(**batch(), fused_lm_head=True), fused.model.layers[0].mlp.up_proj.weight
+    (expected_grad,) = torch.autograd.grad(whole.log_probs.sum(), weight)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard([*fused.model.layers], mesh=mesh)
+    fully_shard(fused, mesh=mesh, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))
+    output = fused(**batch(), fused_lm_head=True)
+    assert output.loss.dtype == torch.bfloat16  # which nothing reads
+    for name in ("log_probs", "entropy", "mean_logits"):
+        torch.testing.assert_close(output[name], whole[name])
+    output.log_probs.sum().backward()
+    grad = fused.model.layers[0].mlp.up_proj.weight.grad.full_tensor()
+    torch.testing.assert_close(grad, expected_grad)
 
 
 def test_two_processes_log_alike(tmp_path):

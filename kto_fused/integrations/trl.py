@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32, is_peft_model, send_to_device
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import ModelOutput
 
 from .. import huggingface
 from ..functional import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
@@ -223,6 +225,28 @@ def _call(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tuple[tor
     return gradient_path, outcome
 
 
+@dataclass
+class ExactOutput(ModelOutput):
+    """TRL's ``FusedCausalLMOutput`` as it was computed. FSDP2's mixed precision makes another output of the rounded
+    tensors of one: ``outcome``, which is no tensor, goes along unrounded.
+    """
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    outcome: Outcome | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.log_probs, entropy, self.mean_logits, _ = self.outcome.results(self.log_probs)
+        self.entropy = _WithoutGradient.apply(entropy, self.log_probs)
+
+
 def _token_logps(
     model: PreTrainedModel,
     *args,
@@ -230,10 +254,8 @@ def _token_logps(
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs,
-) -> Any:
-    """The answer to TRL's own call: its ``FusedCausalLMOutput``, but for ``log_sum_sq_probs``."""
-    from trl.trainer.utils import FusedCausalLMOutput
-
+) -> ExactOutput:
+    """The answer to TRL's own call, but for ``log_sum_sq_probs``."""
     is_shifted = shift_labels is not None
     targets = shift_labels if is_shifted else labels
     call = FusedCall(_predicted_logps, {"labels": targets, "shift": not is_shifted})
@@ -244,14 +266,15 @@ def _token_logps(
     loss = -log_probs.sum() / num_items
     if outcome.aux_loss is not None:
         loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * outcome.aux_loss
-    return FusedCausalLMOutput(
+    return ExactOutput(
         loss=loss,
         log_probs=log_probs,
-        entropy=_WithoutGradient.apply(entropy, log_probs),
+        entropy=entropy,
         mean_logits=mean_logits,
         is_top1=is_top1 == 1,
         label_mask=label_mask,
         aux_loss=outcome.aux_loss,
+        outcome=outcome,
     )
 
 
