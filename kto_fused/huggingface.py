@@ -642,7 +642,7 @@ def _made_to_run(model: PreTrainedModel, device: torch.device) -> Iterator[None]
     moved there, nor, outside autocast, with float32 weights.
     """
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    half = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
+    half = next((dtype for dtype in AUTOCAST_TO.values() if dtype in dtypes), None)
     is_mixed = half is not None and torch.float32 in dtypes
     chosen = getattr(model.config, "_attn_implementation", None)
     is_replaced = chosen not in (None, "eager", "sdpa") and not (model.dtype == half and device.type != "cpu")

@@ -191,7 +191,7 @@ class WholeRows:
     """
 
     def __init__(self, num_tokens: int, spec: ChunkSpec):
-        self.num_tokens, self.spec, self.transform = num_tokens, spec, spec.transform
+        self.num_tokens, self.spec = num_tokens, spec
         self.logits = torch.empty(num_tokens, spec.vocab_size, dtype=spec.compute_dtype, device=spec.device)
         self.grads = self.logits
         if spec.keeps != "nothing" and spec.grad_dtype != spec.compute_dtype:
@@ -220,7 +220,7 @@ class WholeRows:
         needs, as these rows always do. ``statistics`` is for a second visit.
         """
         logits = self._logits(hidden, lm_head)
-        options = {"ignore_index": MASKED, "shift": False, **self.transform}
+        options = {"ignore_index": MASKED, "shift": False, **self.spec.transform}
         if self.spec.backend == "torch":
             outputs = torch_backend.token_logprobs(logits, targets, None, **options)
         else:
@@ -272,12 +272,12 @@ class WholeRows:
         logits, self.current = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
         arguments = logits, self.current, self.targets, token_grads, row_max, log_sum
         if self.spec.backend == "torch":
-            torch_backend.token_logprobs_backward(*arguments, **self.transform)
+            torch_backend.token_logprobs_backward(*arguments, **self.spec.transform)
         else:
             from .kernels import token_logprobs
 
             with on_device(logits):
-                token_logprobs.backward(*arguments, **self.transform)
+                token_logprobs.backward(*arguments, **self.spec.transform)
 
     def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, None]:
         """d loss / d hidden [n, H], and what its rows are yet to be multiplied with: nothing."""
@@ -307,7 +307,7 @@ class FoldedRows:
 
     def __init__(self, num_tokens: int, spec: ChunkSpec, lent: torch.Tensor | None = None):
         """``lent`` is the weight's gradient, whose memory serves the buffer until this chunk's last GEMM writes it."""
-        self.num_tokens, self.spec, self.transform = num_tokens, spec, spec.transform
+        self.num_tokens, self.spec = num_tokens, spec
         self.tile_cols, self.kept_cols = _column_counts(num_tokens, spec)
         is_enough = lent is not None and lent.nbytes >= 4 * num_tokens * _buffer_cols(self.tile_cols, spec)
         self.lent = lent if is_enough else None
@@ -368,7 +368,7 @@ class FoldedRows:
             else:
                 self._fold(hidden, lm_head, state, slice(0, self.spec.vocab_size))
             vocabulary_tiles.finish(
-                targets, state, outputs, vocab_size=self.spec.vocab_size, factor=self.transform["factor"]
+                targets, state, outputs, vocab_size=self.spec.vocab_size, factor=self.spec.transform["factor"]
             )
         self.statistics = state[:NUM_STATISTICS]
         return outputs
@@ -403,17 +403,17 @@ class FoldedRows:
         whole, rest = self._split(panel)
         if whole.start < whole.stop:
             register_tiles.fold(
-                hidden, *lm_head, self.targets, state, whole, kept(whole), factor=self.transform["factor"]
+                hidden, *lm_head, self.targets, state, whole, kept(whole), factor=self.spec.transform["factor"]
             )
         for tile, columns in self._tiles(hidden, lm_head, rest):
             vocabulary_tiles.fold(
-                tile, lm_head.bias, self.targets, state, columns, kept(columns), block=self.block, **self.transform
+                tile, lm_head.bias, self.targets, state, columns, kept(columns), block=self.block, **self.spec.transform
             )
 
     def _fold_and_keep(self, hidden, lm_head, state) -> None:
         from .kernels import vocabulary_tiles
 
-        is_summed, capping = self.spec.keeps == "panels", _without_scale(self.transform)
+        is_summed, capping = self.spec.keeps == "panels", _without_scale(self.spec.transform)
         references = state.new_empty(len(hidden), -(-self.kept_cols // self.width))
         sums = None
         if is_summed:
@@ -458,7 +458,7 @@ class FoldedRows:
         from .kernels import register_tiles, vocabulary_tiles
 
         self._begin(lm_head, targets)
-        self.statistics, transform = statistics, self.transform
+        self.statistics, transform = statistics, self.spec.transform
         self.backward(token_grads)
         factors, self.row_scale = self.row_scale, None
         for panel in self.panels():
@@ -497,9 +497,9 @@ class FoldedRows:
 
     def backward(self, token_grads: torch.Tensor) -> None:
         """Find the rows' factors from d loss / d logps [n]."""
-        factor = self.transform["factor"]
-        if self.transform["softcap"] is not None:
-            factor *= self.transform["scale"]
+        factor = self.spec.transform["factor"]
+        if self.spec.transform["softcap"] is not None:
+            factor *= self.spec.transform["scale"]
         row_scale = token_grads * -factor / self.statistics[1]
         self.row_scale = torch.where(self.targets == INVALID, torch.nan, row_scale)
 
