@@ -22,8 +22,11 @@ from .metrics import TokenMetrics
 
 # what models multiply their logits by, or divide them by, and how their configurations call it
 MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-DIVIDED_BY = ("logits_scaling",)
+DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")
 SOFT_CAPPED_BY = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# model types that multiply by what others divide by, and that scale what their heads are given instead of the logits
+MULTIPLYING = ("hyperclovax",)
+SCALING_HIDDEN = ("inkling_text", "minicpm3")
 # what is left for a model that ``attach`` refuses
 FROM_LOGITS = "pass its logits to the losses that take logits (in a trainer: loss_from='logits')"
 # what is autocast to within a forward, by accelerate's names for it
@@ -281,7 +284,8 @@ def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
     for name in MULTIPLIED_BY:
         scale *= getattr(text, name, None) or 1.0
     for name in DIVIDED_BY:
-        scale /= getattr(text, name, None) or 1.0
+        factor = getattr(text, name, None) or 1.0
+        scale = scale * factor if text.model_type in MULTIPLYING else scale / factor
     softcaps = (getattr(text, name, None) for name in SOFT_CAPPED_BY)
     return {"logit_scale": scale, "logit_softcap": next(filter(None, softcaps), None)}
 
@@ -588,7 +592,10 @@ def _check_logits(model: PreTrainedModel) -> None:
         with _head_giving(model, probe):
             own_of_probe = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
     _compare(model, own, ours)
-    _compare(model, own_of_probe, _transformed(probe, **logit_options(model.config)))
+    options = logit_options(model.config)
+    if model.config.get_text_config().model_type in SCALING_HIDDEN:
+        options["logit_scale"] = 1.0  # of what the head has given already
+    _compare(model, own_of_probe, _transformed(probe, **options))
 
 
 def _compare(model: PreTrainedModel, own: torch.Tensor, ours: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ SIZES = {
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 SOFT_CAP = {"final_logit_softcapping": 5.0, "head_dim": 8}
 MIXTURE = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 
 # by the configuration's model_type: what is changed in it, so that the part of its logits that is its own shows
@@ -38,6 +39,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **NO_DROPOUT},
     "gpt_neox": {"attention_dropout": 0.0, "hidden_dropout": 0.0},
     "granite": {"logits_scaling": 3.0},
+    "hyperclovax": {"logits_scaling": 0.3},  # multiplies by it
+    "minicpm3": {"dim_model_base": 16, "num_key_value_heads": 4, **LATENT},  # scales its hidden states
+    "inkling_text": {"logits_mup_width_multiplier": 2.0},  # the same
     "cohere": {"logit_scale": 0.25},
     "olmo2": {},
     "falcon_h1": {"lm_head_multiplier": 0.3, **MAMBA},
