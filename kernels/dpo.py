@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import COMPILER_OPTIONS
 from .kto import BLOCK_SEQUENCES, sigmoid
 
 
@@ -150,4 +151,5 @@ def forward(
         DIVIDE_BY_LENGTH=token_counts is not None,
         REDUCTION=reduction,
         BLOCK=BLOCK_SEQUENCES,
+        **COMPILER_OPTIONS,
     )

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import COMPILER_OPTIONS
+
 # two float64 sequences a thread: more would run out of registers
 BLOCK_SEQUENCES = 256
 
@@ -118,4 +120,5 @@ def forward(
         REFERENCE_POINT="tensor" if is_tensor else "batch_mean" if reference_point is None else "number",
         REDUCTION=reduction,
         BLOCK=BLOCK_SEQUENCES,
+        **COMPILER_OPTIONS,
     )

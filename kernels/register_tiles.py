@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import COMPILER_OPTIONS
 from .token_logprobs import LOG2_E, merge
 from .vocabulary_tiles import HEADROOM, Kept, others_sum
 
@@ -323,6 +324,7 @@ def start(
         weight_stride=weight.stride(0),
         HAS_BIAS=bias is not None,
         BLOCK=START_BLOCK,
+        **COMPILER_OPTIONS,
     )
 
 
@@ -363,6 +365,7 @@ def fold(
         HAS_BIAS=bias is not None,
         KEEP=kept is not None,
         **_tile(),
+        **COMPILER_OPTIONS,
     )
     merge_register_tiles_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
         partials,
@@ -372,6 +375,7 @@ def fold(
         factor=factor,
         MERGE_ROWS=MERGE_ROWS,
         MERGE_TILES=MERGE_TILES,
+        **COMPILER_OPTIONS,
     )
 
 
@@ -406,6 +410,7 @@ def keep(
         HIDDEN_SIZE=hidden.shape[1],
         HAS_BIAS=bias is not None,
         **_tile(),
+        **COMPILER_OPTIONS,
     )
 
 

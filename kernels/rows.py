@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import COMPILER_OPTIONS
+
 BLOCK = 1024
 # elements between 16-byte accesses, in the narrowest dtype
 ALIGNMENT = tl.constexpr(8)
@@ -80,4 +82,5 @@ def move_rows(
         SCATTER=target_rows is not None,
         SCALE=factors is not None,
         BLOCK=BLOCK,
+        **COMPILER_OPTIONS,
     )

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import COMPILER_OPTIONS
+
 BLOCK = 2048
 BLOCKS = 32  # of one program: where the factor is 1 there is nothing to do but start
 
@@ -29,4 +31,4 @@ def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr, BLOCKS: tl.c
 def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
     """values *= factor: a contiguous tensor and a scalar one."""
     grid = (triton.cdiv(values.numel(), BLOCK * BLOCKS),)
-    scale_kernel[grid](values, factor, size=values.numel(), BLOCK=BLOCK, BLOCKS=BLOCKS)
+    scale_kernel[grid](values, factor, size=values.numel(), BLOCK=BLOCK, BLOCKS=BLOCKS, **COMPILER_OPTIONS)

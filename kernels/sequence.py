@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import COMPILER_OPTIONS
 from .token_logprobs import MASKED_TARGET, find_sequence
 
 BLOCK_TOKENS = 1024
@@ -135,6 +136,7 @@ def forward(
         PACKED=cu_seqlens is not None,
         AVERAGE=average,
         BLOCK=BLOCK_TOKENS,
+        **COMPILER_OPTIONS,
     )
 
 
@@ -167,4 +169,5 @@ def backward(
         AVERAGE=average,
         HAS_HEAD=head_grads is not None,
         BLOCK=BLOCK_TOKENS,
+        **COMPILER_OPTIONS,
     )

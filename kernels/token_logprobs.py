@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..layout import INVALID, MASKED
+from . import COMPILER_OPTIONS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -605,6 +606,7 @@ def forward(
         VEC=vec,
         num_warps=_num_warps(lanes),
         **transform,
+        **COMPILER_OPTIONS,
     )
     if splits > 1:
         combine_splits_kernel[(rows,)](
@@ -621,6 +623,7 @@ def forward(
             BLOCK_SPLITS=MAX_SPLITS,
             num_warps=1,
             **transform,
+            **COMPILER_OPTIONS,
         )
 
 
@@ -666,4 +669,5 @@ def backward(
         BLOCKS=BACKWARD_BLOCKS,
         COMPUTE=_compute_dtype(logits),
         num_warps=_num_warps(lanes),
+        **COMPILER_OPTIONS,
     )

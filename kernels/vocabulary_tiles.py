@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import COMPILER_OPTIONS
 from .token_logprobs import INVALID_TARGET, LOG2_E, cap, log_probability, tanh, tile_columns
 
 # A thread loads VEC logits (16 bytes) at a time and has BLOCK / (32 NUM_WARPS VEC) such loads in flight.
@@ -420,6 +421,7 @@ def fold(
         HAS_SOFTCAP=softcap is not None,
         KEEP=kept is not None,
         **_lanes(block),
+        **COMPILER_OPTIONS,
     )
 
 
@@ -458,6 +460,7 @@ def keep(
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
         **_lanes(block),
+        **COMPILER_OPTIONS,
     )
 
 
@@ -505,6 +508,7 @@ def settle(
         BLOCK=block,
         BLOCK_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),  # as many as there might be
         num_warps=1,
+        **COMPILER_OPTIONS,
     )
 
 
@@ -520,6 +524,7 @@ def finish(
         vocab_size=vocab_size,
         factor=factor,
         BLOCK=ROWS_BLOCK,
+        **COMPILER_OPTIONS,
     )
 
 
@@ -546,4 +551,5 @@ def add_target_rows(
         factor=factor,
         HAS_SOFTCAP=softcap is not None,
         BLOCK=BLOCK,
+        **COMPILER_OPTIONS,
     )

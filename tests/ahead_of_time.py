@@ -125,8 +125,11 @@ def nvidia_report(kernel: str, cubin: bytes) -> dict[str, object]:
 
 
 def instructions_after_product(sass: str) -> int:
-    """Of a thread, after its last product of warp groups; without those that a branch leaves out."""
+    """Of a thread, after its last product of warp groups; without those that a branch leaves out, and without what
+    lies behind the end of the kernel, where shuffles of warps that have diverged go.
+    """
     _, _, after = sass.rpartition("HGMMA")
+    after, _, _ = after.partition("  EXIT")  # the one without a predicate before it
     after = re.sub(r"BRA `\((\.L_x_\d+)\).*?^\1:", "", after, flags=re.DOTALL | re.MULTILINE)
     return len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", after))
 
@@ -137,6 +140,7 @@ def report(target: str) -> list[dict[str, object]]:
     for name, kernel in launched.items():
         for compiled in kernel.device_caches[0][0].values():
             entry: dict[str, object] = {"kernel": name, "variant": variant(compiled)}
+            entry["fuses_multiply_add"] = compiled.metadata.enable_fp_fusion
             if target == "sm_90":
                 entry.update(nvidia_report(name, compiled.asm["cubin"]))
                 entry["shared_memory"] = compiled.metadata.shared
