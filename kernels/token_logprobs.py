@@ -49,27 +49,31 @@ def find_sequence(cu_seqlens_ptr, row, num_sequences, search_steps):
 
 
 @triton.jit
-def tanh(x, height=1.0):
-    """height tanh(x) to a few ulp: a continued fraction near zero, where 1 - exp(-2|x|) cancels; one division for both.
+def tanh(x, height):
+    """(height tanh(x), 1 - tanh(x)^2), the first to a few ulp: a continued fraction near zero, where 1 - exp(-2|x|)
+    cancels; one division for both.
 
     The height comes before the sign is chosen: as a product at the end, a GPU would fuse it with the subtraction of
     the largest u, which is rounded, and leave an ulp where 0 should be.
     """
     x2 = x * x
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))  # exp(-2|x|); exp would also see to numbers too small to change 1 - e
     near = tl.abs(x) < 0.5
     numerator = tl.where(near, x * (2027025.0 + x2 * (270270.0 + x2 * (6930.0 + x2 * 36.0))), 1.0 - e)
     denominator = tl.where(near, 2027025.0 + x2 * (945945.0 + x2 * (51975.0 + x2 * (630.0 + x2))), 1.0 + e)
-    ratio = height * (numerator / denominator)
-    return tl.where((x < 0) & (near == 0), -ratio, ratio)
+    ratio = numerator / denominator
+    value = height * ratio
+    return tl.where((x < 0) & (near == 0), -value, value), 1.0 - ratio * ratio
 
 
 @triton.jit
 def cap(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """u of the module's docstring."""
+    """(u of the module's docstring, d u / d x / scale)."""
     if HAS_SOFTCAP:
-        x = tanh(x * (scale / softcap), softcap)
-    return x
+        u, slope = tanh(x * (scale / softcap), softcap)
+    else:
+        u, slope = x, 1.0
+    return u, slope
 
 
 @triton.jit
@@ -150,7 +154,7 @@ def store_row(
     mean_distance = row_weighted / row_sum
     is_token = target >= 0
     x_target = tl.load(logits_row_ptr + tl.maximum(target, 0), mask=is_token, other=0.0).to(scale.dtype)
-    u_target = cap(x_target, scale, softcap, HAS_SOFTCAP)
+    u_target, _ = cap(x_target, scale, softcap, HAS_SOFTCAP)
     factor64 = tl.full([], factor, tl.float64)
     logp = log_probability(u_target - row_max, log_sum, mean_distance, factor64, log2_factor)
     logp = tl.where(is_token, logp, float("nan"))
@@ -271,11 +275,11 @@ def token_logprobs_kernel(
     lane_total = tl.zeros([LANES], COMPUTE)
 
     for start in range(first, last_full, LANES * VEC):
-        u = cap(tl.load(row_ptr + start + tile).to(COMPUTE), scale, softcap, HAS_SOFTCAP)
+        u, _ = cap(tl.load(row_ptr + start + tile).to(COMPUTE), scale, softcap, HAS_SOFTCAP)
         lane_max, lane_sum, lane_weighted = fold(lane_max, lane_sum, lane_weighted, u, log2_factor)
         lane_total += tl.sum(u, axis=1)
     inside = last_full + tile < last
-    u = cap(tl.load(row_ptr + last_full + tile, mask=inside, other=0.0).to(COMPUTE), scale, softcap, HAS_SOFTCAP)
+    u, _ = cap(tl.load(row_ptr + last_full + tile, mask=inside, other=0.0).to(COMPUTE), scale, softcap, HAS_SOFTCAP)
     lane_total += tl.sum(u, axis=1)
     u = tl.where(inside, u, float("-inf"))
     lane_max, lane_sum, lane_weighted = fold(lane_max, lane_sum, lane_weighted, u, log2_factor)
@@ -393,13 +397,9 @@ def store_gradient(
         x = tl.load(logits_row_ptr + columns, mask=columns < last, other=float("-inf")).to(coefficient.dtype)
     else:
         x = tl.load(logits_row_ptr + columns).to(coefficient.dtype)
-    u = cap(x, scale, softcap, HAS_SOFTCAP)
+    u, slope = cap(x, scale, softcap, HAS_SOFTCAP)
     p = tl.exp2((u - row_max) * log2_factor - log2_sum)
-    slope = coefficient
-    if HAS_SOFTCAP:
-        capped = tanh(x * (scale / softcap))
-        slope = coefficient * (1.0 - capped * capped)
-    grad = (slope * (tl.where(columns == target, 1.0, 0.0) - p)).to(grad_row_ptr.dtype.element_ty)
+    grad = (coefficient * slope * (tl.where(columns == target, 1.0, 0.0) - p)).to(grad_row_ptr.dtype.element_ty)
     if MASK:
         tl.store(grad_row_ptr + columns, grad, mask=columns < last)
     else:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from . import COMPILER_OPTIONS
-from .token_logprobs import INVALID_TARGET, LOG2_E, cap, log_probability, tanh, tile_columns
+from .token_logprobs import INVALID_TARGET, LOG2_E, cap, log_probability, tile_columns
 
 # A thread loads VEC logits (16 bytes) at a time and has BLOCK / (32 NUM_WARPS VEC) such loads in flight.
 BLOCK = 1024
@@ -48,12 +48,8 @@ def load_tile(
     inside = columns < cols
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=inside, other=0.0)
-    slope = x
-    if HAS_SOFTCAP:
-        capped = tanh(x * (scale / softcap))
-        x = cap(x, scale, softcap, HAS_SOFTCAP)
-        slope = 1.0 - capped * capped
-    return tl.where(inside, x, float("-inf")), slope, inside
+    u, slope = cap(x, scale, softcap, HAS_SOFTCAP)
+    return tl.where(inside, u, float("-inf")), slope, inside
 
 
 @triton.jit
@@ -162,7 +158,8 @@ def fold_tile_kernel(
         x = tl.load(row_ptr + target)
         if HAS_BIAS:
             x += tl.load(row_bias_ptr + target)
-        tl.store(state_ptr + 2 * num_rows + row, cap(x, scale, softcap, HAS_SOFTCAP))
+        u, _ = cap(x, scale, softcap, HAS_SOFTCAP)
+        tl.store(state_ptr + 2 * num_rows + row, u)
 
 
 @triton.jit
