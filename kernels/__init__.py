@@ -4,6 +4,6 @@ Installed as ``kto_fused.kernels``. Nothing is imported here on purpose: a Pytho
 this folder as ``kernels`` as well, and must be able to import it without Triton.
 """
 
-# Products are added without being rounded first, as what was measured was compiled: Triton 3.9 warns a caller who does
-# not say which it is to be, and 3.10 changes its default.
+# Multiplications and additions are fused, as in all that was measured: where a launch does not say so, Triton 3.9
+# warns, and 3.10 is to round in between.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}

@@ -51,13 +51,13 @@ def find_sequence(cu_seqlens_ptr, row, num_sequences, search_steps):
 @triton.jit
 def tanh(x, height):
     """(height tanh(x), 1 - tanh(x)^2), the first to a few ulp: a continued fraction near zero, where 1 - exp(-2|x|)
-    cancels; one division for both.
+    cancels; one division serves the two formulas.
 
     The height comes before the sign is chosen: as a product at the end, a GPU would fuse it with the subtraction of
     the largest u, which is rounded, and leave an ulp where 0 should be.
     """
     x2 = x * x
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))  # exp(-2|x|); exp would also see to numbers too small to change 1 - e
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))  # tl.exp would handle subnormal numbers too, which 1 - e loses
     near = tl.abs(x) < 0.5
     numerator = tl.where(near, x * (2027025.0 + x2 * (270270.0 + x2 * (6930.0 + x2 * 36.0))), 1.0 - e)
     denominator = tl.where(near, 2027025.0 + x2 * (945945.0 + x2 * (51975.0 + x2 * (630.0 + x2))), 1.0 + e)
@@ -68,7 +68,7 @@ def tanh(x, height):
 
 @triton.jit
 def cap(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """(u of the module's docstring, d u / d x / scale)."""
+    """(u of the module's docstring, its derivative by scale * x under a soft cap, else 1)."""
     if HAS_SOFTCAP:
         u, slope = tanh(x * (scale / softcap), softcap)
     else:

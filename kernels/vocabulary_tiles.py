@@ -40,8 +40,8 @@ def load_tile(
     tile_ptr, bias_ptr, start, cols, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(u, slope, inside) of the columns start .. start + LANES * VEC: u is -inf past the last one, and slope, which is
-    d u / d x / scale, means something under a soft cap alone.
+    """(u, slope, inside) of the columns start .. start + LANES * VEC: u is -inf past the last one; slope is its
+    derivative by scale * x under a soft cap, else 1.
     """
     columns = start + tile_columns(True, LANES, VEC)
     x = tl.load(tile_ptr + columns)  # the buffer holds whole blocks

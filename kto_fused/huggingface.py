@@ -24,9 +24,8 @@ from .metrics import TokenMetrics
 MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")
 SOFT_CAPPED_BY = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# model types that multiply by what others divide by, and that scale what their heads are given instead of the logits
-MULTIPLYING = ("hyperclovax",)
-SCALING_HIDDEN = ("inkling_text", "minicpm3")
+MULTIPLYING = ("hyperclovax",)  # model types that multiply by what others divide by
+SCALING_HIDDEN = ("inkling_text", "minicpm3")  # model types that scale what their head is given, not its logits
 # what is left for a model that ``attach`` refuses
 FROM_LOGITS = "pass its logits to the losses that take logits (in a trainer: loss_from='logits')"
 # what is autocast to within a forward, by accelerate's names for it
@@ -280,12 +279,12 @@ def _attends_shared_keys(device: torch.device, dtype: torch.dtype) -> bool:
 def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
     """``logit_scale`` and ``logit_softcap`` of the logits a configuration describes."""
     text = config.get_text_config()
+    is_multiplying = text.model_type in MULTIPLYING
     scale = 1.0
-    for name in MULTIPLIED_BY:
-        scale *= getattr(text, name, None) or 1.0
-    for name in DIVIDED_BY:
-        factor = getattr(text, name, None) or 1.0
-        scale = scale * factor if text.model_type in MULTIPLYING else scale / factor
+    for name in MULTIPLIED_BY + DIVIDED_BY:
+        factor = getattr(text, name, None)
+        if factor and not isinstance(factor, str):  # MPT's may be the name of a rule, which its model does not follow
+            scale = scale * factor if name in MULTIPLIED_BY or is_multiplying else scale / factor
     softcaps = (getattr(text, name, None) for name in SOFT_CAPPED_BY)
     return {"logit_scale": scale, "logit_softcap": next(filter(None, softcaps), None)}
 
@@ -594,14 +593,16 @@ def _check_logits(model: PreTrainedModel) -> None:
     _compare(model, own, ours)
     options = logit_options(model.config)
     if model.config.get_text_config().model_type in SCALING_HIDDEN:
-        options["logit_scale"] = 1.0  # of what the head has given already
+        options["logit_scale"] = 1.0  # what the head gives is scaled already
     _compare(model, own_of_probe, _transformed(probe, **options))
 
 
 def _compare(model: PreTrainedModel, own: torch.Tensor, ours: torch.Tensor) -> None:
     name = type(model).__name__
     if own.shape != ours.shape:
-        raise UnsupportedModelError(f"{name}'s logits are {tuple(own.shape)}, its LM head gives {tuple(ours.shape)}")
+        raise UnsupportedModelError(
+            f"{name}'s logits are {tuple(own.shape)}, its LM head gives {tuple(ours.shape)}: {FROM_LOGITS}"
+        )
     if not ours.isfinite().all():
         raise UnsupportedModelError(
             f"{name}'s logits are not finite: its weights hold NaN or infinities, or overflow {ours.dtype}"

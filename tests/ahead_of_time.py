@@ -129,7 +129,7 @@ def instructions_after_product(sass: str) -> int:
     lies behind the end of the kernel, where shuffles of warps that have diverged go.
     """
     _, _, after = sass.rpartition("HGMMA")
-    after, _, _ = after.partition("  EXIT")  # the one without a predicate before it
+    after, _, _ = after.rpartition("  EXIT")  # without a predicate before it: the end
     after = re.sub(r"BRA `\((\.L_x_\d+)\).*?^\1:", "", after, flags=re.DOTALL | re.MULTILINE)
     return len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", after))
 
