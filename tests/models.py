@@ -43,13 +43,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "minicpm3": {"dim_model_base": 16, "num_key_value_heads": 4, **LATENT},  # scales its hidden states
     "inkling_text": {"logits_mup_width_multiplier": 2.0},  # the same
     "cohere": {"logit_scale": 0.25},
-    "mpt": {
-        "d_model": 32,
-        "n_heads": 4,
-        "n_layers": 2,
-        "max_seq_len": 64,
-        "logit_scale": "inv_sqrt_d_model",
-    },  # no scale
+    # names a rule that its model does not follow
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "logit_scale": "inv_sqrt_d_model"},
     "olmo2": {},
     "falcon_h1": {"lm_head_multiplier": 0.3, **MAMBA},
     "mixtral": {"num_local_experts": 4, **MIXTURE},
