@@ -39,13 +39,14 @@ class LogitOptions:
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
-def _row_outputs(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+def row_outputs(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    """What the row kernel fills: targets, row_max and log_sum, each [rows], and per_token [4, rows]."""
     rows = math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic length
     row_max, log_sum = (logits.new_empty(rows, dtype=compute_dtype(logits)) for _ in range(2))
     return logits.new_empty(rows, dtype=torch.int32), row_max, log_sum, row_max.new_empty(4, rows)
 
 
-@opaque(fake=_row_outputs)
+@opaque(fake=row_outputs)
 def _token_logprobs(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -70,7 +71,7 @@ def _token_logprobs(
         return torch_backend.token_logprobs(logits, labels, cu_seqlens, **options)
     from .kernels import token_logprobs
 
-    outputs = _row_outputs(logits)
+    outputs = row_outputs(logits)
     with on_device(logits):
         token_logprobs.forward(
             logits, labels, cu_seqlens, outputs, multiprocessors=multiprocessors(logits.device), **options

@@ -20,6 +20,7 @@ import torch
 
 from . import torch_backend
 from .backends import multiprocessors, on_device
+from .from_logits import row_outputs
 from .layout import INVALID, MASKED, compute_dtype
 
 # Bytes of LM-head weight cast at once, where a GEMM does not read it as it is; at most a quarter of a chunk's.
@@ -226,8 +227,7 @@ class WholeRows:
         else:
             from .kernels import token_logprobs
 
-            row_max, log_sum = (logits.new_empty(len(targets)) for _ in range(2))
-            outputs = torch.empty_like(targets), row_max, log_sum, logits.new_empty(4, len(targets))
+            outputs = row_outputs(logits)
             with on_device(logits):
                 token_logprobs.forward(
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
