@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # kernels/ holds Triton alone and installs inside the package: a top-level `kernels` is somebody else's
-    packages=["kto_fused", "kto_fused.integrations", "kto_fused.kernels"],
+    packages=["kto_fused", "kto_fused.data", "kto_fused.integrations", "kto_fused.kernels"],
     package_dir={"kto_fused": "kto_fused", "kto_fused.kernels": "kernels"},
     package_data={"kto_fused": ["py.typed", "data/*.jsonl"]},
     install_requires=[

@@ -123,6 +123,22 @@ def attention_masks(monkeypatch) -> list[torch.Tensor | None]:
     return masks
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of ``datasets`` for this test alone."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def byte_pairs():
+    """A tokenizer that merges letters."""
+    from data_cases import byte_pair_tokenizer
+
+    return byte_pair_tokenizer()
+
+
 @pytest.fixture(scope="module")
 def on_one(request, tmp_path_factory):
     """The result of one of the module's ``CASES`` in this process, alone."""

@@ -1,0 +1,81 @@
+"""Tokenized examples padded to batches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import checks
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class _Padding:
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self):
+        checks.integer("pad_token_id", self.pad_token_id, at_least=0)
+        if self.pad_to_multiple_of is not None:
+            checks.integer("pad_to_multiple_of", self.pad_to_multiple_of, at_least=1)
+
+    def _pad(self, prompts: list[list[int]], completions: list[list[int]]) -> dict[str, torch.Tensor]:
+        tokens = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        labels = [[IGNORE_INDEX] * len(prompt) + ids for prompt, ids in zip(prompts, completions, strict=True)]
+        multiple = self.pad_to_multiple_of or 1
+        # never 0, which models do not take: mismatched pairs may all be empty
+        width = -(-max(1, *map(len, tokens)) // multiple) * multiple
+
+        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+        return {
+            "input_ids": padded(tokens, self.pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in tokens], 0),
+            "labels": padded(labels, IGNORE_INDEX),
+        }
+
+
+@dataclass
+class UnpairedCollator(_Padding):
+    """Examples of :func:`prepare_unpaired` as a batch, right-padded.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels`` [B, T] int64, ``desirable`` [B] bool; if the examples have
+        ``kl_completion_ids``, ``kl_input_ids``, ``kl_attention_mask``, ``kl_labels`` [B, T'], a row without mismatched
+        completion being its prompt with no label; if they have them, ``ref_logps`` and ``ref_kl_logps`` [B] float64.
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        columns = {column: [example[column] for example in examples] for column in examples[0]}
+        batch = self._pad(columns["prompt_ids"], columns["completion_ids"])
+        batch["desirable"] = torch.tensor(columns["label"], dtype=torch.bool)
+        if "kl_completion_ids" in columns:
+            mismatched = self._pad(columns["prompt_ids"], columns["kl_completion_ids"])
+            batch |= {f"kl_{name}": tensor for name, tensor in mismatched.items()}
+        for name in {"ref_logps", "ref_kl_logps"} & columns.keys():
+            batch[name] = torch.tensor(columns[name], dtype=torch.float64)
+        return batch
+
+
+@dataclass
+class PairedCollator(_Padding):
+    """Examples of :func:`prepare_paired` as a batch, right-padded, chosen before rejected.
+
+    The first dimension counts pairs, so that whatever counts or splits a batch by its rows keeps pairs whole.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T] int64; ``ref_logps`` [B, 2] float64, if the examples
+        have ``ref_chosen_logps`` and ``ref_rejected_logps``.
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        prompts = [example["prompt_ids"] for example in examples for _ in range(2)]
+        completions = [example[side] for example in examples for side in ("chosen_ids", "rejected_ids")]
+        rows = self._pad(prompts, completions)
+        batch = {name: tensor.view(len(examples), 2, -1) for name, tensor in rows.items()}
+        if {"ref_chosen_logps", "ref_rejected_logps"} <= examples[0].keys():
+            logps = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]
+            batch["ref_logps"] = torch.tensor(logps, dtype=torch.float64)
+        return batch

@@ -1,0 +1,471 @@
+"""Records to tokens: templates, ends of text, lengths, mismatched completions."""
+
+# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+
+import copy
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+datasets = pytest.importorskip("datasets", reason="datasets is not installed: there is no data to prepare")
+
+from data_cases import FORMS, PAIRED, TEMPLATE, UNPAIRED, WORDS, conversation, ids, one_token_a_word, write
+from datasets import Dataset
+from tokenizers import processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from kto_fused.data import tokens
+from kto_fused.preference_data import (
+    DataError,
+    fingerprint,
+    load,
+    prepare_paired,
+    prepare_unpaired,
+)
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_tokens_are_made_once_for_one_file_tokenizer_and_length(tmp_path, monkeypatch, caplog):
+    path = write(tmp_path / "data.jsonl", UNPAIRED)
+    first = prepare_unpaired(path, one_token_a_word(), max_length=3)
+    made = tokens._token_rows
+    monkeypatch.setattr(tokens, "_token_rows", lambda *_, **__: pytest.fail("not from the cache"))
+    monkeypatch.setattr(tokens, "_partner_rows", lambda *_, **__: pytest.fail("not from the cache"))
+    caplog.clear()
+    again = prepare_unpaired(path, one_token_a_word(), max_length=3)
+    assert again.dataset.to_list() == first.dataset.to_list()
+    assert (again.truncated, again.dropped) == (first.truncated, first.dropped) == (2, 0)
+    assert "max_length=3" in caplog.text
+
+    calls = []
+    monkeypatch.setattr(tokens, "_partner_rows", lambda prompts, *_, **__: {"kl_completion_ids": prompts})
+    monkeypatch.setattr(tokens, "_token_rows", lambda *a, **k: calls.append(1) or made(*a, **k))
+    for changed in (
+        lambda: prepare_unpaired(path, one_token_a_word(), max_length=4),
+        lambda: prepare_unpaired(path, one_token_a_word(), max_length=None),
+        lambda: prepare_unpaired(path, one_token_a_word([*WORDS, "more"]), max_length=3),
+        lambda: prepare_unpaired(path, one_token_a_word(eos_token="four"), max_length=3),
+        lambda: prepare_unpaired(path, one_token_a_word(chat_template="{{ messages }}"), max_length=3),
+        lambda: prepare_unpaired(write(path, UNPAIRED[:2]), one_token_a_word(), max_length=3),
+    ):
+        calls.clear()
+        changed()
+        assert calls == [1]
+
+
+def test_another_seed_gives_other_partners_and_not_the_cached_ones(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"prompt": w, "completion": f" {w}", "label": w == "red"} for w in WORDS])
+    runs = [prepare_unpaired(path, one_token_a_word(), seed=seed).dataset["kl_completion_ids"][:] for seed in (0, 1, 0)]
+    assert runs[0] == runs[2] != runs[1]
+
+
+def test_the_fingerprint_is_what_decides_the_tokens(tmp_path):
+    tokenizer = one_token_a_word()
+    before = fingerprint(tokenizer)
+    tokenizer(["red", "red green"], padding=True, truncation=True, max_length=1)
+    assert fingerprint(tokenizer) == before
+    tokenizer.save_pretrained(tmp_path / "elsewhere")
+    assert fingerprint(PreTrainedTokenizerFast.from_pretrained(tmp_path / "elsewhere")) == before
+    others = [
+        one_token_a_word([*WORDS[::-1]]),
+        one_token_a_word(eos_token="four"),
+        one_token_a_word(chat_template=None),
+        one_token_a_word(split_special_tokens=True),
+    ]
+    lowercase = one_token_a_word()
+    lowercase.add_tokens(["new"])
+    assert len({before, *map(fingerprint, [*others, lowercase])}) == 6
+
+
+def test_the_fingerprint_knows_tokenizers_written_in_python():
+    tokenizers = [ByT5Tokenizer(), ByT5Tokenizer(), ByT5Tokenizer(eos_token="<pad>"), ByT5Tokenizer(extra_ids=3)]
+    prints = [fingerprint(tokenizer) for tokenizer in tokenizers]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+    row = prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizers[0], mismatch=False).dataset[0]
+    assert bytes(token - 3 for token in row["completion_ids"][:-1]) == b" one two"
+
+
+# tokens
+
+
+def test_unpaired_tokens():
+    prepared = prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(), mismatch=False)
+    assert prepared.dataset.to_list() == [
+        {"prompt_ids": ids("red"), "completion_ids": ids("one two </s>"), "label": True, "length": 4},
+        {"prompt_ids": ids("green blue"), "completion_ids": ids("three </s>"), "label": False, "length": 4},
+        {"prompt_ids": [], "completion_ids": ids("four </s>"), "label": True, "length": 2},
+    ]
+    assert (prepared.truncated, prepared.dropped) == (0, 0)
+
+
+def test_paired_tokens():
+    dataset = prepare_paired(Dataset.from_list(PAIRED), one_token_a_word()).dataset
+    assert dataset.to_list() == [
+        {
+            "prompt_ids": ids("red"),
+            "chosen_ids": ids("one two </s>"),
+            "rejected_ids": ids("three </s>"),
+            "length": 4,
+        },
+        {
+            "prompt_ids": ids("green blue"),
+            "chosen_ids": ids("four </s>"),
+            "rejected_ids": ids("one two three </s>"),
+            "length": 6,
+        },
+    ]
+
+
+def test_a_pair_is_two_examples_of_feedback():
+    dataset = prepare_unpaired(Dataset.from_list(PAIRED), one_token_a_word(), mismatch=False).dataset
+    found = [(row["prompt_ids"], row["completion_ids"], row["label"]) for row in dataset]
+    assert found == [
+        (ids("red"), ids("one two </s>"), True),
+        (ids("red"), ids("three </s>"), False),
+        (ids("green blue"), ids("four </s>"), True),
+        (ids("green blue"), ids("one two three </s>"), False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("completion", "eos", "expected"),
+    [(" one", "</s>", "one </s>"), (" one </s>", "</s>", "one </s>"), (" one", None, "one")],
+)
+def test_a_text_ends_with_one_end_of_text(completion, eos, expected):
+    records = [record | {"completion": completion} for record in UNPAIRED]
+    tokenizer = one_token_a_word(eos_token=eos)
+    dataset = prepare_unpaired(Dataset.from_list(records), tokenizer, mismatch=False).dataset
+    assert dataset["completion_ids"][:] == [ids(expected)] * 3
+
+
+@pytest.mark.parametrize("split_special_tokens", [False, True], ids=["", "split"])
+@pytest.mark.parametrize("completion", [" one two", " one two </s>"])
+def test_an_end_of_text_that_the_tokenizer_adds_is_the_only_one(completion, split_special_tokens, caplog):
+    tokenizer = one_token_a_word(split_special_tokens=split_special_tokens)
+    ends = processors.TemplateProcessing(single="<user> $A </s>", special_tokens=[("<user>", 2), ("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    records = [{"prompt": prompt, "completion": completion, "label": prompt == ""} for prompt in ("", "red")]
+    rows = prepare_unpaired(Dataset.from_list(records), tokenizer, mismatch=False).dataset
+    assert rows["prompt_ids"][:] == [ids("<user>"), ids("<user> red")]
+    assert rows["completion_ids"][:] == [ids("one two </s>")] * 2
+    assert not caplog.records
+
+
+def test_a_beginning_of_text_that_is_the_end_of_text_too_ends_none(caplog):
+    tokenizer = one_token_a_word()
+    begins = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begins  # as OPT's: of an empty text it is the last token
+    row = prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizer, mismatch=False).dataset[0]
+    assert (row["prompt_ids"], row["completion_ids"]) == (ids("</s> red"), ids("one two </s>"))
+    unknown = one_token_a_word(eos_token="<unk>")  # of a word that it does not know it is the last token
+    row = prepare_unpaired(Dataset.from_list(UNPAIRED), unknown, mismatch=False).dataset[0]
+    assert (row["prompt_ids"], row["completion_ids"]) == (ids("red"), ids("one two <unk>"))
+
+
+def test_texts_that_nothing_ends_are_said_once(caplog):
+    prepare_paired(Dataset.from_list(PAIRED), one_token_a_word(eos_token=None, pad_token="four"))
+    (said,) = caplog.records
+    assert said.message.startswith("train data: the tokenizer has no eos_token, so nothing ends a completion")
+    caplog.clear()
+    prepare_paired(Dataset.from_list(FORMS["paired conversations"]), one_token_a_word(eos_token=None))
+    assert not caplog.records  # a template ends them
+
+
+def test_an_end_of_text_that_is_read_as_text_is_said_once(caplog):
+    prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(split_special_tokens=True))
+    (said,) = caplog.records
+    assert said.message.startswith("train data: the tokenizer does not read its eos_token </s> as a token (with split")
+    caplog.clear()
+    unknown = one_token_a_word()
+    unknown.eos_token = "<end>"  # whose id is that of what is unknown
+    prepare_paired(Dataset.from_list(PAIRED), unknown)
+    (said,) = caplog.records
+    assert said.message.startswith("train data: the tokenizer does not read its eos_token <end> as a token")
+
+
+def test_texts_that_begin_twice_are_said_once(caplog):
+    tokenizer = one_token_a_word(bos_token="one")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="one $0", special_tokens=[("one", tokenizer.convert_tokens_to_ids("one"))]
+    )
+    prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizer)
+    assert not caplog.records
+    prepare_unpaired(Dataset.from_list([x | {"prompt": "one " + x["prompt"]} for x in UNPAIRED]), tokenizer)
+    (said,) = caplog.records
+    assert said.message.startswith("train data: the texts begin with one, and the tokenizer puts another before it")
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    return one_token_a_word([*WORDS, "<old>", "<think>"], chat_template=template)
+
+
+# the system's words before the last user's, as in Mistral's, and turns before the last one as "old"
+LAST_USER = (
+    "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'user' %}<user> "
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }} {% endif %}"
+    "{{ message['content'] }} {% else %}{{ message['content'] }} </s> {% endif %}{% endfor %}"
+)
+OLD_TURNS = TEMPLATE.replace("<{{ message['role'] }}>", "<{{ message['role'] if loop.last else 'old' }}>")
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "moved"),
+    [(LAST_USER, "three four one", "three four one red green"), (OLD_TURNS, None, "<user> red green </s> <assistant>")],
+    ids=["system", "old"],
+)
+@pytest.mark.parametrize("prepare", [prepare_unpaired, prepare_paired])
+def test_a_template_that_moves_a_message_into_the_completion_is_refused(prepare, template, system, moved):
+    def record(*messages):
+        chosen, rejected = ([{"role": "assistant", "content": word}] for word in ("one", "two"))
+        return {"prompt": list(messages), "chosen": chosen, "rejected": rejected}
+
+    question = {"role": "user", "content": "red green"}
+    records = [record({"role": "system", "content": system}, question) if system else record(question)] * 2
+    if system:
+        records[0] = record(question)  # which the template renders alike
+    row = 1 if system else 0
+    with pytest.raises(DataError) as caught:
+        prepare(Dataset.from_list(records), with_template(template), name="eval")
+    message = str(caught.value)
+    assert message.startswith(f"eval data, row {row}: the chat template renders the prompt differently once an answer")
+    assert f"{len(moved.split())} tokens before the prompt's end, at {moved!r}" in message
+    assert "use another one, or give prompt and completions as text" in message
+
+
+def test_the_words_that_ask_for_an_answer_may_change(caplog):
+    """As those of models that think before an answer, but are not shown what they thought."""
+    asking = TEMPLATE.replace("<assistant>{% endif %}", "<assistant> <think> <think> <think> {% endif %}")
+    row = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), with_template(asking)).dataset[0]
+    assert (row["prompt_ids"], row["chosen_ids"]) == (ids("<user> red </s> <assistant>"), ids("one two </s>"))
+    (said,) = caplog.records
+    assert "in 2 of 2 examples the prompt's last tokens differ" in said.message
+
+
+def test_conversations_are_rendered_by_the_chat_template():
+    dataset = Dataset.from_list(FORMS["paired conversations"])
+    first = prepare_paired(dataset, one_token_a_word()).dataset[0]
+    assert first["prompt_ids"] == ids("<user> red </s> <assistant>")
+    assert first["chosen_ids"] == ids("one two </s>")
+    assert first["rejected_ids"] == ids("three </s>")
+
+
+@pytest.mark.parametrize("prepare", [prepare_unpaired, prepare_paired])
+def test_a_template_that_leaves_out_part_of_an_answer_is_said_once(prepare, caplog):
+    """As those do that show a model none of what it thought."""
+    forgetting = TEMPLATE.replace("message['content']", "message['content'].split('<think>')[-1]")
+    records = copy.deepcopy(FORMS["paired conversations"])
+    prepare(Dataset.from_list(records), with_template(forgetting), name="eval")
+    assert not [said for said in caplog.records if "leaves out" in said.message]
+    records[1]["rejected"][0]["content"] = "two <think> three"
+    prepare(Dataset.from_list(records), with_template(forgetting), name="eval")
+    (said,) = (said.message for said in caplog.records if "leaves out" in said.message)
+    assert said.startswith("eval data: the chat template changes or leaves out text of the answers in 1 of the first 2")
+    assert "(row 1 among them)" in said
+
+
+def test_conversations_need_a_chat_template():
+    dataset = Dataset.from_list(FORMS["paired conversations"])
+    for prepare in (prepare_unpaired, prepare_paired):
+        with pytest.raises(DataError, match=r"^train data: .* the tokenizer has no chat template"):
+            prepare(dataset, one_token_a_word(chat_template=None))
+
+
+def test_a_conversation_that_the_template_refuses_is_named():
+    refusing = TEMPLATE + "{% if messages[0]['content'] == 'green blue' %}{{ raise_exception('no blue') }}{% endif %}"
+    dataset = Dataset.from_list(FORMS["paired conversations"])
+    with pytest.raises(DataError, match=r"^test data, row 1: the chat template .* no blue"):
+        prepare_unpaired(dataset, one_token_a_word(chat_template=refusing), name="test")
+
+
+def test_what_is_too_long_is_cut_dropped_counted_and_said_once(caplog):
+    records = [
+        {"prompt": "red", "completion": " one two three four", "label": True},
+        {"prompt": "red green", "completion": " one", "label": False},
+        {"prompt": "red green blue", "completion": " one", "label": False},
+        {"prompt": "red green blue red", "completion": " one", "label": True},
+        {"prompt": "red green blue red green", "completion": " one", "label": True},
+    ]
+    prepared = prepare_unpaired(Dataset.from_list(records), one_token_a_word(), max_length=4, mismatch=False)
+    assert prepared.dataset["completion_ids"][:] == [ids("one two three"), ids("one </s>"), ids("one")]
+    assert prepared.dataset["length"][:] == [4, 4, 4]
+    assert (prepared.truncated, prepared.dropped) == (2, 2)
+    (said,) = caplog.records
+    assert said.levelno == logging.WARNING
+    assert said.message == (
+        "train data, max_length=4: of 5 examples, 2 had a completion cut and 2 were dropped, "
+        "with no room for a completion token."
+    )
+
+
+def test_pairs_are_cut_and_dropped_whole(caplog):
+    records = [
+        {"prompt": "red", "chosen": " one two three four", "rejected": " one"},
+        {"prompt": "red green blue red", "chosen": " one", "rejected": " two"},
+    ]
+    prepared = prepare_paired(Dataset.from_list(records), one_token_a_word(), max_length=4)
+    (row,) = prepared.dataset
+    assert (row["chosen_ids"], row["rejected_ids"], row["length"]) == (ids("one two three"), ids("one </s>"), 4)
+    assert (prepared.truncated, prepared.dropped) == (1, 1)
+    split = prepare_unpaired(Dataset.from_list(records), one_token_a_word(), max_length=4)
+    assert (len(split.dataset), split.truncated, split.dropped) == (2, 1, 2)
+    assert "of 4 examples, 1 had a completion cut and 2 were dropped" in caplog.text
+
+
+def test_nothing_is_said_of_what_fits(caplog):
+    prepared = prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(), max_length=None)
+    assert (len(prepared.dataset), prepared.truncated, prepared.dropped) == (3, 0, 0)
+    assert not caplog.records
+
+
+def test_no_example_left_is_an_error():
+    for prepare in (prepare_unpaired, prepare_paired):
+        records = Dataset.from_list([{**PAIRED[0], "prompt": "red red red"}] * 2)
+        with pytest.raises(DataError, match=r"^eval data: .* max_length=3"):
+            prepare(records, one_token_a_word(), max_length=3, name="eval")
+
+
+@pytest.mark.parametrize(("label", "kind"), [(True, "undesirable"), (False, "desirable")])
+def test_feedback_of_one_kind_is_an_error(label, kind):
+    records = Dataset.from_list([record | {"label": label} for record in UNPAIRED])
+    with pytest.raises(DataError, match=f"^train data: expected desirable and undesirable examples, got no {kind} one"):
+        prepare_unpaired(records, one_token_a_word())
+
+
+def test_feedback_without_pairs_is_refused_for_dpo():
+    with pytest.raises(DataError, match=r"DPO needs pairs, expected .*'chosen'.* got .*'completion'"):
+        prepare_paired(Dataset.from_list(UNPAIRED), one_token_a_word())
+
+
+@pytest.mark.parametrize("max_length", [0, -1, 1.5, True, "8"])
+def test_a_length_that_is_none_is_refused(max_length):
+    with pytest.raises((TypeError, ValueError), match=r"max_length must be (at least 1|an int), got"):
+        prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(), max_length=max_length)
+
+
+def test_what_is_no_tokenizer_is_refused():
+    with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer, got str"):
+        prepare_unpaired(Dataset.from_list(UNPAIRED), "gpt2")
+
+
+def test_a_completion_starts_where_the_prompts_tokens_change(byte_pairs, caplog):
+    records = [
+        {"prompt": "What is th", "completion": "e answer", "label": True},
+        {"prompt": "What is", "completion": " the answer", "label": False},
+    ]
+    dataset = prepare_unpaired(Dataset.from_list(records), byte_pairs, mismatch=False).dataset
+    for row, record in zip(dataset, records, strict=True):
+        whole = record["prompt"] + record["completion"] + "</s>"
+        assert row["prompt_ids"] + row["completion_ids"] == byte_pairs(whole)["input_ids"]
+    assert len(dataset[0]["prompt_ids"]) < len(byte_pairs(records[0]["prompt"])["input_ids"])
+    assert dataset[1]["prompt_ids"] == byte_pairs(records[1]["prompt"])["input_ids"]
+    (said,) = caplog.records
+    assert "in 1 of 2 examples the prompt's last tokens differ" in said.message
+
+
+def test_processes_share_the_work_and_change_nothing(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"prompt": w, "completion": f" {w}", "label": w == "red"} for w in WORDS])
+    rows = [
+        prepare_unpaired(source, one_token_a_word(), max_length=4, num_proc=processes).dataset.to_list()
+        for source, processes in ((load(path), None), (Dataset.from_list(load(path).to_list()), 2))
+    ]
+    assert rows[0] == rows[1]
+
+
+# the same tokens as TRL
+
+
+def trl_trainer(tokenizer) -> SimpleNamespace:
+    return SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False, desirable_weight=1.0, undesirable_weight=1.0)
+
+
+TRL_SETTINGS = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+MERGING = {"prompt": "What is th", "chosen": "e answer", "rejected": " question", "completion": "e end", "label": True}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kto_tokens_are_those_of_trl(form, byte_pairs):
+    trl = pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    fields = FORMS[form][0].keys()
+    extra = {field: value for field, value in MERGING.items() if field in fields}
+    records = [*FORMS[form], conversation(extra) if "conversations" in form else extra]
+    theirs = trl.KTOTrainer._prepare_dataset(
+        trl_trainer(byte_pairs), Dataset.from_list(records), byte_pairs, TRL_SETTINGS, "train"
+    )
+    ours = prepare_unpaired(Dataset.from_list(records), byte_pairs, mismatch=False).dataset
+
+    def rows(dataset):  # a pair's sides stand in another order
+        return sorted((row["prompt_ids"], row["completion_ids"], row["label"]) for row in dataset)
+
+    assert rows(ours) == rows(theirs)
+
+
+@pytest.mark.parametrize("form", ["paired", "paired conversations"])
+def test_dpo_tokens_are_those_of_trl(form, byte_pairs):
+    trl = pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    extra = {field: MERGING[field] for field in PAIRED[0]}
+    records = Dataset.from_list([*FORMS[form], conversation(extra) if "conversations" in form else extra])
+    theirs = trl.DPOTrainer._prepare_dataset(trl_trainer(byte_pairs), records, byte_pairs, TRL_SETTINGS, "train")
+    ours = prepare_paired(records, byte_pairs).dataset
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    assert ours.select_columns(columns).to_list() == theirs.select_columns(columns).to_list()
+
+
+# mismatched partners
+
+
+def test_mismatched_completions_are_those_of_other_prompts_cut_to_what_fits():
+    prompts = ["red", "red", "green blue", "blue", "red green blue"]
+    completions = [" one", " two one two", " three two one", " four", " blue four three two"]
+    records = Dataset.from_dict(
+        {"prompt": prompts, "completion": completions, "label": [True, False, True, False, True]}
+    )
+    rows = prepare_unpaired(records, one_token_a_word(), max_length=5).dataset.to_list()
+    givers = []
+    for row in rows:
+        mismatched, room = row["kl_completion_ids"], 5 - len(row["prompt_ids"])
+        (giver,) = (other for other in rows if other["completion_ids"][0] == mismatched[0])
+        assert giver["prompt_ids"] != row["prompt_ids"]
+        assert mismatched == giver["completion_ids"][:room]
+        givers.append(rows.index(giver))
+    assert sorted(givers) == [0, 1, 2, 3, 4]
+
+
+def test_a_mismatched_completion_is_cut_to_what_its_new_prompt_leaves():
+    records = [
+        {"prompt": "red", "completion": " one two three", "label": True},
+        {"prompt": "red green blue", "completion": " four", "label": False},
+    ]
+    for max_length, cut in ((5, "one two"), (6, "one two three"), (None, "one two three </s>")):
+        dataset = prepare_unpaired(Dataset.from_list(records), one_token_a_word(), max_length=max_length).dataset
+        assert dataset["kl_completion_ids"][:] == [ids("four </s>"), ids(cut)]
+
+
+def test_examples_of_one_prompt_have_no_mismatched_completion(caplog):
+    records = [record | {"prompt": "red"} for record in UNPAIRED]
+    dataset = prepare_unpaired(Dataset.from_list(records), one_token_a_word()).dataset
+    assert dataset["kl_completion_ids"][:] == [[], [], []]
+    assert "train data: 3 of 3 examples have no mismatched completion" in caplog.text
+
+
+def test_prompts_that_lose_tokens_to_their_completions_are_still_the_same(byte_pairs):
+    # th|e merges and th|at does not: the prompts' tokens that remain differ, the prompt does not
+    records = [
+        {"prompt": "What is th", "completion": "e answer", "label": True},
+        {"prompt": "What is th", "completion": "5", "label": False},
+    ]
+    dataset = prepare_unpaired(Dataset.from_list(records), byte_pairs).dataset
+    assert dataset[0]["prompt_ids"] != dataset[1]["prompt_ids"]
+    assert dataset["kl_completion_ids"][:] == [[], []]
+
+
+# batches
+
+
+def test_it_needs_neither_trl_nor_peft():
+    code = "import sys; sys.modules['trl'] = sys.modules['peft'] = None; import kto_fused.preference_data"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
