@@ -76,6 +76,16 @@ def pytest_runtest_makereport():
     return skipped_for_its_device((yield))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="tests/faults: every kill, corruption and case, not a slice")
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Whether ``--full`` asks for the whole of a test that otherwise runs a slice."""
+    return request.config.getoption("--full")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "engine" in metafunc.fixturenames:
         metafunc.parametrize("engine", ENGINES, ids=["-".join(engine) for engine in ENGINES])
