@@ -1,6 +1,6 @@
 """Tiles of logits that are never written: folded, and their P kept, in the registers of the GEMM that they come from.
 
-What ``vocabulary_tiles.py`` does with a tile in memory, under its names. A program computes [ROWS, COLUMNS] logits and
+What ``memory_tiles.py`` does with a tile in memory, under its names. A program computes [ROWS, COLUMNS] logits and
 leaves of each row the largest u, s, w and sum u: 16 bytes of COLUMNS logits, which a second kernel adds to ``state``.
 
 All programs run at once, so a row's reference cannot be the largest u of its first tile: it is the target's u, found
@@ -8,7 +8,7 @@ beforehand. A tile with a column more than 2^60 times as large takes its own lar
 the largest of these.
 
 Registers are what a tile has too few of, so there is no soft cap, and no tile that the vocabulary ends in: what is left
-of it is for ``vocabulary_tiles.py``.
+of it is for ``memory_tiles.py``.
 """
 
 import torch
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from . import COMPILER_OPTIONS
-from .token_logprobs import LOG2_E, merge
-from .vocabulary_tiles import HEADROOM, Kept, others_sum
+from .memory_tiles import HEADROOM, Kept, others_sum
+from .online import LOG2_E, merge
 
 # The tile of a program, fastest on an H200 where nothing was kept; it takes 144 KiB of shared memory.
 ROWS, COLUMNS, DEPTH = 128, 256, 64

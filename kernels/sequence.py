@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import COMPILER_OPTIONS
-from .token_logprobs import MASKED_TARGET, find_sequence
+from .online import MASKED_TARGET, find_sequence
 
 BLOCK_TOKENS = 1024
 

@@ -724,10 +724,10 @@ def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
         if zeros is not None:
             values.masked_fill_(zeros, 0)
     elif HAS_TRITON:
-        from .kernels import scale
+        from .kernels import rows
 
         with on_device(values):
-            scale.scale_(values, factor)
+            rows.scale_(values, factor)
     else:
         zeros = values == 0
         values.mul_(factor.to(compute_dtype(values))).masked_fill_(zeros, 0)

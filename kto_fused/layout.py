@@ -5,10 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .backends import may_read
-
-# targets[row] is the token id that a row predicts, or one of:
-MASKED = -1  # prompt, padding, or nothing left to predict: log-probability 0, gradient 0, logits never read
-INVALID = -2  # a label outside the vocabulary: log-probability NaN
+from .kernels import INVALID, MASKED
 
 
 def compute_dtype(values: torch.Tensor | torch.dtype) -> torch.dtype:

@@ -21,7 +21,8 @@ import torch
 from . import torch_backend
 from .backends import multiprocessors, on_device
 from .from_logits import row_outputs
-from .layout import INVALID, MASKED, compute_dtype
+from .kernels import INVALID, MASKED
+from .layout import compute_dtype
 
 # Bytes of LM-head weight cast at once, where a GEMM does not read it as it is; at most a quarter of a chunk's.
 CAST_BYTES = 2**24
@@ -179,9 +180,9 @@ class ChunkSpec:
     @functools.cached_property
     def block(self) -> int:
         """Columns of one step of the kernels of ``FoldedRows``."""
-        from .kernels import vocabulary_tiles
+        from .kernels import memory_tiles
 
-        return vocabulary_tiles.block_columns(self.vocab_size)
+        return memory_tiles.block_columns(self.vocab_size)
 
 
 class WholeRows:
@@ -299,7 +300,7 @@ class WholeRows:
 
 
 class FoldedRows:
-    """Buffers for a tile of logits in float32, and for what is kept of some or all: P of ``kernels.vocabulary_tiles``.
+    """Buffers for a tile of logits in float32, and for what is kept of some or all: P of ``kernels.memory_tiles``.
 
     d loss / d logits = diag(row_scale) P with row_scale = -k (d loss / d logps) / s, k as in that module. The gradient
     GEMMs read P as it is: row_scale goes to their other operand or their result.
@@ -354,7 +355,7 @@ class FoldedRows:
 
     def forward(self, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, keep: bool) -> torch.Tensor:
         """As ``WholeRows.forward``, but that P is kept with ``keep`` alone."""
-        from .kernels import register_tiles, vocabulary_tiles
+        from .kernels import memory_tiles, register_tiles
 
         self._begin(lm_head, targets)
         new_empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
@@ -367,7 +368,7 @@ class FoldedRows:
                 self._fold_and_keep(hidden, lm_head, state)
             else:
                 self._fold(hidden, lm_head, state, slice(0, self.spec.vocab_size))
-            vocabulary_tiles.finish(
+            memory_tiles.finish(
                 targets, state, outputs, vocab_size=self.spec.vocab_size, factor=self.spec.transform["factor"]
             )
         self.statistics = state[:NUM_STATISTICS]
@@ -392,13 +393,13 @@ class FoldedRows:
 
     def _fold(self, hidden, lm_head, state, panel, references=None) -> None:
         """Fold a panel of columns into ``state``; where there are ``references``, [n, tiles], keep its P too."""
-        from .kernels import register_tiles, vocabulary_tiles
+        from .kernels import memory_tiles, register_tiles
 
-        def kept(columns: slice) -> vocabulary_tiles.Kept | None:
+        def kept(columns: slice) -> memory_tiles.Kept | None:
             if references is None:
                 return None
             tile_index = (columns.start - panel.start) // self.width
-            return vocabulary_tiles.Kept(self._kept_columns(hidden, columns, panel), references, tile_index)
+            return memory_tiles.Kept(self._kept_columns(hidden, columns, panel), references, tile_index)
 
         whole, rest = self._split(panel)
         if whole.start < whole.stop:
@@ -406,22 +407,22 @@ class FoldedRows:
                 hidden, *lm_head, self.targets, state, whole, kept(whole), factor=self.spec.transform["factor"]
             )
         for tile, columns in self._tiles(hidden, lm_head, rest):
-            vocabulary_tiles.fold(
+            memory_tiles.fold(
                 tile, lm_head.bias, self.targets, state, columns, kept(columns), block=self.block, **self.spec.transform
             )
 
     def _fold_and_keep(self, hidden, lm_head, state) -> None:
-        from .kernels import vocabulary_tiles
+        from .kernels import memory_tiles
 
         is_summed, capping = self.spec.keeps == "panels", _without_scale(self.spec.transform)
         references = state.new_empty(len(hidden), -(-self.kept_cols // self.width))
         sums = None
         if is_summed:
-            sums = vocabulary_tiles.PanelSums(self.product[: len(hidden)], torch.empty_like(state[0]))
+            sums = memory_tiles.PanelSums(self.product[: len(hidden)], torch.empty_like(state[0]))
         for panel in self.panels():
             self._fold(hidden, lm_head, state, panel, references)
             self.current = self._kept_panel(hidden, panel)
-            vocabulary_tiles.settle(
+            memory_tiles.settle(
                 self.current,
                 self.targets,
                 state,
@@ -436,7 +437,7 @@ class FoldedRows:
             if is_summed:
                 self._add_product(lm_head, panel)
         if is_summed:
-            vocabulary_tiles.add_target_rows(sums.product, lm_head.weight, self.targets, state, **capping)
+            memory_tiles.add_target_rows(sums.product, lm_head.weight, self.targets, state, **capping)
 
     def _kept_columns(self, hidden: torch.Tensor, columns: slice, panel: slice) -> torch.Tensor:
         """Where P of a panel's ``columns`` goes, to the end of the buffer."""
@@ -455,7 +456,7 @@ class FoldedRows:
         token_grads: torch.Tensor,
     ) -> Iterator[slice]:
         """As ``WholeRows.again``; what is kept is the gradient itself."""
-        from .kernels import register_tiles, vocabulary_tiles
+        from .kernels import memory_tiles, register_tiles
 
         self._begin(lm_head, targets)
         self.statistics, transform = statistics, self.spec.transform
@@ -471,7 +472,7 @@ class FoldedRows:
                     )
                 for tile, columns in self._tiles(hidden, lm_head, rest):
                     into = self._kept_columns(hidden, columns, panel)
-                    vocabulary_tiles.keep(
+                    memory_tiles.keep(
                         tile, lm_head.bias, into, targets, statistics, factors, columns, block=self.block, **transform
                     )
             if self.spec.by_hidden:

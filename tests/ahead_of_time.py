@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from kto_fused.kernels import scale
+from kto_fused.kernels import rows
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -168,7 +168,7 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
         for hidden_size in (2048, 2560):
             launch_hidden(3, 32000, hidden_size=hidden_size)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        scale.scale_(
+        rows.scale_(
             torch.empty(4096, dtype=dtype),
             torch.ones((), dtype=torch.float64 if dtype.itemsize == 8 else torch.float32),
         )

@@ -353,7 +353,7 @@ def test_a_pair_beyond_the_hinge_keeps_a_gradient_of_0_under_any_incoming_one(en
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_zeros_stay_zeros_under_every_way_to_scale(engine, dtype, monkeypatch):
     """The device's own way, the kernel's, and that of a GPU without Triton."""
-    from kto_fused.kernels import scale
+    from kto_fused.kernels import rows
 
     def without_the_kernel(values, factor):
         with monkeypatch.context() as patch:
@@ -362,7 +362,7 @@ def test_zeros_stay_zeros_under_every_way_to_scale(engine, dtype, monkeypatch):
 
     ways = [from_hidden.scale_, without_the_kernel]
     if engine[0] == "triton":
-        ways.append(scale.scale_)
+        ways.append(rows.scale_)
     for factor in (1.0, -2.0, math.nan, math.inf):
         for scale_ in ways:
             values = torch.tensor([0.0, 1.5, -3.0, math.nan], dtype=dtype, device=engine[1])

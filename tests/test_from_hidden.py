@@ -31,7 +31,7 @@ from cases import (
 from conftest import HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kto_fused.kernels import register_tiles, vocabulary_tiles
+from kto_fused.kernels import memory_tiles, register_tiles
 from test_properties import to_device
 
 import kto_fused
@@ -984,7 +984,7 @@ def in_registers(monkeypatch):
         small = {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "GROUP_ROWS": 2, "MERGE_TILES": 4, "MERGE_ROWS": 16}
         for name, value in small.items():
             monkeypatch.setattr(register_tiles, name, value)
-    monkeypatch.setattr(vocabulary_tiles, "BLOCK", 128)  # which a panel is a multiple of
+    monkeypatch.setattr(memory_tiles, "BLOCK", 128)  # which a panel is a multiple of
     monkeypatch.setattr(projection, "_is_hopper", lambda device: True)
     return calls
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import INPUTS, HiddenCase, assert_same_gradient, chunks_of, is_masked, make_hidden_case, run_hidden
 from conftest import HAS_GPU
-from kto_fused.kernels import register_tiles, vocabulary_tiles
+from kto_fused.kernels import memory_tiles, register_tiles
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
@@ -268,7 +268,7 @@ def without_arithmetic(monkeypatch):
     def nothing(*args, **kwargs) -> None: ...
 
     for name in ("fold", "keep", "settle", "finish", "add_target_rows"):
-        monkeypatch.setattr(vocabulary_tiles, name, nothing)
+        monkeypatch.setattr(memory_tiles, name, nothing)
     for name in ("start_rows", "fold_register_tiles", "merge_register_tiles", "keep_register_tiles"):
         monkeypatch.setattr(register_tiles, f"{name}_kernel", defaultdict(lambda: nothing))
     for module, name in ((projection, "_multiply"), (projection, "move_rows"), (from_hidden, "move_rows")):
@@ -591,12 +591,12 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """No check reads a tensor, gradients are scaled by the kernel, and the interpreter's own operators do not count."""
-    from kto_fused.kernels import scale
+    from kto_fused.kernels import rows
     from triton.runtime import interpreter
 
     for module in (layout, checks):
         monkeypatch.setattr(module, "may_read", lambda tensor: False)
-    monkeypatch.setattr(from_hidden, "scale_", scale.scale_)
+    monkeypatch.setattr(from_hidden, "scale_", rows.scale_)
     run = interpreter.InterpretedFunction.run
 
     def unseen_run(self, *args, **kwargs):

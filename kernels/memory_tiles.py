@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from . import COMPILER_OPTIONS
-from .token_logprobs import INVALID_TARGET, LOG2_E, cap, log_probability, tile_columns
+from .online import INVALID_TARGET, LOG2_E, cap, log_probability, tile_columns
 
 # A thread loads VEC logits (16 bytes) at a time and has BLOCK / (32 NUM_WARPS VEC) such loads in flight.
 BLOCK = 1024
