@@ -33,6 +33,7 @@ setup(
             "xxhash",
         ],
         "deepspeed": ["deepspeed>=0.19"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "bench": ["matplotlib", "trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
     },
     entry_points={"console_scripts": ["kto-fused = kto_fused.cli:main"]},

@@ -1,4 +1,4 @@
-"""The examples in docstrings and README run as shown, and what README says of the package and of measurements is so."""
+"""The examples in docstrings and in the pages run as shown; what the pages say of package and measurements holds."""
 
 import doctest
 import importlib
@@ -17,6 +17,8 @@ from kto_fused import losses
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+MEASUREMENTS = PAGES["measurements.md"]
 MODULES = ["kto_fused", *(module.name for module in pkgutil.walk_packages(kto_fused.__path__, "kto_fused."))]
 
 
@@ -49,10 +51,11 @@ def test_help_has_each_losss_formula_and_source(function, formulas, loss_types):
     assert papers[0] == papers[1]
 
 
-def test_the_readmes_code_runs(tmp_path, monkeypatch):
-    """Each section by itself, in a folder that holds what it names: a model and two files of feedback."""
+@pytest.fixture
+def users_folder(tmp_path, monkeypatch) -> Path:
+    """A folder that holds what the pages name: a model and two files of feedback."""
     for package in ("accelerate", "datasets", "trl"):
-        pytest.importorskip(package, reason=f"the README's code needs {package}")
+        pytest.importorskip(package, reason=f"the pages' code needs {package}")
     import tiny_training  # needs them
 
     tiny_training.tokenizer().save_pretrained(tmp_path / "my-model")
@@ -62,23 +65,45 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
     for name, records in (("feedback.jsonl", unpaired), ("pairs.jsonl", pairs)):
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.chdir(tmp_path)
-
-    sections = [re.findall(r"```python\n(.*?)```", section, re.DOTALL) for section in README.split("\n## ")]
-    assert sum(map(len, sections)) >= 6
-    for blocks in sections:
-        namespace: dict = {}
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), namespace)
+    return tmp_path
 
 
-def readme_table(header: str) -> list[str]:
-    """Its rows."""
-    table = README.split(f"\n{header}\n")[1].split("\n\n")[0]
+def run_blocks(text: str, name: str) -> int:
+    """Run a text's Python blocks in one namespace; returns how many there are."""
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), namespace)
+    return len(blocks)
+
+
+def test_the_readmes_code_runs(users_folder):
+    """Each section by itself."""
+    assert sum(run_blocks(section, "README.md") for section in README.split("\n## ")) >= 3
+
+
+@pytest.mark.parametrize("name", [name for name, text in PAGES.items() if "```python" in text])
+def test_a_pages_code_runs(users_folder, name):
+    assert run_blocks(PAGES[name], name) >= 1
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for name in PAGES:
+        assert f": {name}\n" in navigation
+    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in PAGES.values())]:
+        for target in re.findall(r"\]\(([^)#]+)", text):
+            assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def table_of(text: str, header: str) -> list[str]:
+    """The rows of a text's table."""
+    table = text.split(f"\n{header}\n")[1].split("\n\n")[0]
     return table.splitlines()[1:]  # without the line under the header
 
 
 def test_the_readmes_table_has_the_public_names_and_no_others():
-    first_cells = [row.split(" | ")[0] for row in readme_table("| | takes | gives |")]
+    first_cells = [row.split(" | ")[0] for row in table_of(README, "| | takes | gives |")]
     names = re.findall(r"`([\w.]+)", " ".join(first_cells))
     of_huggingface = [f"huggingface.{name}" for name in ("apply", "apply_to_logits", "attach")]
     assert sorted(names) == sorted([*kto_fused.__all__, *of_huggingface])
@@ -229,10 +254,16 @@ TABLES = [
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_the_readmes_tables_are_the_measured_ones(table):
+def test_the_tables_are_the_measured_ones(table):
     header, *rows = table()
     assert len(rows) >= 3
-    assert readme_table(header) == rows
+    assert table_of(MEASUREMENTS, header) == rows
+
+
+@pytest.mark.parametrize("table", [from_hidden_states_on_a_cpu, from_hidden_states_in_turns_on_a_gpu])
+def test_the_readmes_tables_are_the_measured_ones(table):
+    header, *rows = table()
+    assert table_of(README, header) == rows
 
 
 # ---- what was measured or counted: sentences ------------------------------------------------------------------------
@@ -288,8 +319,8 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)
-def test_the_readmes_sentences_have_the_measured_numbers(sentence):
-    assert sentence() in " ".join(README.split())
+def test_the_sentences_have_the_measured_numbers(sentence):
+    assert sentence() in " ".join(" ".join(PAGES.values()).split())
 
 
 def test_the_version_of_then_was_faster_than_the_others_at_each_size_of_the_table():
