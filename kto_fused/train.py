@@ -496,10 +496,14 @@ def print_summary(metrics: dict[str, Any]) -> None:
     tokens = f"{steps[-1]['num_tokens']} tokens, " if steps else ""
     print(f"\n{tokens}{metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f} examples a second")
     for name, count in metrics["data"].items():
+        reasons = ", ".join(f"{reason} {number}" for reason, number in count["dropped_for"].items())
         print(
             f"{name} data: {count['examples']} examples, {count['truncated']} with a completion cut at --max_length, "
-            f"{count['dropped']} more dropped"
+            f"{count['dropped']} more dropped" + (f" ({reasons})" if reasons else "")
         )
+        if count["found"]:
+            found = ", ".join(f"{finding} {number}" for finding, number in count["found"].items())
+            print(f"{name} data, examples that a warning was given of: {found}")
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:

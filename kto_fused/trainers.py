@@ -57,6 +57,7 @@ class FusedTrainer(Trainer):
     loss_functions: tuple[Callable, Callable]  # from hidden states, from logits
     logps_functions: tuple[Callable, Callable] = (linear_sequence_logps, sequence_logps)
     columns: tuple[str, ...]  # of a prepared dataset
+    mask_columns: tuple[str, ...]  # of one whose answers have several messages
     ref_columns: tuple[str, ...]  # those added when the reference is precomputed
 
     def __init__(
@@ -131,7 +132,8 @@ class FusedTrainer(Trainer):
         if args.disable_dropout:
             _disable_dropout(model)
         _warn_of_lost_updates(model, args.learning_rate)
-        self.data_counts: dict[str, dict[str, int]] = {}  # of each dataset: examples, truncated, dropped
+        # of each dataset: examples, truncated, dropped, and by reason what was dropped and what was warned of
+        self.data_counts: dict[str, dict[str, int | dict[str, int]]] = {}
         with args.main_process_first(desc="preparing the data"):
             train_dataset = self._prepare_data(train_dataset, args, "train")
             eval_dataset = self._prepare_data(eval_dataset, args, "eval")
@@ -186,6 +188,8 @@ class FusedTrainer(Trainer):
             "examples": len(prepared.dataset),
             "truncated": prepared.truncated,
             "dropped": prepared.dropped,
+            "dropped_for": prepared.dropped_for,
+            "found": prepared.found,
         }
         return prepared.dataset
 
@@ -205,7 +209,7 @@ class FusedTrainer(Trainer):
                 )
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*self.columns, *self.ref_columns]
+        self._signature_columns = [*self.columns, *self.mask_columns, *self.ref_columns]
 
     def _get_train_sampler(self, train_dataset: Dataset) -> torch.utils.data.Sampler | None:
         args = self.args
@@ -600,6 +604,7 @@ class FusedKTOTrainer(FusedTrainer):
     config_class = FusedKTOConfig
     collator_class = UnpairedCollator
     loss_functions = (fused_linear_kto_loss, fused_kto_loss)
+    mask_columns = ("completion_mask", "kl_completion_mask")
 
     _step_batches: list[dict[str, torch.Tensor]] | None = None
     _step_reference_point: torch.Tensor | None = None
@@ -715,6 +720,7 @@ class FusedDPOTrainer(FusedTrainer):
     collator_class = PairedCollator
     loss_functions = (fused_linear_dpo_loss, fused_dpo_loss)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
+    mask_columns = ("chosen_mask", "rejected_mask")
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def _tokenize(self, source: preference_data.Source, args: FusedDPOConfig, name: str) -> Prepared:

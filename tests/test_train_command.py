@@ -78,7 +78,8 @@ def test_kto_leaves_a_trained_model_curves_and_metrics(files, capsys):
     assert Path("runs/kto/curves.png").read_bytes().startswith(b"\x89PNG")
     metrics = results("runs/kto")
     assert [step["step"] for step in metrics["steps"]] == [1, 3, 6, 8]  # the first and the last too
-    assert metrics["data"] == {"train": {"examples": 16, "truncated": 0, "dropped": 0}}
+    counts = {"examples": 16, "truncated": 0, "dropped": 0, "dropped_for": {}, "found": {}}
+    assert metrics["data"] == {"train": counts}
     assert metrics["settings"]["model"] == str(files / "model")
     assert metrics["config"]["learning_rate"] == 0.01
 

@@ -20,11 +20,19 @@ class _Padding:
         if self.pad_to_multiple_of is not None:
             checks.integer("pad_to_multiple_of", self.pad_to_multiple_of, at_least=1)
 
-    def _pad(self, prompts: list[list[int]], completions: list[list[int]]) -> dict[str, torch.Tensor]:
+    def _pad(
+        self, prompts: list[list[int]], completions: list[list[int]], masks: list[list[bool]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """``masks`` say which tokens of the completions have a label; None: all of them."""
         tokens = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        if masks is not None:
+            completions = [
+                [token if is_trained else IGNORE_INDEX for token, is_trained in zip(ids, mask, strict=True)]
+                for ids, mask in zip(completions, masks, strict=True)
+            ]
         labels = [[IGNORE_INDEX] * len(prompt) + ids for prompt, ids in zip(prompts, completions, strict=True)]
         multiple = self.pad_to_multiple_of or 1
-        # never 0, which models do not take: mismatched pairs may all be empty
+        # at least 1, because models do not take rows of no token, and mismatched pairs may all be empty
         width = -(-max(1, *map(len, tokens)) // multiple) * multiple
 
         def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -45,14 +53,17 @@ class UnpairedCollator(_Padding):
         ``input_ids``, ``attention_mask``, ``labels`` [B, T] int64, ``desirable`` [B] bool; if the examples have
         ``kl_completion_ids``, ``kl_input_ids``, ``kl_attention_mask``, ``kl_labels`` [B, T'], a row without mismatched
         completion being its prompt with no label; if they have them, ``ref_logps`` and ``ref_kl_logps`` [B] float64.
+        Tokens that ``completion_mask`` (``kl_completion_mask``) leaves out have no label.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns = {column: [example[column] for example in examples] for column in examples[0]}
-        batch = self._pad(columns["prompt_ids"], columns["completion_ids"])
+        batch = self._pad(columns["prompt_ids"], columns["completion_ids"], columns.get("completion_mask"))
         batch["desirable"] = torch.tensor(columns["label"], dtype=torch.bool)
         if "kl_completion_ids" in columns:
-            mismatched = self._pad(columns["prompt_ids"], columns["kl_completion_ids"])
+            mismatched = self._pad(
+                columns["prompt_ids"], columns["kl_completion_ids"], columns.get("kl_completion_mask")
+            )
             batch |= {f"kl_{name}": tensor for name, tensor in mismatched.items()}
         for name in {"ref_logps", "ref_kl_logps"} & columns.keys():
             batch[name] = torch.tensor(columns[name], dtype=torch.float64)
@@ -67,13 +78,17 @@ class PairedCollator(_Padding):
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T] int64; ``ref_logps`` [B, 2] float64, if the examples
-        have ``ref_chosen_logps`` and ``ref_rejected_logps``.
+        have ``ref_chosen_logps`` and ``ref_rejected_logps``. Tokens that ``chosen_mask`` or ``rejected_mask`` leave out
+        have no label.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         prompts = [example["prompt_ids"] for example in examples for _ in range(2)]
         completions = [example[side] for example in examples for side in ("chosen_ids", "rejected_ids")]
-        rows = self._pad(prompts, completions)
+        masks = None
+        if "chosen_mask" in examples[0]:
+            masks = [example[side] for example in examples for side in ("chosen_mask", "rejected_mask")]
+        rows = self._pad(prompts, completions, masks)
         batch = {name: tensor.view(len(examples), 2, -1) for name, tensor in rows.items()}
         if {"ref_chosen_logps", "ref_rejected_logps"} <= examples[0].keys():
             logps = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]

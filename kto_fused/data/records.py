@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 BUNDLED = Path(__file__).with_name("feedback.jsonl")
 UNPAIRED, PAIRED = ("prompt", "completion", "label"), ("prompt", "chosen", "rejected")
 RENDERED = ("tools", "chat_template_kwargs")  # what a chat template would render too; without it the text is another
-CACHE_FORMAT = 3  # part of every cache's key: raise it when the same input gives other rows
+CACHE_FORMAT = 4  # part of every cache's key: raise it when the same input gives other rows
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 Source = Dataset | str | os.PathLike | list[str | os.PathLike]
 

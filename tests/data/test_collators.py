@@ -71,6 +71,19 @@ def test_paired_batch():
     assert batch["ref_logps"].dtype == torch.float64
 
 
+def test_tokens_that_a_mask_leaves_out_have_no_label():
+    example = {"prompt_ids": [5], "completion_ids": [7, 8, 9], "completion_mask": [True, False, True], "label": True}
+    example |= {"kl_completion_ids": [6, 4], "kl_completion_mask": [False, True]}
+    other = {**example, "completion_ids": [3], "completion_mask": [True], "kl_completion_ids": []}
+    batch = UnpairedCollator(pad_token_id=0)([example, other | {"kl_completion_mask": []}])
+    assert batch["labels"].tolist() == [[-100, 7, -100, 9], [-100, 3, -100, -100]]
+    assert batch["kl_labels"].tolist() == [[-100, -100, 4], [-100, -100, -100]]
+    assert batch["input_ids"].tolist() == [[5, 7, 8, 9], [5, 3, 0, 0]]
+    pair = {"prompt_ids": [5], "chosen_ids": [7, 8], "chosen_mask": [False, True], "rejected_ids": [9]}
+    batch = PairedCollator(pad_token_id=0)([pair | {"rejected_mask": [True]}])
+    assert batch["labels"].tolist() == [[[-100, -100, 8], [-100, 9, -100]]]
+
+
 @pytest.mark.parametrize("collator", [UnpairedCollator, PairedCollator])
 @pytest.mark.parametrize(
     ("arguments", "message"),

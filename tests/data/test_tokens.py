@@ -6,6 +6,7 @@ import copy
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from kto_fused.data import tokens
 from kto_fused.preference_data import (
     DataError,
+    UnpairedCollator,
     fingerprint,
     load,
     prepare_paired,
@@ -170,22 +172,24 @@ def test_a_beginning_of_text_that_is_the_end_of_text_too_ends_none(caplog):
 def test_texts_that_nothing_ends_are_said_once(caplog):
     prepare_paired(Dataset.from_list(PAIRED), one_token_a_word(eos_token=None, pad_token="four"))
     (said,) = caplog.records
-    assert said.message.startswith("train data: the tokenizer has no eos_token, so nothing ends a completion")
+    assert said.message.startswith("train data: in 2 of 2 examples (first: row 0) no end-of-text or end-of-turn token")
+    assert "The tokenizer has no eos_token: set it" in said.message
     caplog.clear()
     prepare_paired(Dataset.from_list(FORMS["paired conversations"]), one_token_a_word(eos_token=None))
     assert not caplog.records  # a template ends them
 
 
 def test_an_end_of_text_that_is_read_as_text_is_said_once(caplog):
-    prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(split_special_tokens=True))
-    (said,) = caplog.records
-    assert said.message.startswith("train data: the tokenizer does not read its eos_token </s> as a token (with split")
+    split = one_token_a_word(split_special_tokens=True)
+    assert prepare_unpaired(Dataset.from_list(UNPAIRED), split).found == {"no_end": 3, "unknown": 3}
+    said = next(said for said in caplog.records if "end-of-turn" in said.message)
+    assert "The tokenizer does not read its eos_token </s> as a token (with split" in said.message
     caplog.clear()
     unknown = one_token_a_word()
     unknown.eos_token = "<end>"  # whose id is that of what is unknown
-    prepare_paired(Dataset.from_list(PAIRED), unknown)
-    (said,) = caplog.records
-    assert said.message.startswith("train data: the tokenizer does not read its eos_token <end> as a token")
+    assert prepare_paired(Dataset.from_list(PAIRED), unknown).found == {"no_end": 2, "unknown": 2}
+    said = next(said for said in caplog.records if "end-of-turn" in said.message)
+    assert "The tokenizer does not read its eos_token <end> as a token" in said.message
 
 
 def test_texts_that_begin_twice_are_said_once(caplog):
@@ -195,9 +199,10 @@ def test_texts_that_begin_twice_are_said_once(caplog):
     )
     prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizer)
     assert not caplog.records
-    prepare_unpaired(Dataset.from_list([x | {"prompt": "one " + x["prompt"]} for x in UNPAIRED]), tokenizer)
+    records = [record | {"prompt": f"one {record['prompt']}"} if row else record for row, record in enumerate(UNPAIRED)]
+    assert prepare_unpaired(Dataset.from_list(records), tokenizer).found == {"double_bos": 2}  # not in the first row
     (said,) = caplog.records
-    assert said.message.startswith("train data: the texts begin with one, and the tokenizer puts another before it")
+    assert said.message.startswith("train data: in 2 of 3 examples (first: row 1) the tokens begin with two beginning-")
 
 
 def with_template(template: str) -> PreTrainedTokenizerFast:
@@ -243,7 +248,7 @@ def test_the_words_that_ask_for_an_answer_may_change(caplog):
     row = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), with_template(asking)).dataset[0]
     assert (row["prompt_ids"], row["chosen_ids"]) == (ids("<user> red </s> <assistant>"), ids("one two </s>"))
     (said,) = caplog.records
-    assert "in 2 of 2 examples the prompt's last tokens differ" in said.message
+    assert "in 2 of 2 examples (first: row 0) the prompt's last tokens differ" in said.message
 
 
 def test_conversations_are_rendered_by_the_chat_template():
@@ -264,8 +269,8 @@ def test_a_template_that_leaves_out_part_of_an_answer_is_said_once(prepare, capl
     records[1]["rejected"][0]["content"] = "two <think> three"
     prepare(Dataset.from_list(records), with_template(forgetting), name="eval")
     (said,) = (said.message for said in caplog.records if "leaves out" in said.message)
-    assert said.startswith("eval data: the chat template changes or leaves out text of the answers in 1 of the first 2")
-    assert "(row 1 among them)" in said
+    examples = {prepare_unpaired: 4, prepare_paired: 2}[prepare]
+    assert said.startswith(f"eval data: in 1 of {examples} examples (first: row 1) the chat template changes or leaves")
 
 
 def test_conversations_need_a_chat_template():
@@ -363,8 +368,9 @@ def test_a_completion_starts_where_the_prompts_tokens_change(byte_pairs, caplog)
         assert row["prompt_ids"] + row["completion_ids"] == byte_pairs(whole)["input_ids"]
     assert len(dataset[0]["prompt_ids"]) < len(byte_pairs(records[0]["prompt"])["input_ids"])
     assert dataset[1]["prompt_ids"] == byte_pairs(records[1]["prompt"])["input_ids"]
-    (said,) = caplog.records
-    assert "in 1 of 2 examples the prompt's last tokens differ" in said.message
+    said = [record.message for record in caplog.records]
+    assert "in 1 of 2 examples (first: row 0) the prompt's last tokens differ" in said[0]
+    assert "2 of 2 examples (first: row 0) have the tokens of an example with the other label" in said[1]
 
 
 def test_processes_share_the_work_and_change_nothing(tmp_path):
@@ -374,6 +380,255 @@ def test_processes_share_the_work_and_change_nothing(tmp_path):
         for source, processes in ((load(path), None), (Dataset.from_list(load(path).to_list()), 2))
     ]
     assert rows[0] == rows[1]
+
+
+# what is counted over all rows
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_every_row_is_checked_and_a_run_from_the_cache_says_the_same(tmp_path, monkeypatch, caplog, num_proc):
+    """The fault stands in rows 200 to 204 alone, behind whatever a sample of the first rows would show."""
+    records = [
+        {"prompt": f"red {'green ' * (row % 7)}", "completion": " one two", "label": row % 2 == 0} for row in range(210)
+    ]
+    for row in range(200, 205):
+        records[row] = {"prompt": "blue", "completion": " mauve", "label": True}
+    path = write(tmp_path / "data.jsonl", records)
+    first = prepare_unpaired(path, one_token_a_word(), num_proc=num_proc, mismatch=False)
+    assert first.found["unknown"] == 5
+    said = [record.message for record in caplog.records]
+    assert any(
+        message.startswith("train data: in 5 of 210 examples (first: row 200) the tokenizer") for message in said
+    )
+    caplog.clear()
+    monkeypatch.setattr(tokens, "_token_rows", lambda *_, **__: pytest.fail("not from the cache"))
+    again = prepare_unpaired(path, one_token_a_word(), num_proc=num_proc, mismatch=False)
+    assert again[1:] == first[1:]
+    assert [record.message for record in caplog.records] == said
+
+
+# templates that end an answer, some with a line break behind the end, and some that do not
+ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "count"), [(ENDLESS, 2), (TURNS, 0), (TEMPLATE, 0)])
+def test_an_answer_that_a_template_does_not_end_is_said(template, count, caplog):
+    tokenizer = with_template(template)
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    prepared = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), tokenizer)
+    assert prepared.found.get("no_end", 0) == count
+    assert ("The chat template writes none after an answer" in caplog.text) == bool(count)
+
+
+def test_an_end_in_the_answers_own_text_or_cut_off_is_no_end_of_the_template():
+    tokenizer = with_template(ENDLESS)
+    records = copy.deepcopy(FORMS["paired conversations"])
+    records[0]["chosen"][0]["content"] = "one </s>"
+    assert prepare_paired(Dataset.from_list(records), tokenizer).found["no_end"] == 2
+    cut = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), with_template(TEMPLATE), max_length=5)
+    assert (cut.truncated, cut.dropped, cut.found) == (1, 1, {})
+
+
+def test_an_answer_that_ends_twice_is_said():
+    """Its text holds an end token, and the template writes another."""
+    records = copy.deepcopy(FORMS["paired conversations"])
+    records[1]["rejected"][0]["content"] = "one </s>"
+    assert prepare_paired(Dataset.from_list(records), one_token_a_word()).found == {"double_end": 1}
+    texts = [UNPAIRED[0], UNPAIRED[1] | {"completion": " three </s> </s>"}]
+    assert prepare_unpaired(Dataset.from_list(texts), one_token_a_word()).found == {"double_end": 1}
+
+
+def test_text_that_a_template_adds_to_an_answer_is_said(caplog):
+    """As an empty thought that Qwen3's template writes before an answer, though nobody asks for it."""
+    thought = "{{ '<think> ' if loop.last and message['role'] == 'assistant' }}"
+    thinking = TEMPLATE.replace("{{ message['content'] }}", thought + "{{ message['content'] }}")
+    prepared = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), with_template(thinking))
+    assert prepared.dataset[0]["chosen_ids"][0] == [*WORDS, "<old>", "<think>"].index("<think>")
+    assert prepared.found == {"added": 2}
+    assert "in 2 of 2 examples (first: row 0) the chat template adds text to the answer" in caplog.text
+
+
+# pairs and examples that teach nothing
+
+
+def test_pairs_that_a_cut_makes_equal_are_dropped_and_counted(byte_pairs, caplog):
+    same = {"prompt": "Q", "chosen": "x" * 60 + "yes", "rejected": "x" * 60 + "no"}
+    pairs = [{"prompt": "Q", "chosen": "yes", "rejected": "no"}, same]
+    tokenizer = ByT5Tokenizer()
+    prepared = prepare_paired(Dataset.from_list(pairs), tokenizer, max_length=32)
+    assert [bytes(token - 3 for token in row["chosen_ids"][:-1]) for row in prepared.dataset] == [b"yes"]
+    assert prepared[1:] == (0, 1, {"same_after_cut": 1}, {})
+    assert "1 of 2 examples (first: row 1) are dropped, because chosen and rejected have the same tokens" in caplog.text
+    as_feedback = prepare_unpaired(Dataset.from_list(pairs), tokenizer, max_length=32)
+    assert [row["label"] for row in as_feedback.dataset] == [True, False]
+    assert (as_feedback.dropped, as_feedback.dropped_for) == (2, {"same_after_cut": 2})
+    for prepare in (prepare_paired, prepare_unpaired):
+        with pytest.raises(
+            DataError, match=r"^train data: nothing is left of \d examples at max_length=32: \d are dropp"
+        ):
+            prepare(Dataset.from_list([same] * 2), tokenizer, max_length=32)
+
+
+@pytest.mark.parametrize("prepare", [prepare_paired, prepare_unpaired])
+def test_pairs_whose_difference_gets_no_token_are_dropped(prepare):
+    """Words that the tokenizer does not know, the same text twice, and a template that leaves the difference out."""
+    pairs = [*PAIRED, {"prompt": "red", "chosen": " mauve", "rejected": " taupe"}]
+    pairs.append({"prompt": "red", "chosen": " one", "rejected": " one"})
+    a_pair = {prepare_paired: 1, prepare_unpaired: 2}[prepare]
+    prepared = prepare(Dataset.from_list(pairs), one_token_a_word())
+    assert (len(prepared.dataset), prepared.dropped_for) == (2 * a_pair, {"same_tokens": 2 * a_pair})
+    forgetting = TEMPLATE.replace("message['content']", "message['content'].split('<think>')[-1]")
+    conversations = copy.deepcopy(FORMS["paired conversations"])
+    for side, thought in (("chosen", "one"), ("rejected", "two")):
+        conversations[0][side][0]["content"] = f"{thought} <think> three"
+    prepared = prepare(Dataset.from_list(conversations), with_template(forgetting))
+    assert prepared.dropped_for == {"same_tokens": a_pair}
+
+
+def test_feedback_of_both_labels_on_the_same_tokens_is_counted_and_kept(caplog):
+    records = [*UNPAIRED, UNPAIRED[1] | {"label": True}]
+    prepared = prepare_unpaired(Dataset.from_list(records), one_token_a_word())
+    assert (len(prepared.dataset), prepared.dropped, prepared.found) == (4, 0, {"both_labels": 2})
+    assert "2 of 4 examples (first: row 1) have the tokens of an example with the other label" in caplog.text
+
+
+# answers of several messages
+
+TURN_WORDS = [*WORDS, "<tool>", "<think>", "SECRET"]
+GENERATION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant> {% generation %}{{ m.content }} </s> "
+    "{% endgeneration %}{% else %}<{{ m.role }}> {{ m.content }} </s> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# an empty thought before the last answer, as Qwen3's: an answer that is not the last is rendered otherwise
+THINKING = (
+    "{% for m in messages %}<{{ m.role }}> {% if m.role == 'assistant' and loop.last %}<think> {% endif %}"
+    "{{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def turns(*messages: str) -> list[dict]:
+    """ "assistant one" is a message of the role and the content."""
+    return [dict(zip(("role", "content"), message.split(maxsplit=1), strict=True)) for message in messages]
+
+
+def several_messages() -> list[dict]:
+    return [
+        {
+            "prompt": turns("user red"),
+            "chosen": turns("assistant one", "user SECRET", "assistant two"),
+            "rejected": turns("assistant three"),
+        },
+        {
+            "prompt": turns("user green"),
+            "chosen": turns("assistant four", "tool SECRET", "assistant one", "user SECRET"),
+            "rejected": turns("assistant two"),
+        },
+    ]
+
+
+def trained_words(tokenizer, tokens_, mask) -> str:
+    return tokenizer.decode([token for token, is_trained in zip(tokens_, mask, strict=True) if is_trained])
+
+
+@pytest.mark.parametrize(
+    ("template", "thought"),
+    [(TEMPLATE, ""), (GENERATION, ""), (THINKING, "<think> ")],
+    ids=["prefixes", "blocks", "thinking"],
+)
+def test_only_the_assistants_messages_of_an_answer_are_trained(template, thought, caplog):
+    tokenizer = one_token_a_word(TURN_WORDS, chat_template=template)
+    prepared = prepare_paired(Dataset.from_list(several_messages()), tokenizer)
+    first, second = prepared.dataset
+    assert tokenizer.decode(first["chosen_ids"]) == f"one </s> <user> SECRET </s> <assistant> {thought}two </s>"
+    assert trained_words(tokenizer, first["chosen_ids"], first["chosen_mask"]) == f"one </s> {thought}two </s>"
+    assert first["rejected_mask"] == [True] * len(first["rejected_ids"])
+    # the user's turn at the end of the second answer is left out
+    assert tokenizer.decode(second["chosen_ids"]) == "four </s> <tool> SECRET </s> <assistant> one </s>"
+    assert trained_words(tokenizer, second["chosen_ids"], second["chosen_mask"]) == "four </s> one </s>"
+    assert first["length"] == len(first["prompt_ids"]) + len(first["chosen_ids"])
+    assert {name: prepared.found[name] for name in ("masked", "ends_masked")} == {"masked": 2, "ends_masked": 1}
+    assert "no_end" not in prepared.found
+    assert "in 2 of 2 examples (first: row 0) an answer has several messages, and only the tokens of the" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3_training", "llama3", "gemma3", "deepseekv3", "gptoss", "gptoss_training"]
+)
+def test_models_own_templates_train_no_message_of_the_users(name, byte_pairs):
+    """With the templates that TRL keeps of them. GPT-OSS's ends only a last answer with <|return|>: it is refused."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed: it brings the templates")
+    path = Path(trl.__file__).with_name("chat_templates") / f"{name}.jinja"
+    tokenizer = copy.deepcopy(byte_pairs)
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    records = Dataset.from_list(several_messages()[:1])
+    if name == "gptoss":
+        with pytest.raises(DataError, match=r"^train data, row 0: .* renders message 0 of the answer differently"):
+            prepare_paired(records, tokenizer, max_length=None)
+        return
+    (row,) = prepare_paired(records, tokenizer, max_length=None).dataset
+    assert "SECRET" in "".join(tokenizer.convert_ids_to_tokens(row["chosen_ids"]))
+    trained = [token if mask else 0 for token, mask in zip(row["chosen_ids"], row["chosen_mask"], strict=True)]
+    pieces = "".join(tokenizer.convert_ids_to_tokens(trained)).split("<s>")
+    assert "SECRET" not in "".join(pieces)
+    assert ["one" in pieces[0], "two" in pieces[-1]] == [True, True]
+
+
+def test_a_mismatched_completion_brings_its_mask():
+    tokenizer = one_token_a_word(TURN_WORDS)
+    rows = prepare_unpaired(Dataset.from_list(several_messages()), tokenizer, max_length=12).dataset.to_list()
+    masks = {tuple(row["completion_ids"]): row["completion_mask"] for row in rows}
+    assert len(masks) == 4
+    assert any(False in row["kl_completion_mask"] for row in rows)
+    for row in rows:
+        assert masks[tuple(row["kl_completion_ids"])] == row["kl_completion_mask"]
+    batch = UnpairedCollator(pad_token_id=1)(rows)
+    secret = TURN_WORDS.index("SECRET")
+    for prefix in ("", "kl_"):
+        assert (batch[f"{prefix}input_ids"] == secret).any()
+        assert not (batch[f"{prefix}labels"] == secret).any()
+
+
+def test_data_without_such_answers_has_no_masks():
+    for form in FORMS:
+        prepared = prepare_unpaired(Dataset.from_list(FORMS[form]), one_token_a_word())
+        assert not [column for column in prepared.dataset.column_names if "mask" in column]
+
+
+def test_an_answer_with_no_token_of_the_assistants_within_the_length_is_dropped():
+    records = several_messages()
+    records[0]["chosen"] = turns("tool SECRET SECRET", "assistant two")
+    tokenizer = one_token_a_word(TURN_WORDS, chat_template=GENERATION)
+    prepared = prepare_paired(Dataset.from_list(records), tokenizer, max_length=7)
+    assert prepared.dropped_for == {"untrained": 1}
+    assert prepare_paired(Dataset.from_list(records), tokenizer).dropped == 0
+
+
+def test_pairs_that_differ_after_the_last_message_of_the_assistants_alone_are_dropped():
+    records = several_messages()
+    records[0] |= {"chosen": turns("assistant one", "user red"), "rejected": turns("assistant one", "user green")}
+    assert prepare_paired(Dataset.from_list(records), one_token_a_word(TURN_WORDS)).dropped_for == {"same_tokens": 1}
+
+
+@pytest.mark.parametrize("prepare", [prepare_paired, prepare_unpaired])
+def test_messages_that_cannot_be_told_apart_are_refused_with_their_row(prepare):
+    records = [*FORMS["paired conversations"], *several_messages()]
+    numbered = TEMPLATE.replace("</s>", "{{ messages | length if message['role'] == 'assistant' }} </s>")
+    with pytest.raises(DataError, match=r"^train data, row 2: the answer has several messages.* renders message 0 of"):
+        prepare(Dataset.from_list(records), one_token_a_word(TURN_WORDS, chat_template=numbered))
+    empty = GENERATION.replace("{{ m.content }} </s> {% endgeneration %}", "{% endgeneration %}{{ m.content }} </s> ")
+    empty = empty.replace("{% generation %}", "{% if false %}{% generation %}") + "{% if false %}{% endif %}"
+    empty = empty.replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
+    with pytest.raises(DataError, match=r"^train data, row 2: .* blocks hold none of its text"):
+        prepare(Dataset.from_list(records), one_token_a_word(TURN_WORDS, chat_template=empty))
+    for role in ("tool", "customer"):
+        records[2]["rejected"] = turns(f"{role} one")
+        with pytest.raises(DataError, match=rf"^train data, row 2: the answer has messages of the roles \['{role}'\]"):
+            prepare(Dataset.from_list(records), one_token_a_word(TURN_WORDS))
 
 
 # the same tokens as TRL

@@ -1,0 +1,160 @@
+"""Chat templates rendered with limits on their time, memory and output.
+
+A chat template is a program that came with a tokenizer. It may loop for ever, or build a string larger than the
+memory, and one operation such as ``"x" * 10**10`` cannot be interrupted from within Python. So templates run in a
+forked process, which is ended when it goes beyond a limit; the training process loses nothing.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import warnings
+from multiprocessing import Pipe
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .records import DataError
+
+# For one rendering of one conversation. A template takes about a millisecond for a conversation of 100,000 characters
+# and a few times its size in memory, so the limits leave honest conversations a factor of 100 or more: the longest
+# text within them has some 16 million tokens.
+RENDER_SECONDS = 10
+RENDER_CHARACTERS = 64 * 2**20
+RENDER_BYTES = 4 * 2**30  # on top of what the process held when it was forked
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the block that marks what the assistant generates
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation, and where its ``{% generation %}`` blocks start and end in it, in characters."""
+
+    text: str
+    generated: list[tuple[int, int]]
+
+
+class Renderer:
+    """Renders conversations with a tokenizer's chat template, in one forked process for as long as it is entered.
+
+    The process starts at the first call. Where the system cannot fork (Windows), templates run without limits.
+
+    >>> with Renderer(tokenizer, "train") as render:  # doctest: +SKIP
+    ...     text = render(0, [{"role": "user", "content": "Hi"}], add_generation_prompt=True).text
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str):
+        self.tokenizer, self.name = tokenizer, name
+        self._process: int | None = None
+
+    def __enter__(self) -> "Renderer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()
+
+    def __call__(self, row: int, messages: list[dict[str, str]], **options: bool) -> Rendered:
+        """The messages of record ``row``. ``options``: ``add_generation_prompt``, ``find_generated``.
+
+        Raises:
+            DataError: the template fails, or goes beyond a limit; the message names the row.
+        """
+        if not hasattr(os, "fork"):
+            outcome = _render(self.tokenizer, messages, **options)
+        else:
+            if self._process is None:
+                self._start()
+            outcome = self._ask(messages, options)
+        if isinstance(outcome, str):
+            raise DataError(f"{self.name} data, row {row}: the chat template does not render it: {outcome}")
+        return outcome
+
+    def _ask(self, messages: list[dict[str, str]], options: dict[str, bool]) -> Rendered | str:
+        try:
+            self._connection.send((messages, options))
+            if self._connection.poll(RENDER_SECONDS):
+                return self._connection.recv()
+            outcome = f"it did not end within {RENDER_SECONDS} seconds"
+        except (EOFError, OSError):
+            outcome = "its process died"
+        self._stop()
+        return outcome
+
+    def _start(self) -> None:
+        self._connection, theirs = Pipe()
+        with warnings.catch_warnings():
+            # Python warns that locks held by other threads stay locked in the new process. It takes none of theirs:
+            # it runs the template, which is plain Python, and a hang would end at the time limit.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process = os.fork()
+        if self._process == 0:
+            try:
+                self._connection.close()
+                _serve(theirs, self.tokenizer)
+            finally:
+                os._exit(0)  # without what the training process would do at its end
+        theirs.close()
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._connection.close()
+        os.kill(self._process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, the system waits itself
+            os.waitpid(self._process, 0)
+        self._process = None
+
+
+def _serve(connection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """In the forked process: answer with what ``_render`` returns until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process ends this one
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    _limit_memory()
+    while True:
+        messages, options = connection.recv()
+        signal.alarm(2 * max(1, int(RENDER_SECONDS)))  # ends this process if the training process was killed
+        connection.send(_render(tokenizer, messages, **options))
+        signal.alarm(0)
+
+
+def _limit_memory() -> None:
+    import resource  # which Windows has not
+
+    try:
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # not Linux, whose other relatives do not hold to RLIMIT_AS either
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = held + RENDER_BYTES
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool = False,
+    find_generated: bool = False,
+) -> Rendered | str:
+    """A string says why there is none."""
+    try:
+        if find_generated:
+            texts, generated = render_jinja_template(
+                [messages],
+                chat_template=tokenizer.get_chat_template(),
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
+            rendered = Rendered(texts[0], generated[0])
+        else:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            rendered = Rendered(text, [])
+    except MemoryError:
+        return f"it needs more than {RENDER_BYTES / 2**30:g} GiB of memory"
+    except Exception as error:  # a template is a program of its own: it may refuse roles, or fail in any way
+        return str(error) or type(error).__name__
+    if len(rendered.text) > RENDER_CHARACTERS:
+        return f"it writes {len(rendered.text):,} characters, more than the {RENDER_CHARACTERS:,} that are taken"
+    return rendered
