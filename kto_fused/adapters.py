@@ -3,6 +3,7 @@ ourselves.
 """
 
 import copy
+import functools
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -52,21 +53,18 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    for module in model.modules():
+    def is_unchanged(module: nn.Module) -> bool:
         if isinstance(module, ModulesToSaveWrapper):
-            if adapter in module.modules_to_save and not _is_copy(
-                module.modules_to_save[adapter], module.original_module
-            ):
-                return False
-        elif isinstance(module, TrainableTokensLayer):
-            if adapter in module.trainable_tokens_delta and not _is_equal(
-                module.trainable_tokens_delta[adapter], module.trainable_tokens_original[adapter]
-            ):
-                return False
-        elif isinstance(module, BaseTunerLayer) and adapter in module._get_available_adapters():
-            if not isinstance(module, LoraLayer) or not _adds_zero(module, adapter):
-                return False
-    return True
+            trained = module.modules_to_save
+            return adapter not in trained or _is_copy(trained[adapter], module.original_module)
+        if isinstance(module, TrainableTokensLayer):
+            rows, originals = module.trainable_tokens_delta, module.trainable_tokens_original
+            return adapter not in rows or _is_equal(rows[adapter], originals[adapter])
+        if isinstance(module, BaseTunerLayer) and adapter in module._get_available_adapters():
+            return isinstance(module, LoraLayer) and _adds_zero(module, adapter)
+        return True
+
+    return all(is_unchanged(module) for module in model.modules())
 
 
 def _is_copy(module: nn.Module, original: nn.Module) -> bool:
@@ -144,13 +142,14 @@ def drop_copies(model: nn.Module) -> None:
 
 
 @contextmanager
-def hidden(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    """While entered, ``save_pretrained`` does not write the adapters ``names``."""
-    configs = {name: model.peft_config.pop(name) for name in names}
+def saving_all_but(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """While entered, the model's ``save_pretrained`` writes every adapter but ``names``."""
+    selected = [name for name in model.peft_config if name not in names]
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=selected)
     try:
         yield
     finally:
-        model.peft_config.update(configs)
+        del model.save_pretrained
 
 
 # ---- use ----------------------------------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ def fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
             if not _is_owner(module):
                 continue
             for key, held in _named_containers(module):
-                if name in held and not key == "peft_config":
+                if name in held and key != "peft_config":
                     _update(digest, f"{path} {key}", held[name])
     return digest.hexdigest()
 

@@ -582,16 +582,16 @@ def unreached_by_text(model: PreTrainedModel) -> Unreached:
     )
 
 
-def part_of(model: PreTrainedModel, parameter: str) -> str:
-    """The largest module that holds the parameter and nothing of the language model, by name."""
+def parts_of(model: PreTrainedModel, parameters: list[str]) -> list[str]:
+    """The largest modules that hold the parameters and nothing of the language model, by name."""
     decoder = model.get_decoder()
-    holding = {id(module) for module in model.modules() if decoder in module.modules()}
-    path = ""
-    for step in parameter.split(".")[:-1]:
-        path = f"{path}.{step}".lstrip(".")
-        if id(model.get_submodule(path)) not in holding:
-            return path
-    return parameter
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    around = {tuple(path.split(".")[:depth]) for depth in range(path.count(".") + 2)}
+    found = set()
+    for parameter in parameters:
+        steps = tuple(parameter.split("."))
+        found.add(next(".".join(steps[:depth]) for depth in range(1, len(steps) + 1) if steps[:depth] not in around))
+    return sorted(found)
 
 
 def _leaves(tensor: torch.Tensor) -> set[int]:

@@ -261,7 +261,7 @@ class FusedTrainer(Trainer):
         for name in outside:
             parameters[name].requires_grad_(False)
         if outside and args.should_log:
-            parts = sorted({huggingface.part_of(inner, name) for name in outside})
+            parts = huggingface.parts_of(inner, outside)
             count = sum(parameters[name].numel() for name in outside)
             logger.info(
                 f"Text never reaches {', '.join(parts)}: its {count:,} parameters get no gradient and are frozen."
@@ -276,13 +276,16 @@ class FusedTrainer(Trainer):
             and isinstance(self.model, PreTrainedModel)
             and args.gradient_checkpointing
         )
-        is_ddp = args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-        if inside and waits and is_ddp and args.should_log:
+        if inside and waits and self._is_ddp and args.should_log:
             logger.warning(
                 f"{len(inside)} parameters to train ({inside[0]} among them) get no gradient from a few tokens, as "
                 "experts of a mixture that no token is sent to; DistributedDataParallel fails at the step after one in "
                 "which a parameter gets none: set ddp_find_unused_parameters=True (--ddp_find_unused_parameters true)"
             )
+
+    @property
+    def _is_ddp(self) -> bool:
+        return self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
 
     def _check_logits(self, model: nn.Module) -> None:
         """Refuse a model whose logits the loss would not reproduce (from hidden states) or that is not causal (from
@@ -334,8 +337,8 @@ class FusedTrainer(Trainer):
             return f"the model with its frozen adapter {frozen} ({unchanging} changes nothing before training)"
         if _is_partitioned(policy):
             raise NotImplementedError(
-                f"adapter {kept[0]!r} is no longer as it was initialised, and DeepSpeed ZeRO-3 partitioned the model as "
-                "it was loaded, so no copy can be kept of it as the reference: pass ref_model, load the adapter a "
+                f"adapter {kept[0]!r} changes the model before training, and DeepSpeed ZeRO-3 partitioned the model as it "
+                "was loaded, so no copy can be kept of it as the reference: pass ref_model, load the adapter a "
                 "second time under the name 'ref', or set reference='base' for the model with its adapters off"
             )
         names = adapters.copy_adapters(policy, kept)
@@ -496,8 +499,8 @@ class FusedTrainer(Trainer):
         if has_policy and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             wrapper = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise NotImplementedError(
-                f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, the reference is the model with "
-                "other adapters or none, which costs little memory"
+                f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, for a reference that is the model "
+                "with other adapters, or none, costs little memory"
             )
         model = self.model if has_policy else self.ref_model
         prefix = getattr(getattr(model, "base_model", None), "prefix", None) if self._is_peft and has_policy else None
@@ -718,8 +721,29 @@ class FusedTrainer(Trainer):
         """As ``Trainer``'s, without the copies of adapters that are the reference."""
         if not self._ref_copies:
             return super()._save(output_dir, state_dict)
-        with adapters.hidden(self.accelerator.unwrap_model(self.model), self._ref_copies):
+        with adapters.saving_all_but(self.accelerator.unwrap_model(self.model), self._ref_copies):
             return super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As ``Trainer``'s, which of several active adapters would leave the first one active, and would unfreeze its
+        frozen weights.
+        """
+        if not self._is_peft:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.accelerator.unwrap_model(self.model)
+        active = policy.base_model.active_adapter
+        with huggingface.keeping_trainable(policy):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if policy.base_model.active_adapter != active:
+                policy.base_model.set_adapter(active)
+
+    def _load_best_model(self) -> None:
+        """As ``Trainer``'s, which of adapters would load a single one, and only where its name is "default"."""
+        is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if self._is_peft and is_whole and list(self.accelerator.unwrap_model(self.model).peft_config) != ["default"]:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _metrics_file(self, folder: str) -> str:
         return os.path.join(folder, f"metrics_{self.args.process_index}.pt")
@@ -1020,8 +1044,8 @@ def _advise_weights(dataset: Dataset, args: FusedKTOConfig) -> None:
         return
     name, weight = ("desirable_weight", advised[0]) if advised[0] > 1 else ("undesirable_weight", advised[1])
     logger.info(
-        f"Hint: {counts[0]} desirable and {counts[1]} undesirable examples, a ratio of {counts[0] / counts[1]:.3g}. The "
-        "KTO paper advises desirable_weight x desirable / (undesirable_weight x undesirable) in [1, 4/3]: set "
+        f"Hint: {counts[0]} desirable and {counts[1]} undesirable examples, a ratio of {counts[0] / counts[1]:.3g}. "
+        "The KTO paper advises desirable_weight x desirable / (undesirable_weight x undesirable) in [1, 4/3]: set "
         f"{name}={weight:g} (--{name} {weight:g})."
     )
 
@@ -1077,7 +1101,7 @@ def _check_adds_nothing_to_the_loss(model: nn.Module) -> None:
 
 
 def _check_base_is_reference(model: nn.Module, ref_model: nn.Module | None) -> None:
-    """Refuse ``reference="base"`` where there is no base, or where it is not the model that the adapters were made for."""
+    """Refuse ``reference="base"`` where there is no base, or where it is not the adapters' original model."""
     if ref_model is not None:
         raise ValueError("reference='base' and ref_model are given, expected one of them: leave one out")
     if not hasattr(model, "disable_adapter"):
@@ -1137,8 +1161,9 @@ def _check_can_be_copied(model: nn.Module) -> None:
 
 @contextmanager
 def _keeping_random_state() -> Iterator[None]:
-    """Put the global random states of Python, NumPy and torch (CPU, CUDA) back: dropout in training draws from them, and
-    what only some runs do (fill a cache, evaluate) must not move them.
+    """Put the global random states of Python, NumPy and torch (CPU, CUDA) back.
+
+    Dropout in training draws from them, and what only some runs do (fill a cache, evaluate) must not move them.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
