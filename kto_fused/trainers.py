@@ -337,8 +337,8 @@ class FusedTrainer(Trainer):
             return f"the model with its frozen adapter {frozen} ({unchanging} changes nothing before training)"
         if _is_partitioned(policy):
             raise NotImplementedError(
-                f"adapter {kept[0]!r} changes the model before training, and DeepSpeed ZeRO-3 partitioned the model as it "
-                "was loaded, so no copy can be kept of it as the reference: pass ref_model, load the adapter a "
+                f"adapter {kept[0]!r} changes the model before training, and DeepSpeed ZeRO-3 partitioned the model as "
+                "it was loaded, so no copy can be kept of it as the reference: pass ref_model, load the adapter a "
                 "second time under the name 'ref', or set reference='base' for the model with its adapters off"
             )
         names = adapters.copy_adapters(policy, kept)
@@ -499,8 +499,8 @@ class FusedTrainer(Trainer):
         if has_policy and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             wrapper = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise NotImplementedError(
-                f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, for a reference that is the model "
-                "with other adapters, or none, costs little memory"
+                f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, for a reference that is the "
+                "model with other adapters, or none, costs little memory"
             )
         model = self.model if has_policy else self.ref_model
         prefix = getattr(getattr(model, "base_model", None), "prefix", None) if self._is_peft and has_policy else None

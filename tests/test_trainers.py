@@ -983,7 +983,7 @@ def test_frozen_weights_of_an_adapter_stay_frozen_whatever_the_reference_is(tmp_
         assert changed == with_gradient == {name for name in start if "lora_B.default" in name}
         histories.append([entry for entry in history(trainer) if "loss" in entry])
     for entries in histories[1:]:
-        assert_near(entries, histories[0])
+        assert_near(entries, histories[0], but=("rewards/accuracies",))  # margins at first are precomputing's rounding
 
 
 @by_kind
