@@ -13,7 +13,7 @@ import xxhash
 from torch import nn
 
 REFERENCE_NAMES = ("ref", "reference")  # adapters of these names are the reference, where they are not trained
-COPIES = "_kto_fused_copies"  # attribute of a PeftModel: the names of the copies that the last trainer made
+COPIES = "_kto_fused_copies"  # attribute of a PeftModel: {name: configuration} of the copies that a trainer made
 PLAIN = (bool, int, float, str, type(None))
 # what nn.Module keeps under the names of a module's own parts, which are no adapters' names
 OF_MODULES = ("_parameters", "_buffers", "_modules")
@@ -21,7 +21,7 @@ OF_MODULES = ("_parameters", "_buffers", "_modules")
 
 def named_reference(model: nn.Module) -> str | None:
     """The adapter that is meant as the reference by its name. None: there is none, or it is the policy's own."""
-    ours = getattr(model, COPIES, ())
+    ours = copies(model)
     return next(
         (
             name
@@ -34,11 +34,11 @@ def named_reference(model: nn.Module) -> str | None:
 
 def is_trained(model: nn.Module, adapter: str) -> bool:
     """Whether a weight of the adapter asks for a gradient."""
-    return any(parameter.requires_grad for parameter in _parameters_of(model, adapter))
+    return any(parameter.requires_grad for parameter in parameters_of(model, adapter))
 
 
 def freeze(model: nn.Module, adapter: str) -> None:
-    for parameter in _parameters_of(model, adapter):
+    for parameter in parameters_of(model, adapter):
         parameter.requires_grad_(False)
 
 
@@ -115,7 +115,7 @@ def copy_adapters(model: nn.Module, adapters: list[str]) -> dict[str, str]:
     for name in names.values():
         model.peft_config[name].inference_mode = True
         freeze(model, name)
-    setattr(model, COPIES, tuple(names.values()))
+    setattr(model, COPIES, {name: model.peft_config[name] for name in names.values()})
     return names
 
 
@@ -129,16 +129,21 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 def drop_copies(model: nn.Module) -> None:
     """Take the copies that an earlier trainer left in the model out of it: they are not of the policy as it is now."""
-    names = set(getattr(model, COPIES, ()))
-    if not names:
-        return
+    names = copies(model)
     for module in _owners(model):
         for held in _containers(module):
             for name in names & set(held):
                 del held[name]
         if isinstance(getattr(module, "_adapters", None), set):
             module._adapters -= names
-    delattr(model, COPIES)
+    if hasattr(model, COPIES):
+        delattr(model, COPIES)
+
+
+def copies(model: nn.Module) -> set[str]:
+    """Names of the copies that the model holds. An adapter that the user has put under a copy's name is none."""
+    made = getattr(model, COPIES, {})
+    return {name for name, config in made.items() if model.peft_config.get(name) is config}
 
 
 @contextmanager
@@ -225,7 +230,8 @@ def _containers(module: nn.Module) -> list[MutableMapping]:
     return [held for _, held in _named_containers(module)]
 
 
-def _parameters_of(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+def parameters_of(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """All weights of one adapter."""
     for module in _owners(model):
         for held in _containers(module):
             if adapter in held:

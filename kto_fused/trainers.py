@@ -1,7 +1,7 @@
 """``transformers.Trainer`` for KTO and DPO: the model's hidden states go to the fused loss, and logits never exist.
 
 An optimizer step: [KTO: mismatched pairs of all its batches -> z0 over all ranks] -> per batch: reference
-log-probabilities (another model, adapters off, or from disk) -> policy and loss in one fused call -> backward.
+log-probabilities (another model, other adapters or none, from disk) -> policy and loss in one fused call -> backward.
 """
 
 import copy
@@ -134,6 +134,7 @@ class FusedTrainer(Trainer):
             _check_base_is_reference(model, ref_model)
         if self._is_peft and is_own_reference:
             _check_adapters_alone_are_trained(model)
+        if self._is_peft:
             adapters.drop_copies(model)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -167,6 +168,7 @@ class FusedTrainer(Trainer):
         self._train_totals, self._eval_totals = Totals(), Totals()
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._ref_adapters: tuple[str, ...] = ()  # active in the reference's passes; none: adapters off
+        self._ref_configs: dict[str, Any] = {}  # theirs, by which they are known to be the same
         self._ref_copies: tuple[str, ...] = ()  # those of them that are copies made here
         self._reference_key: str | None = None  # of a reference that is made of adapters: what a resumed run must have
         self._reference_is_gone = args.precompute_ref_log_probs and not (self._is_peft and is_own_reference)
@@ -175,6 +177,7 @@ class FusedTrainer(Trainer):
             if self._is_peft and is_own_reference:
                 described = self._choose_adapters()
                 policy = self.accelerator.unwrap_model(self.model)
+                self._ref_configs = {name: policy.peft_config[name] for name in self._ref_adapters}
                 self._reference_key = adapters.fingerprint(policy, self._ref_adapters)
             else:
                 self.ref_model, described = self._make_reference(ref_model)
@@ -335,16 +338,17 @@ class FusedTrainer(Trainer):
                 return f"the model with its adapters off ({unchanging} changes nothing before training)"
             frozen = ", ".join(map(repr, self._ref_adapters))
             return f"the model with its frozen adapter {frozen} ({unchanging} changes nothing before training)"
-        if _is_partitioned(policy):
+        if any(hasattr(parameter, "ds_id") for name in kept for parameter in adapters.parameters_of(policy, name)):
             raise NotImplementedError(
-                f"adapter {kept[0]!r} changes the model before training, and DeepSpeed ZeRO-3 partitioned the model as "
-                "it was loaded, so no copy can be kept of it as the reference: pass ref_model, load the adapter a "
-                "second time under the name 'ref', or set reference='base' for the model with its adapters off"
+                f"adapter {kept[0]!r} changes the model before training, and DeepSpeed ZeRO-3 has partitioned it, so "
+                "no copy can be kept of it as the reference: pass ref_model, load the adapter a second time under the "
+                "name 'ref', or set reference='base' for the model with its adapters off"
             )
         names = adapters.copy_adapters(policy, kept)
         self._ref_adapters = tuple(names.get(name, name) for name in active if name in names or name not in trained)
-        self._ref_copies = getattr(policy, adapters.COPIES)
-        self._check_copies(policy)
+        self._ref_copies = tuple(names.values())
+        if not _is_partitioned(policy):  # else it gives no logits yet
+            self._check_copies(policy)
         which = ", ".join(f"adapter {name!r} as {copied!r}" for name, copied in names.items())
         return (
             f"the model with a frozen copy of the adapter that is trained ({which}). The copy stays in the model, and "
@@ -448,10 +452,11 @@ class FusedTrainer(Trainer):
             yield self.ref_model
         elif self._is_peft:
             policy = self.accelerator.unwrap_model(self.model)
-            if getattr(policy, adapters.COPIES, ()) is not self._ref_copies and self._ref_copies:
+            if any(policy.peft_config.get(name) is not config for name, config in self._ref_configs.items()):
                 raise RuntimeError(
-                    "a later trainer was made of this PeftModel, and replaced the copy of the adapter that was this "
-                    "trainer's reference: train and evaluate with the later trainer, or give each a model of its own"
+                    f"adapter {', '.join(map(repr, self._ref_configs))}, this trainer's reference, was taken out of "
+                    "the model or replaced, as a later trainer of the same PeftModel does: use the later trainer, or "
+                    "give each a model of its own"
                 )
             with (
                 huggingface.evaluating(model),
@@ -767,8 +772,13 @@ class FusedKTOTrainer(FusedTrainer):
 
     Args:
         model: a causal language model, bare or a ``PeftModel``, or a checkpoint's path or id.
-        ref_model: the reference, or its path or id. None: with adapters the model without them; else a copy of the
-            model as it is now.
+        ref_model: the reference, or its path or id. None: the policy as it is now, before training. Without adapters
+            that is a copy of the model. With adapters it is the model with its adapter named "ref" or "reference",
+            where one is there that is not trained; else the model without adapters, where the trained one changes
+            nothing yet; else the model with a frozen copy of the trained adapter, named "ref". That copy stays in the
+            model, so that it can be evaluated: ``save_model`` leaves it out, and so does ``model.save_pretrained``
+            with ``selected_adapters=["default"]``; ``model.delete_adapter("ref")`` removes it.
+            ``args.reference="base"`` takes the model without adapters in any case. The log says which it is.
         args: ``FusedKTOConfig``.
         train_dataset, eval_dataset: unpaired feedback (``prompt``, ``completion``, ``label``), or pairs (``prompt``,
             ``chosen``, ``rejected``), which are split; plain text or conversations; a ``datasets.Dataset``, or paths of
