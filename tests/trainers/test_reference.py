@@ -18,7 +18,6 @@ from tiny_training import StopAt, history, make_trainer, model
 from kto_fused import adapters
 
 LN_2 = 0.693147
-KINDS = ["kto", "dpo"]
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
 ADAPTERS = {
     "LoRA": lambda: peft.LoraConfig(r=2, **LAYERS),
@@ -37,7 +36,6 @@ ADAPTERS = {
     "LoHa": lambda: peft.LoHaConfig(r=2, **LAYERS),
     "VeRA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
 }
-by_kind = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.usefixtures("small_machine")
 
 
@@ -103,8 +101,15 @@ def test_training_starts_at_the_reference_whatever_the_adapter_holds(tmp_path, k
             assert id(parameter) not in held
 
 
-@by_kind
-@pytest.mark.parametrize("settings", [{}, {"loss_from": "logits"}, {"gradient_checkpointing": True}, {"bf16": True}])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("kto", {}),
+        ("dpo", {"loss_from": "logits"}),
+        ("kto", {"gradient_checkpointing": True}),
+        ("dpo", {"bf16": True}),
+    ],
+)
 def test_a_copy_is_as_good_as_a_model_of_its_own(tmp_path, kind, settings):
     """To the bit, with dropout at work in training, evaluated between steps."""
 
@@ -145,14 +150,13 @@ def test_of_several_active_adapters_what_is_trained_is_copied(tmp_path):
     assert history(own) == history(given)
 
 
-@by_kind
-def test_precomputed_with_a_copy_is_live_to_the_bit_and_of_that_adapter(tmp_path, kind):
+def test_precomputed_with_a_copy_is_live_to_the_bit_and_of_that_adapter(tmp_path):
     """Whatever the adapter is called; another adapter on the same model is not answered from its cache."""
     settings = {"train": 6, "per_device_train_batch_size": 1}
     precomputed = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "kept"), **settings}
 
     def run(seed, **settings):
-        return history(train(kind, tmp_path / "out", disturb(adapted(), seed=seed), **settings))
+        return history(train("kto", tmp_path / "out", disturb(adapted(), seed=seed), **settings))
 
     assert run(1, **precomputed) == run(1, **settings)
     (path,) = (tmp_path / "kept").iterdir()
@@ -289,9 +293,8 @@ def test_dropping_copies_leaves_the_model_as_it_was():
 # ---- other references ----
 
 
-@by_kind
 @pytest.mark.parametrize("name", ["ref", "reference"])
-def test_an_adapter_of_that_name_is_the_reference(tmp_path, kind, name, caplog):
+def test_an_adapter_of_that_name_is_the_reference(tmp_path, name, caplog):
     def policy(active):
         made = adapted()
         made.add_adapter(name, ADAPTERS["LoRA"]())
@@ -299,9 +302,9 @@ def test_an_adapter_of_that_name_is_the_reference(tmp_path, kind, name, caplog):
         made.set_adapter(active)
         return made
 
-    own = train(kind, tmp_path, policy("default"))
+    own = train("kto", tmp_path, policy("default"))
     assert f"its adapter {name!r}, which it came with" in said(caplog)
-    assert history(own) == history(train(kind, tmp_path, policy("default"), ref_model=policy(name)))
+    assert history(own) == history(train("kto", tmp_path, policy("default"), ref_model=policy(name)))
     assert history(own)[0]["rewards/chosen"] != 0
     assert list(own.model.peft_config) == ["default", name]
 
@@ -314,11 +317,10 @@ def test_a_trained_adapter_of_that_name_is_the_policy(tmp_path):
     assert history(trainer)[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
 
 
-@by_kind
-def test_base_is_the_model_with_its_adapters_off(tmp_path, kind, caplog):
-    own = train(kind, tmp_path, adapted(), reference="base")
+def test_base_is_the_model_with_its_adapters_off(tmp_path, caplog):
+    own = train("kto", tmp_path, adapted(), reference="base")
     assert "the model with its adapters off (reference='base')" in said(caplog)
-    assert history(own) == history(train(kind, tmp_path, adapted(), ref_model=model()))
+    assert history(own) == history(train("kto", tmp_path, adapted(), ref_model=model()))
     assert history(own)[0]["rewards/chosen"] != 0
     assert list(own.model.peft_config) == ["default"]
 
