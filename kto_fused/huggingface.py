@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -527,6 +527,85 @@ def keeping_trainable(model: nn.Module) -> Iterator[None]:
             parameter, is_trainable = before.get(name, (now, now.requires_grad))
             parameter.requires_grad_(is_trainable)
             now.requires_grad_(is_trainable)
+
+
+def checked_logits(model: PreTrainedModel) -> torch.Tensor:
+    """The model's own logits [1, CHECKED_TOKENS, V] of a few fixed tokens, without dropout and without a gradient."""
+    input_ids = _tokens_to_check(model)
+    with evaluating(model), _made_to_run(model, input_ids.device):
+        return model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+
+
+def is_reproduced(logits: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether two results of the same computation agree, to half the digits: experts, and a GPU's sums, may round by
+    the order in which they come.
+    """
+    rounding = torch.finfo(logits.dtype).eps ** 0.5 * logits.double().abs().max()
+    return bool((logits.double() - others.double()).abs().max() <= rounding)
+
+
+class Unreached(NamedTuple):
+    """Names of trainable parameters that the logits of text do not depend on."""
+
+    outside: list[str]  # of the language model: vision and audio towers, their projectors
+    inside: list[str]  # of it: what a few tokens do not reach, but others may (experts of a mixture)
+
+
+def unreached_by_text(model: PreTrainedModel) -> Unreached:
+    """Which trainable parameters get no gradient from text.
+
+    The graph of a few tokens' logits says which parameters it ends in; no gradient is computed. What it does not end in
+    is never reached where it lies outside of the language model (``get_decoder()``), its embeddings and its head: no
+    token can bring a vision tower in. Inside, it may depend on the tokens.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    input_ids = _tokens_to_check(model)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # without dropout, which would draw from the random state
+    try:
+        with torch.enable_grad(), _made_to_run(model, input_ids.device):
+            logits = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
+    reached = _leaves(logits)
+    inside = {
+        id(parameter)
+        for part in (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+        if part is not None
+        for parameter in part.parameters()
+    }
+    missed = {name: id(parameter) for name, parameter in trainable.items() if id(parameter) not in reached}
+    return Unreached(
+        [name for name, key in missed.items() if key not in inside],
+        [name for name, key in missed.items() if key in inside],
+    )
+
+
+def parts_of(model: PreTrainedModel, parameters: list[str]) -> list[str]:
+    """The largest modules that hold the parameters and nothing of the language model, by name."""
+    decoder = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    around = {tuple(path.split(".")[:depth]) for depth in range(path.count(".") + 2)}
+    found = set()
+    for parameter in parameters:
+        steps = tuple(parameter.split("."))
+        found.add(next(".".join(steps[:depth]) for depth in range(1, len(steps) + 1) if steps[:depth] not in around))
+    return sorted(found)
+
+
+def _leaves(tensor: torch.Tensor) -> set[int]:
+    """The ids of the parameters in which the tensor's graph ends."""
+    waiting, seen, found = [tensor.grad_fn], set(), set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def check_is_causal(model: PreTrainedModel) -> None:

@@ -303,7 +303,7 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
     for files in (settings.data, settings.eval_data):
         if files:
             preference_data.load(files)  # a bad record is found before a large model is loaded
-    set_seed(config.seed)  # for the adapter's weights
+    set_seed(config.seed)  # for weights that the checkpoint lacks
     tokenizer, model = load(settings.model, settings.dtype)
     ref_model = load(settings.ref_model, settings.dtype, "ref_model")[1] if settings.ref_model else None
     return TRAINERS[settings.loss](

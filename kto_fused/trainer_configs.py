@@ -12,6 +12,7 @@ from .losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE
 MISMATCHED = "mismatched"
 LOSS_FROM = ("hidden", "logits")
 AUTO = "auto"
+POLICY, BASE = REFERENCES = ("policy", "base")
 AUTO_MAX_LENGTH = 1024
 # options of ``TrainingArguments`` that mean nothing for these losses: name, the only value, why
 FIXED = {
@@ -69,6 +70,14 @@ class FusedPreferenceConfig(TrainingArguments):
     )
 
     beta: float = _option(0.1, "Pull towards the reference model, > 0.")
+    reference: str = _option(
+        POLICY,
+        "The reference where no ref_model is given. 'policy': the policy as it is before training; of a model with "
+        "adapters, its adapter named ref or reference, else a frozen copy of the trained adapter, else (that adapter "
+        "changes nothing yet) the model with its adapters off. 'base': the model with its adapters off, whatever they "
+        "hold at the start.",
+        choices=list(REFERENCES),
+    )
     max_length: int | str | None = _option(
         AUTO,
         "Longest sequence in tokens; completions are cut to it, and prompts that fill it are dropped. A number may not "
@@ -128,6 +137,7 @@ class FusedPreferenceConfig(TrainingArguments):
                 "liger_kernel_config={'fused_linear_cross_entropy': False}"
             )
         checks.choice("loss_from", self.loss_from, LOSS_FROM)
+        checks.choice("reference", self.reference, REFERENCES)
         checks.choice("backend", self.backend, (*backends.BACKENDS, None))
         checks.integer("chunk_bytes", self.chunk_bytes, at_least=1)
         for name in ("precompute_ref_log_probs", "disable_dropout"):
@@ -149,6 +159,7 @@ class FusedPreferenceConfig(TrainingArguments):
             ("hub_model_id", None, "push_to_hub", self.push_to_hub),
             ("precompute_ref_batch_size", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
             ("ref_cache_dir", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
+            ("reference", POLICY, "a loss_type that has a reference", self.needs_reference),
         ):
             if getattr(self, name) not in (default, {}) and not is_on:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no meaning without {needed}")

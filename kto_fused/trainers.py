@@ -1,17 +1,20 @@
 """``transformers.Trainer`` for KTO and DPO: the model's hidden states go to the fused loss, and logits never exist.
 
 An optimizer step: [KTO: mismatched pairs of all its batches -> z0 over all ranks] -> per batch: reference
-log-probabilities (another model, adapters off, or from disk) -> policy and loss in one fused call -> backward.
+log-probabilities (another model, other adapters or none, from disk) -> policy and loss in one fused call -> backward.
 """
 
 import copy
 import logging
+import math
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -26,22 +29,24 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from . import huggingface, preference_data, reference_cache
+from . import adapters, huggingface, log, preference_data, reference_cache
 from .functional import (
     fused_dpo_loss,
     fused_kto_loss,
     fused_linear_dpo_loss,
     fused_linear_kto_loss,
+    kto_class_weights,
     linear_sequence_logps,
     sequence_logps,
 )
 from .metrics import LossMetrics, Totals
 from .preference_data import PairedCollator, Prepared, UnpairedCollator
-from .trainer_configs import AUTO, AUTO_MAX_LENGTH, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
+from .trainer_configs import AUTO, AUTO_MAX_LENGTH, BASE, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +77,7 @@ class FusedTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
+        log.show()
         args = self.config_class("trainer_output") if args is None else args
         if not isinstance(args, self.config_class):
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}")
@@ -107,7 +113,7 @@ class FusedTrainer(Trainer):
                 "with peft (get_peft_model, PeftModel.from_pretrained) instead of add_adapter or load_adapter"
             )
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+            model = _with_adapter(model, peft_config, args.seed)
         if train_dataset is not None and not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 "model has no parameter that requires a gradient, so nothing would be trained: load adapters with "
@@ -125,8 +131,12 @@ class FusedTrainer(Trainer):
         self._starts_as_reference = is_own_reference and not self._is_peft
         if self._is_peft and train_dataset is not None:
             _check_adds_nothing_to_the_loss(model)
+        if args.reference == BASE:
+            _check_base_is_reference(model, ref_model)
         if self._is_peft and is_own_reference:
-            _check_adapters_alone_differ(model)
+            _check_adapters_alone_are_trained(model)
+        if self._is_peft:
+            adapters.drop_copies(model)
         if self._is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()
         if args.disable_dropout:
@@ -149,17 +159,35 @@ class FusedTrainer(Trainer):
         )
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
-        self._check_logits(self.model)
+        with _keeping_random_state():
+            self._check_logits(self.model)
+            if train_dataset is not None:
+                self._freeze_unreached()
         self.model_accepts_loss_kwargs = True  # that losses are scaled for accumulation is compute_loss's work
         self._options = {"backend": args.backend, "average_log_prob": args.average_log_prob}
         if args.loss_from == "hidden":
             self._options["chunk_bytes"] = args.chunk_bytes
         self._train_totals, self._eval_totals = Totals(), Totals()
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
-        self.ref_model = self._make_reference(ref_model)
+        self._ref_adapters: tuple[str, ...] = ()  # active in the reference's passes; none: adapters off
+        self._ref_configs: dict[str, Any] = {}  # theirs, by which they are known to be the same
+        self._ref_copies: tuple[str, ...] = ()  # those of them that are copies made here
+        self._reference_key: str | None = None  # of a reference that is made of adapters: what a resumed run must have
         self._reference_is_gone = args.precompute_ref_log_probs and not (self._is_peft and is_own_reference)
-        if args.precompute_ref_log_probs:
-            self._precompute_references()
+        with _keeping_random_state():
+            self.ref_model, described = None, "none"
+            if self._is_peft and is_own_reference:
+                described = self._choose_adapters()
+                policy = self.accelerator.unwrap_model(self.model)
+                self._ref_configs = {name: policy.peft_config[name] for name in self._ref_adapters}
+                self._reference_key = adapters.fingerprint(policy, self._ref_adapters)
+            else:
+                self.ref_model, described = self._make_reference(ref_model)
+            if args.needs_reference and args.should_log:
+                before = " Its log-probabilities are computed before training." * args.precompute_ref_log_probs
+                logger.info(f"The reference is {described}.{before}")
+            if args.precompute_ref_log_probs:
+                self._precompute_references()
 
     # ---- of each loss ----
 
@@ -228,6 +256,44 @@ class FusedTrainer(Trainer):
 
     # ---- models ----
 
+    def _freeze_unreached(self) -> None:
+        """Freeze what text never reaches (a vision tower), which gets no gradient: DistributedDataParallel would wait
+        for one, and the optimizer would keep a state for it.
+        """
+        inner = next((part for part in self.model.modules() if isinstance(part, PreTrainedModel)), None)
+        if inner is None or _is_partitioned(self.model) or _embedded_tokens(inner) is None:
+            return
+        outside, inside = huggingface.unreached_by_text(inner)
+        args, parameters = self.args, dict(inner.named_parameters())
+        for name in outside:
+            parameters[name].requires_grad_(False)
+        if outside and args.should_log:
+            parts = huggingface.parts_of(inner, outside)
+            count = sum(parameters[name].numel() for name in outside)
+            logger.info(
+                f"Text never reaches {', '.join(parts)}: its {count:,} parameters get no gradient and are frozen."
+            )
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                f"text reaches none of the parameters to train ({outside[0]} among them): train parameters of the "
+                "language model"
+            )
+        waits = args.ddp_find_unused_parameters is False or (
+            args.ddp_find_unused_parameters is None
+            and isinstance(self.model, PreTrainedModel)
+            and args.gradient_checkpointing
+        )
+        if inside and waits and self._is_ddp and args.should_log:
+            logger.warning(
+                f"{len(inside)} parameters to train ({inside[0]} among them) get no gradient from a few tokens, as "
+                "experts of a mixture that no token is sent to; DistributedDataParallel fails at the step after one in "
+                "which a parameter gets none: set ddp_find_unused_parameters=True (--ddp_find_unused_parameters true)"
+            )
+
+    @property
+    def _is_ddp(self) -> bool:
+        return self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+
     def _check_logits(self, model: nn.Module) -> None:
         """Refuse a model whose logits the loss would not reproduce (from hidden states) or that is not causal (from
         logits). It runs on the device, for some kernels run nowhere else, and before accelerate prepares the model.
@@ -246,18 +312,84 @@ class FusedTrainer(Trainer):
 
     # ---- the reference ----
 
-    def _make_reference(self, ref_model: PreTrainedModel | None) -> nn.Module | None:
-        """A given model, else a copy of the untrained policy, on its devices. None where the policy itself serves:
-        with its adapters off, or before its first step.
+    def _choose_adapters(self) -> str:
+        """Decide which adapters of the policy make the reference, and describe it.
+
+        All ranks decide alike: an adapter that is not the identity on one of them is copied on all.
+        """
+        policy = self.accelerator.unwrap_model(self.model)
+        active = list(policy.active_adapters)
+        if self.args.reference == BASE:
+            return "the model with its adapters off (reference='base')"
+        named = adapters.named_reference(policy)
+        if named is not None:
+            adapters.freeze(policy, named)
+            self._ref_adapters = (named,)
+            return f"the model with its adapter {named!r}, which it came with"
+        _check_can_be_copied(policy)
+        trained = [name for name in active if adapters.is_trained(policy, name)]
+        if not trained:
+            self._ref_adapters = tuple(active)
+            return (
+                "the model itself, for none of its adapters is trained: all rewards are 0 (reference='base' compares "
+                "with the model without its adapters)"
+            )
+        kept = [name for name in trained if self._is_on_any_rank(not adapters.changes_nothing(policy, name))]
+        unchanging = ", ".join(repr(name) for name in trained if name not in kept)
+        if not kept:
+            self._ref_adapters = tuple(name for name in active if name not in trained)
+            if not self._ref_adapters:
+                return f"the model with its adapters off ({unchanging} changes nothing before training)"
+            frozen = ", ".join(map(repr, self._ref_adapters))
+            return f"the model with its frozen adapter {frozen} ({unchanging} changes nothing before training)"
+        if any(hasattr(parameter, "ds_id") for name in kept for parameter in adapters.parameters_of(policy, name)):
+            raise NotImplementedError(
+                f"adapter {kept[0]!r} changes the model before training, and DeepSpeed ZeRO-3 has partitioned it, so "
+                "no copy can be kept of it as the reference: pass ref_model, load the adapter a second time under the "
+                "name 'ref', or set reference='base' for the model with its adapters off"
+            )
+        names = adapters.copy_adapters(policy, kept)
+        self._ref_adapters = tuple(names.get(name, name) for name in active if name in names or name not in trained)
+        self._ref_copies = tuple(names.values())
+        if not _is_partitioned(policy):  # else it gives no logits yet
+            self._check_copies(policy)
+        which = ", ".join(f"adapter {name!r} as {copied!r}" for name, copied in names.items())
+        return (
+            f"the model with a frozen copy of the adapter that is trained ({which}). The copy stays in the model, and "
+            "save_model leaves it out"
+        )
+
+    def _is_on_any_rank(self, is_here: bool) -> bool:
+        return self.accelerator.reduce(torch.tensor(int(is_here), device=self.args.device)).item() > 0
+
+    def _check_copies(self, policy: nn.Module) -> None:
+        """Refuse adapters of a method whose copy does not compute what they do."""
+        inner = huggingface.unwrap(policy)
+        own = huggingface.checked_logits(inner)
+        with self._reference(policy):
+            copied = huggingface.checked_logits(inner)
+        if not huggingface.is_reproduced(own, copied):
+            kinds = sorted({str(getattr(config.peft_type, "value", "?")) for config in policy.peft_config.values()})
+            raise ValueError(
+                f"a copy of the adapter ({', '.join(kinds)}) does not compute what the adapter does, so it cannot be "
+                "the reference: pass ref_model, or set reference='base' for the model with its adapters off"
+            )
+
+    def _make_reference(self, ref_model: PreTrainedModel | None) -> tuple[nn.Module | None, str]:
+        """A given model, else a copy of the untrained policy, on its devices; and a description of it. None where the
+        policy itself serves, before its first step.
         """
         if not self.args.needs_reference:
-            return None
+            return None, "none"
+        described = "ref_model, a model of its own"
         if ref_model is None:
             is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-            is_policy_enough = self._is_peft or (self.args.precompute_ref_log_probs and is_whole)
-            if is_policy_enough:
-                return None
-            ref_model = self._copy_of_policy()
+            if self.args.precompute_ref_log_probs and is_whole:
+                return None, "the model as it is before its first step"
+            ref_model, described = self._copy_of_policy(), "a frozen copy of the model as it is before training"
+        return self._prepared_reference(ref_model), described
+
+    def _prepared_reference(self, ref_model: nn.Module) -> nn.Module:
         if self.place_model_on_device and getattr(ref_model, "hf_device_map", None) is None:  # else it is placed
             self._move_model_to_device(ref_model, self.args.device)
         self._check_logits(ref_model)
@@ -319,12 +451,22 @@ class FusedTrainer(Trainer):
 
     @contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference model: its own, or ``model``, the policy, with adapters and dropout off."""
+        """The reference model: its own, or ``model``, the policy, with the reference's adapters and without dropout."""
         if self.ref_model is not None:
             yield self.ref_model
         elif self._is_peft:
             policy = self.accelerator.unwrap_model(self.model)
-            with huggingface.evaluating(model), huggingface.keeping_trainable(policy), policy.disable_adapter():
+            if any(policy.peft_config.get(name) is not config for name, config in self._ref_configs.items()):
+                raise RuntimeError(
+                    f"adapter {', '.join(map(repr, self._ref_configs))}, this trainer's reference, was taken out of "
+                    "the model or replaced, as a later trainer of the same PeftModel does: use the later trainer, or "
+                    "give each a model of its own"
+                )
+            with (
+                huggingface.evaluating(model),
+                huggingface.keeping_trainable(policy),
+                adapters.switched_to(policy, self._ref_adapters),
+            ):
                 yield model
         else:
             yield model
@@ -366,11 +508,14 @@ class FusedTrainer(Trainer):
         if has_policy and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             wrapper = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise NotImplementedError(
-                f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, adapters off cost no memory"
+                f"precompute_ref_log_probs with adapters under {wrapper}: leave it out, for a reference that is the "
+                "model with other adapters, or none, costs little memory"
             )
         model = self.model if has_policy else self.ref_model
         prefix = getattr(getattr(model, "base_model", None), "prefix", None) if self._is_peft and has_policy else None
         weights = reference_cache.hash_model(huggingface.unwrap(model), prefix)
+        if self._ref_adapters:
+            weights += self._reference_key
 
         def batches(dataset: Dataset) -> Iterator[tuple[torch.Tensor, ...]]:
             batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
@@ -467,7 +612,12 @@ class FusedTrainer(Trainer):
             losses, weights = losses.where(is_finite, 0.0), weights.where(is_finite, 0.0)
         return (losses * weights).sum(), weights.sum()
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        """As ``Trainer``'s, with our metrics. Whether and when a run is evaluated changes nothing that it draws."""
+        with _keeping_random_state():
+            return self._evaluation_loop(*args, **kwargs)
+
+    def _evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._eval_totals, is_first_use = Totals(), not self.accelerator._models
         deepspeed_config = self._deepspeed_config().config if self.is_deepspeed_enabled else {}
         of_training = copy.deepcopy(deepspeed_config)
@@ -503,7 +653,11 @@ class FusedTrainer(Trainer):
 
     def _prepare_new(self, source: Any) -> Dataset:
         is_prepared = isinstance(source, Dataset) and set(self.columns) <= set(source.column_names)
-        dataset = source if is_prepared else self._checked_tokens(source, self.args, "eval").dataset
+        if is_prepared:
+            dataset = source
+        else:
+            with _keeping_random_state():
+                dataset = self._checked_tokens(source, self.args, "eval").dataset
         if not self.args.precompute_ref_log_probs:  # another trainer's are of another reference
             dataset = dataset.remove_columns([name for name in self.ref_columns if name in dataset.column_names])
         if self._reference_is_gone and not set(self.ref_columns) <= set(dataset.column_names):
@@ -535,6 +689,8 @@ class FusedTrainer(Trainer):
         checkpoint = rest[0]
         if checkpoint is not None and self._starts_as_reference:
             self._check_began_elsewhere(checkpoint)
+        if checkpoint is not None:
+            self._check_same_reference(checkpoint)
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
         if self.state.global_step < max_steps:
             if checkpoint is not None and holds_model_alone(checkpoint):
@@ -557,14 +713,54 @@ class FusedTrainer(Trainer):
                 "policy as it was then: pass the model that the run began with, or that as ref_model"
             )
 
+    def _check_same_reference(self, checkpoint: str) -> None:
+        """The reference is made of the model that is passed, so a resumed run needs the model that the run began with,
+        not one with the adapter of a checkpoint.
+        """
+        if self._reference_key is None or not os.path.exists(self._metrics_file(checkpoint)):
+            return
+        state = torch.load(self._metrics_file(checkpoint), map_location="cpu", weights_only=True)
+        if state.get("reference", self._reference_key) != self._reference_key:
+            raise ValueError(
+                f"the run of {checkpoint} has another reference than the adapters of this model make: pass the model "
+                "with the adapters that the run began with, not those of a checkpoint, and the same reference option"
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As ``Trainer``'s, without the copies of adapters that are the reference."""
+        if not self._ref_copies:
+            return super()._save(output_dir, state_dict)
+        with adapters.saving_all_but(self.accelerator.unwrap_model(self.model), self._ref_copies):
+            return super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As ``Trainer``'s, which of several active adapters would leave the first one active, and would unfreeze its
+        frozen weights.
+        """
+        if not self._is_peft:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.accelerator.unwrap_model(self.model)
+        active = policy.base_model.active_adapter
+        with huggingface.keeping_trainable(policy):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if policy.base_model.active_adapter != active:
+                policy.base_model.set_adapter(active)
+
+    def _load_best_model(self) -> None:
+        """As ``Trainer``'s, which of adapters would load a single one, and only where its name is "default"."""
+        is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if self._is_peft and is_whole and list(self.accelerator.unwrap_model(self.model).peft_config) != ["default"]:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def _metrics_file(self, folder: str) -> str:
         return os.path.join(folder, f"metrics_{self.args.process_index}.pt")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        torch.save(
-            {"totals": self._train_totals.values, "num_tokens": self._num_tokens}, self._metrics_file(output_dir)
-        )
+        held = {"totals": self._train_totals.values, "num_tokens": self._num_tokens, "reference": self._reference_key}
+        torch.save(held, self._metrics_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -580,8 +776,13 @@ class FusedKTOTrainer(FusedTrainer):
 
     Args:
         model: a causal language model, bare or a ``PeftModel``, or a checkpoint's path or id.
-        ref_model: the reference, or its path or id. None: with adapters the model without them; else a copy of the
-            model as it is now.
+        ref_model: the reference, or its path or id. None: the policy as it is now, before training. Without adapters
+            that is a copy of the model. With adapters it is the model with its adapter named "ref" or "reference",
+            where one is there that is not trained; else the model without adapters, where the trained one changes
+            nothing yet; else the model with a frozen copy of the trained adapter, named "ref". That copy stays in the
+            model, so that it can be evaluated: ``save_model`` leaves it out, and so does ``model.save_pretrained``
+            with ``selected_adapters=["default"]``; ``model.delete_adapter("ref")`` removes it.
+            ``args.reference="base"`` takes the model without adapters in any case. The log says which it is.
         args: ``FusedKTOConfig``.
         train_dataset, eval_dataset: unpaired feedback (``prompt``, ``completion``, ``label``), or pairs (``prompt``,
             ``chosen``, ``rejected``), which are split; plain text or conversations; a ``datasets.Dataset``, or paths of
@@ -639,6 +840,12 @@ class FusedKTOTrainer(FusedTrainer):
             num_proc=args.dataset_num_proc,
             name=name,
         )
+
+    def _prepare_data(self, source: Any, args: FusedKTOConfig, name: str) -> Any:
+        dataset = super()._prepare_data(source, args, name)
+        if name == "train" and dataset is not None and args.loss_type == "kto" and args.should_log:
+            _advise_weights(dataset, args)
+        return dataset
 
     def _inner_training_loop(self, *args, **kwargs):
         try:
@@ -844,14 +1051,32 @@ def _warn_of_lost_updates(model: nn.Module, learning_rate: float) -> None:
         )
 
 
-def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+def _advise_weights(dataset: Dataset, args: FusedKTOConfig) -> None:
+    """Say the weights that the paper advises for the labels of the data, where none were chosen."""
+    desirable = int(np.sum(dataset["label"]))
+    counts = desirable, len(dataset) - desirable
+    advised = [math.ceil(100 * weight) / 100 for weight in kto_class_weights(*counts)]  # up: nearer to the middle
+    if advised == [1.0, 1.0] or (args.desirable_weight, args.undesirable_weight) != (1.0, 1.0):
+        return
+    name, weight = ("desirable_weight", advised[0]) if advised[0] > 1 else ("undesirable_weight", advised[1])
+    logger.info(
+        f"Hint: {counts[0]} desirable and {counts[1]} undesirable examples, a ratio of {counts[0] / counts[1]:.3g}. "
+        "The KTO paper advises desirable_weight x desirable / (undesirable_weight x undesirable) in [1, 4/3]: set "
+        f"{name}={weight:g} (--{name} {weight:g})."
+    )
+
+
+def _with_adapter(model: nn.Module, peft_config: Any, seed: int) -> nn.Module:
+    """Its weights are drawn from ``seed``, so that a resumed run makes the same ones, which may be the reference's."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a peft.PeftConfig, got {type(peft_config).__name__}")
     if isinstance(model, PeftModel):
         raise ValueError("peft_config is given, but the model carries adapters already: merge_and_unload() them first")
-    return get_peft_model(model, peft_config)
+    with _keeping_random_state():
+        set_seed(seed)
+        return get_peft_model(model, peft_config)
 
 
 def _check_shares_no_trained_weight(model: nn.Module, ref_model: nn.Module) -> None:
@@ -891,20 +1116,36 @@ def _check_adds_nothing_to_the_loss(model: nn.Module) -> None:
             )
 
 
-def _check_adapters_alone_differ(model: nn.Module) -> None:
-    """Refuse a ``PeftModel`` that without its adapters is not the model it started from, or will not stay it."""
+def _check_base_is_reference(model: nn.Module, ref_model: nn.Module | None) -> None:
+    """Refuse ``reference="base"`` where there is no base, or where it is not the adapters' original model."""
+    if ref_model is not None:
+        raise ValueError("reference='base' and ref_model are given, expected one of them: leave one out")
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "reference='base' is the model with its adapters off, and model has no adapters: leave it out, and the "
+            "reference is the model as it is before training"
+        )
     for config in model.peft_config.values():
         init = getattr(config, "init_lora_weights", None)
         if isinstance(init, str) and init.lower().startswith(REWRITING_INITS):
             raise ValueError(
-                f"init_lora_weights={init!r} changes the weights under the adapter, so the model without it is not "
-                "the reference: pass the original model, or its path, as ref_model"
+                f"init_lora_weights={init!r} changes the weights under the adapter, so reference='base' is not the "
+                "original model: pass that, or its path, as ref_model, or leave reference='policy'"
             )
         if getattr(config, "layer_replication", None):
             raise ValueError(
-                "layer_replication repeats layers of the model, with its adapters off too, so that is not the "
-                "reference: pass the original model, or its path, as ref_model"
+                "layer_replication repeats layers of the model, with its adapters off too, so reference='base' is not "
+                "the original model: pass that, or its path, as ref_model, or leave reference='policy'"
             )
+
+
+def _check_adapters_alone_are_trained(model: nn.Module) -> None:
+    """Refuse weights trained beside the adapters, which the reference would share, and adapters merged into them."""
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ValueError(
+            "model's adapters are merged into its weights, so they can be neither trained nor taken off: call "
+            "model.unmerge_adapter() first"
+        )
     prefix = getattr(model.base_model, "prefix", None)
     if prefix is None:
         return
@@ -916,9 +1157,40 @@ def _check_adapters_alone_differ(model: nn.Module) -> None:
     ]
     if others:
         raise ValueError(
-            f"model trains weights beside its adapters ({len(others)}, {others[0]} among them), so without the "
-            "adapters it would not stay the reference: pass ref_model, or freeze them (bias='none', modules_to_save)"
+            f"model trains weights beside its adapters ({len(others)}, {others[0]} among them), which the reference "
+            "would share, so it would not stay as it is: pass ref_model, or freeze them (bias='none', modules_to_save)"
         )
+
+
+def _check_can_be_copied(model: nn.Module) -> None:
+    """Refuse models in which one adapter is not one set of weights."""
+    from peft import PeftModel
+
+    kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()]
+    if not isinstance(model, PeftModel) or "XLORA" in kinds:
+        name = "X-LoRA" if "XLORA" in kinds else type(model).__name__
+        raise ValueError(
+            f"model mixes adapters ({name}), of which no copy can be kept as the reference: pass ref_model, or set "
+            "reference='base' for the model with its adapters off"
+        )
+
+
+@contextmanager
+def _keeping_random_state() -> Iterator[None]:
+    """Put the global random states of Python, NumPy and torch (CPU, CUDA) back.
+
+    Dropout in training draws from them, and what only some runs do (fill a cache, evaluate) must not move them.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
 
 
 def _disable_dropout(model: nn.Module) -> None:

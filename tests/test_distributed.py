@@ -64,9 +64,37 @@ def test_the_copy_that_is_the_reference_is_that_of_one_process(on_one, on_two, n
 
 
 @on_everything
-def test_adapters_train_as_in_one_process(on_one, on_two, name):
+@pytest.mark.parametrize("reference", ["lora", "lora off"])
+def test_adapters_train_as_in_one_process(on_one, on_two, name, reference):
+    """With a copy of the adapter for the reference, which training starts at, and with adapters off."""
     pytest.importorskip("peft", reason="peft is not installed: no adapters")
-    assert_same_run(on_two(f"{name}-lora"), on_one(f"{name}-lora"))
+    two = on_two(f"{name}-{reference}")
+    assert (two["history"][0]["rewards/chosen"] == 0) == (reference == "lora")
+    assert_same_run(two, on_one(f"{name}-{reference}"))
+    for key, values in two["weights"].items():
+        if "ref" in key.split("."):
+            assert values == on_one(f"{name}-{reference}")["weights"][key], "the copy was trained"
+
+
+@on_everything
+def test_a_stopped_run_of_adapters_resumes_to_the_bit(on_two, name):
+    pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    runs = on_two(f"{name}-lora resumed")
+    assert runs["resumed"] == runs["whole"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_sees_trains_on_text_as_in_one_process(on_one, on_two, kind):
+    two = on_two(f"ddp-{kind}-sees")
+    assert two["is_ddp"]
+    assert len(two["history"]) == 4
+    assert_same_run(two, on_one(f"ddp-{kind}-sees"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_filling_a_cache_moves_no_dropout(on_two, kind):
+    computed, found, live = on_two(f"ddp-{kind}-dropout")
+    assert found == computed == live
 
 
 @on_everything

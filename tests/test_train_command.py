@@ -150,6 +150,13 @@ def test_an_adapters_base_is_kept_as_it_was_saved(files, flags, expected):
     assert results("runs/kto")["settings"]["dtype"] == expected
 
 
+def test_the_base_of_a_model_without_adapters_is_refused(files, capsys):
+    assert cli.main(command(files, "kto", "--reference", "base")) == 2
+    assert "reference='base' is the model with its adapters off, and model has no" in capsys.readouterr().err
+    assert cli.main(command(files, "kto", "--reference", "base", "--lora_rank", "2", "--max_steps", "1")) == 0
+    assert results("runs/kto")["config"]["reference"] == "base"
+
+
 def test_an_adapter_is_no_model_to_start_from(files, capsys):
     pytest.importorskip("peft")
     assert cli.main(command(files, "kto", "--lora_rank", "2", "--max_steps", "1", "--output_dir", "adapter")) == 0
@@ -207,6 +214,8 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_ends_as_if_it_had_not_been(files
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "finishing this step, then saving a checkpoint" in errors
+    assert "\nThe reference is a frozen copy of the model as it is before training.\n" in errors
+    assert "(--undesirable_weight 1.25).\n" in errors
     step = int(re.search("Stopped after step ([0-9]+) of 150", printed)[1])
     assert 1 <= step < 150
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{step}"]

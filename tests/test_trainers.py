@@ -963,11 +963,16 @@ def test_frozen_weights_of_an_adapter_stay_frozen_whatever_the_reference_is(tmp_
     peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
     precomputed = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
     histories = []
-    for settings in ({"ref_model": model()}, {}, {"evaluation": 4}, precomputed, precomputed):  # computed, then read
+
+    def adapted():
         torch.manual_seed(3)
         policy = peft.get_peft_model(model(), lora_config())
         for name, parameter in policy.named_parameters():
             parameter.requires_grad_("lora_B" in name)
+        return policy
+
+    for settings in ({"ref_model": adapted()}, {}, {"evaluation": 4}, precomputed, precomputed):  # computed, then read
+        policy = adapted()
         trainer = make_trainer(kind, tmp_path, policy=policy, **settings)
         if "evaluation" in settings:
             trainer.evaluate()
@@ -975,23 +980,23 @@ def test_frozen_weights_of_an_adapter_stay_frozen_whatever_the_reference_is(tmp_
         trainer.train()
         changed = {name for name, tensor in weights(trainer).items() if not tensor.equal(start[name])}
         with_gradient = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-        assert changed == with_gradient == {name for name in start if "lora_B" in name}
+        assert changed == with_gradient == {name for name in start if "lora_B.default" in name}
         histories.append([entry for entry in history(trainer) if "loss" in entry])
     for entries in histories[1:]:
-        assert_near(entries, histories[0])
+        assert_near(entries, histories[0], but=("rewards/accuracies",))  # margins at first are precomputing's rounding
 
 
 @by_kind
 @pytest.mark.parametrize("lora", [None, "peft_config", "PeftModel"])
 def test_without_a_reference_model_it_is_the_model_before_its_first_step(tmp_path, kind, lora):
-    """A copy that stays; with adapters the model without them, also where they and dropout are at work in training."""
+    """A copy that stays; with new adapters the model without them, also where they and dropout are at work."""
     peft = pytest.importorskip("peft") if lora else None
 
     def run(ref_model):
         policy = model(attention_dropout=0.3)
         torch.manual_seed(3)
         if lora == "PeftModel":
-            policy = peft.get_peft_model(policy, lora_config(lora_dropout=0.3))
+            policy = peft.get_peft_model(policy, lora_config(lora_dropout=0.3, init_lora_weights=True))
         trainer = make_trainer(
             kind,
             tmp_path,
@@ -1000,7 +1005,7 @@ def test_without_a_reference_model_it_is_the_model_before_its_first_step(tmp_pat
             evaluation=5,
             eval_strategy="epoch",
             disable_dropout=False,
-            peft_config=lora_config(lora_dropout=0.3) if lora == "peft_config" else None,
+            peft_config=lora_config(lora_dropout=0.3, init_lora_weights=True) if lora == "peft_config" else None,
         )
         trainer.train()
         return trainer
@@ -1043,25 +1048,25 @@ def run_precomputed(kind, tmp_path, **settings):
 
 
 @by_kind
-@pytest.mark.parametrize("source", ["given", "copy", "adapters off"])
+@pytest.mark.parametrize("source", ["given", "copy", "adapters off", "copied adapter"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_precomputed_is_live_to_the_bit(tmp_path, kind, source, bf16, ref_passes):
     settings = {"train": 6, "evaluation": 3, "eval_strategy": "epoch", "bf16": bf16}
     settings |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}  # padding rounds otherwise
-    if source == "adapters off":
-        settings["peft_config"] = lora_config()
+    if "adapter" in source:
+        settings["peft_config"] = lora_config(init_lora_weights=source == "adapters off")
     ref = model(seed=1) if source == "given" else None
     live = make_trainer(kind, tmp_path, ref_model=ref, **settings)
     live.train()
     assert ref_passes() > 0
     ref = model(seed=1) if source == "given" else None
     precomputed = run_precomputed(kind, tmp_path, ref_model=ref, **settings)
-    passes = ref_passes()
+    passes = ref_passes() - (source == "copied adapter")  # the copy is compared once with what it is a copy of
     assert passes == 9 * len(precomputed.ref_columns if kind == "kto" else [0])
     assert precomputed.ref_model is None
     assert history(precomputed) == history(live)
     again = run_precomputed(kind, tmp_path, ref_model=model(seed=1) if source == "given" else None, **settings)
-    assert ref_passes() == 0
+    assert ref_passes() == (source == "copied adapter")
     assert history(again) == history(live)
 
 
@@ -1427,22 +1432,25 @@ def test_batch_mean_is_refused_where_a_batch_lies_in_parts(tmp_path):
 
 @by_kind
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_adapters_that_replace_weights_need_a_reference_of_their_own(tmp_path, kind, init):
-    """Without them the model is another than the one that it started from, which policy and reference both are."""
+def test_the_base_under_adapters_that_replaced_its_weights_is_no_reference(tmp_path, kind, init):
+    """Without them it is another model than the one that they were made for; what policy and reference are at first
+    agrees with that one to rounding, whether it is given or left out.
+    """
     pytest.importorskip("peft", reason="peft is not installed: no adapters")
     adapters = {"peft_config": lora_config(init_lora_weights=init)}
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the weights.*as ref_model"):
-        make_trainer(kind, tmp_path, **adapters)
-    trainer = make_trainer(kind, tmp_path, ref_model=model(), max_steps=1, learning_rate=0.0, **adapters)
-    trainer.train()
-    assert history(trainer)[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+        make_trainer(kind, tmp_path, reference="base", **adapters)
+    for ref_model in (None, model()):
+        trainer = make_trainer(kind, tmp_path, ref_model=ref_model, max_steps=1, learning_rate=0.0, **adapters)
+        trainer.train()
+        assert history(trainer)[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5 if ref_model else 0)
 
 
 @by_kind
-def test_repeated_layers_need_a_reference_of_their_own(tmp_path, kind):
+def test_the_base_with_repeated_layers_is_no_reference(tmp_path, kind):
     pytest.importorskip("peft", reason="peft is not installed: no adapters")
     with pytest.raises(ValueError, match=r"layer_replication repeats layers.*as ref_model"):
-        make_trainer(kind, tmp_path, peft_config=lora_config(layer_replication=[(0, 2), (1, 2)]))
+        make_trainer(kind, tmp_path, reference="base", peft_config=lora_config(layer_replication=[(0, 2), (1, 2)]))
 
 
 @by_kind

@@ -16,7 +16,14 @@ import torch
 import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from kto_fused.trainer_configs import FusedDPOConfig, FusedKTOConfig
 from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
@@ -51,6 +58,33 @@ def model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
         "pad_token_id": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+
+
+def vision_language_model(seed: int = 0) -> Gemma3ForConditionalGeneration:
+    """Of the same size as ``model``, with a vision tower."""
+    torch.manual_seed(seed)
+    text = {
+        "vocab_size": len(WORDS) + 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 2,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    tokens = {"image_token_index": 3, "boi_token_index": 4, "eoi_token_index": 5}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    return Gemma3ForConditionalGeneration(config)
 
 
 def data(kind: str, rows: int, seed: int = 0) -> Dataset:

@@ -15,7 +15,17 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import concatenate_datasets
-from tiny_training import CLOCK, data, history, make_trainer, model, run_cases, stop_and_resume, weights
+from tiny_training import (
+    CLOCK,
+    data,
+    history,
+    make_trainer,
+    model,
+    run_cases,
+    stop_and_resume,
+    vision_language_model,
+    weights,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -94,8 +104,28 @@ def train(folder: Path, kind: str, wrapper: str, *, tied: bool = False, own_refe
     return outcome(trainer)
 
 
-def resume(folder: Path, kind: str, wrapper: str):
-    return stop_and_resume(folder, functools.partial(make, kind, wrapper), outcome)
+def train_on_text(folder: Path, kind: str):
+    """A model that sees, with checkpointed layers: DistributedDataParallel looks for no unused parameters."""
+    trainer = make(kind, "ddp", folder, policy=vision_language_model(), gradient_checkpointing=True)
+    trainer.train()
+    return outcome(trainer)
+
+
+def precompute_with_dropout(folder: Path, kind: str):
+    """The curves of a run that computes the reference's log-probabilities, one that finds them, and one without."""
+    settings = {"disable_dropout": False, "train": 8, "batch": 2, "evaluation": 4, "eval_strategy": "steps"}
+    curves = []
+    for is_precomputed in (True, True, False):
+        kept = {"precompute_ref_log_probs": True, "ref_cache_dir": str(folder / f"kept_by_{PROCESSES}")}
+        policy = model(attention_dropout=0.3)
+        trainer = make(kind, "ddp", folder, policy=policy, **settings, **(kept if is_precomputed else {}))
+        trainer.train()
+        curves.append(history(trainer))
+    return curves
+
+
+def resume(folder: Path, kind: str, wrapper: str, lora: bool = False):
+    return stop_and_resume(folder, functools.partial(make, kind, wrapper, lora=lora), outcome)
 
 
 def evaluate(folder: Path, kind: str, wrapper: str):
@@ -182,6 +212,8 @@ def cases() -> dict[str, Callable[[Path], Any]]:
                 f"{name}-copied reference": functools.partial(run, own_reference=False),
                 f"{name}-bf16": functools.partial(run, own_reference=False, bf16=True),
                 f"{name}-lora": functools.partial(run, own_reference=False, lora=True),
+                f"{name}-lora off": functools.partial(run, own_reference=False, lora=True, reference="base"),
+                f"{name}-lora resumed": functools.partial(resume, kind=kind, wrapper=wrapper, lora=True),
                 f"{name}-resumed": functools.partial(resume, kind=kind, wrapper=wrapper),
                 f"{name}-evaluated": functools.partial(evaluate, kind=kind, wrapper=wrapper),
                 f"{name}-precomputed": functools.partial(precompute, kind=kind, wrapper=wrapper),
@@ -196,6 +228,9 @@ def cases() -> dict[str, Callable[[Path], Any]]:
         found[f"{wrapper}-dpo-simpo"] = functools.partial(
             train, kind="dpo", wrapper=wrapper, loss_type="simpo", own_reference=False
         )
+    for kind in KINDS:
+        found[f"ddp-{kind}-sees"] = functools.partial(train_on_text, kind=kind)
+        found[f"ddp-{kind}-dropout"] = functools.partial(precompute_with_dropout, kind=kind)
     found["ddp-kto-used"] = functools.partial(train, kind="kto", wrapper="ddp", ddp_find_unused_parameters=False)
     found["ddp-dpo-repeated"] = functools.partial(repeated, kind="dpo", wrapper="ddp", rows=14)
     found["ddp-dpo-two disks"] = precompute_on_two_disks
