@@ -48,7 +48,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def data(kind: type, desirable: bool | None = None, prompt: bool = True, rows: int = 2 * STEPS * BATCH) -> Dataset:
+def data(
+    kind: type,
+    desirable: bool | None = None,
+    prompt: bool = True,
+    rows: int = 2 * STEPS * BATCH,
+    longest: int = 7,
+) -> Dataset:
     random = torch.Generator().manual_seed(1)
 
     def text(longest: int) -> str:
@@ -61,9 +67,9 @@ def data(kind: type, desirable: bool | None = None, prompt: bool = True, rows: i
     for row in range(rows):
         record = {"prompt": text(5) if prompt else ""}
         if kind is KTOTrainer:
-            record |= {"completion": text(7), "label": row % 3 != 0 if desirable is None else desirable}
+            record |= {"completion": text(longest), "label": row % 3 != 0 if desirable is None else desirable}
         else:
-            record |= {"chosen": text(7), "rejected": text(7)}
+            record |= {"chosen": text(longest), "rejected": text(longest)}
         records.append(record)
     return Dataset.from_list(records)
 
@@ -102,6 +108,7 @@ def make_trainer(
     policy=None,
     make_policy: Callable = model,
     own_reference: bool = True,
+    is_reference_equal: bool = False,
     lora: bool = False,
     train_dataset: Dataset | None = None,
     eval_dataset: Dataset | None = None,
@@ -114,7 +121,7 @@ def make_trainer(
         reference = copy.deepcopy(policy)
         random = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            for parameter in reference.parameters():
+            for parameter in reference.parameters() if not is_reference_equal else ():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
     peft_config = None
     if lora:
@@ -443,6 +450,74 @@ def test_completions_without_a_prompt_train_alike(tmp_path, loss_type, calls):
     rows = data(DPOTrainer, prompt=False)
     assert_same_training(DPOTrainer, tmp_path, loss_type=[loss_type], beta=0.5, train_dataset=rows)
     assert calls["fused_linear_dpo_loss"] == (0 if loss_type == "ipo" else STEPS)
+
+
+# ---- policy and reference by one engine ---------------------------------------------------------------------------
+
+SCORES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "kl")
+# (settings of the trainer, dtype of the weights)
+PRECISIONS = {
+    "float32": (False, torch.float32),
+    "bf16-autocast": (True, torch.float32),
+    "bf16-weights": (False, torch.bfloat16),
+    "fp16-weights": (False, torch.float16),
+    "fp32-and-bf16-weights": (False, None),
+}
+precisions = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+def equal_trainer(kind: type, folder: Path, precision: str = "float32", *, experts: bool = False, **arguments):
+    """Policy and reference have equal weights. Completions are long, so that a difference in rounding shows."""
+    bf16, dtype = PRECISIONS[precision]
+    policy = model(experts=experts)
+    if dtype is None:
+        policy.to(torch.bfloat16).lm_head.float()
+    else:
+        policy.to(dtype)
+    settings = {
+        "bf16": bf16,
+        "train_dataset": data(kind, longest=50, rows=2 * BATCH),
+        "policy": policy,
+        "is_reference_equal": True,
+        "max_steps": 1,
+        "train_sampling_strategy": "sequential",
+    }
+    return make_trainer(kind, folder, **{**settings, **arguments})
+
+
+def assert_no_log_ratio(log: dict[str, float], prefix: str = "") -> None:
+    found = {name: log[prefix + name] for name in SCORES if prefix + name in log}
+    assert found == dict.fromkeys(found, 0.0)
+    assert {"rewards/chosen", "rewards/rejected"} <= found.keys()
+
+
+CASES = {
+    "live": {},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "precomputed-policy": {"precompute_ref_log_probs": True, "own_reference": False},
+    "experts": {"experts": True},
+    "experts-precomputed": {"experts": True, "precompute_ref_log_probs": True},
+    "lora-precomputed": {"lora": True},
+}
+
+
+@both_trainers
+@precisions
+@pytest.mark.parametrize("case", CASES)
+def test_probe(tmp_path, kind, precision, case):
+    arguments = dict(CASES[case])
+    arguments.pop("lora", None)
+    if precision == "fp32-and-bf16-weights" : pytest.skip("x")
+    trainer = fuse(equal_trainer(kind, tmp_path, precision, eval_dataset=data(kind, rows=6, longest=50), **arguments))
+    assert vars(trainer).get("_is_fused")
+    raw = data(kind, rows=5, longest=30)
+    before, raw_before = trainer.evaluate(), trainer.evaluate(raw)
+    _, logs, _ = steps(trainer)
+    log = logs[0]
+    print(logs)
+    assert_no_log_ratio(before, "eval_")
+    assert_no_log_ratio(raw_before, "eval_")
+    assert_no_log_ratio(log)
 
 
 # ---- the answers to TRL's own calls -------------------------------------------------------------------------------
