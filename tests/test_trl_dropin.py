@@ -603,24 +603,28 @@ def precomputed(trainer) -> dict[str, list[float]]:
 
 @both_trainers
 def test_fused_and_unfused_trainers_never_read_each_others_cache(tmp_path, kind, calls):
-    rows = long_data(kind)
-    rows.save_to_disk(tmp_path / "rows")
+    long_data(kind).save_to_disk(tmp_path / "rows")
+    rows = Dataset.load_from_disk(tmp_path / "rows")
 
     def make():
-        return equal_trainer(
-            kind, tmp_path, precompute_ref_log_probs=True, train_dataset=Dataset.load_from_disk(tmp_path / "rows")
-        )
+        return equal_trainer(kind, tmp_path, own_reference=False, precompute_ref_log_probs=True, train_dataset=rows)
 
-    own = precomputed(make())
+    unfused = make()
+    own = precomputed(unfused)
+    unfused.evaluate(rows)
     calls.update(dict.fromkeys(calls, 0))
-    fused = precomputed(fuse(make()))
+    trainer = fuse(make())
+    fused = precomputed(trainer)
     assert calls["linear_sequence_logps"] > 0
     assert fused.keys() == own.keys()
     assert fused != own
+    assert_no_log_ratio(trainer.evaluate(rows), "eval_")
     calls.update(dict.fromkeys(calls, 0))
     assert precomputed(fuse(make())) == fused
     only(calls)  # from the cache
-    assert precomputed(make()) == own
+    unfused = make()
+    assert precomputed(unfused) == own
+    assert_no_log_ratio(unfused.evaluate(rows), "eval_")
 
 
 @both_trainers
@@ -868,6 +872,24 @@ def test_all_logged_values_are_read_at_once(tmp_path, kind, monkeypatch):
             trainer.compute_loss(trainer.model, inputs)
         counts.append(reads.count)
     assert counts[0] == counts[1] + 1
+
+
+@both_trainers
+def test_with_a_router_loss_policy_and_reference_both_get_the_mask(tmp_path, kind, attention_masks):
+    """The router loss needs it. Without it, the reference would run another attention kernel than the policy."""
+
+    def make_policy():
+        policy = experts()
+        policy.config.output_router_logits = False  # TRL asks for them by an argument, of the policy alone
+        return policy
+
+    trainer = fuse(equal_trainer(kind, tmp_path, make_policy=make_policy, router_aux_loss_coef=0.1))
+    attention_masks.clear()  # of the checks that came before
+    _, logs, _ = steps(trainer)
+    assert logs[0]["aux_loss"] > 0
+    assert attention_masks
+    assert all(mask is not None for mask in attention_masks)
+    assert_no_log_ratio(logs[0])
 
 
 @both_trainers
