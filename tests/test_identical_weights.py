@@ -37,7 +37,7 @@ def equal_trainer(kind: str, folder: Path, precision: str, *, own_reference: boo
 
 
 def long_data(kind: str, rows: int):
-    """Completions of up to 200 tokens, some -1,000 nats each, whose sums of log-probabilities show a difference in rounding."""
+    """Completions of up to 200 tokens and 1,000 nats: sums of log-probabilities in which a rounding shows."""
 
     def longer(record):
         names = ("completion",) if kind == "kto" else ("chosen", "rejected")

@@ -1191,8 +1191,31 @@ def two_processes(rank: int, folder: Path, port: int) -> None:
         assert len(logs) == 3
         assert kind is DPOTrainer or logs[0]["kl"] > 0
     check_fsdp2_rounds_no_log_probability(folder / f"{rank}")
+    check_precomputed_references(rank, folder)
     gc.collect()  # trainers hold the process group, whose threads should end before the interpreter does
     torch.distributed.destroy_process_group()
+
+
+def check_precomputed_references(rank: int, folder: Path) -> None:
+    """Both processes share TRL's cache file, which lies beside the data."""
+    for kind in (KTOTrainer, DPOTrainer):
+        if rank == 0:
+            long_data(kind, rows=2 * BATCH).save_to_disk(folder / kind.__name__)
+        torch.distributed.barrier()
+        trainer = fuse(
+            equal_trainer(
+                kind,
+                folder / f"{rank}",
+                own_reference=False,
+                precompute_ref_log_probs=True,
+                train_dataset=Dataset.load_from_disk(folder / kind.__name__),
+            )
+        )
+        assert vars(trainer)["_is_fused"]
+        evaluated = trainer.evaluate(Dataset.load_from_disk(folder / kind.__name__))
+        _, logs, _ = steps(trainer)
+        assert_no_log_ratio(evaluated, "eval_")
+        assert_no_log_ratio(logs[0])
 
 
 def check_fsdp2_rounds_no_log_probability(folder: Path) -> None:
