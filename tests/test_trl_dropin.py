@@ -465,7 +465,6 @@ PRECISIONS = {  # (bf16 of the configuration, dtype of the weights)
     "fp16-weights": (False, torch.float16),
 }
 FIRST_LOSS = {KTOTrainer: 0.5, DPOTrainer: math.log(2)}  # of log-ratios that are 0
-precisions = pytest.mark.parametrize("precision", PRECISIONS)
 
 
 def long_data(kind: type, rows: int = BATCH, **arguments) -> Dataset:
@@ -494,8 +493,13 @@ def assert_no_log_ratio(log: dict[str, float], prefix: str = "") -> None:
 
 
 @both_trainers
-@precisions
-@pytest.mark.parametrize("reference", ["live", "precomputed", "precomputed by the policy"])
+@pytest.mark.parametrize(
+    ("precision", "reference"),
+    [
+        *((precision, reference) for precision in PRECISIONS for reference in ("live", "precomputed by the policy")),
+        ("bf16-autocast", "precomputed"),
+    ],
+)
 def test_equal_weights_give_log_ratios_of_exactly_0(tmp_path, kind, precision, reference):
     """In training, in an evaluation before it, and in one of a dataset that TRL has not seen."""
     trainer = fuse(
@@ -1136,8 +1140,14 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("refused", ["model", "ref_model"])
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("change", REFUSALS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    ("change", "bf16"),
+    [
+        *((change, False) for change in REFUSALS),
+        (replace_head, True),
+    ],  # under bf16 the reference has autocast around it
+    ids=lambda value: getattr(value, "__name__", f"bf16={value}"),
+)
 def test_a_model_that_cannot_be_fused_stays_trls(tmp_path, refused, bf16, change, caplog):
     trainer = make_trainer(DPOTrainer, tmp_path, bf16=bf16)
     change(getattr(trainer, refused))
