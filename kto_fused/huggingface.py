@@ -27,7 +27,7 @@ SOFT_CAPPED_BY = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 MULTIPLYING = ("hyperclovax",)  # model types that multiply by what others divide by
 SCALING_HIDDEN = ("inkling_text", "minicpm3")  # model types that scale what their head is given, not its logits
 # what is left for a model that ``attach`` refuses
-FROM_LOGITS = "pass its logits to the losses that take logits (in a trainer: loss_from='logits')"
+FROM_LOGITS = "pass its logits to the losses that take logits (in this package's trainers: loss_from='logits')"
 # what is autocast to within a forward, by accelerate's names for it
 AUTOCAST_TO = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED_TOKENS = 8
@@ -477,7 +477,8 @@ def head_layers(model: PreTrainedModel) -> list[nn.Linear]:
             raise UnsupportedModelError(
                 f"{name}'s LM head carries an adapter ({type(layer).__name__}), which the fused loss would neither "
                 "apply nor train: leave 'lm_head' out of target_modules and trainable_token_indices, train it whole "
-                "with modules_to_save=['lm_head'], or train from logits (in a trainer: loss_from='logits')"
+                "with modules_to_save=['lm_head'], or train from logits (in this package's trainers: "
+                "loss_from='logits')"
             )
         if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             raise UnsupportedModelError(

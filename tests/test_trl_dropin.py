@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import math
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ if not trl.__version__.startswith("1.16."):
     pytest.skip(f"fuses TRL 1.16, found {trl.__version__}", allow_module_level=True)
 
 # ruff: noqa: E402  (what follows needs TRL)
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -48,7 +51,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def data(kind: type, desirable: bool | None = None, prompt: bool = True, rows: int = 2 * STEPS * BATCH) -> Dataset:
+def data(
+    kind: type,
+    desirable: bool | None = None,
+    prompt: bool = True,
+    rows: int = 2 * STEPS * BATCH,
+    longest: int = 7,
+) -> Dataset:
     random = torch.Generator().manual_seed(1)
 
     def text(longest: int) -> str:
@@ -61,9 +70,9 @@ def data(kind: type, desirable: bool | None = None, prompt: bool = True, rows: i
     for row in range(rows):
         record = {"prompt": text(5) if prompt else ""}
         if kind is KTOTrainer:
-            record |= {"completion": text(7), "label": row % 3 != 0 if desirable is None else desirable}
+            record |= {"completion": text(longest), "label": row % 3 != 0 if desirable is None else desirable}
         else:
-            record |= {"chosen": text(7), "rejected": text(7)}
+            record |= {"chosen": text(longest), "rejected": text(longest)}
         records.append(record)
     return Dataset.from_list(records)
 
@@ -102,7 +111,9 @@ def make_trainer(
     policy=None,
     make_policy: Callable = model,
     own_reference: bool = True,
+    is_reference_equal: bool = False,
     lora: bool = False,
+    peft_config=None,
     train_dataset: Dataset | None = None,
     eval_dataset: Dataset | None = None,
     **settings,
@@ -114,9 +125,8 @@ def make_trainer(
         reference = copy.deepcopy(policy)
         random = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            for parameter in reference.parameters():
+            for parameter in reference.parameters() if not is_reference_equal else ():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
-    peft_config = None
     if lora:
         peft = pytest.importorskip("peft")
         peft_config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -129,6 +139,7 @@ def make_trainer(
         "optim": "sgd",  # Adam divides a gradient's rounding by the gradient
         "bf16": False,
         "gradient_checkpointing": False,
+        "save_strategy": "no",
     }
     return (subclass or kind)(
         model=policy,
@@ -137,7 +148,6 @@ def make_trainer(
             output_dir=str(folder),
             use_cpu=True,
             report_to=[],
-            save_strategy="no",
             disable_tqdm=True,
             **{**defaults, **settings},
         ),
@@ -284,8 +294,8 @@ def test_what_only_trl_defines_stays_trls_and_is_said_once(tmp_path, settings, c
     assert_same_training(DPOTrainer, tmp_path, **settings)
     (message,) = said(caplog)
     assert list(settings)[-1] in message or str(settings["loss_type"]) in message
-    if "use_weighting" in settings:
-        only(calls, own=STEPS * 3, linear_token_logps=STEPS)
+    if "use_weighting" in settings:  # TRL computes everything, in the trainer that is fused too
+        only(calls, own=STEPS * 4)
     else:
         only(calls, own=STEPS * 2, linear_token_logps=STEPS * 2)
 
@@ -445,6 +455,317 @@ def test_completions_without_a_prompt_train_alike(tmp_path, loss_type, calls):
     assert calls["fused_linear_dpo_loss"] == (0 if loss_type == "ipo" else STEPS)
 
 
+# ---- policy and reference are scored alike ------------------------------------------------------------------------
+
+SCORES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "kl")
+PRECISIONS = {  # (bf16 of the configuration, dtype of the weights)
+    "float32": (False, torch.float32),
+    "bf16-autocast": (True, torch.float32),
+    "bf16-weights": (False, torch.bfloat16),
+    "fp16-weights": (False, torch.float16),
+}
+FIRST_LOSS = {KTOTrainer: 0.5, DPOTrainer: math.log(2)}  # of log-ratios that are 0
+
+
+def long_data(kind: type, rows: int = BATCH, **arguments) -> Dataset:
+    """Sums of log-probabilities that are large enough for a difference in rounding to show."""
+    return data(kind, rows=rows, longest=50, **arguments)
+
+
+def equal_trainer(kind: type, folder: Path, precision: str = "bf16-autocast", *, make_policy=model, **arguments):
+    """Policy and reference have equal weights, and precomputing sees the batches that training sees."""
+    bf16, dtype = PRECISIONS[precision]
+    settings = {
+        "bf16": bf16,
+        "train_dataset": long_data(kind),
+        "policy": make_policy().to(dtype),
+        "is_reference_equal": True,
+        "max_steps": 1,
+        "train_sampling_strategy": "sequential",
+    }
+    return make_trainer(kind, folder, **{**settings, **arguments})
+
+
+def assert_no_log_ratio(log: dict[str, float], prefix: str = "") -> None:
+    found = {name: log[prefix + name] for name in SCORES if prefix + name in log}
+    assert found == dict.fromkeys(found, 0.0)
+    assert {"rewards/chosen", "rewards/rejected"} <= found.keys()
+
+
+@both_trainers
+@pytest.mark.parametrize(
+    ("precision", "reference"),
+    [
+        *((precision, reference) for precision in PRECISIONS for reference in ("live", "precomputed by the policy")),
+        ("bf16-autocast", "precomputed"),
+    ],
+)
+def test_equal_weights_give_log_ratios_of_exactly_0(tmp_path, kind, precision, reference):
+    """In training, in an evaluation before it, and in one of a dataset that TRL has not seen."""
+    trainer = fuse(
+        equal_trainer(
+            kind,
+            tmp_path,
+            precision,
+            own_reference=reference != "precomputed by the policy",
+            precompute_ref_log_probs=reference != "live",
+            eval_dataset={"all": long_data(kind)},
+        )
+    )
+    evaluations = [trainer.evaluate(), trainer.evaluate(long_data(kind, rows=3))]
+    losses, logs, _ = steps(trainer)
+    for log in evaluations:
+        assert_no_log_ratio(log, "eval_")
+    assert_no_log_ratio(logs[0])
+    losses += [evaluations[0]["eval_all_loss"], evaluations[1]["eval_loss"]]
+    assert losses == pytest.approx([FIRST_LOSS[kind]] * 3, abs=1e-7)
+
+
+PATHS = {
+    "adapter": {"own_reference": False, "make_policy": lambda: with_trained_adapter()},
+    "adapter-precomputed": {
+        "own_reference": False,
+        "make_policy": lambda: with_trained_adapter(),
+        "precompute_ref_log_probs": True,
+    },
+    "experts": {"make_policy": experts},
+    "experts-precomputed": {"make_policy": experts, "precompute_ref_log_probs": True},
+    "checkpointing": {"gradient_checkpointing": True, "precompute_ref_log_probs": True},
+    "a loss of TRL's": {"loss_type": ["nca_pair"], "precompute_ref_log_probs": True},
+    "ld_alpha": {"ld_alpha": 0.5, "precompute_ref_log_probs": True},
+    "weighting": {"use_weighting": True},
+    "weighting-precomputed": {"use_weighting": True, "precompute_ref_log_probs": True},
+    "ipo": {"loss_type": ["ipo"]},
+    "ipo-precomputed": {"loss_type": ["ipo"], "precompute_ref_log_probs": True},
+}
+OF_DPO = ("a loss of TRL's", "ld_alpha", "weighting", "weighting-precomputed", "ipo", "ipo-precomputed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [(kind, path) for kind in (KTOTrainer, DPOTrainer) for path in PATHS if kind is DPOTrainer or path not in OF_DPO],
+)
+def test_no_path_mixes_two_ways_of_rounding(tmp_path, kind, path):
+    arguments = dict(PATHS[path])
+    if path.startswith("ipo"):  # without a prompt, for which TRL computes the loss
+        arguments["train_dataset"] = long_data(kind, prompt=False)
+    _, logs, _ = steps(fuse(equal_trainer(kind, tmp_path, **arguments)))
+    assert_no_log_ratio(logs[0])
+
+
+@both_trainers
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_asked_for_logits_the_scores_are_the_same(tmp_path, kind, precomputed):
+    trainer = fuse(equal_trainer(kind, tmp_path, eval_dataset=long_data(kind), precompute_ref_log_probs=precomputed))
+    trainer.compute_metrics = lambda prediction: {"size": prediction.predictions.shape[-1]}
+    log = trainer.evaluate()
+    assert log["eval_size"] == VOCAB
+    assert_no_log_ratio(log, "eval_")
+
+
+@both_trainers
+def test_a_reference_that_follows_the_policy_is_scored_like_it(tmp_path, kind):
+    trainer = fuse(
+        equal_trainer(
+            kind,
+            tmp_path,
+            train_dataset=long_data(kind, rows=3 * BATCH),
+            max_steps=3,
+            sync_ref_model=True,
+            ref_model_sync_steps=1,
+            ref_model_mixup_alpha=1.0,
+        )
+    )
+    _, logs, _ = steps(trainer)
+    assert len({log["logps/chosen"] for log in logs[:3]}) == 3
+    for log in logs[:3]:
+        assert_no_log_ratio(log)
+
+
+@both_trainers
+@pytest.mark.parametrize(("precision", "nats"), [("float32", 1e-4), ("bf16-autocast", 0.25), ("bf16-weights", 0.25)])
+def test_other_batches_than_precomputed_differ_by_rounding_alone(tmp_path, kind, precision, nats):
+    """The padding of a batch changes the shapes, and with them the rounding, of matrix products and attention."""
+    arguments = {"train_dataset": long_data(kind, rows=6 * BATCH), "precompute_ref_batch_size": 5}
+    if kind is DPOTrainer:
+        arguments["train_sampling_strategy"] = "random"
+    trainer = fuse(equal_trainer(kind, tmp_path, precision, precompute_ref_log_probs=True, **arguments))
+    differences = []
+    for batch in trainer.get_train_dataloader():
+        kept = [batch[name] for name in dropin.REF_COLUMNS if name in batch]
+        live = trainer.compute_ref_log_probs(trainer.ref_model, trainer._prepare_inputs(batch))
+        assert all(values.dtype == torch.float64 for values in (*kept, *live))
+        differences += [(a - b).abs().max().item() for a, b in zip(kept, live, strict=True)]
+    assert len(differences) == 12
+    assert max(differences) < nats
+
+
+def precomputed(trainer) -> dict[str, list[float]]:
+    dataset = trainer.train_dataset
+    return {name: dataset[name][:] for name in dropin.REF_COLUMNS if name in dataset.column_names}
+
+
+@both_trainers
+def test_fused_and_unfused_trainers_never_read_each_others_cache(tmp_path, kind, calls):
+    long_data(kind).save_to_disk(tmp_path / "rows")
+    rows = Dataset.load_from_disk(tmp_path / "rows")
+
+    def make():
+        return equal_trainer(kind, tmp_path, own_reference=False, precompute_ref_log_probs=True, train_dataset=rows)
+
+    unfused = make()
+    own = precomputed(unfused)
+    unfused.evaluate(rows)
+    calls.update(dict.fromkeys(calls, 0))
+    trainer = fuse(make())
+    fused = precomputed(trainer)
+    assert calls["linear_sequence_logps"] > 0
+    assert fused.keys() == own.keys()
+    assert fused != own
+    assert_no_log_ratio(trainer.evaluate(rows), "eval_")
+    calls.update(dict.fromkeys(calls, 0))
+    assert precomputed(fuse(make())) == fused
+    only(calls)  # from the cache
+    unfused = make()
+    assert precomputed(unfused) == own
+    assert_no_log_ratio(unfused.evaluate(rows), "eval_")
+
+
+@both_trainers
+def test_a_resumed_run_keeps_the_reference_that_it_began_with(tmp_path, kind):
+    """``train`` loads the checkpoint: ``fuse`` still sees the initial policy."""
+
+    def make(name: str, **settings):
+        rows = long_data(kind, rows=4 * BATCH)
+        settings = {"max_steps": 4, "own_reference": False, "precompute_ref_log_probs": True, **settings}
+        return fuse(equal_trainer(kind, tmp_path / name, train_dataset=rows, **settings))
+
+    whole = make("whole", save_strategy="steps", save_steps=2)
+    _, logs, parameters = steps(whole)
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    log_history = [timeless(log) for log in resumed.state.log_history]
+    for log in (*log_history, *logs):
+        log.pop("num_tokens", None)  # which TRL counts anew
+    assert_same_logs(log_history[2:4], logs[2:4])
+    for name, parameter in resumed.model.named_parameters():
+        torch.testing.assert_close(parameter, parameters[name])
+
+
+@both_trainers
+def test_a_policy_that_is_not_the_precomputed_reference_stays_trls(tmp_path, kind, caplog):
+    trainer = equal_trainer(kind, tmp_path, own_reference=False, precompute_ref_log_probs=True)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    before, values = snapshot(trainer), precomputed(trainer)
+    assert fuse(trainer) is trainer
+    assert snapshot(trainer) == before
+    assert precomputed(trainer) == values
+    (message,) = said(caplog)
+    assert message.startswith("TRL computes everything as before: the policy's weights changed after TRL precomputed")
+    assert "call fuse before training, or pass ref_model" in message
+
+
+def test_fsdp_without_the_precomputed_reference_stays_trls(tmp_path, caplog):
+    trainer = equal_trainer(DPOTrainer, tmp_path, own_reference=False, precompute_ref_log_probs=True)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2)),
+        parallelism_config=None,
+        device=torch.device("cpu"),
+    )
+    before = snapshot(trainer)
+    assert snapshot(fuse(trainer)) == before
+    (message,) = said(caplog)
+    assert "under FSDP, where TRL has dropped the reference" in message
+
+
+@both_trainers
+def test_a_new_dataset_after_training_is_refused_as_in_trl(tmp_path, kind):
+    trainer = fuse(equal_trainer(kind, tmp_path, own_reference=False, precompute_ref_log_probs=True))
+    trainer.train()
+    with pytest.raises(ValueError, match="Cannot compute reference log-probs for a dataset passed to `evaluate"):
+        trainer.evaluate(long_data(kind))
+
+
+@both_trainers
+def test_computing_again_draws_no_random_number_and_keeps_the_mode(tmp_path, kind):
+    def make_policy():
+        policy = model()
+        policy.config.attention_dropout = 0.5
+        for layer in policy.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        return policy.train()
+
+    trainer = equal_trainer(
+        kind,
+        tmp_path,
+        make_policy=make_policy,
+        own_reference=False,
+        precompute_ref_log_probs=True,
+        disable_dropout=False,
+    )
+    state = torch.get_rng_state()
+    fuse(trainer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in trainer.model.modules())
+
+
+@both_trainers
+def test_an_error_while_computing_again_leaves_all_as_it_was(tmp_path, kind, monkeypatch):
+    def fails(**_):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(dropin, "linear_sequence_logps", fails)
+    trainer = equal_trainer(kind, tmp_path, precompute_ref_log_probs=True)
+    before, attributes = snapshot(trainer), dict(vars(trainer))
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        fuse(trainer)
+    assert snapshot(trainer) == before
+    assert vars(trainer) == attributes
+
+
+def test_with_precomputed_references_a_setting_must_not_change_the_sums(tmp_path):
+    trainer = fuse(equal_trainer(DPOTrainer, tmp_path, precompute_ref_log_probs=True))
+    trainer.ld_alpha = 0.5
+    with pytest.raises(ValueError, match=r"ld_alpha=0\.5: this was set after fuse\(trainer\).*Set it before fuse"):
+        trainer.train()
+
+
+@both_trainers
+def test_deepspeed_does_not_round_precomputed_values(tmp_path, kind):
+    """``Trainer`` casts a batch's floats to the dtype of DeepSpeed's configuration."""
+    trainer = fuse(equal_trainer(kind, tmp_path, precompute_ref_log_probs=True))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.is_deepspeed_enabled = True
+    prepared = trainer._prepare_inputs(batch)
+    names = [name for name in dropin.REF_COLUMNS if name in batch]
+    assert len(names) == 2
+    for name in names:
+        assert prepared[name].dtype == torch.float64
+        assert torch.equal(prepared[name], batch[name])
+
+
+@pytest.mark.parametrize(
+    ("difference", "reason"),
+    [
+        ("dtype", "the policy is torch.float32 and the reference torch.bfloat16, load both in one dtype"),
+        ("attention", "their attn_implementation is sdpa and eager, load both with one"),
+        ("full_eval", "bf16_full_eval=True rounds the weights of the policy alone, leave it out"),
+    ],
+)
+def test_another_rounding_by_choice_is_said(tmp_path, difference, reason, caplog):
+    settings = {"bf16_full_eval": True} if difference == "full_eval" else {}
+    trainer = equal_trainer(DPOTrainer, tmp_path, **settings)
+    if difference == "dtype":
+        trainer.ref_model.to(torch.bfloat16)
+    elif difference == "attention":
+        trainer.ref_model.set_attn_implementation("eager")
+    fuse(trainer)
+    (message,) = said(caplog)
+    assert message == f"Equal weights of policy and reference would not give a log-ratio of 0: {reason}."
+
+
 # ---- the answers to TRL's own calls -------------------------------------------------------------------------------
 
 
@@ -555,6 +876,24 @@ def test_all_logged_values_are_read_at_once(tmp_path, kind, monkeypatch):
             trainer.compute_loss(trainer.model, inputs)
         counts.append(reads.count)
     assert counts[0] == counts[1] + 1
+
+
+@both_trainers
+def test_with_a_router_loss_policy_and_reference_both_get_the_mask(tmp_path, kind, attention_masks):
+    """The router loss needs it. Without it, the reference would run another attention kernel than the policy."""
+
+    def make_policy():
+        policy = experts()
+        policy.config.output_router_logits = False  # TRL asks for them by an argument, of the policy alone
+        return policy
+
+    trainer = fuse(equal_trainer(kind, tmp_path, make_policy=make_policy, router_aux_loss_coef=0.1))
+    attention_masks.clear()  # of the checks that came before
+    _, logs, _ = steps(trainer)
+    assert logs[0]["aux_loss"] > 0
+    assert attention_masks
+    assert all(mask is not None for mask in attention_masks)
+    assert_no_log_ratio(logs[0])
 
 
 @both_trainers
@@ -689,26 +1028,146 @@ def test_a_deep_copy_calls_a_loss_at_its_own_head(tmp_path):
 def snapshot(trainer) -> dict[str, object]:
     found = {"loss": vars(trainer).get("_compute_loss"), "fused": vars(trainer).get("_is_fused")}
     for name, one in (("policy", trainer.model), ("reference", trainer.ref_model)):
+        if one is None:
+            continue
         for module_name, module in one.named_modules():
             for attribute in ("forward", "_original_forward", "_unfused_forward"):
                 found[f"{name}.{module_name}.{attribute}"] = module.__dict__.get(attribute)
     return found
 
 
+PROMPT_LEARNING = {
+    "PROMPT_TUNING": lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "P_TUNING": lambda peft: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8
+    ),
+    "PREFIX_TUNING": lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@both_trainers
+@pytest.mark.parametrize("method", PROMPT_LEARNING)
+def test_learned_prompts_train_as_in_trl(tmp_path, kind, method, calls, caplog):
+    config = PROMPT_LEARNING[method](pytest.importorskip("peft"))
+    runs = []
+    for wrap in (lambda trainer: trainer, fuse):
+        trainer = make_trainer(
+            kind, tmp_path, own_reference=False, peft_config=config, precompute_ref_log_probs=kind is KTOTrainer
+        )
+        before, values = snapshot(trainer), precomputed(trainer)
+        assert snapshot(wrap(trainer)) == before
+        assert precomputed(trainer) == values
+        runs.append(steps(trainer))
+    assert runs[1][1] == runs[0][1]
+    assert {name for name, count in calls.items() if count} == {"own"}
+    (message,) = said(caplog)
+    assert message.startswith("TRL computes everything as before: the policy cannot be fused, model learns prompts")
+    assert method in message
+    assert "use LoRA" in message
+
+
+class OtherHead(torch.nn.Linear):
+    def forward(self, hidden):
+        return super().forward(hidden) * 2
+
+
+class RolledLlama(LlamaForCausalLM):
+    """Its logits are not what its head gives."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits.roll(1, -1)
+        return outputs
+
+
+def rolled():
+    return RolledLlama(model().config)
+
+
+def replace_head(refused) -> None:
+    refused.lm_head = OtherHead(HIDDEN, VOCAB, bias=False)
+
+
+def quantise_head(refused) -> None:
+    refused.lm_head.weight = torch.nn.Parameter(refused.lm_head.weight.to(torch.int8), requires_grad=False)
+
+
+def place_head(refused) -> None:
+    add_hook_to_module(refused.lm_head, AlignDevicesHook("cpu"))  # as a device_map does
+
+
+def hook_head(refused) -> None:
+    refused.lm_head.register_forward_hook(lambda head, inputs, output: 2 * output)
+
+
+def put_adapter_on_head(refused) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    peft.inject_adapter_in_model(settings, refused)
+
+
+def spoil_weights(refused) -> None:
+    with torch.no_grad():
+        refused.lm_head.weight[0, 0] = torch.nan
+
+
+def make_encoder_decoder(refused) -> None:
+    refused.config.is_encoder_decoder = True
+
+
+def drop_return_dict(refused) -> None:
+    refused.config.return_dict = False
+
+
+def break_backbone(refused) -> None:
+    def fails(*args, **kwargs):
+        raise RuntimeError("no kernel for this device")
+
+    refused.model.forward = fails
+
+
+REFUSALS = {
+    replace_head: "LM head is a OtherHead",
+    quantise_head: "LM head is quantised to torch.int8",
+    place_head: "has a forward of its own .* put the whole model on one device",
+    hook_head: "the .* cannot be fused",
+    put_adapter_on_head: "LM head carries an adapter",
+    spoil_weights: "logits are not finite",
+    make_encoder_decoder: "no causal language model with an LM head",
+    drop_return_dict: "return_dict is False",
+    break_backbone: "checking it failed with RuntimeError: no kernel for this device",
+}
+
+
 @pytest.mark.parametrize("refused", ["model", "ref_model"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_after_a_refusal_nothing_is_patched(tmp_path, refused, bf16):
+@pytest.mark.parametrize(
+    ("change", "bf16"),
+    [
+        *((change, False) for change in REFUSALS),
+        (replace_head, True),
+    ],  # under bf16 the reference has autocast around it
+    ids=lambda value: getattr(value, "__name__", f"bf16={value}"),
+)
+def test_a_model_that_cannot_be_fused_stays_trls(tmp_path, refused, bf16, change, caplog):
     trainer = make_trainer(DPOTrainer, tmp_path, bf16=bf16)
-
-    class OtherHead(torch.nn.Linear):
-        def forward(self, hidden):
-            return super().forward(hidden) * 2
-
-    getattr(trainer, refused).lm_head = OtherHead(HIDDEN, VOCAB, bias=False)
+    change(getattr(trainer, refused))
     before = snapshot(trainer)
-    with pytest.raises(huggingface.UnsupportedModelError, match="OtherHead"):
-        fuse(trainer)
+    assert fuse(trainer) is trainer
     assert snapshot(trainer) == before
+    (message,) = said(caplog)
+    role = "policy" if refused == "model" else "reference"
+    assert message.startswith(f"TRL computes everything as before: the {role} cannot be fused, ")
+    assert re.search(REFUSALS[change], message)
+
+
+def test_a_model_whose_logits_are_not_its_heads_trains_as_in_trl(tmp_path, caplog):
+    runs = []
+    for wrap in (lambda trainer: trainer, fuse):
+        torch.manual_seed(0)
+        runs.append(steps(wrap(make_trainer(DPOTrainer, tmp_path, make_policy=rolled, max_steps=1))))
+    assert runs[1][1] == runs[0][1]
+    (message,) = said(caplog)
+    assert "logits differ" in message
 
 
 def test_another_version_of_trl_is_refused(tmp_path, monkeypatch):
@@ -742,8 +1201,31 @@ def two_processes(rank: int, folder: Path, port: int) -> None:
         assert len(logs) == 3
         assert kind is DPOTrainer or logs[0]["kl"] > 0
     check_fsdp2_rounds_no_log_probability(folder / f"{rank}")
+    check_precomputed_references(rank, folder)
     gc.collect()  # trainers hold the process group, whose threads should end before the interpreter does
     torch.distributed.destroy_process_group()
+
+
+def check_precomputed_references(rank: int, folder: Path) -> None:
+    """Both processes share TRL's cache file, which lies beside the data."""
+    for kind in (KTOTrainer, DPOTrainer):
+        if rank == 0:
+            long_data(kind, rows=2 * BATCH).save_to_disk(folder / kind.__name__)
+        torch.distributed.barrier()
+        trainer = fuse(
+            equal_trainer(
+                kind,
+                folder / f"{rank}",
+                own_reference=False,
+                precompute_ref_log_probs=True,
+                train_dataset=Dataset.load_from_disk(folder / kind.__name__),
+            )
+        )
+        assert vars(trainer)["_is_fused"]
+        evaluated = trainer.evaluate(Dataset.load_from_disk(folder / kind.__name__))
+        _, logs, _ = steps(trainer)
+        assert_no_log_ratio(evaluated, "eval_")
+        assert_no_log_ratio(logs[0])
 
 
 def check_fsdp2_rounds_no_log_probability(folder: Path) -> None:
