@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -26,11 +27,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from . import huggingface, preference_data, reference_cache
+from . import checkpoints, huggingface, preference_data, reference_cache
 from .functional import (
     fused_dpo_loss,
     fused_kto_loss,
@@ -58,6 +61,7 @@ class FusedTrainer(Trainer):
     logps_functions: tuple[Callable, Callable] = (linear_sequence_logps, sequence_logps)
     columns: tuple[str, ...]  # of a prepared dataset
     ref_columns: tuple[str, ...]  # those added when the reference is precomputed
+    _reference_hash: str | None = None  # of a reference that is gone once it is precomputed
 
     def __init__(
         self,
@@ -390,6 +394,7 @@ class FusedTrainer(Trainer):
                 dataset, self.ref_columns, batches, args.ref_cache_dir, depends_on, on_every_rank
             )
 
+        self._reference_hash = checkpoints.hash_weights(self._unwrapped(model), frozen_only=prefix is not None)
         model.eval()
         with self.accelerator.autocast():
             if self.train_dataset is not None:
@@ -526,11 +531,51 @@ class FusedTrainer(Trainer):
             logs["num_tokens"] = int(self.accelerator.reduce(self._num_tokens).item())
         super().log(logs, start_time)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> TrainOutput:
+        """As ``Trainer``'s. True resumes from the newest complete checkpoint in ``args.output_dir``.
+
+        Raises:
+            checkpoints.CheckpointError: the checkpoint is incomplete, damaged or of another run, or none is complete;
+                a new one cannot be saved.
+            checkpoints.FolderInUseError: another run writes into ``args.output_dir``.
+        """
+        args, checkpoint = self.args, None
+        with checkpoints.only_run_in(args):
+            if resume_from_checkpoint:
+                wanted = resume_from_checkpoint if resume_from_checkpoint is True else str(resume_from_checkpoint)
+                checkpoint = checkpoints.agreed(
+                    args, lambda: checkpoints.choose(wanted, args.output_dir, args.resume_anyway)
+                )
+            self._run = checkpoints.describe_run(
+                args,
+                model=self._unwrapped(self.model),
+                reference=self._describe_reference(),
+                tokenizer=self._tokenizer,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.eval_dataset,
+                columns=self.columns,
+            )
+            if checkpoint is not None:
+                if self._starts_as_reference:
+                    self._check_began_elsewhere(checkpoint)
+                checkpoints.agreed(args, lambda: checkpoints.check_same_run(checkpoint, self._run, args))
+            return super().train(checkpoint, *arguments, **options)
+
+    def _describe_reference(self) -> str | None:
+        """A hash of its weights; None where there is none, or where the policy's frozen weights are the reference."""
+        if self.ref_model is not None:
+            return checkpoints.hash_weights(self._unwrapped(self.ref_model))
+        return self._reference_hash
+
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
         """Resumed after the last step, nothing is trained; in the middle of an epoch ``Trainer`` would take a step."""
         checkpoint = rest[0]
-        if checkpoint is not None and self._starts_as_reference:
-            self._check_began_elsewhere(checkpoint)
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(os.path.join(checkpoint, checkpoints.STATE))
+            checkpoints.warn_of_another_end(state.max_steps, max_steps, self.args)
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
         if self.state.global_step < max_steps:
             if checkpoint is not None and holds_model_alone(checkpoint):
@@ -552,6 +597,46 @@ class FusedTrainer(Trainer):
                 f"model was loaded from {name}, a checkpoint of the run to be resumed, so its reference would be the "
                 "policy as it was then: pass the model that the run began with, or that as ref_model"
             )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As ``Trainer``'s, with a manifest as the last file; uploading and removing older ones come after it."""
+        args = self.args
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        afterwards = {name: getattr(args, name) for name in ("save_total_limit", "push_to_hub")}
+        try:
+            if args.should_save:
+                checkpoints.begin(folder)
+            self.accelerator.wait_for_everyone()
+            args.save_total_limit, args.push_to_hub = None, False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                for name, value in afterwards.items():
+                    setattr(args, name, value)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                if (folder / TRAINING_ARGS_NAME).exists():
+                    torch.save(args, folder / TRAINING_ARGS_NAME)  # as they are, not as they were while saving
+                checkpoints.end(folder, self._run)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if args.should_save:
+                checkpoints.abandon(folder)
+            raise checkpoints.CheckpointError(
+                f"{folder} could not be saved ({_reason(error)}); earlier checkpoints are as they were: make room or "
+                "mend the disk, then resume from the newest (resume_from_checkpoint)"
+            ) from error
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            checkpoints.rotate(folder.parent, args.save_total_limit, folder, self.state.best_model_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if not self.args.resume_anyway or (best / checkpoints.MANIFEST).exists():
+            checkpoints.agreed(self.args, lambda: checkpoints.verify(best))
+        super()._load_best_model()
 
     def _metrics_file(self, folder: str) -> str:
         return os.path.join(folder, f"metrics_{self.args.process_index}.pt")
@@ -755,6 +840,16 @@ class _LengthGroupedEpochs(LengthGroupedSampler):
         epoch = int((self.trainer.state.epoch or 0) + 1e-6)
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def _reason(error: Exception) -> str:
+    """The system's word where an error has one behind it: ``torch.save`` hides a full disk behind a RuntimeError."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def holds_model_alone(checkpoint: str) -> bool:

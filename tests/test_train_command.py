@@ -444,7 +444,7 @@ def test_the_best_model_is_chosen_by_what_an_evaluation_finds(files, capsys, los
 def test_a_finished_run_that_logged_no_step_gets_its_results(files, tmp_path, capsys):
     settings = {"per_device_train_batch_size": 8, "logging_steps": 10, "save_strategy": "epoch"}
     tiny_training.make_trainer("kto", tmp_path / "runs" / "kto", train=str(files / "kto.jsonl"), **settings).train()
-    again = ("--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--resume_from_checkpoint", "true")
+    again = ("--num_train_epochs", "1", "--resume_from_checkpoint", "true", "--resume_anyway")
     assert cli.main(command(files, "kto", *again)) == 0
     assert "examples a second" in capsys.readouterr().out
     assert results("runs/kto")["steps"] == []
@@ -476,19 +476,25 @@ def test_a_model_alone_is_no_checkpoint_to_go_on_from(files, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("flags", "difference", "reason"),
     [
-        (["--lora_rank", "4"], "size mismatch"),
-        (["--lora_rank", "2", "--lora_target_modules", "q_proj"], "parameter group"),
-        ([], "Can't find a checkpoint index"),
+        (["--lora_rank", "4"], "adapter.default.r: 2 in the checkpoint, 4 now", "size mismatch"),
+        (["--lora_rank", "2", "--lora_target_modules", "q_proj"], "adapter.default.target_modules", "parameter group"),
+        ([], "adapter.default.r: 2 in the checkpoint, none", "Can't find a checkpoint index"),
     ],
     ids=["rank", "layers", "none"],
 )
-def test_a_checkpoint_of_another_adapter_is_one_sentence(files, capsys, flags, reason):
+def test_a_checkpoint_of_another_adapter_is_one_sentence(files, capsys, flags, difference, reason):
     pytest.importorskip("peft")
     assert cli.main(command(files, "kto", "--max_steps", "1", "--lora_rank", "2")) == 0
     capsys.readouterr()
-    assert cli.main(command(files, "kto", "--max_steps", "2", *flags, "--resume_from_checkpoint", "true")) == 2
+    resumed = command(files, "kto", "--max_steps", "2", *flags, "--resume_from_checkpoint", "true")
+    assert cli.main(resumed) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("kto-fused train: "))
+    assert "runs/kto/checkpoint-1 belongs to another run" in line
+    assert difference in line
+    assert len(line) < 1000
+    assert cli.main([*resumed, "--resume_anyway"]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("kto-fused train: "))
     assert "runs/kto/checkpoint-1 does not fit this model: go on with the --model and the LoRA flags it was" in line
     assert reason in line
