@@ -243,7 +243,7 @@ def choose(wanted: str | bool, output_dir: str, anyway: bool = False) -> str:
             others = (found.folder for found in found_in(Path(wanted).parent) if found.folder != Path(wanted))
             other = next((folder for folder in others if _problem(folder) is None), None)
             way_out = "resume from another checkpoint" if other is None else f"{other} is complete, resume from that"
-            raise CheckpointError(f"{error}; {way_out}{_anyway(error)}") from error
+            raise CheckpointError(f"{error}; {way_out}{_anyway(str(error))}") from error
         return str(wanted)
     found = found_in(output_dir)
     problems = {}
@@ -258,17 +258,17 @@ def choose(wanted: str | bool, output_dir: str, anyway: bool = False) -> str:
                 return str(folder)
     if not problems:
         raise CheckpointError(f"there is no checkpoint in {output_dir}")
-    reasons = "; ".join(map(str, problems.values()))
+    reasons = "; ".join(problems.values())
     raise CheckpointError(
         f"{output_dir} holds no complete checkpoint: {reasons}; start the run anew in another folder{_anyway(reasons)}"
     )
 
 
-def _problem(folder: Path, check: Callable[[Path], None] = verify) -> CheckpointError | None:
+def _problem(folder: Path, check: Callable[[Path], None] = verify) -> str | None:
     try:
         check(folder)
     except CheckpointError as error:
-        return error
+        return str(error)
     return None
 
 
@@ -279,8 +279,8 @@ def _verify_or_read(folder: Path, anyway: bool) -> None:
     logger.warning(f"{folder} has no {MANIFEST}: resume_anyway takes it, and nothing in it could be verified")
 
 
-def _anyway(problem: CheckpointError | str) -> str:
-    if f"{MANIFEST} is missing" not in str(problem):
+def _anyway(problem: str) -> str:
+    if f"{MANIFEST} is missing" not in problem:
         return ""
     return ", or take it unverified if you know that it was saved whole: resume_anyway=True (--resume_anyway)"
 

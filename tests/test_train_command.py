@@ -444,7 +444,8 @@ def test_the_best_model_is_chosen_by_what_an_evaluation_finds(files, capsys, los
 def test_a_finished_run_that_logged_no_step_gets_its_results(files, tmp_path, capsys):
     settings = {"per_device_train_batch_size": 8, "logging_steps": 10, "save_strategy": "epoch"}
     tiny_training.make_trainer("kto", tmp_path / "runs" / "kto", train=str(files / "kto.jsonl"), **settings).train()
-    again = ("--num_train_epochs", "1", "--resume_from_checkpoint", "true", "--resume_anyway")
+    batches = ("--num_train_epochs", "1", "--per_device_train_batch_size", "8")
+    again = (*batches, "--resume_from_checkpoint", "true", "--resume_anyway")
     assert cli.main(command(files, "kto", *again)) == 0
     assert "examples a second" in capsys.readouterr().out
     assert results("runs/kto")["steps"] == []
