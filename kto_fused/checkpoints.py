@@ -553,9 +553,9 @@ def _acquire(folder: Path) -> FileLock | None:
             lock.acquire(timeout=ORPHANS_END_WITHIN)
     except Timeout:
         other = _running_in(folder)
-        who = f"process {other.get('pid')} on {other.get('host')}, started {other.get('started')}" if other else "?"
+        who = f" (process {other.get('pid')} on {other.get('host')}, started {other.get('started')})" if other else ""
         raise FolderInUseError(
-            f"another run writes into {folder} ({who}): wait until it ends, stop it, or use another output_dir"
+            f"another run writes into {folder}{who}: wait until it ends, stop it, or use another output_dir"
         ) from None
     except OSError as error:
         logger.warning(f"{folder} cannot be locked ({error}): a second run in it would not be noticed")
