@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -243,10 +244,23 @@ def test_a_complete_checkpoint_stays_until_the_one_that_replaces_it_is_complete(
 
 @pytest.fixture
 def file_limit():
-    """Sets the largest size that a file may be written to, in bytes: writing more fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    """Sets the largest size that a file may be written to, in bytes: writing more fails as on a full disk. Meanwhile
+    nothing is printed, for stdout may be a larger file.
+    """
+    before, streams = resource.getrlimit(resource.RLIMIT_FSIZE), [os.dup(1), os.dup(2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+
+    def limit(size: int) -> None:
+        sys.stdout.flush()
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream if size == resource.RLIM_INFINITY else nowhere, number)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    limit(resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for handle in (*streams, nowhere):
+        os.close(handle)
 
 
 class FillDisk(StopAt):
