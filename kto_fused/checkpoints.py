@@ -42,7 +42,7 @@ BLOCK_BYTES = 1 << 22
 SHOWN = 60  # characters of a value that differs
 ORPHANS_END_WITHIN = 30  # seconds: worker processes of a killed run hold its lock until they notice its death
 # What training cannot go on without. FSDP and DeepSpeed keep optimizer and weights in folders of other names.
-STATE, ESSENTIAL = "trainer_state.json", ("optimizer.pt", "scheduler.pt")
+STATE, ESSENTIAL = "trainer_state.json", ("optimizer.pt", "scheduler.pt", "metrics_0.pt")
 
 # The fields of ``TrainingArguments`` and of the trainers' configs that do not change the training curve. All others
 # do: a field that a later version adds counts until it is listed here.

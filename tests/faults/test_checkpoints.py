@@ -162,7 +162,7 @@ def test_a_checkpoint_without_a_manifest_is_taken_only_when_asked_for(run, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "delete"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors"])
+@pytest.mark.parametrize("name", [checkpoints.STATE, *checkpoints.ESSENTIAL, "model.safetensors"])
 def test_what_cannot_be_read_is_refused_even_then(run, name, kind):
     checkpoint = run / "checkpoint-4"
     (checkpoint / MANIFEST).unlink()
