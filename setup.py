@@ -24,6 +24,7 @@ setup(
         "train": [
             "accelerate>=1.6",
             "datasets>=4.0",
+            "filelock>=4.0",
             "matplotlib",
             "peft",
             "pyyaml",

@@ -4,7 +4,9 @@ import argparse
 import importlib.util
 import sys
 
-TRAINING = ("accelerate", "datasets", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
+TRAINING = (
+    *("accelerate", "datasets", "filelock", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml"),
+)
 INSTALL = "in a clone of kto-fused, pip install -c constraints.txt '.[train]'"
 COMMANDS = {
     "train": "train a model with KTO or DPO on files of feedback or pairs",

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import tempfile
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -29,10 +31,9 @@ from transformers import (
     get_scheduler,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_peft_available, is_torch_bf16_gpu_available
 
-from . import backends, preference_data
+from . import backends, checkpoints, preference_data
 from .cli import INSTALL, CommandError, sentence
 from .flags import SETUP_ERRORS, FlagParser, build, read_yaml, refusals
 from .trainer_configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
@@ -65,6 +66,8 @@ UNFIT = ("Error(s) in loading state_dict", "loaded state dict", "Can't find a ch
 SIDES = [f"{kind}/{side}" for kind in ("rewards", "logits", "logps") for side in ("chosen", "rejected")]
 EVALUATED = ["loss", *SIDES, "rewards/margins", "entropy"]
 EVALUATED_ALONE = {"kto": ["kl"], "dpo": [PAIRS_ALONE, "mean_token_accuracy"]}
+# holds the model while it is written; transformers uploads no file that begins with "_"
+UNFINISHED = "_unfinished"
 # of what a run leaves behind, and a model's folder holds
 RESULTS = ("metrics.json", "adapter_config.json", "config.json")
 # what asks for an evaluation, and with what nothing is asked for
@@ -132,7 +135,12 @@ def main(arguments: list[str]) -> int:
 def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     """Train and write the results. Returns 130 if Ctrl-C ended the training, else 0. Raises ``CommandError``."""
     check_writable(config.output_dir)
-    checkpoint = starting_checkpoint(config)
+    with refusals(checkpoints.FolderInUseError, checkpoints.CheckpointError), checkpoints.only_run_in(config):
+        return run_alone(settings, config)
+
+
+def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
+    checkpoint = checkpoints.agreed(config, lambda: starting_checkpoint(config))
     check_schedule(config)
     with refusals(*SETUP_ERRORS):
         trainer = make_trainer(settings, config)
@@ -147,8 +155,8 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
             )
         trainer.accelerator.end_training()
         return 130
-    with refusals(OSError, doing=f"{config.output_dir} cannot be written: "):
-        trainer.save_model(_internal_call=True)  # uploaded last: a failure there loses nothing
+    with refusals(OSError, RuntimeError, SafetensorError, doing=f"{config.output_dir} cannot be written: "):
+        save_model(trainer, Path(config.output_dir))
         if trainer.is_world_process_zero():
             print_summary(metrics)
             described = config.to_dict() | {"max_length": trainer.max_length}
@@ -243,11 +251,13 @@ def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
     folder, wanted = config.output_dir, config.resume_from_checkpoint
     if wanted is not None and wanted.lower() == "false":
         wanted = None
-    latest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    latest = next((str(found.folder) for found in checkpoints.found_in(folder)), None)
     if wanted is not None and wanted.lower() == "true":
-        if latest is None:
-            raise CommandError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
-        wanted = latest
+        with refusals(checkpoints.CheckpointError, doing="--resume_from_checkpoint true: "):
+            wanted = checkpoints.choose(True, folder, config.resume_anyway)
+    elif wanted is not None and (Path(wanted) / checkpoints.STATE).is_file():
+        with refusals(checkpoints.CheckpointError, doing="--resume_from_checkpoint: "):
+            checkpoints.choose(wanted, folder, config.resume_anyway)
     if wanted is None or Path(wanted).resolve().parent != Path(folder).resolve():
         if latest is not None:
             raise CommandError(
@@ -264,7 +274,7 @@ def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
 
 def check_goes_on(checkpoint: str, config: FusedPreferenceConfig) -> None:
     """Raises ``CommandError`` if ``Trainer`` would go on from the checkpoint with another run than it belongs to."""
-    named, path = f"--resume_from_checkpoint {checkpoint}", Path(checkpoint) / "trainer_state.json"
+    named, path = f"--resume_from_checkpoint {checkpoint}", Path(checkpoint) / checkpoints.STATE
     if not path.is_file():
         raise CommandError(f"{named} is no checkpoint: it has no trainer_state.json")
     with refusals(OSError, ValueError, TypeError, doing=f"{path} cannot be read: "):
@@ -479,6 +489,24 @@ class LogLines(TrainerCallback):
 
 
 # ---- results ------------------------------------------------------------------------------------------------------
+
+
+def save_model(trainer: FusedTrainer, folder: Path) -> None:
+    """Into ``folder``, all files or none: a disk that fills leaves no model cut short. It is not uploaded yet."""
+    draft, is_saving = folder / UNFINISHED, trainer.args.should_save
+    if is_saving:
+        shutil.rmtree(draft, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(draft), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        for path in draft.glob("*") if is_saving else ():  # a model in shards alone leaves none
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+    finally:
+        if is_saving:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def print_summary(metrics: dict[str, Any]) -> None:

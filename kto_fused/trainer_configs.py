@@ -109,6 +109,12 @@ class FusedPreferenceConfig(TrainingArguments):
         None, "Kernels of the loss: the faster on the device if not given.", choices=list(backends.BACKENDS)
     )
 
+    resume_anyway: bool = _option(
+        False,
+        "Resume from a checkpoint of a run with other data, weights or options too, or from one without a manifest; "
+        "the log says what differs.",
+    )
+
     def __post_init__(self):
         super().__post_init__()
         for name, least in AT_LEAST.items():
@@ -140,7 +146,7 @@ class FusedPreferenceConfig(TrainingArguments):
         checks.choice("reference", self.reference, REFERENCES)
         checks.choice("backend", self.backend, (*backends.BACKENDS, None))
         checks.integer("chunk_bytes", self.chunk_bytes, at_least=1)
-        for name in ("precompute_ref_log_probs", "disable_dropout"):
+        for name in ("precompute_ref_log_probs", "disable_dropout", "resume_anyway"):
             checks.flag(name, getattr(self, name))
         for name in ("precompute_ref_batch_size", "dataset_num_proc", "pad_to_multiple_of"):
             if not _is_count(getattr(self, name)):

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,12 +30,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from . import adapters, huggingface, log, preference_data, reference_cache
+from . import adapters, checkpoints, huggingface, log, preference_data, reference_cache
 from .functional import (
     fused_dpo_loss,
     fused_kto_loss,
@@ -64,6 +67,7 @@ class FusedTrainer(Trainer):
     columns: tuple[str, ...]  # of a prepared dataset
     mask_columns: tuple[str, ...]  # of one whose answers have several messages
     ref_columns: tuple[str, ...]  # those added when the reference is precomputed
+    _reference_hash: str | None = None  # of a reference that is gone once it is precomputed
 
     def __init__(
         self,
@@ -539,6 +543,7 @@ class FusedTrainer(Trainer):
                 dataset, self.ref_columns, batches, args.ref_cache_dir, depends_on, on_every_rank
             )
 
+        self._reference_hash = checkpoints.hash_weights(self._unwrapped(model), frozen_only=prefix is not None)
         model.eval()
         with self.accelerator.autocast():
             if self.train_dataset is not None:
@@ -684,13 +689,53 @@ class FusedTrainer(Trainer):
             logs["num_tokens"] = int(self.accelerator.reduce(self._num_tokens).item())
         super().log(logs, start_time)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> TrainOutput:
+        """As ``Trainer``'s. True resumes from the newest complete checkpoint in ``args.output_dir``.
+
+        Raises:
+            checkpoints.CheckpointError: the checkpoint is incomplete, damaged or of another run, or none is complete;
+                a new one cannot be saved.
+            checkpoints.FolderInUseError: another run writes into ``args.output_dir``.
+        """
+        args, checkpoint = self.args, None
+        with checkpoints.only_run_in(args):
+            if resume_from_checkpoint:
+                wanted = resume_from_checkpoint if resume_from_checkpoint is True else str(resume_from_checkpoint)
+                checkpoint = checkpoints.agreed(
+                    args, lambda: checkpoints.choose(wanted, args.output_dir, args.resume_anyway)
+                )
+            self._run = checkpoints.describe_run(
+                args,
+                model=self._unwrapped(self.model),
+                reference=self._describe_reference(),
+                tokenizer=self._tokenizer,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.eval_dataset,
+                columns=[*self.columns, *self.mask_columns],
+            )
+            if checkpoint is not None:
+                if self._starts_as_reference:
+                    self._check_began_elsewhere(checkpoint)
+                checkpoints.agreed(args, lambda: checkpoints.check_same_run(checkpoint, self._run, args))
+            return super().train(checkpoint, *arguments, **options)
+
+    def _describe_reference(self) -> str | None:
+        """A hash of its weights; None where there is none, or where the policy's frozen weights are the reference."""
+        if self._reference_key is not None:
+            return f"adapters {self._reference_key}"
+        if self.ref_model is not None:
+            return checkpoints.hash_weights(self._unwrapped(self.ref_model))
+        return self._reference_hash
+
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
         """Resumed after the last step, nothing is trained; in the middle of an epoch ``Trainer`` would take a step."""
         checkpoint = rest[0]
-        if checkpoint is not None and self._starts_as_reference:
-            self._check_began_elsewhere(checkpoint)
         if checkpoint is not None:
-            self._check_same_reference(checkpoint)
+            state = TrainerState.load_from_json(os.path.join(checkpoint, checkpoints.STATE))
+            checkpoints.warn_of_another_end(state.max_steps, max_steps, self.args)
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
         if self.state.global_step < max_steps:
             if checkpoint is not None and holds_model_alone(checkpoint):
@@ -713,19 +758,6 @@ class FusedTrainer(Trainer):
                 "policy as it was then: pass the model that the run began with, or that as ref_model"
             )
 
-    def _check_same_reference(self, checkpoint: str) -> None:
-        """The reference is made of the model that is passed, so a resumed run needs the model that the run began with,
-        not one with the adapter of a checkpoint.
-        """
-        if self._reference_key is None or not os.path.exists(self._metrics_file(checkpoint)):
-            return
-        state = torch.load(self._metrics_file(checkpoint), map_location="cpu", weights_only=True)
-        if state.get("reference", self._reference_key) != self._reference_key:
-            raise ValueError(
-                f"the run of {checkpoint} has another reference than the adapters of this model make: pass the model "
-                "with the adapters that the run began with, not those of a checkpoint, and the same reference option"
-            )
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As ``Trainer``'s, without the copies of adapters that are the reference."""
         if not self._ref_copies:
@@ -746,11 +778,50 @@ class FusedTrainer(Trainer):
             if policy.base_model.active_adapter != active:
                 policy.base_model.set_adapter(active)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As ``Trainer``'s, with a manifest as the last file; uploading and removing older ones come after it."""
+        args = self.args
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        afterwards = {name: getattr(args, name) for name in ("save_total_limit", "push_to_hub")}
+        try:
+            if args.should_save:
+                checkpoints.begin(folder)
+            self.accelerator.wait_for_everyone()
+            args.save_total_limit, args.push_to_hub = None, False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                for name, value in afterwards.items():
+                    setattr(args, name, value)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                if (folder / TRAINING_ARGS_NAME).exists():
+                    torch.save(args, folder / TRAINING_ARGS_NAME)  # as they are, not as they were while saving
+                checkpoints.end(folder, self._run)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if args.should_save:
+                checkpoints.abandon(folder)
+            raise checkpoints.CheckpointError(
+                f"{folder} could not be saved ({_reason(error)}); earlier checkpoints are as they were: make room or "
+                "mend the disk, then resume from the newest (resume_from_checkpoint)"
+            ) from error
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            checkpoints.rotate(folder.parent, args.save_total_limit, folder, self.state.best_model_checkpoint)
+
     def _load_best_model(self) -> None:
-        """As ``Trainer``'s, which of adapters would load a single one, and only where its name is "default"."""
+        """As ``Trainer``'s, of a checkpoint that is verified first. Of adapters ``Trainer`` would load a single one,
+        and only where its name is "default".
+        """
+        best = self.state.best_model_checkpoint
+        if not self.args.resume_anyway or (Path(best) / checkpoints.MANIFEST).exists():
+            checkpoints.agreed(self.args, lambda: checkpoints.verify(Path(best)))
         is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
         if self._is_peft and is_whole and list(self.accelerator.unwrap_model(self.model).peft_config) != ["default"]:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(best)
         else:
             super()._load_best_model()
 
@@ -759,8 +830,9 @@ class FusedTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        held = {"totals": self._train_totals.values, "num_tokens": self._num_tokens, "reference": self._reference_key}
-        torch.save(held, self._metrics_file(output_dir))
+        torch.save(
+            {"totals": self._train_totals.values, "num_tokens": self._num_tokens}, self._metrics_file(output_dir)
+        )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -968,6 +1040,16 @@ class _LengthGroupedEpochs(LengthGroupedSampler):
         epoch = int((self.trainer.state.epoch or 0) + 1e-6)
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def _reason(error: Exception) -> str:
+    """The system's word where an error has one behind it: ``torch.save`` hides a full disk behind a RuntimeError."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def holds_model_alone(checkpoint: str) -> bool:

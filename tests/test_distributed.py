@@ -126,6 +126,21 @@ def test_a_stopped_run_resumes_to_the_bit(on_two, name):
     assert len(runs["whole"]["history"]) == 2
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_all_processes_refuse_a_damaged_checkpoint_and_agree_on_an_older_one(on_two, wrapper):
+    runs = on_two(f"{wrapper}-damaged")
+    first, second = runs["errors"]
+    assert first == second
+    assert "checkpoint-4/rng_state_1.pth is missing" in first
+    assert runs["resumed"] == runs["whole"]
+
+
+def test_all_processes_are_refused_a_folder_that_another_run_has_locked(on_two):
+    first, second = on_two("ddp-locked")
+    assert first == second
+    assert "another run writes into" in first
+
+
 @on_everything
 def test_an_evaluation_counts_no_row_twice(on_one, on_two, name):
     """9 rows: of the last batches one is not full and one is empty, and accelerate fills them with other rows."""

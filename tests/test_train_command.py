@@ -21,9 +21,10 @@ for package in ("datasets", "accelerate", "matplotlib"):
 import datasets
 import tiny_training
 import yaml
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kto_fused import cli, estimate, flags, train
+from kto_fused import checkpoints, cli, estimate, flags, train
 from kto_fused.cli import CommandError
 
 ROOT = Path(__file__).parents[1]
@@ -384,6 +385,50 @@ def test_a_checkpoint_of_the_other_loss_is_refused(files, capsys):
     assert "is of a run with --loss kto: go on with that" in capsys.readouterr().err
 
 
+def test_an_incomplete_checkpoint_is_passed_over_for_a_complete_one_or_refused(files, capsys):
+    arguments = command(files, "kto", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1")
+    kept = [*arguments, "--save_total_limit", "9"]
+    assert cli.main([*kept, "--output_dir", "whole"]) == 0
+    assert cli.main(kept) == 0
+    Path("runs/kto/checkpoint-4/trainer_state.json").unlink()
+    assert cli.main([*kept, "--resume_from_checkpoint", "runs/kto/checkpoint-4"]) == 2
+    assert "checkpoint-4 is no checkpoint: it has no trainer_state.json" in capsys.readouterr().err
+    assert cli.main([*kept, "--resume_from_checkpoint", "true"]) == 0
+    assert losses("runs/kto") == losses("whole")
+    for step in (2, 4):
+        Path(f"runs/kto/checkpoint-{step}/optimizer.pt").unlink()
+    capsys.readouterr()
+    assert cli.main([*kept, "--resume_from_checkpoint", "true"]) == 2
+    message = capsys.readouterr().err
+    assert "--resume_from_checkpoint true: runs/kto holds no complete checkpoint" in message
+    assert "runs/kto/checkpoint-4/optimizer.pt is missing; runs/kto/checkpoint-2/optimizer.pt is missing" in message
+
+
+@pytest.mark.parametrize("other", ["--beta", "--data", "--model"])
+def test_other_options_data_and_weights_are_refused_unless_asked_for(files, capsys, other):
+    tiny_training.model(seed=1, max_position_embeddings=1024).save_pretrained("model")
+    tiny_training.tokenizer().save_pretrained("model")
+    values = {"--beta": "0.3", "--data": str(files / "kto-eval.jsonl"), "--model": "model"}
+    names = {"--beta": "beta: 0.1 in the checkpoint, 0.3 now", "--data": "train_data: ", "--model": "reference: "}
+    arguments = command(files, "kto", "--max_steps", "1")
+    assert cli.main(arguments) == 0
+    resumed = [*command(files, "kto", "--max_steps", "2", other, values[other]), "--resume_from_checkpoint", "true"]
+    assert cli.main(resumed) == 2
+    message = capsys.readouterr().err
+    assert f"runs/kto/checkpoint-1 belongs to another run ({names[other]}" in message
+    assert "--resume_anyway" in message
+    assert cli.main([*resumed, "--resume_anyway"]) == 0
+
+
+def test_a_second_command_in_the_same_folder_is_refused(files, capsys):
+    Path("runs/kto").mkdir(parents=True)
+    Path("runs/kto", checkpoints.RUNNING).write_text('{"pid": 1, "host": "elsewhere", "started": "today"}')
+    with FileLock(Path("runs/kto", checkpoints.LOCK)):
+        assert cli.main(command(files, "kto")) == 2
+    message = "another run writes into runs/kto (process 1 on elsewhere, started today): wait until it ends"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["all-linear", ".*[qv]_proj", "self_attn.q_proj"])
 def test_layers_to_adapt_by_name_or_pattern(files, name):
     pytest.importorskip("peft")
@@ -454,7 +499,8 @@ def test_the_best_model_is_chosen_by_what_an_evaluation_finds(files, capsys, los
 def test_a_finished_run_that_logged_no_step_gets_its_results(files, tmp_path, capsys):
     settings = {"per_device_train_batch_size": 8, "logging_steps": 10, "save_strategy": "epoch"}
     tiny_training.make_trainer("kto", tmp_path / "runs" / "kto", train=str(files / "kto.jsonl"), **settings).train()
-    again = ("--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--resume_from_checkpoint", "true")
+    batches = ("--num_train_epochs", "1", "--per_device_train_batch_size", "8")
+    again = (*batches, "--resume_from_checkpoint", "true", "--resume_anyway")
     assert cli.main(command(files, "kto", *again)) == 0
     assert "examples a second" in capsys.readouterr().out
     assert results("runs/kto")["steps"] == []
@@ -486,19 +532,25 @@ def test_a_model_alone_is_no_checkpoint_to_go_on_from(files, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("flags", "difference", "reason"),
     [
-        (["--lora_rank", "4"], "size mismatch"),
-        (["--lora_rank", "2", "--lora_target_modules", "q_proj"], "parameter group"),
-        ([], "Can't find a checkpoint index"),
+        (["--lora_rank", "4"], "adapter.default.r: 2 in the checkpoint, 4 now", "size mismatch"),
+        (["--lora_rank", "2", "--lora_target_modules", "q_proj"], "adapter.default.target_modules", "parameter group"),
+        ([], "adapter.default.r: 2 in the checkpoint, none", "Can't find a checkpoint index"),
     ],
     ids=["rank", "layers", "none"],
 )
-def test_a_checkpoint_of_another_adapter_is_one_sentence(files, capsys, flags, reason):
+def test_a_checkpoint_of_another_adapter_is_one_sentence(files, capsys, flags, difference, reason):
     pytest.importorskip("peft")
     assert cli.main(command(files, "kto", "--max_steps", "1", "--lora_rank", "2")) == 0
     capsys.readouterr()
-    assert cli.main(command(files, "kto", "--max_steps", "2", *flags, "--resume_from_checkpoint", "true")) == 2
+    resumed = command(files, "kto", "--max_steps", "2", *flags, "--resume_from_checkpoint", "true")
+    assert cli.main(resumed) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("kto-fused train: "))
+    assert "runs/kto/checkpoint-1 belongs to another run" in line
+    assert difference in line
+    assert len(line) < 1000
+    assert cli.main([*resumed, "--resume_anyway"]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("kto-fused train: "))
     assert "runs/kto/checkpoint-1 does not fit this model: go on with the --model and the LoRA flags it was" in line
     assert reason in line

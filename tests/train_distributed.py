@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from datasets import concatenate_datasets
+from filelock import FileLock
 from tiny_training import (
     CLOCK,
     data,
@@ -30,6 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kto_fused.checkpoints import LOCK, CheckpointError, FolderInUseError
 from kto_fused.trainers import FusedTrainer
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -126,6 +128,42 @@ def precompute_with_dropout(folder: Path, kind: str):
 
 def resume(folder: Path, kind: str, wrapper: str, lora: bool = False):
     return stop_and_resume(folder, functools.partial(make, kind, wrapper, lora=lora), outcome)
+
+
+def damage(folder: Path, wrapper: str):
+    """What each process says of a checkpoint that lacks the second one's file, the outcome of going on from the one
+    before it, and that of a run that was not stopped.
+    """
+    train_again = functools.partial(make, "kto", wrapper, save_strategy="steps", save_steps=2, optim="adamw_torch")
+    train_again(folder / "stopped", num_train_epochs=1).train()
+    newest = folder / "stopped" / "checkpoint-4"
+    trainer = train_again(folder / "stopped", num_train_epochs=2)
+    if PROCESSES > 1:
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            (newest / "rng_state_1.pth").unlink()
+    errors = [""]
+    try:
+        trainer.train(resume_from_checkpoint=str(newest))
+    except CheckpointError as error:
+        errors = gather_object([str(error)])
+    trainer.train(resume_from_checkpoint=True)
+    whole = train_again(folder / "whole", num_train_epochs=2)
+    whole.train()
+    return {"errors": errors, "resumed": outcome(trainer), "whole": outcome(whole)}
+
+
+def lock(folder: Path):
+    """What each process says of a folder that another run has locked."""
+    trainer = make("dpo", "ddp", folder)
+    if trainer.is_world_process_zero():
+        other = FileLock(folder / LOCK)
+        other.acquire()
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train()
+    except FolderInUseError as error:
+        return gather_object([str(error)])
 
 
 def evaluate(folder: Path, kind: str, wrapper: str):
@@ -228,6 +266,8 @@ def cases() -> dict[str, Callable[[Path], Any]]:
         found[f"{wrapper}-dpo-simpo"] = functools.partial(
             train, kind="dpo", wrapper=wrapper, loss_type="simpo", own_reference=False
         )
+        found[f"{wrapper}-damaged"] = functools.partial(damage, wrapper=wrapper)
+    found["ddp-locked"] = lock
     for kind in KINDS:
         found[f"ddp-{kind}-sees"] = functools.partial(train_on_text, kind=kind)
         found[f"ddp-{kind}-dropout"] = functools.partial(precompute_with_dropout, kind=kind)

@@ -1,0 +1,587 @@
+"""Checkpoints that are complete or do not count, the run that they belong to, and the lock of a run's folder.
+
+``manifest.json`` is written last into a checkpoint. It holds the size and the XXH3 hash of every file, and the run: the
+options, data and weights that the training curve depends on. A checkpoint without a valid manifest is not complete.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from accelerate.utils import gather_object
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import reference_cache
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PREVIOUS = ".previous"  # a complete checkpoint of this step, kept until the one that replaces it is complete
+LOCK, RUNNING = "_run.lock", "_run.json"  # transformers uploads no file that begins with "_"
+BLOCK_BYTES = 1 << 22
+SHOWN = 60  # characters of a value that differs
+ORPHANS_END_WITHIN = 30  # seconds: worker processes of a killed run hold its lock until they notice its death
+# What training cannot go on without. FSDP and DeepSpeed keep optimizer and weights in folders of other names.
+STATE, ESSENTIAL = "trainer_state.json", ("optimizer.pt", "scheduler.pt", "metrics_0.pt")
+
+# The fields of ``TrainingArguments`` and of the trainers' configs that do not change the training curve. All others
+# do: a field that a later version adds counts until it is listed here.
+CURVE_NEUTRAL = frozenset(
+    (
+        # where to stop; ``Trainer`` says in the log where a learning-rate schedule depends on it
+        *("max_steps", "num_train_epochs"),
+        # names, logging, reports
+        *("output_dir", "run_name", "project", "logging_strategy", "logging_steps", "logging_first_step"),
+        *("log_on_each_node", "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level"),
+        *("log_level_replica", "disable_tqdm", "report_to", "trackio_space_id", "trackio_bucket_id"),
+        *("trackio_static_space_id", "debug", "skip_memory_metrics", "include_for_metrics"),
+        # saving and uploading
+        *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
+        *("enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
+        *("hub_always_push", "hub_revision", "resume_from_checkpoint", "resume_anyway"),
+        "restore_callback_states_from_checkpoint",
+        # evaluation; its data count where they choose the best model or move the learning rate (``describe_run``)
+        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
+        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        *("batch_eval_metrics", "load_best_model_at_end"),
+        # how work is done: the same formula, at most another rounding
+        *("use_cpu", "backend", "chunk_bytes", "use_cache", "torch_empty_cache_steps", "torch_compile"),
+        *("torch_compile_backend", "torch_compile_mode", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs", "ddp_find_unused_parameters"),
+        *("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout"),
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
+        *("precompute_ref_batch_size", "ref_cache_dir", "local_rank", "do_train", "do_eval", "do_predict"),
+        # what the tokens of the data say already, which are hashed
+        *("max_length", "remove_unused_columns", "label_names", "length_column_name"),
+    )
+)
+# entries of a model's configuration that training and saving set, or that name where it came from
+CONFIG_NEUTRAL = frozenset(
+    (
+        *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    )
+)
+ADAPTER_NEUTRAL = frozenset(
+    ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
+)
+# schedules that step by the loss of evaluations, and those that do not depend on how many steps a run has
+BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", *BY_EVALUATION)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged or of another run; the message names the file or the setting."""
+
+
+class FolderInUseError(ValueError):
+    """Another run writes into the folder."""
+
+
+# ---- complete or not ----------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, run: dict[str, Any]) -> None:
+    """Makes a checkpoint complete: every file reaches the disk, then the manifest does, whole or not at all."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        digest = _hash_file(path, to_disk=True)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "xxh3_128": digest}
+    content = {"files": files, "run": run}
+    draft = folder / f"{MANIFEST}.part"
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump({"xxh3_128": _hash_json(content), **content}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, folder / MANIFEST)
+    for changed in (folder, folder.parent):
+        _sync_folder(changed)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ``CheckpointError`` if there is none, or not the one that was written."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not there")
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["xxh3_128"] != _hash_json({"files": manifest["files"], "run": manifest["run"]}):
+            raise ValueError("its checksum is another")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: the checkpoint was not saved to the end, or by a version without manifests"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error or type(error).__name__})") from error
+    return manifest
+
+
+def verify(folder: Path) -> None:
+    """Raises ``CheckpointError`` unless every file of the checkpoint is as it was saved."""
+    for name, expected in read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{path} has {size} bytes, but {expected['size']} were saved")
+        try:
+            is_same = _hash_file(path) == expected["xxh3_128"]
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+        if not is_same:
+            raise CheckpointError(f"{path} is damaged: its bytes are not those that were saved")
+
+
+def is_complete(folder: Path) -> bool:
+    """By names and sizes alone, without reading the files."""
+    try:
+        files = read_manifest(folder)["files"]
+        return all((folder / name).stat().st_size == file["size"] for name, file in files.items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def check_readable(folder: Path) -> None:
+    """For a checkpoint without a manifest. Raises ``CheckpointError`` if a file that training needs is not there or if
+    a file cannot be parsed; that the bytes are those that were saved cannot be known.
+    """
+    is_plain = not any(path.is_dir() for path in folder.iterdir())
+    needed = (STATE, *ESSENTIAL) if is_plain and any(folder.glob("rng_state*.pth")) else (STATE,)
+    for name in needed:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+                if damaged is not None:
+                    raise ValueError(f"the checksum of its part {damaged} is another")
+        except Exception as error:  # the parsers of files that may hold anything
+            raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())})") from error
+
+
+def _hash_file(path: Path, to_disk: bool = False) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        if to_disk:
+            os.fsync(file.fileno())
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_json(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems have no such thing
+        os.fsync(handle)
+    os.close(handle)
+
+
+# ---- which one to go on from --------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A checkpoint's folder in a run's, and its step."""
+
+    step: int
+    folder: Path
+
+
+def found_in(output_dir: str | Path) -> list[Found]:
+    """Checkpoints by step, the last first, complete or not."""
+    if not Path(output_dir).is_dir():
+        return []
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)(?:{re.escape(PREVIOUS)})?")
+    matches = ((pattern.fullmatch(path.name), path) for path in Path(output_dir).iterdir() if path.is_dir())
+    found = [Found(int(match[1]), path) for match, path in matches if match]
+    return sorted(found, key=lambda one: (-one.step, one.folder.name))
+
+
+def choose(wanted: str | bool, output_dir: str, anyway: bool = False) -> str:
+    """The checkpoint to resume from: the one ``wanted``, or for True the newest complete one in ``output_dir``. The log
+    says which newer ones were passed over, and why.
+
+    Raises:
+        CheckpointError: it is not complete, or none is. ``anyway`` takes one without a manifest.
+    """
+    if wanted is not True:
+        try:
+            _verify_or_read(Path(wanted), anyway)
+        except CheckpointError as error:
+            others = (found.folder for found in found_in(Path(wanted).parent) if found.folder != Path(wanted))
+            other = next((folder for folder in others if _problem(folder) is None), None)
+            way_out = "resume from another checkpoint" if other is None else f"{other} is complete, resume from that"
+            raise CheckpointError(f"{error}; {way_out}{_anyway(str(error))}") from error
+        return str(wanted)
+    found = found_in(output_dir)
+    problems = {}
+    # without manifests only where no checkpoint has a valid one
+    for check in (verify, lambda folder: _verify_or_read(folder, True))[: 2 if anyway else 1]:
+        for _, folder in found:
+            problems[folder] = _problem(folder, check)
+            if problems[folder] is None:
+                passed_over = [problem for problem in problems.values() if problem]
+                if passed_over:
+                    logger.warning(f"resuming from {folder}; passed over: {'; '.join(passed_over)}")
+                return str(folder)
+    if not problems:
+        raise CheckpointError(f"there is no checkpoint in {output_dir}")
+    reasons = "; ".join(problems.values())
+    raise CheckpointError(
+        f"{output_dir} holds no complete checkpoint: {reasons}; start the run anew in another folder{_anyway(reasons)}"
+    )
+
+
+def _problem(folder: Path, check: Callable[[Path], None] = verify) -> str | None:
+    try:
+        check(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _verify_or_read(folder: Path, anyway: bool) -> None:
+    if not anyway or (folder / MANIFEST).exists() or not folder.is_dir():
+        return verify(folder)
+    check_readable(folder)
+    logger.warning(f"{folder} has no {MANIFEST}: resume_anyway takes it, and nothing in it could be verified")
+
+
+def _anyway(problem: str) -> str:
+    if f"{MANIFEST} is missing" not in problem:
+        return ""
+    return ", or take it unverified if you know that it was saved whole: resume_anyway=True (--resume_anyway)"
+
+
+# ---- saving -------------------------------------------------------------------------------------------------------
+
+
+def begin(folder: Path) -> None:
+    """Makes room for a checkpoint. One that is complete is set aside until ``end``; of any other nothing is left."""
+    previous = folder.with_name(folder.name + PREVIOUS)
+    if is_complete(folder):
+        remove(previous)
+        folder.rename(previous)
+    else:
+        remove(folder)
+
+
+def end(folder: Path, run: dict[str, Any]) -> None:
+    write_manifest(folder, run)
+    remove(folder.with_name(folder.name + PREVIOUS))
+
+
+def abandon(folder: Path) -> None:
+    """After a failure: what was begun is removed, and what was set aside is back in its place."""
+    previous = folder.with_name(folder.name + PREVIOUS)
+    remove(folder)
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)
+
+
+def remove(folder: Path) -> None:
+    """The manifest first, so that what is left of a removal that was killed is not complete."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(output_dir: Path, limit: int | None, current: Path, best: str | None) -> None:
+    """Keeps ``limit`` complete checkpoints: ``current``, which was just saved, ``best``, and the last others by step.
+
+    Those of later steps than ``current``'s are from before the run went back to an earlier one, and go first.
+    Incomplete ones do not count; they are removed once there are ``limit`` complete ones.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = found_in(output_dir)
+    complete = [one for one in found if is_complete(one.folder)]
+    now = next(one.step for one in found if one.folder == current)
+    protected = {current} if best is None else {current, Path(best)}
+    others = [one for one in complete if one.folder not in protected]
+    others.sort(key=lambda one: (one.step <= now, one.step), reverse=True)
+    num_protected = sum(one.folder in protected for one in complete)
+    leaving = [one.folder for one in others[max(0, limit - num_protected) :]]
+    if len(complete) >= limit:
+        leaving += [one.folder for one in found if one not in complete and one.folder not in protected]
+    for folder in leaving:
+        logger.info(f"removing {folder}: save_total_limit={limit}")
+        remove(folder)
+
+
+# ---- the run that a checkpoint belongs to -------------------------------------------------------------------------
+
+
+def describe_run(
+    args: TrainingArguments,
+    *,
+    model: nn.Module,
+    reference: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
+    columns: Iterable[str],
+) -> dict[str, Any]:
+    """What the training curve depends on, as names with JSON values: options, or hashes of what is large.
+
+    Of the model's weights those are hashed that are not trained, for a checkpoint holds the others. Evaluation data
+    count where they choose the best model or move the learning rate.
+    """
+    entries = {"processes": args.world_size}
+    options = args.to_dict()
+    for option in fields(args):
+        if option.name not in CURVE_NEUTRAL:
+            entries[option.name] = options[option.name]
+    if isinstance(args.deepspeed, str) and Path(args.deepspeed).is_file():
+        entries["deepspeed"] = json.loads(Path(args.deepspeed).read_bytes())
+    entries["train_data"] = _describe_data(train_dataset, columns)
+    if args.metric_for_best_model is not None or _schedule(args) in BY_EVALUATION:
+        entries["eval_data"] = _describe_data(eval_dataset, columns)
+    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    entries["tokenizer"] = f"{len(tokenizer)} tokens, {_hash_json(_plain(vocabulary))}"
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_diff_dict"):
+        described = config.to_diff_dict()
+        entries |= {f"model.{name}": value for name, value in described.items() if name not in CONFIG_NEUTRAL}
+    entries["model.dtypes"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    entries["model.frozen_weights"] = hash_weights(model, frozen_only=True)
+    for adapter, peft_config in getattr(model, "peft_config", {}).items():
+        for option in fields(peft_config):
+            value = getattr(peft_config, option.name)
+            if option.name not in ADAPTER_NEUTRAL and value != _default(option):
+                entries[f"adapter.{adapter}.{option.name}"] = value
+    entries["reference"] = reference
+    return _plain(entries)
+
+
+def hash_weights(model: nn.Module, frozen_only: bool = False) -> str:
+    """Of names, dtypes and values; sharded weights hash as the whole ones do."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if frozen_only and tensor.requires_grad:
+            continue
+        with reference_cache._whole(tensor) as values:
+            digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+            if not values.is_meta:  # accelerate loads the weights on the first process alone, whose hash is kept
+                digest.update(values.contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_same_run(checkpoint: str, run: dict[str, Any], args: TrainingArguments) -> None:
+    """Raises ``CheckpointError`` that lists each difference, or logs them with ``args.resume_anyway``."""
+    if not (Path(checkpoint) / MANIFEST).exists():  # taken by resume_anyway
+        return logger.warning(f"{checkpoint} does not say which run it is of: data, model and options are not compared")
+    saved = read_manifest(Path(checkpoint))["run"]
+    defaults = _plain({option.name: _default(option) for option in fields(args)})
+    absent = "none or the default"
+    found = []
+    for name in sorted(saved.keys() | run.keys()):
+        # a field that a later version added: as if it had been there with its default
+        before = saved.get(name, defaults.get(name, absent) if name in run else absent)
+        now = run.get(name, absent)
+        if before != now:
+            found.append(f"{name}: {_shortened(before)} in the checkpoint, {_shortened(now)} now")
+    if not found:
+        return
+    differences = "; ".join(found)
+    if not args.resume_anyway:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run ({differences}): resume with what it was made with, or go on all the "
+            "same with resume_anyway=True (--resume_anyway)"
+        )
+    logger.warning(f"{checkpoint} belongs to another run, and resume_anyway goes on with it: {differences}")
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+
+
+def warn_of_another_end(before: int, now: int, args: TrainingArguments) -> None:
+    """Say that the learning rate goes on along another curve, where the schedule depends on the number of steps."""
+    depends = _schedule(args) not in WITHOUT_END or 0 < args.warmup_steps < 1
+    if before != now and depends:
+        logger.warning(
+            f"the checkpoint's run was to end after {before} steps, this one after {now}: "
+            f"lr_scheduler_type={_schedule(args)!r} depends on that, so the learning rate goes on along another curve"
+        )
+
+
+def _schedule(args: TrainingArguments) -> str:
+    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+
+
+def _describe_data(data: Dataset | dict[str, Dataset] | None, columns: Iterable[str]) -> Any:
+    if isinstance(data, dict):
+        return {name: _describe_data(dataset, columns) for name, dataset in data.items()}
+    if data is None:
+        return None
+    names = sorted(name for name in columns if name in data.column_names)
+    digest = xxhash.xxh3_128(repr(names).encode())
+    for rows in data.select_columns(names).with_format("arrow").iter(reference_cache.ROWS_AT_A_TIME):
+        for name in names:
+            _hash_values(digest, rows[name].combine_chunks())
+    return f"{len(data)} examples, {digest.hexdigest()}"
+
+
+def _hash_values(digest: xxhash.xxh3_128, values: pa.Array) -> None:
+    """The values alone: what else Arrow keeps with them depends on how a dataset was made."""
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        digest.update(values.value_lengths().fill_null(-1).to_numpy().astype(np.int64))
+        values = values.flatten()
+    if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
+        values = values.cast(pa.int64())
+    digest.update(json.dumps(values.null_count and values.is_null().to_pylist()).encode())
+    if pa.types.is_integer(values.type):
+        digest.update(values.fill_null(0).to_numpy())
+    else:
+        digest.update(repr(values.to_pylist()).encode())
+
+
+def _default(option: Any) -> Any:
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it, so that a value compares equal to what was read back."""
+
+    def of_other_types(value: Any) -> Any:
+        if isinstance(value, (set, frozenset)):
+            return sorted(value, key=str)
+        return value.value if isinstance(value, Enum) else str(value)
+
+    return json.loads(json.dumps(value, default=of_other_types, sort_keys=True))
+
+
+# ---- several processes, several runs ------------------------------------------------------------------------------
+
+
+def agreed(args: TrainingArguments, work: Callable[[], Any]) -> Any:
+    """The result of ``work()`` on the processes that save, on all processes; or its error, on all of them.
+
+    Raises:
+        CheckpointError: nodes that each save into folders of their own have different results.
+    """
+    if args.world_size == 1:
+        return work()
+    result = error = None
+    if args.should_save:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    outcomes = gather_object([(args.should_save, result, error)])
+    for _, _, error in outcomes:
+        if error is not None:
+            raise error
+    results = [result for is_saving, result, _ in outcomes if is_saving]
+    if any(other != results[0] for other in results):
+        raise CheckpointError(f"the nodes found different checkpoints to resume from: {results}")
+    return results[0]
+
+
+@contextmanager
+def only_run_in(args: TrainingArguments) -> Iterator[None]:
+    """Holds the lock of ``args.output_dir`` for this run. The operating system frees a killed run's. A folder that was
+    made for the lock and stayed empty is removed.
+
+    Raises:
+        FolderInUseError: another run holds it, on all processes.
+    """
+    folder, held = Path(args.output_dir), []
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def acquire() -> None:
+        lock = _acquire(folder)
+        if lock is not None:
+            held.append(lock)
+
+    agreed(args, acquire)
+    try:
+        yield
+    finally:
+        for lock in held:
+            if lock.lock_counter == 1:  # not held by a caller too
+                for name in (RUNNING, LOCK):
+                    (folder / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    for path in made:
+                        path.rmdir()
+            lock.release()
+
+
+def _acquire(folder: Path) -> FileLock | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, is_singleton=True)  # the command and its trainer take it together
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if _is_alive(_running_in(folder)):
+                raise
+            lock.acquire(timeout=ORPHANS_END_WITHIN)
+    except Timeout:
+        other = _running_in(folder)
+        who = f" (process {other.get('pid')} on {other.get('host')}, started {other.get('started')})" if other else ""
+        raise FolderInUseError(
+            f"another run writes into {folder}{who}: wait until it ends, stop it, or use another output_dir"
+        ) from None
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error}): a second run in it would not be noticed")
+        return None
+    if lock.lock_counter == 1:
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        content = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        (folder / RUNNING).write_text(json.dumps(content), encoding="utf-8")
+    return lock
+
+
+def _running_in(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / RUNNING).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _is_alive(run: dict[str, Any]) -> bool:
+    """Of another host's run nobody can tell: it counts as alive."""
+    if run.get("host") != socket.gethostname() or not isinstance(run.get("pid"), int):
+        return True
+    try:
+        os.kill(run["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True

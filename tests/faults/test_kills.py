@@ -1,0 +1,96 @@
+"""Runs that are killed at random points and resumed end bit for bit as one that was never stopped."""
+
+import functools
+import json
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from killed_runs import STEPS, context, train
+
+from kto_fused import checkpoints
+
+# how many kills, and after how many the run of them may end
+SLICE, FULL, KILLS_OF_A_RUN = 10, 80, 5
+# changes to files that a run of 12 steps and 6 checkpoints makes from Python are some 100
+LAST_EVENT = 80
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts ``killed_runs.train`` in a process of its own."""
+    processes = context()
+
+    def start(*arguments):
+        process = processes.Process(target=train, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+def finish(start, kind: str, folder: Path, resume: bool) -> tuple[dict, float]:
+    """The outcome of a run that is left alone, and its seconds."""
+    process = start(kind, str(folder), resume)
+    process.join(120)
+    assert process.exitcode == 0, log_of(folder)
+    outcome = json.loads((folder / "outcome.json").read_text())
+    return outcome, outcome.pop("seconds")
+
+
+def log_of(folder: Path) -> str:
+    return folder.with_suffix(".log").read_text()[-3000:]
+
+
+def newest_complete(folder: Path) -> int:
+    """Its step; 0 where there is none."""
+    return max(
+        (one.step for one in checkpoints.found_in(folder) if checkpoints._problem(one.folder) is None), default=0
+    )
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """A folder in a file system of its own where there is one: a kill loses nothing that the system holds, so waiting
+    for a disk would prove nothing.
+    """
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def test_killed_runs_end_as_one_that_was_not(start, in_memory, full):
+    @functools.cache
+    def whole(kind: str) -> tuple[dict, float]:
+        return finish(start, kind, in_memory / kind, False)
+
+    kills = runs = torn = 0
+    while kills < (FULL if full else SLICE):
+        draw = random.Random(runs)  # seeded, so that a failure can be repeated
+        kind, folder = ("kto", "dpo")[runs % 2], in_memory / str(runs)
+        expected, seconds = whole(kind)
+        runs += 1
+        newest = 0
+        for _ in range(KILLS_OF_A_RUN):
+            if draw.random() < 0.5:  # at a change to a file: as a checkpoint is saved, rotated or cleaned up
+                process = start(kind, str(folder), newest > 0, draw.randint(1, LAST_EVENT))
+            else:  # at any time: within what torch and safetensors write too
+                process = start(kind, str(folder), newest > 0)
+                process.join(draw.uniform(0.1, 1.0) * seconds * (1 - newest / STEPS))
+                process.kill()
+            process.join()
+            assert process.exitcode in (0, -9), log_of(folder)
+            kills += process.exitcode != 0
+            before, newest = newest, newest_complete(folder)
+            assert newest >= before, f"run {runs}: a kill left less than before"
+            torn += any(not checkpoints.is_complete(one.folder) for one in checkpoints.found_in(folder))
+            if newest == STEPS:
+                break
+        outcome, _ = finish(start, kind, folder, newest > 0)
+        assert outcome == expected, f"run {runs} ended otherwise"
+    print(f"{kills} kills of {runs} runs, {torn} of them left a torn checkpoint")
+    assert torn, "no kill came while a checkpoint was saved"
