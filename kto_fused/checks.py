@@ -71,7 +71,7 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str)
         )
     if (
         not value.is_nested and not torch.compiler.is_compiling() and _wraps_others(value)
-    ):  # no kernel would find its data
+    ):
         raise TypeError(
             f"{name} is a {type(value).__name__}, which wraps other tensors; pass a plain tensor, waited for or "
             "dequantised"
