@@ -69,9 +69,7 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str)
             f"{name} is a DTensor, spread over ranks; pass the gathered tensor (full_tensor()), or the local one "
             "(to_local()) where it is replicated"
         )
-    if (
-        not value.is_nested and not torch.compiler.is_compiling() and _wraps_others(value)
-    ):
+    if not value.is_nested and not torch.compiler.is_compiling() and _wraps_others(value):
         raise TypeError(
             f"{name} is a {type(value).__name__}, which wraps other tensors; pass a plain tensor, waited for or "
             "dequantised"
