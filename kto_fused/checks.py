@@ -6,6 +6,7 @@ import math
 import numbers
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .backends import may_read, resolve
@@ -25,6 +26,41 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+# Layouts without plain strided memory, which no engine reads, and the way to a tensor that it reads.
+LAYOUTS = {
+    torch.sparse_coo: ("a sparse COO tensor", "pass its dense form (to_dense())"),
+    torch.sparse_csr: ("a sparse CSR tensor", "pass its dense form (to_dense())"),
+    torch.sparse_csc: ("a sparse CSC tensor", "pass its dense form (to_dense())"),
+    torch.sparse_bsr: ("a block-sparse BSR tensor", "pass its dense form (to_dense())"),
+    torch.sparse_bsc: ("a block-sparse BSC tensor", "pass its dense form (to_dense())"),
+    torch._mkldnn: ("an MKL-DNN tensor", "pass its plain form (to_dense())"),
+}
+
+
+def plain(name: str, value: torch.Tensor) -> None:
+    """Refuse a tensor whose values do not lie in plain strided memory of real numbers."""
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, expected a plain one: pad it (to_padded_tensor(0.0), labels with "
+            "ignore_index), or pass its values() packed, with cu_seqlens"
+        )
+    if value.layout != torch.strided:
+        came, way = LAYOUTS.get(value.layout, (f"a tensor of layout {value.layout}", "pass its dense form"))
+        raise TypeError(f"{name} is {came}, expected a plain strided one: {way}")
+    if value.is_quantized:
+        raise TypeError(f"{name} is a quantised tensor ({value.dtype}), expected a plain one: pass dequantize()")
+    if value.is_complex():
+        raise TypeError(f"{name} is a complex tensor ({value.dtype}), expected a real one: pass its real part (.real)")
+    if value.is_neg():  # kernels would read the stored numbers, without the sign
+        raise TypeError(f"{name} is a lazily negated view, expected plain numbers: pass resolve_neg()")
+
+
+def _wraps_others(value: torch.Tensor) -> bool:
+    """Whether the tensor is a subclass that dispatches to tensors inside it."""
+    has_dispatch = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return is_traceable_wrapper_subclass(value) or (has_dispatch and not isinstance(value, FakeTensor))
+
+
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -33,11 +69,12 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str)
             f"{name} is a DTensor, spread over ranks; pass the gathered tensor (full_tensor()), or the local one "
             "(to_local()) where it is replicated"
         )
-    if is_traceable_wrapper_subclass(value) and not torch.compiler.is_compiling():  # no kernel would find its data
+    if not value.is_nested and not torch.compiler.is_compiling() and _wraps_others(value):
         raise TypeError(
             f"{name} is a {type(value).__name__}, which wraps other tensors; pass a plain tensor, waited for or "
             "dequantised"
         )
+    plain(name, value)
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {kind}, got {value.dtype}")
     return value

@@ -244,7 +244,7 @@ def model_facts(model: str) -> ModelFacts:
     if is_path and not (model and Path(model).is_dir()):
         raise CommandError(f"--model {model!r} is no folder")
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = huggingface.load_pretrained(AutoConfig, model, trust_remote_code=False)
     except Exception as error:  # of the file, the network, or of what a model's own code makes of its fields
         raise CommandError(f"--model {model}: its config cannot be read: {_first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:

@@ -20,11 +20,39 @@ from transformers import HfArgumentParser
 from .cli import CommandError, sentence
 
 NULL = "null"
+# Limits of a settings file, far above what a run's settings need. A file at a limit is read in about half a second.
+YAML_BYTES = 2**16
+YAML_VALUES = 2000
+YAML_DEPTH = 32
 SETUP_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 
 class _Loader(yaml.BaseLoader):
-    """Scalars as they are written, but for null."""
+    """Scalars as they are written, but for null. Stops at the first value that exceeds a limit."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._depth = self._num_values = 0
+
+    def fetch_flow_collection_start(self, kind: type) -> None:
+        if self.flow_level >= YAML_DEPTH:  # the scanner reads a thousand brackets ahead of compose_node
+            raise _LimitError(f"is nested more than {YAML_DEPTH} deep")
+        super().fetch_flow_collection_start(kind)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self._depth += 1
+        self._num_values += 1
+        if self._depth > YAML_DEPTH:
+            raise _LimitError(f"is nested more than {YAML_DEPTH} deep")
+        if self._num_values > YAML_VALUES:
+            raise _LimitError(f"has more than {YAML_VALUES} values")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _LimitError(Exception):
+    """What a settings file exceeds."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -158,12 +186,35 @@ def build(kind: type, values: dict[str, Any]) -> Any:
 def read_yaml(path: str) -> dict[str, Any]:
     """Names and values; each scalar but null as it is written, to be understood as the flag's value would be."""
     with refusals(OSError, UnicodeDecodeError, doing=f"--config {path} cannot be read: "):
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            content = file.read(YAML_BYTES + 1)
+        if len(content) > YAML_BYTES:
+            raise CommandError(f"--config {path} is longer than {YAML_BYTES} bytes: expected the settings of a run")
+        text = content.decode("utf-8")
     with refusals(yaml.YAMLError, doing=f"--config {path} is not YAML: "):
-        settings = yaml.load(text, _Loader)
+        try:
+            loader = _Loader(text)
+            root = loader.get_single_node()
+            if root is not None and _num_values(root, {}) > YAML_VALUES:
+                raise _LimitError(f"has more than {YAML_VALUES} values once its aliases are written out")
+            settings = None if root is None else loader.construct_document(root)
+        except _LimitError as error:
+            raise CommandError(f"--config {path} {error}: expected the settings of a run") from error
     if not isinstance(settings, dict):
         raise CommandError(f"--config {path}: expected names with values, got {type(settings).__name__}")
     return settings
+
+
+def _num_values(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """How many values a node has with all of its aliases written out; infinitely many where it holds itself."""
+    if node in known:
+        return known[node]
+    known[node] = math.inf  # until it is counted
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in children for part in pair]
+    known[node] = 1 + sum(_num_values(child, known) for child in children)
+    return known[node]
 
 
 def _typed(value: Any) -> Any:

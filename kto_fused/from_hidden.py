@@ -14,6 +14,7 @@ How many GEMMs of 2 N H V that is, with N completion tokens:
    second visit computes the logits again
 """
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Optional
@@ -34,6 +35,11 @@ ONE_CHUNK_MEMORY = 1.05
 ONE_CHUNK_MEMORY_AGAIN = 0.75
 # How many times ``chunk_bytes`` it may take on the second; more only with the narrowest panels.
 ONE_CHUNK_BUDGETS_AGAIN = 2
+# Bytes of a position while the completion tokens are looked for, before the first chunk is made.
+SEARCH_BYTES = 80
+
+logger = logging.getLogger(__name__)
+_exceeded_budgets: set[int] = set()  # of which a warning was given
 
 
 @dataclass(frozen=True)
@@ -382,6 +388,31 @@ def largest_chunk(
     return _make_chunk(plan, weight_sum if plan.spec.lent_bytes else None), weight_sum
 
 
+def _beside_bookkeeping(num_positions: int, weight: torch.Tensor, options: HiddenOptions) -> HiddenOptions:
+    """``options`` whose ``chunk_bytes`` are what the tokens' own numbers leave of the budget, on the PyTorch engine.
+
+    A position's numbers are its row and target, and in the compute dtype its four results, its gradient and, for a
+    second visit, its statistics. (On a GPU they are less than the allocator's own rounding of a chunk.) A budget that
+    holds no token beside them is exceeded by the least that is possible; a warning says by which size.
+    """
+    if options.logits.backend != "torch":
+        return options
+    numbers = 6 + NUM_STATISTICS * options.is_head_trained
+    held = num_positions * (12 + numbers * options.compute_dtype.itemsize)
+    keeps = "panels" if any(options.needs) else "nothing"
+    least = max(held + _chunk_spec(weight, options, keeps).size(1), SEARCH_BYTES * num_positions)
+    if options.chunk_bytes < least and options.chunk_bytes not in _exceeded_budgets:
+        _exceeded_budgets.add(options.chunk_bytes)
+        logger.warning(
+            "chunk_bytes=%d is exceeded: one token of this LM head beside the numbers of %d positions takes %d bytes, "
+            "the least that is possible",
+            options.chunk_bytes,
+            num_positions,
+            least,
+        )
+    return replace(options, chunk_bytes=max(1, options.chunk_bytes - held))
+
+
 # ---- forward and backward -----------------------------------------------------------------------------------------
 
 
@@ -409,6 +440,7 @@ def forward(
     """
     is_total = head is not None and head.reduction != "none"
     is_left_to_backward = not is_total and options.is_head_trained
+    options = _beside_bookkeeping(labels.numel(), weight, options)
     if is_left_to_backward:
         options = replace(options, needs=(False, False, False))
     paired = is_total and head.paired  # a chunk holds whole pairs
@@ -528,6 +560,7 @@ def backward(
     options: HiddenOptions,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients by hidden, weight and bias from d loss / d logps, shaped as they are, and ``forward``'s statistics."""
+    options = _beside_bookkeeping(labels.numel(), weight, options)
     tokens = _find_tokens(weight, labels, cu_seqlens, options, paired=False)
     engine = _Engine(hidden, weight.to(options.dtype), bias, tokens, None, options, weight.dtype)
     engine.statistics = statistics
@@ -707,7 +740,7 @@ def _scale_rows(values: torch.Tensor, factors: torch.Tensor, chunk_bytes: int) -
         values.mul_(factors)
     else:  # a CPU multiplies copies in the wider dtype, so a block of rows at a time
         hidden_size = values.shape[-1]
-        size = max(1, min(BLOCK_BYTES, chunk_bytes // 2) // (hidden_size * factors.dtype.itemsize))
+        size = max(1, min(BLOCK_BYTES, chunk_bytes // 4) // (hidden_size * factors.dtype.itemsize))
         blocks = values.view(-1, hidden_size).split(size), factors.view(-1, 1).split(size)
         for rows, factor in zip(*blocks, strict=True):
             rows.mul_(factor)

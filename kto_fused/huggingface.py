@@ -7,6 +7,7 @@ on or off, sharded weights are gathered around the head, gradients are reduced b
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -30,13 +31,45 @@ SCALING_HIDDEN = ("inkling_text", "minicpm3")  # model types that scale what the
 FROM_LOGITS = "pass its logits to the losses that take logits (in this package's trainers: loss_from='logits')"
 # what is autocast to within a forward, by accelerate's names for it
 AUTOCAST_TO = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# whose hooks on the LM head shard and gather its weight, and pass what it returns on unread
+HOOKED_BY = ("torch.distributed", "deepspeed", "accelerate")
 CHECKED_TOKENS = 8
 ROUNDINGS = 8  # that those tokens' logits may be apart, of the largest
 PROBED = 100.0
 
+logger = logging.getLogger(__name__)
+
 
 class UnsupportedModelError(ValueError):
     """A model whose logits the fused loss would not reproduce; the message says what to do."""
+
+
+class RemoteCodeError(ValueError):
+    """A model, tokenizer or configuration that cannot be loaded without running Python code that comes with it."""
+
+
+def load_pretrained(kind: type, name: str, *, trust_remote_code: bool, **options: Any) -> Any:
+    """``kind.from_pretrained(name)``, which never asks on the terminal whether the model's own code may be run.
+
+    Raises:
+        RemoteCodeError: that code is needed, and ``trust_remote_code`` is off.
+    """
+    if trust_remote_code:
+        _say_trusted(name)
+    try:
+        return kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise RemoteCodeError(
+            f"{name} brings Python code of its own, which is run only with trust_remote_code=True in the trainer's "
+            "config (kto-fused train: --trust_remote_code)"
+        ) from error
+
+
+@functools.cache  # once for each model
+def _say_trusted(name: str) -> None:
+    logger.warning("trust_remote_code is on: Python code that comes with %s is run", name)
 
 
 def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> Any:
@@ -148,9 +181,10 @@ def attach(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: the LM head is not a plain linear layer (it carries an adapter, is quantised or missing),
-            prompts are learned, ``config.return_dict`` is off, attention sees later tokens, or the model's logits are
-            not finite or more than its head, scale and soft cap; or the model is wrapped in ``nn.DataParallel``, was
-            prepared by accelerate before, lies on the meta device, or is ZeRO-3's without an engine.
+            or has hooks that expect logits; prompts are learned, ``config.return_dict`` is off, attention sees later
+            tokens, or the model's logits are not finite or more than its head, scale and soft cap; or the model is
+            wrapped in ``nn.DataParallel``, was prepared by accelerate before, lies on the meta device, or is ZeRO-3's
+            without an engine.
         TypeError: ``model`` holds no ``PreTrainedModel``.
 
     >>> from kto_fused import huggingface
@@ -472,6 +506,8 @@ def head_layers(model: PreTrainedModel) -> list[nn.Linear]:
         layers = [head.original_module, *head.modules_to_save.values()]
     else:
         layers = [head]
+    for layer in {head, *layers}:
+        _check_hooks(name, layer)
     for layer in layers:
         if type(layer).__module__.startswith("peft."):
             raise UnsupportedModelError(
@@ -496,6 +532,40 @@ def head_layers(model: PreTrainedModel) -> list[nn.Linear]:
                 "the fused loss would pass by: remove it, or put the whole model on one device"
             )
     return layers
+
+
+def _check_hooks(name: str, layer: nn.Module) -> None:
+    """Refuse hooks that read or change what the LM head returns, or the gradient by it: under a fused loss it returns
+    that loss, and no logits. Pre-hooks and parametrizations see the same hidden states and weight as ever.
+    """
+    kinds = {
+        "forward hook": layer._forward_hooks,
+        "backward hook": layer._backward_hooks,
+        "backward pre-hook": layer._backward_pre_hooks,
+    }
+    for kind, hooks in kinds.items():
+        for hook in hooks.values():
+            owner = _owner(hook)
+            if owner.__module__.startswith(HOOKED_BY):
+                continue
+            hook_name = getattr(owner, "__qualname__", type(owner).__name__)
+            raise UnsupportedModelError(
+                f"{name}'s LM head has a {kind} ({owner.__module__}.{hook_name}), which expects logits where the fused "
+                "loss makes none: remove it, or train from logits (in a trainer: loss_from='logits')"
+            )
+
+
+def _owner(hook: Callable) -> Any:
+    """The function under a hook's partials, methods and decorators, or the object that is called."""
+    while True:
+        if isinstance(hook, functools.partial):
+            hook = hook.func
+        elif hasattr(hook, "__func__"):
+            hook = hook.__func__
+        elif hasattr(hook, "__wrapped__"):
+            hook = hook.__wrapped__
+        else:
+            return hook
 
 
 def _forward_of(module: nn.Module) -> Callable:

@@ -1,5 +1,6 @@
 """``kto-fused train``: a model, files of feedback or pairs, and every option of the trainers as a flag or in YAML."""
 
+import functools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from transformers import (
 )
 from transformers.utils import is_peft_available, is_torch_bf16_gpu_available
 
-from . import backends, checkpoints, preference_data
+from . import backends, checkpoints, huggingface, preference_data
 from .cli import INSTALL, CommandError, sentence
 from .flags import SETUP_ERRORS, FlagParser, build, read_yaml, refusals
 from .trainer_configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
@@ -314,8 +315,9 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
         if files:
             preference_data.load(files)  # a bad record is found before a large model is loaded
     set_seed(config.seed)  # for weights that the checkpoint lacks
-    tokenizer, model = load(settings.model, settings.dtype)
-    ref_model = load(settings.ref_model, settings.dtype, "ref_model")[1] if settings.ref_model else None
+    options = settings.dtype, config.trust_remote_code
+    tokenizer, model = load(settings.model, *options)
+    ref_model = load(settings.ref_model, *options, "ref_model")[1] if settings.ref_model else None
     return TRAINERS[settings.loss](
         model,
         ref_model,
@@ -327,13 +329,16 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
     )
 
 
-def load(name: str, dtype: str, flag: str = "model") -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load(
+    name: str, dtype: str, trust_remote_code: bool = False, flag: str = "model"
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Raises ``CommandError`` if the folder or id is not a causal language model with a tokenizer."""
     if (Path(name) / "adapter_config.json").is_file():
         raise CommandError(f"--{flag} {name} is an adapter: merge it into its model first (peft's merge_and_unload)")
+    load_one = functools.partial(huggingface.load_pretrained, name=name, trust_remote_code=trust_remote_code)
     try:
-        AutoConfig.from_pretrained(name)  # its errors are the clearest
-        return AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        load_one(AutoConfig)  # its errors are the clearest
+        return load_one(AutoTokenizer), load_one(AutoModelForCausalLM, dtype=dtype)
     except Exception as error:  # files of others, which may fail in any way
         raise CommandError(f"--{flag} {name} cannot be loaded: {sentence(error)}") from error
 

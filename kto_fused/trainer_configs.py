@@ -105,6 +105,10 @@ class FusedPreferenceConfig(TrainingArguments):
     chunk_bytes: int = _option(
         DEFAULT_CHUNK_BYTES, "Memory for a chunk of logits, in bytes, where the loss takes hidden states."
     )
+    trust_remote_code: bool = _option(
+        False,
+        "Run Python code that comes with a model, tokenizer or configuration that is loaded from a folder or the Hub.",
+    )
     backend: str | None = _option(
         None, "Kernels of the loss: the faster on the device if not given.", choices=list(backends.BACKENDS)
     )

@@ -101,13 +101,15 @@ class FusedTrainer(Trainer):
                     "processing_class is missing, and model was made in memory, with no path to load a tokenizer "
                     "from: pass the tokenizer"
                 )
-            processing_class = AutoTokenizer.from_pretrained(name)
+            processing_class = huggingface.load_pretrained(
+                AutoTokenizer, name, trust_remote_code=args.trust_remote_code
+            )
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise TypeError(f"processing_class must be a transformers tokenizer, got {type(processing_class).__name__}")
         self._tokenizer = processing_class
         self._model_path = model if isinstance(model, str) else None
         self._path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
-        model, ref_model = _load(model, self._path_dtype), _load(ref_model, self._path_dtype)
+        model, ref_model = (_load(each, self._path_dtype, args.trust_remote_code) for each in (model, ref_model))
         self.max_length = _max_length(args.max_length, args.pad_to_multiple_of, model=model, ref_model=ref_model)
         self._embedded_tokens = {"model": _embedded_tokens(model), "ref_model": _embedded_tokens(ref_model)}
         self._check_embedded(_pad_token_id(processing_class), "processing_class pads with")
@@ -420,7 +422,7 @@ class FusedTrainer(Trainer):
                 "ref_model is missing, and model cannot be copied to serve as one, for DeepSpeed ZeRO-3 partitioned "
                 "its weights as it was loaded: pass ref_model, or the model's path as model"
             )
-        return _load(self._model_path, self._path_dtype)
+        return _load(self._model_path, self._path_dtype, self.args.trust_remote_code)
 
     def _check_deepspeed(self) -> None:
         started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
@@ -1094,8 +1096,10 @@ def _is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _load(model: Any, dtype: torch.dtype | str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype) if isinstance(model, str) else model
+def _load(model: Any, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+    if not isinstance(model, str):
+        return model
+    return huggingface.load_pretrained(AutoModelForCausalLM, model, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _max_length(wanted: int | str | None, multiple: int | None, **models: nn.Module | None) -> int | None:

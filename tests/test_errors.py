@@ -385,6 +385,66 @@ def test_a_tensor_that_wraps_others_is_refused():
         kto_fused.token_logps(wrapped, torch.zeros(1, 2, dtype=torch.long))
 
 
+UNREADABLE = {
+    "nested": (lambda x: torch.nested.nested_tensor([*x]), "a nested tensor.*to_padded_tensor.*cu_seqlens"),
+    "nested, jagged": (
+        lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged),
+        "a nested tensor.*to_padded_tensor.*cu_seqlens",
+    ),
+    "COO": (lambda x: x.to_sparse(), "a sparse COO tensor.*to_dense"),
+    "CSR": (lambda x: x.to_sparse_csr(), "a sparse CSR tensor.*to_dense"),
+    "CSC": (lambda x: x.to_sparse_csc(), "a sparse CSC tensor.*to_dense"),
+    "MKL-DNN": (lambda x: x.float().to_mkldnn(), "an MKL-DNN tensor.*to_dense"),
+    "quantised": (
+        lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+        "a quantised tensor.*dequantize",
+    ),
+    "complex": (lambda x: x.to(torch.complex64), r"a complex tensor.*\.real"),
+    "negated": (lambda x: torch._neg_view(x), "a lazily negated view.*resolve_neg"),
+    "masked": (lambda x: torch.masked.masked_tensor(x, torch.ones_like(x, dtype=torch.bool)), "a MaskedTensor, which"),
+}
+
+
+def refuses_unreadable(function, name: str, values: dict, kind: str) -> None:
+    """Each as the argument ``name``; what some layout cannot express of a tensor is left out."""
+    make, message = UNREADABLE[kind]
+    needs_matrix = kind in ("CSR", "CSC")
+    if (needs_matrix and values[name].ndim < 2) or (kind.startswith("nested") and values[name].ndim == 0):
+        return
+    if kind.startswith("nested") and values[name].ndim == 1:
+        make = lambda x: torch.nested.nested_tensor([x, x])  # noqa: E731
+    if values[name].dtype == torch.bool and kind == "negated":
+        return
+    values[name] = make(values[name])
+    with pytest.raises(TypeError, match=rf"^{name} is {message}"):
+        function(**values)
+
+
+by_kind = pytest.mark.parametrize("kind", UNREADABLE)
+
+
+@by_kind
+@pytest.mark.parametrize("function", [fused_kto_loss, reference.kto_loss], ids=["fused", "reference"])
+def test_tensors_that_no_engine_reads_are_refused(function, kind):
+    for name in ("policy_logits", "labels", "desirable", "ref_logits", "ref_logps", "reference_point", "cu_seqlens"):
+        changes = {"reference_point": torch.zeros(1)}
+        if name == "ref_logits":
+            changes |= {"ref_logps": ..., "ref_logits": LOGITS}
+        if name == "cu_seqlens":
+            changes |= PACKED
+        refuses_unreadable(function, name, arguments(**changes), kind)
+
+
+@by_kind
+@pytest.mark.parametrize("function", [kto_fused.kto_loss_from_logps, kto_fused.kto_reference_point])
+def test_log_probabilities_that_no_engine_reads_are_refused(function, kind):
+    values = {"policy_logps": torch.zeros(2), "ref_logps": torch.zeros(2), "desirable": torch.ones(2).bool()}
+    if function is kto_fused.kto_reference_point:
+        values = {"policy_kl_logps": torch.zeros(2), "ref_kl_logps": torch.zeros(2)}
+    for name in values:
+        refuses_unreadable(function, name, dict(values), kind)
+
+
 def test_the_triton_backend_on_a_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend='triton' needs a GPU, got tensors on cpu"):
@@ -685,3 +745,14 @@ def test_tensors_spread_over_ranks_are_refused(function, sharded):
         changes_of["ref_hidden"] = changes_of["ref_lm_head_weight"] = {**FROM_HIDDEN, "ref_lm_head_weight": WEIGHT}
     for name, changes in changes_of.items():
         refuses_a_shard(function, name, hidden_arguments(function, **changes), sharded)
+
+
+@by_kind
+@with_twins
+def test_hidden_states_and_heads_that_no_engine_reads_are_refused(function, kind):
+    changes_of = {name: {"lm_head_bias": BIAS} for name in ("hidden", "labels", "lm_head_weight", "lm_head_bias")}
+    if "ref_logps" in hidden_arguments(function):
+        changes_of["ref_logps"] = {}
+        changes_of["ref_hidden"] = changes_of["ref_lm_head_weight"] = {**FROM_HIDDEN, "ref_lm_head_weight": WEIGHT}
+    for name, changes in changes_of.items():
+        refuses_unreadable(function, name, hidden_arguments(function, **changes), kind)

@@ -261,6 +261,37 @@ def test_a_small_budget_is_kept_and_used(setting, dtype, chunk_bytes):
     assert 0.3 * chunk_bytes < extra <= 1.05 * chunk_bytes
 
 
+SMALL_BUDGETS = {
+    "frozen, fp32": ("frozen", torch.float32, {}),
+    "frozen, fp32, softcap": ("frozen", torch.float32, {"logit_softcap": 30.0}),
+    "frozen, bf16": ("frozen", torch.bfloat16, {}),
+    "frozen, fp64": ("frozen", torch.float64, {}),
+    "no gradient, fp16": ("no gradient", torch.float16, {}),
+    "trained, fp32": ("trained", torch.float32, {}),
+    "pairs, fp32": ("pairs", torch.float32, {}),
+    "tokens' log-probabilities, frozen, fp32": ("tokens' log-probabilities, frozen", torch.float32, {}),
+    "tokens' log-probabilities, fp32": ("tokens' log-probabilities", torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**18, 2**20, 2**22], ids=["256 KiB", "1 MiB", "4 MiB"])
+@pytest.mark.parametrize("name", SMALL_BUDGETS)
+@pytest.mark.parametrize(("tokens", "vocab"), [(600, 128), (8, 8192)], ids=["many tokens", "wide rows"])
+def test_a_budget_below_4_mib_is_kept_or_named(tokens, vocab, name, chunk_bytes, caplog, monkeypatch):
+    """Of many tokens what exceeds it is their own numbers, of wide rows a single token; both are counted."""
+    monkeypatch.setattr(from_hidden, "_exceeded_budgets", set())
+    setting, dtype, more = SMALL_BUDGETS[name]
+    function, trained, options = MEMORY[setting]
+    case = long_case(tokens=tokens, prompt=20, vocab=vocab, hidden_size=16, dtype=dtype, bias=True)
+    case.weight, case.hidden = case.weight.to(dtype), case.hidden.to(dtype)
+    options = {**options, **more, "lm_head_bias": case.bias}
+    extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
+    least = max((record.args[2] for record in caplog.records), default=0)
+    assert extra <= 1.1 * max(chunk_bytes, least)
+    if (name, chunk_bytes) == ("frozen, fp32", 2**20):
+        assert least == 0
+
+
 @pytest.fixture
 def without_arithmetic(monkeypatch):
     """Nothing is computed from hidden states: memory is taken as on a GPU, at sizes no CPU could work through."""

@@ -34,6 +34,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import kto_fused
 from kto_fused import (
     FusedLinearKTOLoss,
     fused_kto_loss,
@@ -1287,3 +1288,59 @@ def test_deepspeed_zero3():
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             torch.testing.assert_close(parameter.data, plain.get_parameter(name).data, rtol=0, atol=1e-6)
+
+
+# ---- hooks on the LM head -----------------------------------------------------------------------------------------
+
+
+def forget(*_) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("register", "kind"),
+    [
+        ("register_forward_hook", "forward hook"),
+        ("register_full_backward_hook", "backward hook"),
+        ("register_full_backward_pre_hook", "backward pre-hook"),
+    ],
+)
+@pytest.mark.parametrize("is_attached", [False, True], ids=["before attaching", "after"])
+def test_hooks_that_expect_logits_are_refused(register, kind, is_attached):
+    model = make_model("llama")
+    if is_attached:
+        huggingface.attach(model)
+    handle = getattr(model.get_output_embeddings(), register)(forget)
+    message = rf"^LlamaForCausalLM's LM head has a {kind} \(test_huggingface.forget\).*remove it.*loss_from='logits'"
+    input_ids = torch.arange(8).view(1, 8)
+    call = functools.partial(
+        huggingface.apply, linear_sequence_logps, model, {"input_ids": input_ids}, labels=input_ids
+    )
+    with pytest.raises(huggingface.UnsupportedModelError, match=message):
+        call()
+    handle.remove()
+    assert call().isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["pre-hook", "weight_norm", "old weight_norm"])
+def test_pre_hooks_and_parametrizations_of_the_head_take_part(kind):
+    """They change what goes into the head, which the fused loss takes at the same place."""
+    model = make_model("llama").float()
+    head = model.get_output_embeddings()
+    if kind == "pre-hook":
+        head.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+    elif kind == "weight_norm":
+        torch.nn.utils.parametrizations.weight_norm(head)
+    else:
+        torch.nn.utils.weight_norm(head)
+    input_ids = torch.arange(8).view(1, 8)
+    functions = (huggingface.apply, linear_sequence_logps), (huggingface.apply_to_logits, kto_fused.sequence_logps)
+    found = []
+    for apply, function in functions:
+        model.zero_grad()
+        logps = apply(function, model, {"input_ids": input_ids}, labels=input_ids)
+        logps.sum().backward()
+        found.append((logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (fused, fused_grads), (plain, plain_grads) = found
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    for name, grad in plain_grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-3, atol=1e-5, msg=name)

@@ -2,12 +2,14 @@
 
 # ruff: noqa: E402 (where packages are missing, their absence comes before the imports that need it)
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -971,3 +973,125 @@ def test_help_needs_no_heavy_package():
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "estimate" in printed
     assert printed.splitlines()[-1] == "[]"
+
+
+def yaml_bomb() -> str:
+    levels = (f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10))
+    return "\n".join(["a0: &a0 [x, x]", *levels])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (yaml_bomb(), "has more than 2000 values once its aliases are written out"),
+        ("a: &a [*a]\n", "has more than 2000 values once its aliases are written out"),
+        ("a: " + "[" * 5000 + "]" * 5000, "is nested more than 32 deep"),
+        ("{a: " * 5000, "is nested more than 32 deep"),
+        ("a: [" + "1, " * 20000 + "]", "has more than 2000 values"),
+        ("beta: 0.1\n" * 10**6, "is longer than 65536 bytes"),
+    ],
+    ids=["aliases", "an alias of itself", "brackets", "braces", "a long list", "a long file"],
+)
+def test_a_hostile_config_is_refused_at_once(content, message, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(content)
+    start = time.perf_counter()
+    with pytest.raises(CommandError, match=f"^--config {re.escape(str(path))} {message}: expected the settings"):
+        flags.read_yaml(str(path))
+    assert time.perf_counter() - start < 1
+
+
+def test_aliases_in_a_config_are_what_they_name(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("lora_target_modules: &names [q_proj, v_proj]\ndata: *names\n")
+    assert flags.read_yaml(str(path)) == {"lora_target_modules": ["q_proj", "v_proj"], "data": ["q_proj", "v_proj"]}
+
+
+# ---- code that comes with a model ---------------------------------------------------------------------------------
+
+REMOTE_CODE = """
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({mark!r}).touch()
+
+
+class RemoteConfig(LlamaConfig):
+    model_type = "remote-llama"
+
+
+class RemoteForCausalLM(LlamaForCausalLM):
+    config_class = RemoteConfig
+"""
+
+
+@pytest.fixture
+def remote(tmp_path) -> tuple[Path, Path]:
+    """(a model that brings its own code, a file that exists once that code was run)."""
+    folder, mark = tmp_path / "remote", tmp_path / "was-run"
+    tiny_training.model(max_position_embeddings=1024).save_pretrained(folder)
+    tiny_training.tokenizer().save_pretrained(folder)
+    (folder / "modeling_remote.py").write_text(REMOTE_CODE.format(mark=str(mark)))
+    described = json.loads((folder / "config.json").read_text())
+    described |= {
+        "model_type": "remote-llama",
+        "architectures": ["RemoteForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_remote.RemoteConfig",
+            "AutoModelForCausalLM": "modeling_remote.RemoteForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder, mark
+
+
+@pytest.mark.parametrize("flag", ["--model", "--ref_model"])
+def test_a_models_own_code_is_never_run_without_the_flag(files, remote, flag, capsys, monkeypatch):
+    """Though somebody answers "y" to a question."""
+    folder, mark = remote
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    message = refusal(capsys, command(files, "kto", flag, str(folder)))
+    assert f"{flag} {folder} cannot be loaded" in message
+    assert "--trust_remote_code" in message
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("given", ["model", "ref_model", "processing_class"])
+def test_no_trainer_runs_a_models_own_code_by_itself(remote, given, monkeypatch):
+    folder, mark = remote
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    policy = tiny_training.model(max_position_embeddings=1024)
+    policy.config._name_or_path = str(folder)
+    models = {"policy": str(folder) if given == "model" else policy}
+    models |= {"ref_model": str(folder)} if given == "ref_model" else {}
+    if given == "processing_class":
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"auto_map": {"AutoTokenizer": ["modeling_remote.RemoteTokenizer", None]}})
+        )
+        config = tiny_training.CONFIGS["kto"](output_dir=str(folder.parent / "out"), use_cpu=True, report_to="none")
+        with pytest.raises(ValueError, match="trust_remote_code=True in the trainer's config"):
+            tiny_training.TRAINERS["kto"](policy, args=config, train_dataset=tiny_training.data("kto", 8))
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code=True in the trainer's config"):
+            tiny_training.make_trainer("kto", folder.parent / "out", **models)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("subcommand", ["demo", "estimate"])
+def test_no_other_command_runs_a_models_own_code(files, remote, subcommand, capsys, monkeypatch):
+    folder, mark = remote
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    data = ["--data", str(files / "kto.jsonl")] if subcommand == "demo" else []
+    message = refusal(capsys, [subcommand, "--model", str(folder), *data])
+    assert "Python code of its own" in message
+    assert not mark.exists()
+
+
+def test_trust_remote_code_runs_a_models_own_code_and_says_so(files, remote, caplog):
+    folder, mark = remote
+    arguments = command(files, "kto", "--trust_remote_code", "--max_steps", "1", "--model", str(folder))
+    assert cli.main(arguments) == 0
+    assert mark.exists()
+    assert f"trust_remote_code is on: Python code that comes with {folder} is run" in caplog.text
