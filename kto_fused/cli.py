@@ -4,6 +4,8 @@ import argparse
 import importlib.util
 import sys
 
+from . import process
+
 TRAINING = ("accelerate", "datasets", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
 INSTALL = "in a clone of kto-fused, pip install -c constraints.txt '.[train]'"
 COMMANDS = {
@@ -12,6 +14,7 @@ COMMANDS = {
     "estimate": "the memory a model's loss needs, plainly and fused, and the longest sequences that fit a GPU",
     "env": "versions, devices, and which kernels are used on them",
 }
+RUNS_ON = "the run goes on without it, to its end"
 NEEDS = {"train": TRAINING, "demo": TRAINING, "estimate": ("transformers", "yaml"), "env": ()}
 
 
@@ -40,20 +43,36 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Run a command. Returns the exit code.
+
+    0: done, even if stdout was lost on the way (``train`` and ``demo`` go on, and write their results); 2: an error,
+    said in one sentence on stderr, or stdout could not be written by a command that only prints; 130: Ctrl-C; 143:
+    SIGTERM.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    goes_on = RUNS_ON if arguments[:1] in (["train"], ["demo"]) else None
+    with process.lasting_streams(goes_on) as stdout, process.orderly_end():
+        code = _main(arguments)
+        stdout.flush()
+        is_lost = stdout.loss is not None and not isinstance(stdout.loss, BrokenPipeError)
+        return 2 if code == 0 and goes_on is None and is_lost else code
+
+
+def _main(arguments: list[str]) -> int:
     command = parser().parse_args(arguments[:1]).command
     try:
         missing = [name for name in NEEDS[command] if importlib.util.find_spec(name) is None]
         if missing:
             raise CommandError(f"needs {', '.join(missing)}: {INSTALL}")
         return run(command, arguments[1:])
-    except CommandError as error:
-        print(f"kto-fused {command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"kto-fused {command}: interrupted", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        stop = process.stopped_by(error)
+        if stop is None and not isinstance(error, CommandError):
+            raise
+        is_terminated = isinstance(stop, process.Terminated)
+        message = error if stop is None else "ended by SIGTERM" if is_terminated else "interrupted"
+        print(f"kto-fused {command}: {message}", file=sys.stderr)
+        return 2 if stop is None else 143 if is_terminated else 130
 
 
 def run(command: str, arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -417,7 +418,8 @@ class CtrlC(TrainerCallback):
         if self.is_pressed:
             raise KeyboardInterrupt
         self.is_pressed = True
-        os.write(2, INTERRUPTED)  # print() may be what was interrupted
+        with suppress(OSError):  # stderr may be lost
+            os.write(2, INTERRUPTED)  # print() may be what was interrupted
 
     def on_step_end(
         self, args: FusedPreferenceConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
