@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 
 from . import process
@@ -30,6 +31,19 @@ def sentence(error: BaseException) -> str:
     return " ".join(message.split())
 
 
+def check_names(*names: str) -> None:
+    """Raises ``CommandError`` if a name cannot be a file's for Python and for libraries that take UTF-8 alone."""
+    for name in names:
+        try:
+            name.encode("utf-8")
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise CommandError(
+                f"{name} cannot be a file's name here, where names are {sys.getfilesystemencoding()}: set PYTHONUTF8=1 "
+                "if it is UTF-8, else rename the file"
+            ) from error
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="kto-fused",
@@ -50,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    goes_on = RUNS_ON if arguments[:1] in (["train"], ["demo"]) else None
+    prints_alone = arguments[:1] not in (["train"], ["demo"]) or {"-h", "--help"} & set(arguments)
+    goes_on = None if prints_alone else RUNS_ON
     with process.lasting_streams(goes_on) as stdout, process.orderly_end():
         code = _main(arguments)
         stdout.flush()
@@ -64,8 +79,10 @@ def _main(arguments: list[str]) -> int:
         missing = [name for name in NEEDS[command] if importlib.util.find_spec(name) is None]
         if missing:
             raise CommandError(f"needs {', '.join(missing)}: {INSTALL}")
+        check_names(*arguments)
         return run(command, arguments[1:])
     except (Exception, KeyboardInterrupt) as error:
+        process.remove_temporary_files()
         stop = process.stopped_by(error)
         if stop is None and not isinstance(error, CommandError):
             raise

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -122,20 +123,27 @@ def lasting_streams(goes_on: str | None) -> Iterator[LastingStream]:
 # ---- signals and workers ------------------------------------------------------------------------------------------
 
 
-class _Forking:
-    """State of the hooks of ``os.register_at_fork``, which stay for good: they do nothing while not ``active``."""
+class _Hooks:
+    """State of hooks that cannot be taken back, and do nothing while not ``active``: those of ``os.register_at_fork``
+    and the audit hook that notes temporary files.
+    """
 
     active = False
     registered = False
+    is_terminated = False  # SIGTERM came, even if a library swallowed the exception
     prctl: Callable[..., int] | None = None
     parent = 0
     from_main_thread = False
+    journal = -1  # a file without a name, into which this process and its workers write their temporary files' names
 
     @classmethod
     def register(cls) -> None:
-        if cls.registered or not hasattr(os, "register_at_fork"):
+        if cls.registered:
             return
         cls.registered = True
+        sys.addaudithook(_note_temporary_file)
+        if not hasattr(os, "register_at_fork"):
+            return
         if sys.platform == "linux":
             cls.prctl = ctypes.CDLL(None).prctl
         os.register_at_fork(before=cls.before, after_in_child=cls.in_child)
@@ -147,7 +155,7 @@ class _Forking:
 
     @classmethod
     def in_child(cls) -> None:
-        """A worker dies with its parent, leaves Ctrl-C to it, and ends quietly on SIGTERM, with its files removed."""
+        """A worker dies with its parent, leaves Ctrl-C to it, and ends on SIGTERM at once."""
         if not cls.active:
             return
         # Linux sends the signal when the forking thread ends, so another thread's children are left alone
@@ -157,18 +165,42 @@ class _Forking:
                 os._exit(1)
         with suppress(ValueError):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, _end_worker)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _end_worker(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.stderr = LastingStream(None, lambda _: None)  # multiprocessing prints a traceback of whatever ends a worker
-    raise Terminated
+def _note_temporary_file(event: str, arguments: tuple) -> None:
+    if _Hooks.active and event == "tempfile.mkstemp":
+        with suppress(OSError):
+            os.write(_Hooks.journal, os.fsencode(arguments[0]) + b"\0")
+
+
+def remove_temporary_files() -> None:
+    """Removes the files that this process and its workers made under temporary names and left there.
+
+    ``datasets`` leaves the file that it prepares data in where the disk is full, or a worker is ended.
+    """
+    names = b""
+    with suppress(OSError):
+        os.lseek(_Hooks.journal, 0, os.SEEK_SET)
+        while part := os.read(_Hooks.journal, 2**16):
+            names += part
+    for name in names.split(b"\0"):
+        with suppress(OSError):
+            os.unlink(name)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    _Hooks.is_terminated = True
     raise Terminated
+
+
+def _nameless_file() -> int:
+    """Its descriptor, which forked processes share, and programs that they start do not."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("kto-fused")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 @contextmanager
@@ -178,24 +210,31 @@ def orderly_end() -> Iterator[None]:
     Under a launcher of several processes SIGTERM keeps its default: it comes when another process has failed, and this
     one may wait for that process in a call that no exception interrupts.
     """
-    _Forking.register()
-    was_active, _Forking.active = _Forking.active, True
+    _Hooks.register()
+    journal, _Hooks.is_terminated = _nameless_file(), False
+    was_active, _Hooks.active, before, _Hooks.journal = _Hooks.active, True, _Hooks.journal, journal
     handles_sigterm = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if handles_sigterm else None
     try:
         yield
     finally:
-        _Forking.active = was_active
+        _Hooks.active, _Hooks.journal = was_active, before
+        with suppress(OSError):
+            os.close(journal)
         if handles_sigterm:
             signal.signal(signal.SIGTERM, previous if previous is not None else signal.SIG_DFL)
 
 
 def stopped_by(error: BaseException) -> KeyboardInterrupt | None:
     """The Ctrl-C or SIGTERM behind an error: libraries that are interrupted may raise another error in its place."""
-    seen = set()
-    while error is not None and id(error) not in seen:
+    if _Hooks.is_terminated:
+        return Terminated()
+    seen, found = set(), [error]
+    while found:
+        error = found.pop()
         if isinstance(error, KeyboardInterrupt):
             return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            found += [error.__context__, error.__cause__]
     return None

@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from . import huggingface, preference_data, reference_cache
+from . import huggingface, model_files, preference_data, reference_cache
 from .functional import (
     fused_dpo_loss,
     fused_kto_loss,
@@ -800,7 +799,7 @@ def _is_partitioned(model: nn.Module) -> bool:
 
 
 def _load(model: Any, dtype: torch.dtype | str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype) if isinstance(model, str) else model
+    return model_files.load_model(model, dtype=dtype) if isinstance(model, str) else model
 
 
 def _max_length(wanted: int | str | None, multiple: int | None, **models: nn.Module | None) -> int | None:
