@@ -2,7 +2,10 @@
 
 import argparse
 import importlib.util
+import os
 import sys
+
+from . import process
 
 TRAINING = (
     *("accelerate", "datasets", "filelock", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml"),
@@ -14,6 +17,7 @@ COMMANDS = {
     "estimate": "the memory a model's loss needs, plainly and fused, and the longest sequences that fit a GPU",
     "env": "versions, devices, and which kernels are used on them",
 }
+RUNS_ON = "the run goes on without it, to its end"
 NEEDS = {"train": TRAINING, "demo": TRAINING, "estimate": ("transformers", "yaml"), "env": ()}
 
 
@@ -29,6 +33,19 @@ def sentence(error: BaseException) -> str:
     return " ".join(message.split())
 
 
+def check_names(*names: str) -> None:
+    """Raises ``CommandError`` if a name cannot be a file's for Python and for libraries that take UTF-8 alone."""
+    for name in names:
+        try:
+            name.encode("utf-8")
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise CommandError(
+                f"{name} cannot be a file's name here, where names are {sys.getfilesystemencoding()}: set PYTHONUTF8=1 "
+                "if it is UTF-8, else rename the file"
+            ) from error
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="kto-fused",
@@ -42,20 +59,39 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Run a command. Returns the exit code.
+
+    0: done, even if stdout was lost on the way (``train`` and ``demo`` go on, and write their results); 2: an error,
+    said in one sentence on stderr, or stdout could not be written by a command that only prints; 130: Ctrl-C; 143:
+    SIGTERM.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    prints_alone = arguments[:1] not in (["train"], ["demo"]) or {"-h", "--help"} & set(arguments)
+    goes_on = None if prints_alone else RUNS_ON
+    with process.lasting_streams(goes_on) as stdout, process.orderly_end():
+        code = _main(arguments)
+        stdout.flush()
+        is_lost = stdout.loss is not None and not isinstance(stdout.loss, BrokenPipeError)
+        return 2 if code == 0 and goes_on is None and is_lost else code
+
+
+def _main(arguments: list[str]) -> int:
     command = parser().parse_args(arguments[:1]).command
     try:
         missing = [name for name in NEEDS[command] if importlib.util.find_spec(name) is None]
         if missing:
             raise CommandError(f"needs {', '.join(missing)}: {INSTALL}")
+        check_names(*arguments)
         return run(command, arguments[1:])
-    except CommandError as error:
-        print(f"kto-fused {command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"kto-fused {command}: interrupted", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        process.remove_temporary_files()
+        stop = process.stopped_by(error)
+        if stop is None and not isinstance(error, CommandError):
+            raise
+        is_terminated = isinstance(stop, process.Terminated)
+        message = error if stop is None else "ended by SIGTERM" if is_terminated else "interrupted"
+        print(f"kto-fused {command}: {message}", file=sys.stderr)
+        return 2 if stop is None else 143 if is_terminated else 130
 
 
 def run(command: str, arguments: list[str]) -> int:

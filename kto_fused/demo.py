@@ -77,7 +77,7 @@ def run(settings: Settings) -> dict[str, Any]:
     device = check(settings)
     train.check_writable(settings.out)
     set_seed(settings.seed)
-    with flags.refusals(*flags.SETUP_ERRORS):
+    with train.setting_up():
         trainer = make_trainer(settings, device)
     metrics = train.fit(trainer, every=max(1, settings.steps // 10))
     train.print_summary(metrics)

@@ -1,13 +1,18 @@
 """The reference model's log-probabilities of a dataset, computed once and kept on disk.
 
-A file is named by a fingerprint of what it depends on: the reference's weights, configuration and precision, the token
-ids (hence data and tokenizer), and the options of the log-probability. Whatever changes one of them names another file.
+A cache file is named by a fingerprint of everything its values depend on: the reference's weights, configuration and
+precision, the token ids (hence data and tokenizer), and the options of the log-probability. The file also holds this
+fingerprint and a checksum of its values, so a damaged, renamed or foreign file is found, and its values are computed
+again. The checksum protects against damage, not against someone who writes wrong values on purpose.
 """
 
+import logging
 import os
-import tempfile
+import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,11 +21,20 @@ import pyarrow as pa
 import torch
 import xxhash
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 ROWS_AT_A_TIME = 1000
+# the entry of a file's metadata that holds fingerprint and checksum: one entry, because safetensors writes several in
+# random order, and equal values should give equal files
+DESCRIBED = "kto_fused"
+# a cache file while it is being written: fingerprint and a random number. What a killed process left is removed later
+DRAFT = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{32}\.part")
+SECONDS_UNTIL_ABANDONED = 24 * 3600
 
 
 def add_ref_logps(
@@ -31,25 +45,38 @@ def add_ref_logps(
     depends_on: tuple[str, ...],
     on_every_rank: Callable[[bool], bool],
 ) -> Dataset:
-    """``dataset`` with the float64 columns ``columns``, from the disk or from ``batches``.
+    """Returns ``dataset`` with the float64 columns ``columns``, read from disk or computed by ``batches``.
 
-    ``batches(dataset)`` yields, batch after batch in the dataset's order, one [b] tensor per column, the same on all
-    processes. It is given the dataset longest first, so that batches pad little and the largest comes first.
-    ``on_every_rank(flag)`` says whether a flag is true on all processes: they compute together, or not at all.
+    Computed values are used even where they cannot be kept on disk; a warning then names the folder and the error.
+
+    Args:
+        dataset: prepared examples with a ``length`` column, in tokens.
+        columns: names of the columns to add.
+        batches: ``batches(dataset)`` yields one [b] tensor per column for each batch, in the dataset's order, the same
+            on all processes. It is given the dataset longest first, so that batches pad little and the largest batch
+            comes first.
+        folder: where files are kept; None: ``kto_fused/`` in the Hugging Face cache.
+        depends_on: what else the values depend on, as texts.
+        on_every_rank: says whether a flag is true on all processes, which compute together or not at all.
+
+    Raises:
+        OSError: ``folder`` is given and cannot be created. Nothing has been computed then.
+        ValueError: a computed value is NaN or infinite. Nothing is kept then.
     """
-    name = xxhash.xxh3_128_hexdigest("\n".join([hash_tokens(dataset), *columns, *depends_on]).encode())
-    path = Path(folder or Path(huggingface_hub.constants.HF_HOME) / "kto_fused") / f"{name}.safetensors"
-    values = _read(path, columns, len(dataset))
+    fingerprint = xxhash.xxh3_128_hexdigest("\n".join([hash_tokens(dataset), *columns, *depends_on]).encode())
+    path = Path(folder or Path(huggingface_hub.constants.HF_HOME) / "kto_fused")
+    values = _read(path, fingerprint, columns, len(dataset))
     if not on_every_rank(values is not None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()  # what could not be kept is not computed
+        can_be_kept = _prepare_folder(path, is_given=folder is not None)
         order = np.argsort(-np.asarray(dataset["length"]), kind="stable")
         found = [torch.cat(parts).double().cpu() for parts in zip(*batches(dataset.select(order)), strict=True)]
         values = {}
         for column, sorted_values in zip(columns, found, strict=True):
             values[column] = torch.empty_like(sorted_values)
             values[column][torch.from_numpy(order)] = sorted_values
-        _write(path, values)
+        _check_finite(values)
+        if can_be_kept:
+            _keep(values, path, fingerprint)
     for column in columns:
         dataset = dataset.add_column(column, values[column].numpy())
     return dataset
@@ -95,23 +122,119 @@ def _whole(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield values
 
 
-def _read(path: Path, columns: tuple[str, ...], length: int) -> dict[str, torch.Tensor] | None:
-    """What is on the disk, or None where it is not there, broken or of another length."""
-    try:
-        values = load_file(path)
-    except Exception:  # missing, cut off or foreign: computed again, and replaced
-        return None
-    is_whole = set(values) == set(columns) and all(column.shape == (length,) for column in values.values())
-    return values if is_whole else None
+def _read(folder: Path, fingerprint: str, columns: tuple[str, ...], length: int) -> dict[str, torch.Tensor] | None:
+    """The values of the first intact file, or None. A warning gives the reason why a file is not used."""
+    paths = [folder / f"{fingerprint}.safetensors"]
+    with suppress(OSError):
+        paths += sorted(folder.glob(f"{fingerprint}.*.safetensors"))
+    for path in paths:
+        try:
+            if not path.exists():
+                continue
+            if not path.is_file():  # opening a pipe would wait for ever
+                raise ValueError("it is not a regular file")
+            return _intact_values(path, fingerprint, columns, length)
+        except Exception as error:  # the file may hold anything
+            reason = getattr(error, "strerror", None) or error
+            logger.warning(f"the kept reference log-probabilities in {path} are not used: {reason}")
+    return None
 
 
-def _write(path: Path, values: dict[str, torch.Tensor]) -> None:
-    """Whole or not at all; of several processes the last wins, with the same content."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
+def _intact_values(path: Path, fingerprint: str, columns: tuple[str, ...], length: int) -> dict[str, torch.Tensor]:
+    """Raises if the file is not what ``_keep`` writes for this fingerprint."""
+    with safe_open(path, framework="pt") as file:
+        written_for, _, checksum = (file.metadata() or {}).get(DESCRIBED, "").partition(" ")
+        # cloned: else the values stay mapped to the file, and a later damage of it would reach the training
+        names = file.keys()
+        values = {name: file.get_tensor(name).clone() for name in names}
+    if written_for != fingerprint:
+        raise ValueError("it does not say that it was computed from this data, tokenizer and reference model")
+    if set(values) != set(columns):
+        raise ValueError(f"it holds the columns {sorted(values)}, expected {sorted(columns)}")
+    for name, column in values.items():
+        if column.dtype != torch.float64 or column.shape != (length,):
+            raise ValueError(
+                f"{name} is {column.dtype} of shape {list(column.shape)}, expected {torch.float64} of shape [{length}]"
+            )
+        if not column.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+    if checksum != _checksum(values):
+        raise ValueError("its values do not fit its checksum")
+    return values
+
+
+def _checksum(values: dict[str, torch.Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(values):
+        digest.update(f"{name}\n".encode())
+        digest.update(values[name].contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _check_finite(values: dict[str, torch.Tensor]) -> None:
+    for name, column in values.items():
+        rows = (~column.isfinite()).nonzero().flatten().tolist()
+        if rows:
+            raise ValueError(
+                f"the reference model gives {len(rows)} of {len(column)} examples a log-probability that is not "
+                f"finite ({name} is {column[rows[0]].item()} in row {rows[0]} of the prepared data), and training on "
+                "them would make the weights NaN: check the reference model's weights and its precision (fp16 "
+                "overflows where bf16 does not), or leave these examples out"
+            )
+
+
+def _prepare_folder(folder: Path, is_given: bool) -> bool:
+    """Creates the folder and removes drafts of killed processes. Returns whether a file can be made in it."""
     try:
-        save_file(values, draft)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_given:
+            problem = f"ref_cache_dir cannot be created ({error.strerror}), name another folder"
+            raise OSError(error.errno, problem, str(folder)) from error
+        _warn_not_kept(folder, error)
+        return False
+    trial = folder / f"{uuid.uuid4().hex}.{uuid.uuid4().hex}.part"
+    try:
+        trial.open("xb").close()
+        trial.unlink()
+    except OSError as error:
+        _warn_not_kept(folder, error)
+        return False
+    now = time.time()
+    for draft in folder.glob("*.part"):
+        with suppress(OSError):  # another user's, or removed meanwhile
+            if DRAFT.fullmatch(draft.name) and now - draft.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
+                draft.unlink()
+    return True
+
+
+def _keep(values: dict[str, torch.Tensor], folder: Path, fingerprint: str) -> None:
+    """Writes the values into the folder, whole or not at all. Of several processes the last one wins, with the same
+    values. A failure is a warning, because the run can go on with the values in memory.
+    """
+    path = folder / f"{fingerprint}.safetensors"
+    draft = folder / f"{fingerprint}.{uuid.uuid4().hex}.part"
+    content = save(values, {DESCRIBED: f"{fingerprint} {_checksum(values)}"})
+    try:
+        with draft.open("xb") as file:  # the kernel applies the umask to a new file's mode, unlike mkstemp's 0600
+            file.write(content)
+        try:
+            os.replace(draft, path)
+        except OSError as error:  # in a sticky folder, another user's file may not be replaced
+            beside = folder / f"{fingerprint}.{draft.stat().st_uid}.safetensors"
+            os.replace(draft, beside)
+            logger.warning(
+                f"{path} cannot be replaced ({error.strerror}): the reference log-probabilities are kept in {beside}"
+            )
+    except OSError as error:
+        _warn_not_kept(folder, error)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _warn_not_kept(folder: Path, error: OSError) -> None:
+    logger.warning(
+        f"the reference log-probabilities cannot be kept in {folder} ({error.strerror or error}): this run goes on "
+        "with them in memory, the next run computes them again"
+    )

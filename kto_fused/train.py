@@ -1,5 +1,6 @@
 """``kto-fused train``: a model, files of feedback or pairs, and every option of the trainers as a flag or in YAML."""
 
+import errno
 import functools
 import json
 import math
@@ -8,19 +9,21 @@ import re
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+import datasets
+import huggingface_hub.constants
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,8 +37,8 @@ from transformers import (
 )
 from transformers.utils import is_peft_available, is_torch_bf16_gpu_available
 
-from . import backends, checkpoints, huggingface, preference_data
-from .cli import INSTALL, CommandError, sentence
+from . import backends, checkpoints, huggingface, model_files, preference_data
+from .cli import INSTALL, CommandError, check_names, sentence
 from .flags import SETUP_ERRORS, FlagParser, build, read_yaml, refusals
 from .trainer_configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from .trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, holds_model_alone
@@ -68,7 +71,6 @@ SIDES = [f"{kind}/{side}" for kind in ("rewards", "logits", "logps") for side in
 EVALUATED = ["loss", *SIDES, "rewards/margins", "entropy"]
 EVALUATED_ALONE = {"kto": ["kl"], "dpo": [PAIRS_ALONE, "mean_token_accuracy"]}
 # holds the model while it is written; transformers uploads no file that begins with "_"
-UNFINISHED = "_unfinished"
 # of what a run leaves behind, and a model's folder holds
 RESULTS = ("metrics.json", "adapter_config.json", "config.json")
 # what asks for an evaluation, and with what nothing is asked for
@@ -81,6 +83,8 @@ OF_EVALUATION = {
     "metric_for_best_model": (None,),
     "load_best_model_at_end": (False,),
 }
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DRAFT = "results.part"  # the folder in which results are written before they move into the output folder
 INTERRUPTED = b"\nfinishing this step, then saving a checkpoint; Ctrl-C again stops at once\n"
 
 
@@ -135,6 +139,7 @@ def main(arguments: list[str]) -> int:
 
 def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     """Train and write the results. Returns 130 if Ctrl-C ended the training, else 0. Raises ``CommandError``."""
+    check_names(config.output_dir, settings.model, *settings.data)  # those of --config too
     check_writable(config.output_dir)
     with refusals(checkpoints.FolderInUseError, checkpoints.CheckpointError), checkpoints.only_run_in(config):
         return run_alone(settings, config)
@@ -143,7 +148,7 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
 def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     checkpoint = checkpoints.agreed(config, lambda: starting_checkpoint(config))
     check_schedule(config)
-    with refusals(*SETUP_ERRORS):
+    with setting_up():
         trainer = make_trainer(settings, config)
     with CtrlC() as ctrl_c:
         trainer.add_callback(ctrl_c)
@@ -156,14 +161,13 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
             )
         trainer.accelerator.end_training()
         return 130
-    with refusals(OSError, RuntimeError, SafetensorError, doing=f"{config.output_dir} cannot be written: "):
-        save_model(trainer, Path(config.output_dir))
-        if trainer.is_world_process_zero():
-            print_summary(metrics)
-            described = config.to_dict() | {"max_length": trainer.max_length}
-            loaded = vars(settings) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
-            write(config.output_dir, {"settings": loaded, "config": described, **metrics})
-            print(f"\nWrote the model, metrics.json and curves.png into {config.output_dir}")
+    with refusals(Exception, doing=f"{config.output_dir} cannot be written{what_is_left(trainer)}: "):
+        described = config.to_dict() | {"max_length": trainer.max_length}
+        loaded = vars(settings) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
+        write_results(trainer, {"settings": loaded, "config": described, **metrics})
+    if trainer.is_world_process_zero():
+        print_summary(metrics)
+        print(f"\nWrote the model, metrics.json and curves.png into {config.output_dir}")
     if config.push_to_hub:
         with refusals(Exception, doing=f"{config.output_dir} holds all results, but could not be uploaded: "):
             trainer.push_to_hub()
@@ -237,6 +241,34 @@ def flags_of(loss: str) -> FlagParser:
     parser.set_defaults(output_dir=f"runs/{loss}", logging_first_step=True, save_total_limit=1)
     parser.set_defaults(bf16=None, eval_strategy=None)  # depend on other flags
     return parser
+
+
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """Errors of loading and preparing become a ``CommandError``; where a disk is full, it names the caches."""
+    try:
+        with refusals(*SETUP_ERRORS):
+            yield
+    except CommandError as error:
+        if not of_a_full_disk(error):
+            raise
+        raise CommandError(
+            f"{error}: the disk is full. Prepared data is kept in {datasets.config.HF_DATASETS_CACHE} "
+            f"(HF_DATASETS_CACHE), downloaded models in {huggingface_hub.constants.HF_HUB_CACHE} (HF_HUB_CACHE): free "
+            "space there, or set these variables to folders on another disk"
+        ) from error
+
+
+def of_a_full_disk(error: BaseException | None) -> bool:
+    """Whether the error or what caused it is one of a disk or a quota that is full. Libraries often pass on its text
+    alone.
+    """
+    while error is not None:
+        texts = (*map(os.strerror, FULL_DISK), "Not enough disk space")  # the last is of ``datasets``
+        if getattr(error, "errno", None) in FULL_DISK or any(text in str(error) for text in texts):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_writable(folder: str | Path) -> None:
@@ -335,12 +367,15 @@ def load(
     """Raises ``CommandError`` if the folder or id is not a causal language model with a tokenizer."""
     if (Path(name) / "adapter_config.json").is_file():
         raise CommandError(f"--{flag} {name} is an adapter: merge it into its model first (peft's merge_and_unload)")
+    if Path(name).is_dir() and (damage := model_files.damaged_file(name)):
+        raise CommandError(f"--{flag} {name} cannot be loaded: {damage}")
     load_one = functools.partial(huggingface.load_pretrained, name=name, trust_remote_code=trust_remote_code)
     try:
         load_one(AutoConfig)  # its errors are the clearest
-        return load_one(AutoTokenizer), load_one(AutoModelForCausalLM, dtype=dtype)
+        return load_one(AutoTokenizer), model_files.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # files of others, which may fail in any way
-        raise CommandError(f"--{flag} {name} cannot be loaded: {sentence(error)}") from error
+        damage = model_files.damaged_file(name)  # of a download
+        raise CommandError(f"--{flag} {name} cannot be loaded: {damage or sentence(error)}") from error
 
 
 def lora(settings: TrainSettings) -> Any:
@@ -385,7 +420,14 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
             if "metric_for_best_model" not in str(error):
                 raise
             raise CommandError(sentence(error).strip('"')) from error
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, EOFError) as error:
+            is_of_loaders = trainer.args.dataloader_num_workers and isinstance(error, (ConnectionError, EOFError))
+            if is_of_loaders or str(error).startswith("DataLoader worker"):
+                raise CommandError(
+                    f"{sentence(error)}: a process that loads batches was ended from outside, as the system does where "
+                    "memory is short: lower --dataloader_num_workers; --resume_from_checkpoint true goes on from a "
+                    "checkpoint"
+                ) from error
             if checkpoint is None or not str(error).startswith(UNFIT):
                 raise
             reason = str(error).splitlines()[:2][-1]  # of a list of mismatches the first
@@ -432,7 +474,8 @@ class CtrlC(TrainerCallback):
         if self.is_pressed:
             raise KeyboardInterrupt
         self.is_pressed = True
-        os.write(2, INTERRUPTED)  # print() may be what was interrupted
+        with suppress(OSError):  # stderr may be lost
+            os.write(2, INTERRUPTED)  # print() may be what was interrupted
 
     def on_step_end(
         self, args: FusedPreferenceConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -496,24 +539,6 @@ class LogLines(TrainerCallback):
 # ---- results ------------------------------------------------------------------------------------------------------
 
 
-def save_model(trainer: FusedTrainer, folder: Path) -> None:
-    """Into ``folder``, all files or none: a disk that fills leaves no model cut short. It is not uploaded yet."""
-    draft, is_saving = folder / UNFINISHED, trainer.args.should_save
-    if is_saving:
-        shutil.rmtree(draft, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    try:
-        trainer.save_model(str(draft), _internal_call=True)
-        trainer.accelerator.wait_for_everyone()
-        for path in draft.glob("*") if is_saving else ():  # a model in shards alone leaves none
-            if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
-            os.replace(path, folder / path.name)
-    finally:
-        if is_saving:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
 def print_summary(metrics: dict[str, Any]) -> None:
     steps, evaluations = metrics["steps"], metrics["evaluations"]
     columns = [("", entry) for entry in steps[:1] + steps[-1:]]  # none: a finished run that logged no step
@@ -563,17 +588,52 @@ def plot(metrics: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
+def what_is_left(trainer: FusedTrainer) -> str:
+    """Where the trained weights are if the results cannot be written."""
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if not checkpoint.is_dir():
+        return ""
+    return f" (the trained model is in {checkpoint}: make room, then --resume_from_checkpoint true writes the results)"
+
+
+def write_results(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
+    """The model, its tokenizer, ``metrics.json`` and ``curves.png``, all or none. Called on all processes."""
+    folder, everyone = Path(trainer.args.output_dir), trainer.accelerator.wait_for_everyone
+    if not trainer.is_world_process_zero():
+        everyone()
+        trainer.save_model(str(folder / DRAFT), _internal_call=True)
+        everyone()
+        return
+    with draft_of(folder) as draft:
+        everyone()
+        trainer.save_model(str(draft), _internal_call=True)  # an upload comes last: a failure there loses nothing
+        everyone()
+        write(draft, metrics)
+
+
 def write(folder: str | Path, metrics: dict[str, Any]) -> None:
-    """``metrics.json`` and ``curves.png``, both or neither: written beside their place, then moved there."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        draft = Path(scratch)
+    """``metrics.json`` and ``curves.png``, both or neither."""
+    with draft_of(Path(folder)) as draft:
         text = json.dumps(_finite(metrics), indent=1, default=str, allow_nan=False)
         (draft / "metrics.json").write_text(text + "\n", encoding="utf-8")
         plot(metrics, draft / "curves.png")
-        for name in ("metrics.json", "curves.png"):
-            os.replace(draft / name, folder / name)
+
+
+@contextmanager
+def draft_of(folder: Path) -> Iterator[Path]:
+    """A folder in ``folder``. What is written into it moves into ``folder`` at the end, and is removed on an error."""
+    draft = folder / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in sorted(draft.iterdir()):
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _finite(value: Any) -> Any:

@@ -23,7 +23,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -37,7 +36,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from . import adapters, checkpoints, huggingface, log, preference_data, reference_cache
+from . import adapters, checkpoints, huggingface, log, model_files, preference_data, reference_cache
 from .functional import (
     fused_dpo_loss,
     fused_kto_loss,
@@ -1099,7 +1098,7 @@ def _is_partitioned(model: nn.Module) -> bool:
 def _load(model: Any, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     if not isinstance(model, str):
         return model
-    return huggingface.load_pretrained(AutoModelForCausalLM, model, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model_files.load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _max_length(wanted: int | str | None, multiple: int | None, **models: nn.Module | None) -> int | None:

@@ -879,7 +879,9 @@ def test_a_path_that_cannot_be_written_is_named(capsys, files):
     Path("file").write_text("")
     flags = ("--precompute_ref_log_probs", "--ref_cache_dir", "file/refs", "--output_dir", "out")
     said = refusal(capsys, command(files, "kto", *flags))
-    assert said == "kto-fused train: Not a directory: file/refs"
+    assert said == (
+        "kto-fused train: ref_cache_dir cannot be created (Not a directory), name another folder: file/refs"
+    )
 
 
 def test_an_optimizer_that_is_not_installed(capsys, files):

@@ -1,0 +1,285 @@
+"""Disks that fill up, and damaged files of a model: one sentence that names the file, and nothing half-written."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import forked_command
+import pytest
+import tiny_training
+import torch
+from safetensors.torch import load_file, save_file
+
+from kto_fused import model_files, preference_data, reference_cache, train
+from kto_fused.cli import CommandError
+from kto_fused.trainers import FusedDPOTrainer
+
+pytestmark = pytest.mark.usefixtures("small_machine")
+FAST = ["--use_cpu", "--learning_rate", "0.01", "--per_device_train_batch_size", "4", "--max_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A model in one file and one in several, and pairs."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, size in (("model", "1GB"), ("sharded", "10KB")):
+        tiny_training.model().save_pretrained(folder / name, max_shard_size=size)
+        tiny_training.tokenizer().save_pretrained(folder / name)
+    tiny_training.data("dpo", 300).to_json(folder / "pairs.jsonl")
+    return folder
+
+
+def command(files: Path, out: Path, *more: str) -> list[str]:
+    given = ["--model", str(files / "model"), "--data", str(files / "pairs.jsonl"), "--output_dir", str(out)]
+    return ["train", "--loss", "dpo", *given, *FAST, "--logging_steps", "1", *more]
+
+
+# full disks
+
+LIMIT = 4000
+
+
+def no_large_files(folder: Path) -> None:
+    """The kernel refuses to let a file grow, as a quota does: EFBIG. What the command says is shorter."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def no_space(folder: Path) -> None:
+    """Fill the file system of ``folder``, which should be small: ENOSPC."""
+    with (folder / "filler").open("wb", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            try:
+                while True:
+                    file.write(b"\0" * size)
+            except OSError:
+                pass
+
+
+@pytest.fixture(params=["limit", "tmpfs"])
+def disk(request, tmp_path, full):
+    """A folder, and what fills its disk up. A real small file system with --full, where one can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if request.param == "tmpfs" and full and subprocess.run(mount, capture_output=True).returncode == 0:
+        yield folder, no_space
+        subprocess.run(["umount", str(folder)], check=True)
+    else:
+        yield folder, no_large_files
+
+
+def filling(fill: Callable[[Path], None], folder: Path, function: Callable) -> Callable:
+    """``function``, once the disk is full."""
+
+    def full(*arguments, **named):
+        fill(folder)
+        return function(*arguments, **named)
+
+    return full
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("place", ["save_model", "write", "plot"])
+@pytest.mark.parametrize("kept", ["no", "steps"])
+def test_results_that_do_not_fit_are_one_sentence_and_leave_nothing_half(files, tmp_path, disk, place, kept):
+    folder, fill = disk
+    out = folder / "out"
+
+    def before():
+        owner = FusedDPOTrainer if place == "save_model" else train
+        setattr(owner, place, filling(fill, folder, getattr(owner, place)))
+        if place == "save_model":  # checkpoints are saved by it too
+            saved = FusedDPOTrainer.save_model
+            original = train.FusedTrainer.save_model
+
+            def save_model(self, output_dir=None, **named):
+                is_checkpoint = "checkpoint" in str(output_dir)
+                return (original if is_checkpoint else saved)(self, output_dir, **named)
+
+            FusedDPOTrainer.save_model = save_model
+
+    outcome = forked_command.run(command(files, out, "--save_strategy", kept), tmp_path, before)
+    assert outcome.code == 2, outcome.err
+    assert "Traceback" not in outcome.err
+    (said,) = (line for line in outcome.err.splitlines() if line.startswith("kto-fused train: "))
+    assert f"{out} cannot be written" in said
+    assert re.search("No space left|File too large", said)
+    assert ("the trained model is in" in said) == (kept == "steps")
+    assert names(out) == ({"checkpoint-2"} if kept == "steps" else set())
+    (folder / "filler").unlink(missing_ok=True)
+    if kept == "steps":
+        resumed = command(files, out, "--save_strategy", kept, "--resume_from_checkpoint", "true")
+        outcome = forked_command.run(resumed, tmp_path)
+        assert outcome.code == 0, outcome.err
+        assert {"model.safetensors", "metrics.json", "curves.png"} <= names(out)
+        assert len(json.loads((out / "metrics.json").read_text())["steps"]) == 2
+
+
+@pytest.mark.parametrize("place", ["reading", "tokenizing", "tokenizing in workers"])
+def test_a_full_disk_under_the_data_cache_names_it(files, tmp_path, disk, place, monkeypatch):
+    folder, fill = disk
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    workers = ["--dataset_num_proc", "2"] if place == "tokenizing in workers" else []
+
+    def before():
+        name = "load" if place == "reading" else "prepare_paired"
+        setattr(preference_data, name, filling(fill, folder, getattr(preference_data, name)))
+        if place != "reading":
+            preference_data.load(str(files / "pairs.jsonl"))
+
+    outcome = forked_command.run(command(files, tmp_path / "out", *workers), tmp_path, before)
+    assert outcome.code == 2, outcome.err
+    assert "Traceback" not in outcome.err
+    (said,) = (line for line in outcome.err.splitlines() if line.startswith("kto-fused train: "))
+    assert f"the disk is full. Prepared data is kept in {folder / 'cache'} (HF_DATASETS_CACHE)" in said
+    assert [path for path in (folder / "cache").rglob("tmp*") if path.is_file()] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_while_precomputing_loses_no_run(files, tmp_path, disk):
+    folder, fill = disk
+    flags = ["--precompute_ref_log_probs", "--ref_cache_dir", str(folder / "refs"), "--save_strategy", "no"]
+
+    def before():
+        keep, limit = reference_cache._keep, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def keep_on_a_full_disk(*arguments):
+            fill(folder)
+            keep(*arguments)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+        reference_cache._keep = keep_on_a_full_disk
+
+    outcome = forked_command.run(command(files, tmp_path / "out", *flags), tmp_path, before)
+    assert outcome.code == 0, outcome.err
+    assert names(folder / "refs") == set()
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), RuntimeError("No space left on device")])
+def test_a_full_disk_is_known_by_what_caused_an_error(kind):
+    with pytest.raises(CommandError, match=r"the disk is full\. Prepared data is kept in"), train.setting_up():
+        raise ValueError("data cannot be read") from kind
+
+
+def test_another_error_names_no_cache():
+    with pytest.raises(CommandError, match=r"^bad data$"), train.setting_up():
+        raise ValueError("bad data")
+
+
+def test_what_a_killed_run_left_in_its_draft_is_removed(tmp_path):
+    (tmp_path / train.DRAFT).mkdir()
+    (tmp_path / train.DRAFT / "model.safetensors").write_bytes(b"half")
+    train.write(tmp_path, {"steps": [], "evaluations": []})
+    assert names(tmp_path) == {"metrics.json", "curves.png"}
+
+
+# damaged files of a model
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut in half": lambda content: content[: len(content) // 2],
+    "without its last bytes": lambda content: content[:-9],
+    "zeros": lambda content: bytes(len(content)),
+    "backwards": lambda content: content[::-1],
+    "a list": lambda content: b"[1, 2]",
+}
+KINDS = {
+    "model": ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    "sharded": ("model-00002-of-00003.safetensors", "model.safetensors.index.json"),
+}
+
+
+@pytest.mark.parametrize("flag", ["model", "ref_model"])
+@pytest.mark.parametrize(("kind", "file"), [(kind, file) for kind, held in KINDS.items() for file in held])
+def test_a_damaged_file_of_a_model_is_named(files, tmp_path, kind, file, flag):
+    content = (files / kind / file).read_bytes()
+    for damage, damaged in DAMAGES.items():
+        folder = tmp_path / damage
+        shutil.copytree(files / kind, folder)
+        (folder / file).write_bytes(damaged(content))
+        with pytest.raises(CommandError) as refused:
+            train.load(str(folder), "float32", flag)
+        said = str(refused.value)
+        assert said.startswith(f"--{flag} {folder} cannot be loaded: {folder / file} is no whole "), (damage, said)
+        assert said.endswith("copy or download it again")
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_model_ends_the_command_before_anything_is_written(files, tmp_path, file):
+    shutil.copytree(files / "model", tmp_path / "damaged")
+    (tmp_path / "damaged" / file).write_bytes(b"")
+    arguments = command(files, tmp_path / "out", "--ref_model", str(tmp_path / "damaged"))
+    outcome = forked_command.run(arguments, tmp_path)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert f"{tmp_path / 'damaged' / file} is no whole" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(files, tmp_path):
+    shutil.copytree(files / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    values = load_file(path)
+    del values["model.layers.1.mlp.down_proj.weight"]
+    save_file(values, path, {"format": "pt"})
+    message = r"lack 1 of the weights of LlamaForCausalLM \(model.layers.1.mlp.down_proj.weight among them\)"
+    with pytest.raises(CommandError, match=message):
+        train.load(str(tmp_path / "model"), "float32")
+    with pytest.raises(ValueError, match=message):  # from Python too
+        tiny_training.make_trainer("dpo", tmp_path / "out", policy=str(tmp_path / "model"))
+
+
+def test_a_shard_that_the_index_does_not_name_is_missed(files, tmp_path):
+    shutil.copytree(files / "sharded", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    last = "model-00003-of-00003.safetensors"
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != last}
+    path.write_text(json.dumps(index))
+    with pytest.raises(CommandError, match="of the weights of LlamaForCausalLM"):
+        train.load(str(tmp_path / "model"), "float32")
+
+
+def test_a_pointer_of_git_lfs_is_told_from_damage(files, tmp_path):
+    shutil.copytree(files / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(CommandError, match=r"model.safetensors is a Git LFS pointer.*git lfs pull"):
+        train.load(str(tmp_path / "model"), "float32")
+
+
+def test_weights_of_torch_that_end_early_are_named(files, tmp_path):
+    shutil.copytree(files / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    path = tmp_path / "model" / "pytorch_model.bin"
+    torch.save(weights, path)
+    train.load(str(tmp_path / "model"), "float32")
+    content = path.read_bytes()
+    for length in (0, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(CommandError, match=f"{re.escape(str(path))} is no whole PyTorch file"):
+            train.load(str(tmp_path / "model"), "float32")
+
+
+def test_a_damaged_model_is_named_from_python_too(files, tmp_path):
+    shutil.copytree(files / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no whole safetensors file"):
+        tiny_training.make_trainer("dpo", tmp_path / "out", policy=str(tmp_path / "model"))
+
+
+def test_whole_models_and_unknown_names_have_no_damage(files):
+    for name in (str(files / "model"), str(files / "sharded"), "no/such", "not a name of the Hub!"):
+        assert model_files.damaged_file(name) is None
