@@ -546,11 +546,12 @@ def _check_hooks(name: str, layer: nn.Module) -> None:
     for kind, hooks in kinds.items():
         for hook in hooks.values():
             owner = _owner(hook)
-            if owner.__module__.startswith(HOOKED_BY):
+            module = getattr(owner, "__module__", None) or type(owner).__module__
+            if module.startswith(HOOKED_BY):
                 continue
             hook_name = getattr(owner, "__qualname__", type(owner).__name__)
             raise UnsupportedModelError(
-                f"{name}'s LM head has a {kind} ({owner.__module__}.{hook_name}), which expects logits where the fused "
+                f"{name}'s LM head has a {kind} ({module}.{hook_name}), which expects logits where the fused "
                 "loss makes none: remove it, or train from logits (in a trainer: loss_from='logits')"
             )
 
