@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .. import checks
+from . import cache
 from .partners import mismatched_partners
 from .records import PAIRED, UNPAIRED, DataError, Source, _digest, load
 
@@ -100,7 +101,8 @@ def prepare_unpaired(
             f"{name} data: {alone} of {len(tokens)} examples have no mismatched completion, "
             "because more than half of all examples share one prompt."
         )
-    tokens = tokens.map(
+    tokens = cache.mapped(
+        tokens,
         partial(_partner_rows, completions=completions, partners=partners, max_length=max_length),
         batched=True,
         with_indices=True,
@@ -108,7 +110,7 @@ def prepare_unpaired(
         features=Features({**tokens.features, "kl_completion_ids": TOKENS}),
         num_proc=num_proc,
         desc=f"Mismatching {name} data",
-        new_fingerprint=_digest("mismatch", tokens._fingerprint, seed, max_length),
+        key=_digest("mismatch", tokens._fingerprint, seed, max_length),
     )
     return Prepared(tokens, truncated, dropped)
 
@@ -152,7 +154,8 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
     columns |= {"label": Value("bool")} if "label" in fields else {}
     columns |= {"length": Value("int32"), "prompt_key": Value("int64")}
     columns |= {"truncated": Value("bool"), "merged": Value("bool")}
-    tokens = records.map(
+    tokens = cache.mapped(
+        records,
         partial(_token_rows, columns=list(columns), tokenizer=tokenizer, max_length=max_length, name=name),
         batched=True,
         with_indices=True,
@@ -160,7 +163,7 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
         features=Features(columns),
         num_proc=num_proc,
         desc=f"Tokenizing {name} data",
-        new_fingerprint=_digest("tokens", fields, records._fingerprint, fingerprint(tokenizer), max_length),
+        key=_digest("tokens", fields, records._fingerprint, fingerprint(tokenizer), max_length),
     )
     total = len(records) * (2 if "label" in fields and "chosen" in records.column_names else 1)
     if len(tokens) == 0:
