@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from . import cache
@@ -148,7 +149,7 @@ def _check_file_type(path: Path) -> None:
 
 
 def _content(file: BinaryIO) -> str:
-    content = hashlib.blake2b()
+    content = xxhash.xxh3_128()
     while chunk := file.read(2**20):
         content.update(chunk)
     return content.hexdigest()
@@ -161,7 +162,7 @@ def _check_unchanged(path: Path, before: str, now: str) -> None:
 
 def _write_lines(folder: Path, *, path: Path, content: str) -> dict[str, Any]:
     """The checked records of a file of JSON lines, as Arrow in ``folder``."""
-    now = hashlib.blake2b()
+    now = xxhash.xxh3_128()
     with path.open("rb") as file:
         try:
             ignored = _write_records(folder, _json_lines(path, file, now), path)
