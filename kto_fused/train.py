@@ -70,7 +70,6 @@ UNFIT = ("Error(s) in loading state_dict", "loaded state dict", "Can't find a ch
 SIDES = [f"{kind}/{side}" for kind in ("rewards", "logits", "logps") for side in ("chosen", "rejected")]
 EVALUATED = ["loss", *SIDES, "rewards/margins", "entropy"]
 EVALUATED_ALONE = {"kto": ["kl"], "dpo": [PAIRS_ALONE, "mean_token_accuracy"]}
-# holds the model while it is written; transformers uploads no file that begins with "_"
 # of what a run leaves behind, and a model's folder holds
 RESULTS = ("metrics.json", "adapter_config.json", "config.json")
 # what asks for an evaluation, and with what nothing is asked for

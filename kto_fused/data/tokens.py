@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .. import checks
+from . import cache
 from .partners import mismatched_partners
 from .records import PAIRED, UNPAIRED, DataError, Source, _digest, load
 from .rendering import GENERATION, Renderer
@@ -157,7 +158,8 @@ def prepare_unpaired(
             "because more than half of all examples share one prompt."
         )
     added = {f"kl_{column}": tokens.features[column] for column in columns}
-    tokens = tokens.map(
+    tokens = cache.mapped(
+        tokens,
         partial(_partner_rows, completions=completions, partners=partners, max_length=max_length),
         batched=True,
         with_indices=True,
@@ -165,7 +167,7 @@ def prepare_unpaired(
         features=Features({**tokens.features, **added}),
         num_proc=num_proc,
         desc=f"Mismatching {name} data",
-        new_fingerprint=_digest("mismatch", tokens._fingerprint, seed, max_length),
+        key=_digest("mismatch", tokens._fingerprint, seed, max_length),
     )
     return prepared._replace(dataset=tokens, found=found)
 
@@ -218,7 +220,8 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
     columns |= {"label": Value("bool")} if "label" in fields else {}
     columns |= {"length": Value("int32"), "prompt_key": Value("int64"), "key": Value("int64"), "row": Value("int64")}
     findings = {"dropped": Value("int8"), "truncated": Value("bool"), **dict.fromkeys(FOUND, Value("bool"))}
-    tokens = records.map(
+    tokens = cache.mapped(
+        records,
         partial(
             _token_rows,
             sides=sides,
@@ -233,7 +236,7 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
         features=Features(columns | findings),
         num_proc=num_proc,
         desc=f"Tokenizing {name} data",
-        new_fingerprint=_digest("tokens", fields, records._fingerprint, fingerprint(tokenizer), max_length),
+        key=_digest("tokens", fields, records._fingerprint, fingerprint(tokenizer), max_length),
     )
     reasons, rows = _column(tokens, "dropped"), _column(tokens, "row")
     truncated = int(_column(tokens, "truncated").sum())

@@ -2,8 +2,11 @@
 
 # ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
 
+import gzip
 import json
 import os
+import time
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,21 +77,82 @@ def test_rows_of_a_shuffled_dataset_are_looked_at_in_its_order():
         load(dataset)
 
 
-@pytest.mark.parametrize("field", ["tools", "chat_template_kwargs"])
-def test_what_a_template_would_render_too_is_refused(tmp_path, field):
-    records = [
-        {"prompt": "a", "completion": "b", "label": True},
-        {"prompt": "c", "completion": "d", "label": False, field: {"name": "search"}},
-    ]
-    path = tmp_path / "feedback.jsonl"
-    path.write_text("\n".join(map(json.dumps, records)))
-    with pytest.raises(DataError, match=f"line 2, field '{field}': not supported"):
-        load(path)
-    dataset = Dataset.from_list([records[1], records[0] | {field: None}])
-    for chosen, row in ((dataset, 0), (dataset.select([1, 0]), 1), (dataset.select([1, 1, 0]).select([2, 0]), 0)):
-        with pytest.raises(DataError, match=f"dataset, row {row}, field '{field}': not supported"):
+UNSUPPORTED = ["tools", "chat_template_kwargs", "image", "images", "audio", "audios", "video", "videos"]
+
+
+@pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet"])
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_what_a_model_would_be_given_too_is_refused_unless_it_is_empty(tmp_path, kind, field):
+    def source(*held):
+        records = [PAIRED[0] | {field: value} for value in held]
+        if kind == "jsonl":
+            return write(tmp_path / "data.jsonl", records)
+        if kind == "dataset":
+            return Dataset.from_list(records)
+        Dataset.from_list(records).to_parquet(tmp_path / "data.parquet")
+        return tmp_path / "data.parquet"
+
+    where = "line 3" if kind == "jsonl" else "row 2"
+    for empty, full in ((None, "a.png"), ("", "a.png"), ([], ["a.png"]), (None, {"search": False}), (None, b"\xff")):
+        if kind == "jsonl" and isinstance(full, bytes):
+            continue
+        assert load(source(empty, None)).to_list() == [PAIRED[0]] * 2
+        with pytest.raises(DataError, match=f"{where}, field '{field}': not supported"):
+            load(source(empty, None, full))
+
+
+def test_rows_of_a_selection_are_looked_at_for_what_is_not_supported():
+    records = [UNPAIRED[0] | {"tools": None}, UNPAIRED[1] | {"tools": {"name": "search"}}]
+    dataset = Dataset.from_list(records)
+    for chosen, row in ((dataset, 1), (dataset.select([1, 0]), 0), (dataset.select([1, 1, 0]).select([2, 0]), 1)):
+        with pytest.raises(DataError, match=f"dataset, row {row}, field 'tools': not supported"):
             load(chosen)
-    assert load(dataset.select([1])).to_list() == records[:1]
+    assert load(dataset.select([0])).to_list() == UNPAIRED[:1]
+
+
+def test_images_are_refused_without_decoding_them():
+    features = datasets.Features({name: datasets.Value("string") for name in PAIRED[0]} | {"images": datasets.Image()})
+    dataset = Dataset.from_list([PAIRED[0] | {"images": {"bytes": b"no image", "path": None}}], features=features)
+    with pytest.raises(DataError, match="dataset, row 0, field 'images': not supported"):
+        load(dataset)
+
+
+@pytest.fixture
+def as_a_new_process():
+    """Forgets which warnings this process has given, as another process would not know them."""
+    records._warn_of_ignored.cache_clear()
+    return records._warn_of_ignored.cache_clear
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet"])
+def test_ignored_columns_are_named_once_also_when_the_cache_has_the_records(
+    tmp_path, caplog, as_a_new_process, kind, form
+):
+    wide = [record | {"weight": 2.0} for record in FORMS[form]]
+    wide[-1] = wide[-1] | {"system": "Be kind.", "input_ids": [1]}
+    source = write(tmp_path / "data.jsonl", wide) if kind == "jsonl" else Dataset.from_list(wide)
+    if kind != "jsonl":
+        source = Dataset.from_list([dict.fromkeys(wide[-1]) | record for record in wide])
+    if kind == "parquet":
+        source.to_parquet(tmp_path / "data.parquet")
+        source = tmp_path / "data.parquet"
+    for _ in range(2):
+        caplog.clear()
+        assert load(source).to_list() == FORMS[form]
+        (message,) = caplog.messages
+        assert message.startswith(f"{'dataset' if kind == 'dataset' else source}: these columns are ignored")
+        assert all(f"'{name}'" in message for name in ("weight", "system", "input_ids"))
+        if kind != "dataset":
+            load(source)
+            assert len(caplog.messages) == 1  # once in a process: the command reads its files twice
+        as_a_new_process()
+
+
+def test_records_without_other_columns_give_no_warning(tmp_path, caplog):
+    load(Dataset.from_list([record | {"images": None} for record in UNPAIRED]))
+    load(write(tmp_path / "data.jsonl", PAIRED))
+    assert not caplog.messages
 
 
 def test_a_transform_is_refused_not_left_out():
@@ -165,6 +229,14 @@ BAD_RECORDS = {
     "two": ({"prompt": "a", "completion": "b", "label": 2}, "field 'label': expected true, .* got int 2"),
     "real": ({"prompt": "a", "completion": "b", "label": 1.0}, "field 'label': expected true, .* got float 1.0"),
     "paired": (PAIRED[0], "holds paired texts, expected unpaired texts"),
+    "array inside": ([UNPAIRED[0]], r"expected prompt, completion and label.* got list"),
+    "same key": ('{"prompt": "a", "completion": "b", "label": true, "label": false}', "the key 'label' is given twice"),
+    "same key inside": ('{"prompt": [{"role": "a", "role": "b"}]}', "the key 'role' is given twice"),
+    "other name": (
+        {"instruction": "a", "response": "b", "label": True},
+        "rename 'instruction' to 'prompt', 'response'",
+    ),
+    "messages": ({"messages": [], "label": True}, "give the last message of 'messages' as 'completion'"),
     "conversation": (conversation(UNPAIRED[0]), "holds unpaired conversations, expected unpaired texts"),
     "mixed": (UNPAIRED[0] | {"completion": [{"role": "user", "content": "b"}]}, "field 'completion': expected a str"),
     "both": (UNPAIRED[0] | PAIRED[0], "got both"),
@@ -176,12 +248,32 @@ BAD_RECORDS = {
 @pytest.mark.parametrize(("record", "message"), BAD_RECORDS.values(), ids=BAD_RECORDS)
 def test_a_bad_line_is_named(tmp_path, record, message):
     path = tmp_path / "data.jsonl"
-    path.write_text(f"{json.dumps(UNPAIRED[0])}\n\n{json.dumps(record)}\n{json.dumps(UNPAIRED[1])}\n")
+    line = record if isinstance(record, str) else json.dumps(record)
+    path.write_text(f"{json.dumps(UNPAIRED[0])}\n\n{line}\n{json.dumps(UNPAIRED[1])}\n")
     for _ in range(2):  # the first time leaves nothing behind that the second would find
         with pytest.raises(DataError, match=message) as caught:
             load(path)
         assert str(caught.value).startswith(f"{path}, line 3")
     assert not list(tmp_path.rglob("*.arrow"))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            PAIRED[0] | {"rejected": [{"role": "assistant", "content": "b"}]},
+            "'rejected': .*the prompt is a string: give",
+        ),
+        (conversation(PAIRED[0]) | {"chosen": "b"}, "'chosen': .*the prompt is messages: give .*'assistant'"),
+        (UNPAIRED[0] | {"completion": [{"role": "assistant", "content": "b"}]}, "'completion': .*the prompt is a str"),
+        (conversation(UNPAIRED[0]) | {"completion": "b"}, "'completion': .*the prompt is messages: give"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["dataset", "jsonl"])
+def test_a_prompt_of_one_kind_with_an_answer_of_the_other_says_the_way_out(tmp_path, kind, record, message):
+    message = message.replace("'assistant'", '"assistant"')
+    with pytest.raises(DataError, match=message):
+        load(Dataset.from_list([record]) if kind == "dataset" else write(tmp_path / "data.jsonl", [record]))
 
 
 BAD_MESSAGES = {
@@ -253,14 +345,30 @@ def test_a_completion_that_repeats_the_prompt_is_refused(role):
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "cannot be read: .*No such file"),
-        ("data.csv", b"prompt\n", r"expected a \.jsonl, \.json or \.parquet file, got '\.csv'"),
+        ("data.csv", b"prompt\n", r"expected a \.jsonl, \.json or \.parquet file, got '\.csv': .*load_dataset"),
+        ("data.jsonl.gz", b"\x1f\x8b", r"got '\.gz': unpack it first"),
+        ("trl-lib/kto", None, "got 'no file type': .*of the Hub is loaded with datasets.load_dataset"),
         ("data", b"{}", "got 'no file type'"),
         ("data.jsonl", b"", "holds no records"),
         ("data.jsonl", b"\n \r\n", "holds no records"),
         ("data.jsonl", b"{}\n{", r"line 1, field 'prompt': missing"),
-        ("data.json", b"[\n{}]", r"line 1: expected one record in JSON, got bytes b'\[\\n'"),
+        ("data.json", b"[\n{}]", "line 1: expected one record in JSON, got a JSON array: write one record a line"),
+        ("data.jsonl", b"[]", "line 1: expected one record in JSON, got a JSON array"),
+        ("data.jsonl", b"\xef\xbb\xbf [" + b"0," * 2**24, "line 1: expected one record in JSON, got a JSON array"),
+        ("data.json", b'{\n  "prompt": "a"\n}\n', "line 1: .*an object that goes on after the line: .*jq -c"),
+        ("data.json", b'{"prompt": "a",\n "label": 1}\n', "line 1: .*an object that goes on after the line"),
+        ("data.jsonl", b'{"prompt": "a"} {}\n', "line 1: .*more than one object on the line"),
+        ("data.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: .*text in UTF-16 .*save it in UTF-8"),
+        ("data.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "line 1: .*text in UTF-16 .*save it in UTF-8"),
+        ("data.jsonl", gzip.compress(b"{}"), r"line 1: .*compressed data \(\.gz\): unpack the file first"),
+        ("data.jsonl", b"PAR1\x15\x04", r"line 1: .*a Parquet file: end the file's name in \.parquet"),
+        ("data.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "line 1: .*pointer of Git LFS"),
         ("data.jsonl", b'{"prompt": "\xff"}', "line 1: expected one record in JSON, .*utf-8"),
-        ("data.jsonl", b"[" * 100000, "line 1: expected one record in JSON"),
+        (
+            "data.jsonl",
+            b'{"a": ' + b"[" * 5000,
+            "line 1: expected one record in JSON, got brackets that are nested",
+        ),
         ("data.parquet", b"PAR1", "cannot be read: .*Parquet"),
     ],
 )
@@ -286,7 +394,9 @@ def test_files_of_two_forms_do_not_mix(tmp_path):
         (lambda: Dataset.from_list(UNPAIRED).to_iterable_dataset(), "does not stream.* got IterableDataset"),
         (lambda: Dataset.from_list(UNPAIRED).select([]), "holds no records"),
         (lambda: [], r"a list of paths, got list \[\]"),
-        (lambda: UNPAIRED, "a list of paths, got list"),
+        (lambda: UNPAIRED, "got a list of 3 records: make a Dataset of them with Dataset.from_list"),
+        (lambda: {"prompt": ["a"], "label": [True]}, r"keys \['prompt', 'label'\]: make .* with Dataset.from_dict"),
+        (lambda: ("a.jsonl",), "a list of paths, got tuple .*: make it a list"),
         (lambda: None, "a list of paths, got NoneType None"),
     ],
 )
@@ -337,3 +447,121 @@ def test_an_empty_table_holds_no_records(tmp_path):
     Dataset.from_list(UNPAIRED).select([]).to_parquet(tmp_path / "data.parquet")
     with pytest.raises(DataError, match=r"data\.parquet: holds no records"):
         load(tmp_path / "data.parquet")
+
+
+# hostile input
+
+
+@pytest.mark.parametrize("line", ["record", "text", "list", "other column"])
+def test_a_gigantic_line_is_refused_at_once_by_its_number_and_the_limit(tmp_path, line):
+    size = 100_000_000 if line == "record" else 17 * 2**20
+    content = {
+        "record": json.dumps(UNPAIRED[1] | {"completion": "x" * size}),
+        "text": "x" * size,
+        "list": '{"a": [' + "1," * (size // 2),
+        "other column": json.dumps(UNPAIRED[1] | {"images": "x" * size}),
+    }[line]
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{json.dumps(UNPAIRED[0])}\n{content}\n")
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=rf"line 2: longer than the {records.MAX_RECORD} bytes that one record may"):
+        load(path)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("kind", ["dataset", "parquet"])
+@pytest.mark.parametrize("form", ["unpaired", "paired conversations"])
+def test_a_gigantic_row_is_refused_by_its_number_and_the_limit(tmp_path, monkeypatch, kind, form):
+    monkeypatch.setattr(records, "MAX_RECORD", 40)
+    first = FORMS[form][0]
+    last = next(iter(reversed(first))) if form != "unpaired" else "completion"
+    big = first | {last: "x" * 41 if form == "unpaired" else [{"role": "assistant", "content": "x" * 41}]}
+    source = Dataset.from_list([first, big])
+    if kind == "parquet":
+        source.to_parquet(tmp_path / "data.parquet")
+        source = tmp_path / "data.parquet"
+    with pytest.raises(DataError, match=r"row 1: holds \d+ characters, more than the 40 that one record may have"):
+        load(source)
+
+
+def test_records_at_the_limit_are_read(tmp_path, monkeypatch):
+    line = json.dumps(UNPAIRED[0])
+    monkeypatch.setattr(records, "MAX_RECORD", len(line))
+    path = tmp_path / "data.jsonl"
+    for end in ("", "\n", "\r\n"):
+        path.write_bytes(f"{line}\n{line}{end}".encode())
+        assert load(path).to_list() == [UNPAIRED[0]] * 2
+
+
+def numbered_labels(path, metadata):
+    table = pa.table({"prompt": ["a", "a"], "completion": ["b", "c"], "label": pa.array([1, 0])})
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"\xff",
+        "[" * 5000,
+        "null",
+        "[]",
+        '"text"',
+        '{"info": 3}',
+        '{"info": {"features": []}}',
+        '{"info": {"features": {"label": "ClassLabel"}}}',
+        '{"info": {"features": {"label": {"_type": "ClassLabel"}}}}',
+        '{"info": {"features": {"label": {"_type": "ClassLabel", "names": 2}}}}',
+    ],
+)
+def test_metadata_that_hides_what_numbered_labels_mean_is_refused(tmp_path, metadata):
+    with pytest.raises(DataError, match=r"data\.parquet, field 'label': holds numbers, and the metadata"):
+        load(numbered_labels(tmp_path / "data.parquet", metadata))
+
+
+@pytest.mark.parametrize("metadata", ["{}", '{"info": {}}', '{"info": {"features": {"prompt": 3, "label": {}}}}'])
+def test_metadata_that_says_nothing_of_labels_is_ignored(tmp_path, metadata):
+    assert load(numbered_labels(tmp_path / "data.parquet", metadata))["label"] == [True, False]
+
+
+@pytest.mark.parametrize("metadata", [b"\xff", "null", '{"info": []}'])
+def test_metadata_is_ignored_where_labels_are_no_numbers(tmp_path, metadata):
+    table = pa.table({name: [record[name] for record in UNPAIRED] for name in UNPAIRED[0]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "data.parquet")
+    assert load(tmp_path / "data.parquet").to_list() == UNPAIRED
+
+
+@pytest.mark.parametrize("name", ["label", "prompt", "source"])
+def test_two_columns_of_one_name_are_refused(tmp_path, name):
+    names = [*UNPAIRED[0], "source", name]
+    columns = [pa.array([(UNPAIRED[0] | {"source": "forum"})[column]]) for column in names]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=rf"data\.parquet: has more than one column of the name \['{name}'\]"):
+        load(tmp_path / "data.parquet")
+
+
+def test_categories_of_pandas_are_read_as_their_values(tmp_path):
+    table = pa.table({name: [record[name] for record in UNPAIRED] for name in UNPAIRED[0]})
+    table = table.set_column(0, "prompt", table["prompt"].dictionary_encode())
+    pq.write_table(table, tmp_path / "data.parquet")
+    assert load(tmp_path / "data.parquet").to_list() == UNPAIRED
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_with_random_faults_is_read_or_refused_by_name(tmp_path, kind):
+    random = Random(0)
+    path = tmp_path / f"data.{kind}"
+    write(path, UNPAIRED) if kind == "jsonl" else Dataset.from_list(UNPAIRED).to_parquet(path)
+    whole = path.read_bytes()
+    refused = []
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(random.choice([1, 3, 20])):
+            content[random.randrange(len(content))] = random.choice(b'{}[]",:\\\n\0\xff')
+        path.write_bytes(content[: random.choice([len(content), random.randrange(len(content))])])
+        try:
+            load(path)
+        except DataError as error:
+            refused.append(str(error))
+    assert all(message.startswith(str(path)) and len(message) < 1000 for message in refused)
+    assert len(refused) > 75

@@ -1,0 +1,194 @@
+"""Prepared datasets kept on disk, with checksums that are verified before they are used again.
+
+An entry is a folder ``<cache of datasets>/kto_fused/<key>`` of Arrow files and a manifest. It is written under another
+name and renamed when it is complete, so a killed process leaves no entry, and processes that prepare the same data at
+the same time do not disturb each other.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import xxhash
+from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"  # ends the name of a folder that is being written
+# seconds: a writer touches its files every 1000 rows, so a folder that nothing touched for so long has no writer
+ABANDONED_AFTER = 3600
+_until_exit: list[tempfile.TemporaryDirectory] = []  # each is removed when the interpreter ends
+
+
+class Stored(NamedTuple):
+    """A dataset that is read from the disk, and what its writer noted about it."""
+
+    dataset: Dataset
+    notes: dict[str, Any]
+
+
+def stored(key: str, write: Callable[[Path], dict[str, Any]], what: str, *, one_writer: bool = True) -> Stored:
+    """The entry of ``key``. ``write`` makes it where there is none, or where the one on the disk is damaged.
+
+    Where the cache cannot be written, or ``datasets.disable_caching()`` was called, the files lie in a temporary
+    folder until the process ends.
+
+    Args:
+        key: stands for the content; also the fingerprint of the dataset that is returned.
+        write: writes ``*.arrow`` files into the folder it is given and returns notes that JSON can hold. The rows
+            follow the sorted names of the files.
+        what: the data's name in messages.
+        one_writer: other processes that want the entry wait until it is written. False where ``write`` starts worker
+            processes: workers that outlive a killed run would keep the lock.
+
+    Raises:
+        OSError: the disk is full, or does not give back what was written.
+    """
+    root = Path(datasets.config.HF_DATASETS_CACHE) / "kto_fused"
+    folder = root / key
+    if not datasets.is_caching_enabled():
+        return _temporary(key, write)
+    if (entry := _intact(folder)) is not None:
+        return entry
+    with _lock(root / f"{key}.lock", what) if one_writer else nullcontext():
+        if (entry := _intact(folder)) is not None:  # written by another process meanwhile
+            return entry
+        try:
+            unfinished = _place_for(folder, what)
+        except OSError as error:
+            logger.warning(f"{what}: the cache {root} cannot be written ({error}), so the prepared data are not kept.")
+            return _temporary(key, write)
+        try:
+            _write(unfinished, write)
+            try:
+                os.replace(unfinished, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                # another process finished the same entry first
+            if (entry := _intact(folder)) is None:
+                raise OSError(f"the prepared data in {folder} are not what was written there: check the disk")
+            return entry
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def mapped(dataset: Dataset, function: Callable, *, key: str, num_proc: int | None = None, **options) -> Dataset:
+    """``dataset.map(function, **options)``, found again under ``key`` if ``dataset`` itself lies on the disk."""
+    if not dataset.cache_files:
+        return dataset.map(function, num_proc=num_proc, new_fingerprint=key, **options)
+
+    def write(folder: Path) -> dict[str, Any]:
+        file = str(folder / "data.arrow")  # num_proc files: data_00000_of_00002.arrow, ...
+        dataset.map(function, num_proc=num_proc, new_fingerprint=key, cache_file_name=file, **options)
+        return {}
+
+    return stored(key, write, options.get("desc", "data"), one_writer=num_proc is None).dataset
+
+
+def _temporary(key: str, write: Callable[[Path], dict[str, Any]]) -> Stored:
+    _until_exit.append(tempfile.TemporaryDirectory(prefix="kto_fused_", ignore_cleanup_errors=True))
+    folder = Path(_until_exit[-1].name)
+    _write(folder, write)
+    return _opened(folder, key, json.loads((folder / MANIFEST).read_text().split("\n")[0]))
+
+
+def _write(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
+    """The Arrow files, and the manifest last: line 1 the files' sizes and checksums, line 2 the checksum of line 1."""
+    try:
+        notes = write(folder)
+        files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(folder.glob("*.arrow"))}
+        content = json.dumps({"files": files, "notes": notes})
+        (folder / MANIFEST).write_text(f"{content}\n{xxhash.xxh3_128_hexdigest(content.encode())}", encoding="utf-8")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = "free some, or name a folder on another disk in the environment variable HF_DATASETS_CACHE"
+        raise OSError(error.errno, f"no room for the prepared data: {advice}", str(folder.parent)) from error
+
+
+def _intact(folder: Path) -> Stored | None:
+    """The entry, if there is one and every file has the size and the checksum that were written down."""
+    try:
+        content, checksum = (folder / MANIFEST).read_text(encoding="utf-8").split("\n")
+        if xxhash.xxh3_128_hexdigest(content.encode()) != checksum:
+            return None
+        manifest = json.loads(content)
+        for name, (size, checksum) in manifest["files"].items():
+            if (folder / name).stat().st_size != size or _checksum(folder / name) != checksum:
+                return None
+    except (OSError, ValueError):
+        return None
+    return _opened(folder, folder.name, manifest)
+
+
+def _opened(folder: Path, key: str, manifest: dict[str, Any]) -> Stored:
+    parts = [Dataset.from_file(str(folder / name)) for name in manifest["files"]]
+    dataset = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    dataset._fingerprint = key
+    return Stored(dataset, manifest["notes"])
+
+
+def _checksum(file: Path) -> str:
+    checksum = xxhash.xxh3_128()
+    with file.open("rb", buffering=0) as content:
+        while chunk := content.read(2**22):
+            checksum.update(chunk)
+    return checksum.hexdigest()
+
+
+def _place_for(folder: Path, what: str) -> Path:
+    """An empty folder to write in, once ``folder`` is free: whatever stands there is damaged."""
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True)
+    for abandoned in root.glob(f"*{UNFINISHED}"):
+        with suppress(OSError):  # its writer may finish just now
+            newest = max(path.stat().st_mtime for path in (abandoned, *abandoned.glob("*")))
+            if time.time() - newest > ABANDONED_AFTER:
+                shutil.rmtree(abandoned, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=UNFINISHED, dir=root))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        unfinished.chmod(0o777 & ~umask)  # mkdtemp shuts out the other users of a shared cache
+        if folder.exists():
+            logger.warning(f"{what}: the cached copy in {folder} is damaged, and is made again.")
+            os.replace(folder, unfinished / "damaged")  # what another process has open stays readable
+            shutil.rmtree(unfinished / "damaged")
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return unfinished
+
+
+@contextmanager
+def _lock(path: Path, what: str) -> Iterator[None]:
+    """Waits for other processes; goes on without the lock where there can be none, because renaming is enough.
+
+    The lock only saves preparing the same data several times.
+    """
+    lock = FileLock(path, mode=0o666)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info(f"{what}: another process prepares the same data; waiting for it ({path}).")
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        logger.debug(f"{what}: prepared without the lock {path}: {error}")
+    try:
+        yield
+    finally:
+        lock.release()
