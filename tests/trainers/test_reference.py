@@ -328,7 +328,7 @@ def test_base_is_the_model_with_its_adapters_off(tmp_path, caplog):
 IDENTITIES = ["LoRA", "LoRA with a whole embedding and head", "LoRA with tokens", "LoRA of an embedding", "AdaLoRA"]
 
 
-@pytest.mark.parametrize("kept", ADAPTERS.keys() - {"IA3", "LoHa", "VeRA"})
+@pytest.mark.parametrize("kept", [name for name in ADAPTERS if name not in ("IA3", "LoHa", "VeRA")])
 def test_an_adapter_that_changes_nothing_needs_no_copy(kept):
     """Where that is sure: a product with 0, the same weights. One number that is not as it was tells otherwise."""
     torch.manual_seed(5)
