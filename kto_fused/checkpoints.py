@@ -72,6 +72,7 @@ CURVE_NEUTRAL = frozenset(
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
         *("precompute_ref_batch_size", "ref_cache_dir", "local_rank", "do_train", "do_eval", "do_predict"),
+        "trust_remote_code",
         # what the tokens of the data say already, which are hashed
         *("max_length", "remove_unused_columns", "label_names", "length_column_name"),
     )

@@ -24,6 +24,7 @@ from kto_fused.checkpoints import MANIFEST, PREVIOUS, CheckpointError, FolderInU
 from kto_fused.trainer_configs import FusedDPOConfig, FusedKTOConfig
 
 pytestmark = pytest.mark.usefixtures("small_machine")
+TORCH_FILES = ("optimizer.pt", "rng_state.pth")
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
 
 
@@ -59,9 +60,10 @@ def run(saved, tmp_path) -> Path:
     return shutil.copytree(saved, tmp_path / "run")
 
 
-@pytest.fixture
-def whole(tmp_path) -> tuple:
-    return outcome(make_trainer("kto", tmp_path / "whole", num_train_epochs=2, **SAVING))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple:
+    """The outcome of a run of 8 steps that was never stopped."""
+    return outcome(make_trainer("kto", tmp_path_factory.mktemp("whole"), num_train_epochs=2, **SAVING))
 
 
 def outcome(trainer, resume: str | bool | None = None) -> tuple:
@@ -275,7 +277,10 @@ class FillDisk(StopAt):
             self.fill()
 
 
-@pytest.mark.parametrize("too_large", ["model.safetensors", "optimizer.pt", "rng_state.pth", MANIFEST])
+@pytest.mark.parametrize(
+    "too_large",
+    ["model.safetensors", MANIFEST, *(pytest.param(name, marks=pytest.mark.full) for name in TORCH_FILES)],
+)
 def test_a_failed_save_is_one_sentence_and_leaves_the_older_checkpoint(saved, tmp_path, file_limit, too_large, whole):
     sizes = sorted({path.stat().st_size for path in (saved / "checkpoint-2").iterdir()})
     size = (saved / "checkpoint-2" / too_large).stat().st_size
@@ -288,13 +293,13 @@ def test_a_failed_save_is_one_sentence_and_leaves_the_older_checkpoint(saved, tm
     assert outcome(make_trainer("kto", tmp_path / "run", **settings), resume=True) == whole
 
 
-def test_a_full_tmpfs(tmp_path, full):
-    """Only with --full, and where a file system may be mounted."""
+@pytest.mark.full
+def test_a_save_onto_a_full_tmpfs_leaves_the_older_checkpoint(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small)]
-    if not full or subprocess.run(mount, capture_output=True).returncode != 0:
-        return
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("no file system can be mounted here")
     try:
         fill = FillDisk(3, lambda: (small / "filler").write_bytes(b"x" * (shutil.disk_usage(small).free - 20_000)))
         with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be saved"):
@@ -430,8 +435,9 @@ CHANGES_THE_CURVE = {
     *("ignore_data_skip", "label_smoothing", "label_smoothing_factor", "learning_rate", "liger_kernel_config"),
     *("loss_from", "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "metric_for_best_model"),
     *("neftune_noise_alpha", "optim", "optim_args", "optim_target_modules", "pad_to_multiple_of"),
-    *("parallelism_config", "per_device_train_batch_size", "precompute_ref_log_probs", "reference_point", "seed"),
-    *("tf32", "train_sampling_strategy", "undesirable_weight", "use_liger_kernel", "warmup_steps", "weight_decay"),
+    *("parallelism_config", "per_device_train_batch_size", "precompute_ref_log_probs", "reference", "reference_point"),
+    *("seed", "tf32", "train_sampling_strategy", "undesirable_weight", "use_liger_kernel", "warmup_steps"),
+    "weight_decay",
 }
 
 
@@ -450,7 +456,8 @@ def test_every_option_changes_the_curve_or_is_listed_as_one_that_does_not(tmp_pa
         return checkpoints.describe_run(args, **settings)
 
     plain = described()
-    for name in names - {"parallelism_config"}:  # which asks its value to describe itself
+    # the first asks its value to describe itself; of the second the result counts, the reference's weights
+    for name in names - {"parallelism_config", "reference"}:
         is_counted = described(**{name: 0.123}).get(name) != plain.get(name)
         assert is_counted == (name not in checkpoints.CURVE_NEUTRAL), name
 
