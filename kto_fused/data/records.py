@@ -31,7 +31,7 @@ UNSUPPORTED = ("images", "image", "audio", "audios", "video", "videos", "tools",
 # reads, while JSON and tokenizers still take it in a second or two
 MAX_RECORD = 16 * 2**20
 ROWS_AT_A_TIME = 1000
-CACHE_FORMAT = 4  # part of every cache's key: raise it when the same input gives other rows
+CACHE_FORMAT = 5  # part of every cache's key: raise it when the same input gives other rows
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 # names that other data sets give to the fields
 ALIASES = {
