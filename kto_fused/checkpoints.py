@@ -564,7 +564,10 @@ def _acquire(folder: Path) -> FileLock | None:
     if lock.lock_counter == 1:
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")
         content = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        (folder / RUNNING).write_text(json.dumps(content), encoding="utf-8")
+        try:
+            (folder / RUNNING).write_text(json.dumps(content), encoding="utf-8")
+        except OSError as error:  # without it the lock holds too, but a second run cannot say who holds it
+            logger.warning(f"{folder / RUNNING} cannot be written ({error.strerror}), as this run's files may not be")
     return lock
 
 

@@ -247,7 +247,9 @@ def test_a_full_disk_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(cache.errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(records.pa, "OSFile", full)
-    with pytest.raises(DataError, match=r"data\.jsonl: .*no room for the prepared data: .*HF_DATASETS_CACHE"):
+    with pytest.raises(
+        DataError, match=r"data\.jsonl: cannot be read: the disk is full\. .*cache \(HF_DATASETS_CACHE\)"
+    ):
         load(write(tmp_path / "data.jsonl", UNPAIRED))
     assert entries(tmp_path) == []
 

@@ -286,7 +286,9 @@ def test_a_failed_save_is_one_sentence_and_leaves_the_older_checkpoint(saved, tm
     size = (saved / "checkpoint-2" / too_large).stat().st_size
     fill = FillDisk(3, lambda: file_limit(max([other for other in sizes if other < size], default=size - 1)))
     settings = {"num_train_epochs": 2, **SAVING}
-    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be saved \(.+\); earlier .* make room"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-4 could not be saved \(.+\): make room .* resume from the newest"
+    ):
         make_trainer("kto", tmp_path / "run", callbacks=[fill], **settings).train()
     file_limit(resource.RLIM_INFINITY)
     assert names_in(tmp_path / "run") == {"checkpoint-2"}
@@ -514,6 +516,21 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_killed_one_block
         first.kill()
         first.join()
     make_trainer("kto", tmp_path, max_steps=1).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_full_for_the_note_of_a_lock_is_said(tmp_path, monkeypatch, caplog):
+    write_text = Path.write_text
+
+    def full(path, *arguments, **named):
+        if path.name == checkpoints.RUNNING:
+            path.touch()
+            raise OSError(28, "No space left on device")
+        return write_text(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    make_trainer("kto", tmp_path, max_steps=1).train()
+    assert f"{tmp_path / checkpoints.RUNNING} cannot be written (No space left on device)" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_results_that_do_not_fit_are_one_sentence_and_leave_nothing_half(files, 
             original = train.FusedTrainer.save_model
 
             def save_model(self, output_dir=None, **named):
-                is_checkpoint = "checkpoint" in str(output_dir)
+                is_checkpoint = Path(output_dir).name.startswith("checkpoint-")
                 return (original if is_checkpoint else saved)(self, output_dir, **named)
 
             FusedDPOTrainer.save_model = save_model
@@ -155,6 +156,17 @@ def test_a_full_disk_under_the_data_cache_names_it(files, tmp_path, disk, place,
     assert f"the disk is full. Prepared data is kept in {folder / 'cache'} (HF_DATASETS_CACHE)" in said
     assert [path for path in (folder / "cache").rglob("tmp*") if path.is_file()] == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command_of", [command, lambda _, out: ["demo", "--device", "cpu", "--out", str(out)]])
+def test_a_disk_that_is_full_before_the_run_is_refused_at_once(files, tmp_path, disk, monkeypatch, command_of):
+    folder, fill = disk
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", 2000)
+    outcome = forked_command.run(command_of(files, folder / "out"), tmp_path, lambda: fill(folder))
+    assert outcome.code == 2, outcome.err
+    (said,) = outcome.err.splitlines()
+    assert re.search(rf"{folder}/out cannot be written: (No space left|File too large)", said)
+    assert names(folder) <= {"filler"}
 
 
 def test_a_disk_that_fills_while_precomputing_loses_no_run(files, tmp_path, disk):

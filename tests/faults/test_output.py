@@ -15,7 +15,7 @@ import tiny_training
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
-from kto_fused import cli, process, train
+from kto_fused import checkpoints, cli, process, train
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 SENTENCE = "kto-fused: stdout cannot be written ({}): the run goes on without it, to its end"
@@ -309,6 +309,21 @@ def test_a_killed_loader_is_one_sentence(files, tmp_path):
     assert "Traceback" not in outcome.err
     assert "lower --dataloader_num_workers" in outcome.err
     assert forked_command.still_running(workers) == []
+
+
+def test_a_killed_loader_is_one_sentence_wherever_torch_says_so(files, tmp_path):
+    """Its error is raised in a signal's handler: here as the folder's lock is released."""
+
+    def before():
+        def fails(*_, **__):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+        checkpoints.FileLock.release = fails
+
+    outcome = forked_command.run(command(files, tmp_path / "out"), tmp_path, before)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert "killed by signal: Killed.: a process that loads batches was ended from outside" in outcome.err
 
 
 def test_an_error_in_a_worker_ends_all_of_them(files, tmp_path, monkeypatch):
