@@ -72,6 +72,7 @@ CURVE_NEUTRAL = frozenset(
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
         *("precompute_ref_batch_size", "ref_cache_dir", "local_rank", "do_train", "do_eval", "do_predict"),
+        "trust_remote_code",
         # what the tokens of the data say already, which are hashed
         *("max_length", "remove_unused_columns", "label_names", "length_column_name"),
     )
@@ -563,7 +564,10 @@ def _acquire(folder: Path) -> FileLock | None:
     if lock.lock_counter == 1:
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")
         content = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        (folder / RUNNING).write_text(json.dumps(content), encoding="utf-8")
+        try:
+            (folder / RUNNING).write_text(json.dumps(content), encoding="utf-8")
+        except OSError as error:  # without it the lock holds too, but a second run cannot say who holds it
+            logger.warning(f"{folder / RUNNING} cannot be written ({error.strerror}), as this run's files may not be")
     return lock
 
 

@@ -84,6 +84,10 @@ OF_EVALUATION = {
 }
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DRAFT = "results.part"  # the folder in which results are written before they move into the output folder
+LOADER_ENDED = (
+    "a process that loads batches was ended from outside, as the system does where memory is short: lower "
+    "--dataloader_num_workers; --resume_from_checkpoint true goes on from a checkpoint"
+)
 INTERRUPTED = b"\nfinishing this step, then saving a checkpoint; Ctrl-C again stops at once\n"
 
 
@@ -140,8 +144,13 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     """Train and write the results. Returns 130 if Ctrl-C ended the training, else 0. Raises ``CommandError``."""
     check_names(config.output_dir, settings.model, *settings.data)  # those of --config too
     check_writable(config.output_dir)
-    with refusals(checkpoints.FolderInUseError, checkpoints.CheckpointError), checkpoints.only_run_in(config):
-        return run_alone(settings, config)
+    try:
+        with refusals(checkpoints.FolderInUseError, checkpoints.CheckpointError), checkpoints.only_run_in(config):
+            return run_alone(settings, config)
+    except RuntimeError as error:  # torch raises it in a signal's handler, hence anywhere
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise CommandError(f"{sentence(error)}: {LOADER_ENDED}") from error
 
 
 def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
@@ -249,7 +258,7 @@ def setting_up() -> Iterator[None]:
         with refusals(*SETUP_ERRORS):
             yield
     except CommandError as error:
-        if not of_a_full_disk(error):
+        if "HF_DATASETS_CACHE" in str(error) or not of_a_full_disk(error):
             raise
         raise CommandError(
             f"{error}: the disk is full. Prepared data is kept in {datasets.config.HF_DATASETS_CACHE} "
@@ -271,11 +280,12 @@ def of_a_full_disk(error: BaseException | None) -> bool:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raises ``CommandError`` if no file can be made in ``folder``, or where it would be. Leaves no trace."""
+    """Raises ``CommandError`` if a page cannot be written in ``folder``, or where it would be. Leaves no trace."""
     folder = Path(folder)
     with refusals(OSError, doing=f"{folder} cannot be written: "):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        tempfile.TemporaryFile(dir=existing).close()
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(4096))  # on a full disk an empty file can still be made
 
 
 def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
@@ -420,13 +430,8 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
                 raise
             raise CommandError(sentence(error).strip('"')) from error
         except (RuntimeError, ValueError, OSError, EOFError) as error:
-            is_of_loaders = trainer.args.dataloader_num_workers and isinstance(error, (ConnectionError, EOFError))
-            if is_of_loaders or str(error).startswith("DataLoader worker"):
-                raise CommandError(
-                    f"{sentence(error)}: a process that loads batches was ended from outside, as the system does where "
-                    "memory is short: lower --dataloader_num_workers; --resume_from_checkpoint true goes on from a "
-                    "checkpoint"
-                ) from error
+            if trainer.args.dataloader_num_workers and isinstance(error, (ConnectionError, EOFError)):
+                raise CommandError(f"{sentence(error)}: {LOADER_ENDED}") from error
             if checkpoint is None or not str(error).startswith(UNFIT):
                 raise
             reason = str(error).splitlines()[:2][-1]  # of a list of mismatches the first

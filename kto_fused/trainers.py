@@ -804,9 +804,11 @@ class FusedTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if args.should_save:
                 checkpoints.abandon(folder)
+            way_out = "start again, for there is no earlier checkpoint"
+            if checkpoints.found_in(folder.parent):
+                way_out = "resume from the newest checkpoint (resume_from_checkpoint); earlier ones are as they were"
             raise checkpoints.CheckpointError(
-                f"{folder} could not be saved ({_reason(error)}); earlier checkpoints are as they were: make room or "
-                "mend the disk, then resume from the newest (resume_from_checkpoint)"
+                f"{folder} could not be saved ({_reason(error)}): make room or mend the disk, then {way_out}"
             ) from error
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -1044,12 +1046,16 @@ class _LengthGroupedEpochs(LengthGroupedSampler):
 
 
 def _reason(error: Exception) -> str:
-    """The system's word where an error has one behind it: ``torch.save`` hides a full disk behind a RuntimeError."""
+    """The system's word where an error has one behind it. Where ``torch.save`` notices alone that less was written
+    than it asked for, as on a full disk, the error names a line of its source and two positions.
+    """
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
+    if "unexpected pos" in str(error):
+        return "a file could not be written to its end"
     return " ".join(str(error).split()) or type(error).__name__
 
 

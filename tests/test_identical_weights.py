@@ -46,9 +46,17 @@ def long_data(kind: str, rows: int):
     return data(kind, rows).map(longer)
 
 
+WAYS = [("hidden", False), ("hidden", True), ("logits", False)]
+SLICE = [("float32", *WAYS[1]), *(("bf16-autocast", *way) for way in WAYS), ("bf16-weights", *WAYS[0])]
+SLICE += [("fp16-weights", *WAYS[2])]
+ALL = [(precision, *way) for precision in PRECISIONS for way in WAYS]
+
+
 @kinds
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("loss_from", "own_reference"), [("hidden", False), ("hidden", True), ("logits", False)])
+@pytest.mark.parametrize(
+    ("precision", "loss_from", "own_reference"),
+    [*SLICE, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL if case not in SLICE)],
+)
 def test_equal_weights_give_log_ratios_of_exactly_0(tmp_path, kind, precision, loss_from, own_reference):
     trainer = equal_trainer(
         kind,

@@ -496,8 +496,20 @@ def assert_no_log_ratio(log: dict[str, float], prefix: str = "") -> None:
 @pytest.mark.parametrize(
     ("precision", "reference"),
     [
-        *((precision, reference) for precision in PRECISIONS for reference in ("live", "precomputed by the policy")),
+        ("float32", "live"),
+        ("bf16-autocast", "live"),
         ("bf16-autocast", "precomputed"),
+        ("bf16-weights", "precomputed by the policy"),
+        ("fp16-weights", "precomputed by the policy"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ("float32", "precomputed by the policy"),
+                ("bf16-autocast", "precomputed by the policy"),
+                ("bf16-weights", "live"),
+                ("fp16-weights", "live"),
+            )
+        ),
     ],
 )
 def test_equal_weights_give_log_ratios_of_exactly_0(tmp_path, kind, precision, reference):
@@ -539,11 +551,16 @@ PATHS = {
     "ipo-precomputed": {"loss_type": ["ipo"], "precompute_ref_log_probs": True},
 }
 OF_DPO = ("a loss of TRL's", "ld_alpha", "weighting", "weighting-precomputed", "ipo", "ipo-precomputed")
+KTO_SLICE = "adapter-precomputed"
 
 
 @pytest.mark.parametrize(
     ("kind", "path"),
-    [(kind, path) for kind in (KTOTrainer, DPOTrainer) for path in PATHS if kind is DPOTrainer or path not in OF_DPO],
+    [
+        *((DPOTrainer, path) for path in PATHS),
+        (KTOTrainer, KTO_SLICE),
+        *(pytest.param(KTOTrainer, path, marks=pytest.mark.full) for path in PATHS if path not in (*OF_DPO, KTO_SLICE)),
+    ],
 )
 def test_no_path_mixes_two_ways_of_rounding(tmp_path, kind, path):
     arguments = dict(PATHS[path])
@@ -583,7 +600,10 @@ def test_a_reference_that_follows_the_policy_is_scored_like_it(tmp_path, kind):
 
 
 @both_trainers
-@pytest.mark.parametrize(("precision", "nats"), [("float32", 1e-4), ("bf16-autocast", 0.25), ("bf16-weights", 0.25)])
+@pytest.mark.parametrize(
+    ("precision", "nats"),
+    [("float32", 1e-4), ("bf16-autocast", 0.25), pytest.param("bf16-weights", 0.25, marks=pytest.mark.full)],
+)
 def test_other_batches_than_precomputed_differ_by_rounding_alone(tmp_path, kind, precision, nats):
     """The padding of a batch changes the shapes, and with them the rounding, of matrix products and attention."""
     arguments = {"train_dataset": long_data(kind, rows=6 * BATCH), "precompute_ref_batch_size": 5}
@@ -1045,8 +1065,18 @@ PROMPT_LEARNING = {
 }
 
 
-@both_trainers
-@pytest.mark.parametrize("method", PROMPT_LEARNING)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (KTOTrainer, "PROMPT_TUNING"),
+        (DPOTrainer, "P_TUNING"),
+        (DPOTrainer, "PREFIX_TUNING"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in ((DPOTrainer, "PROMPT_TUNING"), (KTOTrainer, "P_TUNING"), (KTOTrainer, "PREFIX_TUNING"))
+        ),
+    ],
+)
 def test_learned_prompts_train_as_in_trl(tmp_path, kind, method, calls, caplog):
     config = PROMPT_LEARNING[method](pytest.importorskip("peft"))
     runs = []
@@ -1139,14 +1169,20 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("refused", ["model", "ref_model"])
 @pytest.mark.parametrize(
-    ("change", "bf16"),
+    ("change", "refused", "bf16"),
     [
-        *((change, False) for change in REFUSALS),
-        (replace_head, True),
-    ],  # under bf16 the reference has autocast around it
-    ids=lambda value: getattr(value, "__name__", f"bf16={value}"),
+        *((change, "model", False) for change in REFUSALS),
+        (replace_head, "ref_model", False),
+        (replace_head, "ref_model", True),  # the reference then has autocast around it
+        (replace_head, "model", True),
+        *(
+            pytest.param(change, "ref_model", False, marks=pytest.mark.full)
+            for change in REFUSALS
+            if change != replace_head
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else f"bf16={value}"),
 )
 def test_a_model_that_cannot_be_fused_stays_trls(tmp_path, refused, bf16, change, caplog):
     trainer = make_trainer(DPOTrainer, tmp_path, bf16=bf16)

@@ -114,8 +114,11 @@ def _write(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        advice = "free some, or name a folder on another disk in the environment variable HF_DATASETS_CACHE"
-        raise OSError(error.errno, f"no room for the prepared data: {advice}", str(folder.parent)) from error
+        problem = (
+            f"the disk is full. Prepared data is kept in {datasets.config.HF_DATASETS_CACHE} (HF_DATASETS_CACHE): free "
+            "space there, or set this variable to a folder on another disk"
+        )
+        raise OSError(error.errno, problem) from error
 
 
 def _intact(folder: Path) -> Stored | None:

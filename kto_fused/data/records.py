@@ -123,7 +123,9 @@ def _read(path: Path) -> Dataset:
     except DataError:
         raise
     except _UNREADABLE as error:
-        raise DataError(f"{path}: cannot be read: {error or type(error).__name__}") from error
+        is_own = isinstance(error, OSError) and error.filename is None  # its number would say nothing more
+        reason = (is_own and error.strerror) or error or type(error).__name__
+        raise DataError(f"{path}: cannot be read: {reason}") from error
     _warn_of_ignored(str(path), content, tuple(notes["ignored"]))
     return records
 

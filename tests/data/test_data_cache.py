@@ -93,10 +93,14 @@ def flip(file):
 @pytest.mark.parametrize(
     ("prepare", "damage", "num_proc"),
     [
-        *((prepare_unpaired, damage, None) for damage in (truncate, empty, flip, Path.unlink)),
-        (prepare_paired, flip, None),
-        (prepare_unpaired, flip, 2),  # files of two worker processes
-        (prepare_unpaired, Path.unlink, 2),
+        (prepare_unpaired, flip, None),
+        (prepare_paired, truncate, None),
+        *(
+            pytest.param(prepare_unpaired, damage, None, marks=pytest.mark.full)
+            for damage in (truncate, empty, Path.unlink)
+        ),
+        pytest.param(prepare_unpaired, flip, 2, marks=pytest.mark.full),  # files of two worker processes
+        pytest.param(prepare_unpaired, Path.unlink, 2, marks=pytest.mark.full),
     ],
 )
 def test_each_damaged_file_is_found_and_made_again(tmp_path, caplog, prepare, damage, num_proc):
@@ -247,7 +251,9 @@ def test_a_full_disk_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(cache.errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(records.pa, "OSFile", full)
-    with pytest.raises(DataError, match=r"data\.jsonl: .*no room for the prepared data: .*HF_DATASETS_CACHE"):
+    with pytest.raises(
+        DataError, match=r"data\.jsonl: cannot be read: the disk is full\. .*cache \(HF_DATASETS_CACHE\)"
+    ):
         load(write(tmp_path / "data.jsonl", UNPAIRED))
     assert entries(tmp_path) == []
 

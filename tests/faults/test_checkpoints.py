@@ -24,6 +24,7 @@ from kto_fused.checkpoints import MANIFEST, PREVIOUS, CheckpointError, FolderInU
 from kto_fused.trainer_configs import FusedDPOConfig, FusedKTOConfig
 
 pytestmark = pytest.mark.usefixtures("small_machine")
+TORCH_FILES = ("optimizer.pt", "rng_state.pth")
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
 
 
@@ -59,9 +60,10 @@ def run(saved, tmp_path) -> Path:
     return shutil.copytree(saved, tmp_path / "run")
 
 
-@pytest.fixture
-def whole(tmp_path) -> tuple:
-    return outcome(make_trainer("kto", tmp_path / "whole", num_train_epochs=2, **SAVING))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple:
+    """The outcome of a run of 8 steps that was never stopped."""
+    return outcome(make_trainer("kto", tmp_path_factory.mktemp("whole"), num_train_epochs=2, **SAVING))
 
 
 def outcome(trainer, resume: str | bool | None = None) -> tuple:
@@ -275,26 +277,31 @@ class FillDisk(StopAt):
             self.fill()
 
 
-@pytest.mark.parametrize("too_large", ["model.safetensors", "optimizer.pt", "rng_state.pth", MANIFEST])
+@pytest.mark.parametrize(
+    "too_large",
+    ["model.safetensors", MANIFEST, *(pytest.param(name, marks=pytest.mark.full) for name in TORCH_FILES)],
+)
 def test_a_failed_save_is_one_sentence_and_leaves_the_older_checkpoint(saved, tmp_path, file_limit, too_large, whole):
     sizes = sorted({path.stat().st_size for path in (saved / "checkpoint-2").iterdir()})
     size = (saved / "checkpoint-2" / too_large).stat().st_size
     fill = FillDisk(3, lambda: file_limit(max([other for other in sizes if other < size], default=size - 1)))
     settings = {"num_train_epochs": 2, **SAVING}
-    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be saved \(.+\); earlier .* make room"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-4 could not be saved \(.+\): make room .* resume from the newest"
+    ):
         make_trainer("kto", tmp_path / "run", callbacks=[fill], **settings).train()
     file_limit(resource.RLIM_INFINITY)
     assert names_in(tmp_path / "run") == {"checkpoint-2"}
     assert outcome(make_trainer("kto", tmp_path / "run", **settings), resume=True) == whole
 
 
-def test_a_full_tmpfs(tmp_path, full):
-    """Only with --full, and where a file system may be mounted."""
+@pytest.mark.full
+def test_a_save_onto_a_full_tmpfs_leaves_the_older_checkpoint(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small)]
-    if not full or subprocess.run(mount, capture_output=True).returncode != 0:
-        return
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("no file system can be mounted here")
     try:
         fill = FillDisk(3, lambda: (small / "filler").write_bytes(b"x" * (shutil.disk_usage(small).free - 20_000)))
         with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be saved"):
@@ -430,8 +437,9 @@ CHANGES_THE_CURVE = {
     *("ignore_data_skip", "label_smoothing", "label_smoothing_factor", "learning_rate", "liger_kernel_config"),
     *("loss_from", "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "metric_for_best_model"),
     *("neftune_noise_alpha", "optim", "optim_args", "optim_target_modules", "pad_to_multiple_of"),
-    *("parallelism_config", "per_device_train_batch_size", "precompute_ref_log_probs", "reference_point", "seed"),
-    *("tf32", "train_sampling_strategy", "undesirable_weight", "use_liger_kernel", "warmup_steps", "weight_decay"),
+    *("parallelism_config", "per_device_train_batch_size", "precompute_ref_log_probs", "reference", "reference_point"),
+    *("seed", "tf32", "train_sampling_strategy", "undesirable_weight", "use_liger_kernel", "warmup_steps"),
+    "weight_decay",
 }
 
 
@@ -450,7 +458,8 @@ def test_every_option_changes_the_curve_or_is_listed_as_one_that_does_not(tmp_pa
         return checkpoints.describe_run(args, **settings)
 
     plain = described()
-    for name in names - {"parallelism_config"}:  # which asks its value to describe itself
+    # the first asks its value to describe itself; of the second the result counts, the reference's weights
+    for name in names - {"parallelism_config", "reference"}:
         is_counted = described(**{name: 0.123}).get(name) != plain.get(name)
         assert is_counted == (name not in checkpoints.CURVE_NEUTRAL), name
 
@@ -507,6 +516,21 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_killed_one_block
         first.kill()
         first.join()
     make_trainer("kto", tmp_path, max_steps=1).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_full_for_the_note_of_a_lock_is_said(tmp_path, monkeypatch, caplog):
+    write_text = Path.write_text
+
+    def full(path, *arguments, **named):
+        if path.name == checkpoints.RUNNING:
+            path.touch()
+            raise OSError(28, "No space left on device")
+        return write_text(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    make_trainer("kto", tmp_path, max_steps=1).train()
+    assert f"{tmp_path / checkpoints.RUNNING} cannot be written (No space left on device)" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 

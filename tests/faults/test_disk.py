@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,17 +62,19 @@ def no_space(folder: Path) -> None:
                 pass
 
 
-@pytest.fixture(params=["limit", "tmpfs"])
-def disk(request, tmp_path, full):
-    """A folder, and what fills its disk up. A real small file system with --full, where one can be mounted."""
+@pytest.fixture(params=["limit", pytest.param("tmpfs", marks=pytest.mark.full)])
+def disk(request, tmp_path):
+    """A folder, and what fills its disk up: with --full a small file system too."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if request.param == "tmpfs" and full and subprocess.run(mount, capture_output=True).returncode == 0:
-        yield folder, no_space
-        subprocess.run(["umount", str(folder)], check=True)
-    else:
+    if request.param == "limit":
         yield folder, no_large_files
+        return
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    yield folder, no_space
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 def filling(fill: Callable[[Path], None], folder: Path, function: Callable) -> Callable:
@@ -88,8 +91,17 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("place", ["save_model", "write", "plot"])
-@pytest.mark.parametrize("kept", ["no", "steps"])
+@pytest.mark.parametrize(
+    ("place", "kept"),
+    [
+        ("save_model", "steps"),
+        ("write", "no"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("save_model", "no"), ("write", "steps"), ("plot", "no"), ("plot", "steps"))
+        ),
+    ],
+)
 def test_results_that_do_not_fit_are_one_sentence_and_leave_nothing_half(files, tmp_path, disk, place, kept):
     folder, fill = disk
     out = folder / "out"
@@ -102,7 +114,7 @@ def test_results_that_do_not_fit_are_one_sentence_and_leave_nothing_half(files, 
             original = train.FusedTrainer.save_model
 
             def save_model(self, output_dir=None, **named):
-                is_checkpoint = "checkpoint" in str(output_dir)
+                is_checkpoint = Path(output_dir).name.startswith("checkpoint-")
                 return (original if is_checkpoint else saved)(self, output_dir, **named)
 
             FusedDPOTrainer.save_model = save_model
@@ -114,7 +126,8 @@ def test_results_that_do_not_fit_are_one_sentence_and_leave_nothing_half(files, 
     assert f"{out} cannot be written" in said
     assert re.search("No space left|File too large", said)
     assert ("the trained model is in" in said) == (kept == "steps")
-    assert names(out) == ({"checkpoint-2"} if kept == "steps" else set())
+    assert out.exists() == (kept == "steps")
+    assert kept == "no" or names(out) == {"checkpoint-2"}
     (folder / "filler").unlink(missing_ok=True)
     if kept == "steps":
         resumed = command(files, out, "--save_strategy", kept, "--resume_from_checkpoint", "true")
@@ -143,6 +156,17 @@ def test_a_full_disk_under_the_data_cache_names_it(files, tmp_path, disk, place,
     assert f"the disk is full. Prepared data is kept in {folder / 'cache'} (HF_DATASETS_CACHE)" in said
     assert [path for path in (folder / "cache").rglob("tmp*") if path.is_file()] == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command_of", [command, lambda _, out: ["demo", "--device", "cpu", "--out", str(out)]])
+def test_a_disk_that_is_full_before_the_run_is_refused_at_once(files, tmp_path, disk, monkeypatch, command_of):
+    folder, fill = disk
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", 2000)
+    outcome = forked_command.run(command_of(files, folder / "out"), tmp_path, lambda: fill(folder))
+    assert outcome.code == 2, outcome.err
+    (said,) = outcome.err.splitlines()
+    assert re.search(rf"{folder}/out cannot be written: (No space left|File too large)", said)
+    assert names(folder) <= {"filler"}
 
 
 def test_a_disk_that_fills_while_precomputing_loses_no_run(files, tmp_path, disk):
@@ -208,7 +232,7 @@ def test_a_damaged_file_of_a_model_is_named(files, tmp_path, kind, file, flag):
         shutil.copytree(files / kind, folder)
         (folder / file).write_bytes(damaged(content))
         with pytest.raises(CommandError) as refused:
-            train.load(str(folder), "float32", flag)
+            train.load(str(folder), "float32", flag=flag)
         said = str(refused.value)
         assert said.startswith(f"--{flag} {folder} cannot be loaded: {folder / file} is no whole "), (damage, said)
         assert said.endswith("copy or download it again")

@@ -12,7 +12,7 @@ from conftest import ENGINES
 
 import kto_fused
 
-CASES, SLICE, GROUPS = 3000, 300, 10
+CASES, SLICE, GROUPS = 3000, 200, 10
 
 # The distance from 1 to the next number. A result may be off by ``ROUNDINGS`` of the dtype that it is computed in, as a
 # share of the numbers that it is computed from, and by ``STORED`` of the dtype that it is stored in.

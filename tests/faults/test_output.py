@@ -15,7 +15,7 @@ import tiny_training
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
-from kto_fused import cli, process, train
+from kto_fused import checkpoints, cli, process, train
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 SENTENCE = "kto-fused: stdout cannot be written ({}): the run goes on without it, to its end"
@@ -80,9 +80,18 @@ def closed(*descriptors):
         os.close(descriptor)
 
 
-@pytest.mark.parametrize("descriptors", [(1,), (2,), (1, 2)], ids=["stdout", "stderr", "both"])
-@pytest.mark.parametrize("lose", [broken_pipe, full_disk, closed])
-def test_a_lost_stream_loses_no_run(files, tmp_path, expected, lose, descriptors):
+STREAMS = {"stdout": (1,), "stderr": (2,), "both": (1, 2)}
+LOST = [(broken_pipe, "stdout"), (full_disk, "stdout"), (full_disk, "both"), (closed, "stderr")]
+ALL_LOST = [(lose, streams) for lose in (broken_pipe, full_disk, closed) for streams in STREAMS]
+
+
+@pytest.mark.parametrize(
+    ("lose", "streams"),
+    [*LOST, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL_LOST if case not in LOST)],
+)
+def test_a_lost_stream_loses_no_run(files, tmp_path, expected, lose, streams):
+    descriptors = STREAMS[streams]
+
     def before():
         lose(*descriptors)
         forked_command.open_streams()
@@ -252,8 +261,15 @@ WORKERS = {
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("kind", WORKERS)
+ENDINGS = [("tokenizers", signal.SIGTERM), ("loaders", signal.SIGINT), ("loaders", signal.SIGKILL)]
+ALL_ENDINGS = [(kind, number) for kind in WORKERS for number in SIGNALS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [*ENDINGS, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL_ENDINGS if case not in ENDINGS)],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_no_worker_and_no_draft_stays_behind(files, tmp_path, kind, number, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     flags, before = WORKERS[kind]
@@ -293,6 +309,21 @@ def test_a_killed_loader_is_one_sentence(files, tmp_path):
     assert "Traceback" not in outcome.err
     assert "lower --dataloader_num_workers" in outcome.err
     assert forked_command.still_running(workers) == []
+
+
+def test_a_killed_loader_is_one_sentence_wherever_torch_says_so(files, tmp_path):
+    """Its error is raised in a signal's handler: here as the folder's lock is released."""
+
+    def before():
+        def fails(*_, **__):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+        checkpoints.FileLock.release = fails
+
+    outcome = forked_command.run(command(files, tmp_path / "out"), tmp_path, before)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert "killed by signal: Killed.: a process that loads batches was ended from outside" in outcome.err
 
 
 def test_an_error_in_a_worker_ends_all_of_them(files, tmp_path, monkeypatch):
