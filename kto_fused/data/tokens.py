@@ -457,13 +457,11 @@ def _encoded_conversations(
 ) -> Iterator[tuple[list[int], list[_Answer]]]:
     """The tokens of the prompt and what asks for an answer, and each answer's with the prompt, of every record."""
     prompts = batch["prompt"]
-    asked = [
-        render(row, messages, add_generation_prompt=True).text for row, messages in zip(rows, prompts, strict=True)
-    ]
+    asked = [one.text for one in render.all(rows, prompts, add_generation_prompt=True)]
     asked_ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
     sides = []
     for answer in answers:
-        texts = [render(*one).text for one in zip(rows, map(list.__add__, prompts, batch[answer]), strict=True)]
+        texts = [one.text for one in render.all(rows, list(map(list.__add__, prompts, batch[answer])))]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         records = zip(rows, prompts, batch[answer], asked, texts, ids, strict=True)
         sides.append([_conversation_answer(*record, tokenizer, special, render) for record in records])
