@@ -282,7 +282,7 @@ class _Special(NamedTuple):
     begin: int | None
     ends: set[int]
     unknown: int | None
-    texts: list[str]  # of all tokens that a tokenizer takes whole out of a text
+    texts: dict[int, set[str]]  # of all tokens that a tokenizer takes whole out of a text, by length, longest first
 
 
 class _Answer(NamedTuple):
@@ -413,7 +413,10 @@ def _special(tokenizer) -> _Special:
         ends.add(tokenizer.eos_token_id)
     # GPT-2's unk_token is its eos_token, which says nothing where it stands
     is_shared = tokenizer.unk_token in (eos, tokenizer.bos_token, tokenizer.pad_token)
-    texts = [text for text in {eos, *(token.content for token in added.values())} if text and text.strip()]
+    texts = {}
+    for text in sorted({eos or "", *(token.content for token in added.values())}, key=len, reverse=True):
+        if text.strip():
+            texts.setdefault(len(text), set()).add(text)
     return _Special(tokenizer.bos_token_id, ends, None if is_shared else tokenizer.unk_token_id, texts)
 
 
@@ -511,13 +514,14 @@ def _conversation_answer(
     return _Answer(ids, trained, found, has_end)
 
 
-def _written_around(text: str, content: str, special: list[str]) -> tuple[str, str, bool]:
+def _written_around(text: str, content: str, special: dict[int, set[str]]) -> tuple[str, str, bool]:
     """What a template wrote before and after an answer, without special tokens and white space after it, and whether
     there is such a token. Of an answer that it changed, nothing is told.
     """
     content, body, has_end = content.strip(), text.rstrip(), False
     while not body.endswith(content):
-        token = next((token for token in special if body.endswith(token)), None)
+        # by length: some tokenizers have thousands of such tokens
+        token = next((body[-length:] for length, tokens in special.items() if body[-length:] in tokens), None)
         if token is None:
             break
         body, has_end = body.removesuffix(token).rstrip(), True
