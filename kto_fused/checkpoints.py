@@ -72,8 +72,9 @@ CURVE_NEUTRAL = frozenset(
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
         *("precompute_ref_batch_size", "ref_cache_dir", "local_rank", "do_train", "do_eval", "do_predict"),
-        # what the tokens of the data say already, which are hashed
-        *("max_length", "remove_unused_columns", "label_names", "length_column_name"),
+        # what hashes of their effects say already: of the data's tokens, of the reference, of the model's weights
+        *("max_length", "remove_unused_columns", "label_names", "length_column_name", "reference"),
+        "trust_remote_code",
     )
 )
 # entries of a model's configuration that training and saving set, or that name where it came from
@@ -255,6 +256,9 @@ def choose(wanted: str | bool, output_dir: str, anyway: bool = False) -> str:
                 passed_over = [problem for problem in problems.values() if problem]
                 if passed_over:
                     logger.warning(f"resuming from {folder}; passed over: {'; '.join(passed_over)}")
+                if folder.name.endswith(PREVIOUS):  # else the best checkpoint would not be found under its name
+                    folder = folder.with_name(folder.name.removesuffix(PREVIOUS))
+                    _put_back(folder)
                 return str(folder)
     if not problems:
         raise CheckpointError(f"there is no checkpoint in {output_dir}")
@@ -304,9 +308,15 @@ def end(folder: Path, run: dict[str, Any]) -> None:
 
 
 def abandon(folder: Path) -> None:
-    """After a failure: what was begun is removed, and what was set aside is back in its place."""
-    previous = folder.with_name(folder.name + PREVIOUS)
+    """After a failure to save: removes what was begun, unless it is complete, and puts back what was set aside."""
+    if not is_complete(folder):
+        _put_back(folder)
+
+
+def _put_back(folder: Path) -> None:
+    """Removes an incomplete checkpoint and puts the complete one that was set aside for it in its place."""
     remove(folder)
+    previous = folder.with_name(folder.name + PREVIOUS)
     if previous.exists() and not folder.exists():
         previous.rename(folder)
 
@@ -372,8 +382,7 @@ def describe_run(
     entries["tokenizer"] = f"{len(tokenizer)} tokens, {_hash_json(_plain(vocabulary))}"
     config = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
-        described = config.to_diff_dict()
-        entries |= {f"model.{name}": value for name, value in described.items() if name not in CONFIG_NEUTRAL}
+        entries |= {f"model.{name}": value for name, value in _without_neutral(config.to_diff_dict()).items()}
     entries["model.dtypes"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
     entries["model.frozen_weights"] = hash_weights(model, frozen_only=True)
     for adapter, peft_config in getattr(model, "peft_config", {}).items():
@@ -381,8 +390,15 @@ def describe_run(
             value = getattr(peft_config, option.name)
             if option.name not in ADAPTER_NEUTRAL and value != _default(option):
                 entries[f"adapter.{adapter}.{option.name}"] = value
-    entries["reference"] = reference
+    entries["reference_weights"] = reference
     return _plain(entries)
+
+
+def _without_neutral(config: Any) -> Any:
+    """A model's configuration without the entries of ``CONFIG_NEUTRAL``, also of the text or vision model in it."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _without_neutral(value) for name, value in config.items() if name not in CONFIG_NEUTRAL}
 
 
 def hash_weights(model: nn.Module, frozen_only: bool = False) -> str:
