@@ -29,7 +29,7 @@ from tiny_training import (
     weights,
 )
 
-from kto_fused import checkpoints, cli
+from kto_fused import checkpoints, cli, fingerprints
 from kto_fused.checkpoints import MANIFEST, PREVIOUS, CheckpointError, FolderInUseError
 from kto_fused.trainer_configs import FusedDPOConfig, FusedKTOConfig
 
@@ -499,7 +499,7 @@ def test_a_later_versions_option_at_its_default_is_no_difference(run):
     path = run / "checkpoint-4" / MANIFEST
     content = json.loads(path.read_text())
     del content["run"]["disable_dropout"]
-    content["xxh3_128"] = checkpoints._hash_json({"files": content["files"], "run": content["run"]})
+    content["xxh3_128"] = fingerprints.hash_json({"files": content["files"], "run": content["run"]})
     path.write_text(json.dumps(content))
     for value, is_another in ((True, False), (False, True)):
         trainer = make_trainer(
