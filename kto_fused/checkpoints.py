@@ -244,10 +244,10 @@ def choose(wanted: str | bool, output_dir: str, anyway: bool = False) -> str:
     problems = {}
     # without manifests only where no checkpoint has a valid one
     for check in (verify, lambda folder: _verify_or_read(folder, True))[: 2 if anyway else 1]:
-        for _, folder in found:
+        for number, (_, folder) in enumerate(found):
             problems[folder] = _problem(folder, check)
             if problems[folder] is None:
-                passed_over = [problem for problem in problems.values() if problem]
+                passed_over = [problems[newer.folder] for newer in found[:number]]
                 if passed_over:
                     logger.warning(f"resuming from {folder}; passed over: {'; '.join(passed_over)}")
                 if folder.name.endswith(PREVIOUS):  # else the best checkpoint would not be found under its name
