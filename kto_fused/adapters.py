@@ -12,6 +12,8 @@ import torch
 import xxhash
 from torch import nn
 
+from . import fingerprints
+
 REFERENCE_NAMES = ("ref", "reference")  # adapters of these names are the reference, where they are not trained
 COPIES = "_kto_fused_copies"  # attribute of a PeftModel: {name: configuration} of the copies that a trainer made
 PLAIN = (bool, int, float, str, type(None))
@@ -196,12 +198,10 @@ def fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
 def _update(digest: Any, name: str, value: Any) -> None:
     tensors = {"": value} if isinstance(value, torch.Tensor) else {}
     if isinstance(value, nn.Module):
-        tensors = value.state_dict()
+        tensors = value.state_dict(keep_vars=True)
     digest.update(f"{name} {value if isinstance(value, PLAIN) else type(value).__name__}".encode())
     for key, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().contiguous().cpu()
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        fingerprints.add_tensor(digest, key, tensor)
 
 
 # ---- where PEFT keeps adapters ------------------------------------------------------------------------------------

@@ -19,9 +19,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import torch
 import xxhash
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -31,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import reference_cache
+from . import fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +36,7 @@ MANIFEST = "manifest.json"
 PREVIOUS = ".previous"  # a complete checkpoint of this step, kept until the one that replaces it is complete
 LOCK, RUNNING = "_run.lock", "_run.json"  # transformers uploads no file that begins with "_"
 BLOCK_BYTES = 1 << 22
+REFERENCE = "reference_weights"  # name of the entry of a run that its reference is told by
 SHOWN = 60  # characters of a value that differs
 ORPHANS_END_WITHIN = 30  # seconds: worker processes of a killed run hold its lock until they notice its death
 # What training cannot go on without. FSDP and DeepSpeed keep optimizer and weights in folders of other names.
@@ -72,9 +70,9 @@ CURVE_NEUTRAL = frozenset(
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
         *("precompute_ref_batch_size", "ref_cache_dir", "local_rank", "do_train", "do_eval", "do_predict"),
+        # what hashes of their effects say already: of the data's tokens, of the reference, of the model's weights
+        *("max_length", "remove_unused_columns", "label_names", "length_column_name", "reference"),
         "trust_remote_code",
-        # what the tokens of the data say already, which are hashed
-        *("max_length", "remove_unused_columns", "label_names", "length_column_name"),
     )
 )
 # entries of a model's configuration that training and saving set, or that name where it came from
@@ -112,7 +110,7 @@ def write_manifest(folder: Path, run: dict[str, Any]) -> None:
     content = {"files": files, "run": run}
     draft = folder / f"{MANIFEST}.part"
     with draft.open("w", encoding="utf-8") as file:
-        json.dump({"xxh3_128": _hash_json(content), **content}, file, indent=1)
+        json.dump({"xxh3_128": fingerprints.hash_json(content), **content}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, folder / MANIFEST)
@@ -127,7 +125,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not there")
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest["xxh3_128"] != _hash_json({"files": manifest["files"], "run": manifest["run"]}):
+        if manifest["xxh3_128"] != fingerprints.hash_json({"files": manifest["files"], "run": manifest["run"]}):
             raise ValueError("its checksum is another")
     except FileNotFoundError:
         raise CheckpointError(
@@ -199,10 +197,6 @@ def _hash_file(path: Path, to_disk: bool = False) -> str:
     return digest.hexdigest()
 
 
-def _hash_json(value: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
-
-
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     with suppress(OSError):  # some network file systems have no such thing
@@ -250,12 +244,15 @@ def choose(wanted: str | bool, output_dir: str, anyway: bool = False) -> str:
     problems = {}
     # without manifests only where no checkpoint has a valid one
     for check in (verify, lambda folder: _verify_or_read(folder, True))[: 2 if anyway else 1]:
-        for _, folder in found:
+        for number, (_, folder) in enumerate(found):
             problems[folder] = _problem(folder, check)
             if problems[folder] is None:
-                passed_over = [problem for problem in problems.values() if problem]
+                passed_over = [problems[newer.folder] for newer in found[:number]]
                 if passed_over:
                     logger.warning(f"resuming from {folder}; passed over: {'; '.join(passed_over)}")
+                if folder.name.endswith(PREVIOUS):  # else the best checkpoint would not be found under its name
+                    folder = folder.with_name(folder.name.removesuffix(PREVIOUS))
+                    _put_back(folder)
                 return str(folder)
     if not problems:
         raise CheckpointError(f"there is no checkpoint in {output_dir}")
@@ -305,9 +302,15 @@ def end(folder: Path, run: dict[str, Any]) -> None:
 
 
 def abandon(folder: Path) -> None:
-    """After a failure: what was begun is removed, and what was set aside is back in its place."""
-    previous = folder.with_name(folder.name + PREVIOUS)
+    """After a failure to save: removes what was begun, unless it is complete, and puts back what was set aside."""
+    if not is_complete(folder):
+        _put_back(folder)
+
+
+def _put_back(folder: Path) -> None:
+    """Removes an incomplete checkpoint and puts the complete one that was set aside for it in its place."""
     remove(folder)
+    previous = folder.with_name(folder.name + PREVIOUS)
     if previous.exists() and not folder.exists():
         previous.rename(folder)
 
@@ -370,33 +373,26 @@ def describe_run(
     if args.metric_for_best_model is not None or _schedule(args) in BY_EVALUATION:
         entries["eval_data"] = _describe_data(eval_dataset, columns)
     vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
-    entries["tokenizer"] = f"{len(tokenizer)} tokens, {_hash_json(_plain(vocabulary))}"
+    entries["tokenizer"] = f"{len(tokenizer)} tokens, {fingerprints.hash_json(_plain(vocabulary))}"
     config = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
-        described = config.to_diff_dict()
-        entries |= {f"model.{name}": value for name, value in described.items() if name not in CONFIG_NEUTRAL}
+        entries |= {f"model.{name}": value for name, value in _without_neutral(config.to_diff_dict()).items()}
     entries["model.dtypes"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
-    entries["model.frozen_weights"] = hash_weights(model, frozen_only=True)
+    entries["model.frozen_weights"] = fingerprints.hash_weights(model, lambda name, tensor: not tensor.requires_grad)
     for adapter, peft_config in getattr(model, "peft_config", {}).items():
         for option in fields(peft_config):
             value = getattr(peft_config, option.name)
             if option.name not in ADAPTER_NEUTRAL and value != _default(option):
                 entries[f"adapter.{adapter}.{option.name}"] = value
-    entries["reference"] = reference
+    entries[REFERENCE] = reference
     return _plain(entries)
 
 
-def hash_weights(model: nn.Module, frozen_only: bool = False) -> str:
-    """Of names, dtypes and values; sharded weights hash as the whole ones do."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if frozen_only and tensor.requires_grad:
-            continue
-        with reference_cache._whole(tensor) as values:
-            digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-            if not values.is_meta:  # accelerate loads the weights on the first process alone, whose hash is kept
-                digest.update(values.contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _without_neutral(config: Any) -> Any:
+    """A model's configuration without the entries of ``CONFIG_NEUTRAL``, also of the text or vision model in it."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _without_neutral(value) for name, value in config.items() if name not in CONFIG_NEUTRAL}
 
 
 def check_same_run(checkpoint: str, run: dict[str, Any], args: TrainingArguments) -> None:
@@ -416,6 +412,11 @@ def check_same_run(checkpoint: str, run: dict[str, Any], args: TrainingArguments
     if not found:
         return
     differences = "; ".join(found)
+    if saved.get(REFERENCE) != run.get(REFERENCE):
+        differences += (
+            "; the reference is the policy as it was before the run began, unless ref_model is given: pass the model "
+            "that the run began with, as model or as ref_model, and not one of its checkpoints"
+        )
     if not args.resume_anyway:
         raise CheckpointError(
             f"{checkpoint} belongs to another run ({differences}): resume with what it was made with, or go on all the "
@@ -448,26 +449,7 @@ def _describe_data(data: Dataset | dict[str, Dataset] | None, columns: Iterable[
         return {name: _describe_data(dataset, columns) for name, dataset in data.items()}
     if data is None:
         return None
-    names = sorted(name for name in columns if name in data.column_names)
-    digest = xxhash.xxh3_128(repr(names).encode())
-    for rows in data.select_columns(names).with_format("arrow").iter(reference_cache.ROWS_AT_A_TIME):
-        for name in names:
-            _hash_values(digest, rows[name].combine_chunks())
-    return f"{len(data)} examples, {digest.hexdigest()}"
-
-
-def _hash_values(digest: xxhash.xxh3_128, values: pa.Array) -> None:
-    """The values alone: what else Arrow keeps with them depends on how a dataset was made."""
-    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        digest.update(values.value_lengths().fill_null(-1).to_numpy().astype(np.int64))
-        values = values.flatten()
-    if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
-        values = values.cast(pa.int64())
-    digest.update(json.dumps(values.null_count and values.is_null().to_pylist()).encode())
-    if pa.types.is_integer(values.type):
-        digest.update(values.fill_null(0).to_numpy())
-    else:
-        digest.update(repr(values.to_pylist()).encode())
+    return f"{len(data)} examples, {fingerprints.hash_data(data, set(columns) & set(data.column_names))}"
 
 
 def _default(option: Any) -> Any:

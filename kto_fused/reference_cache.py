@@ -12,23 +12,22 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
-import pyarrow as pa
 import torch
 import xxhash
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from . import fingerprints
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_A_TIME = 1000
 # the entry of a file's metadata that holds fingerprint and checksum: one entry, because safetensors writes several in
 # random order, and equal values should give equal files
 DESCRIBED = "kto_fused"
@@ -63,7 +62,8 @@ def add_ref_logps(
         OSError: ``folder`` is given and cannot be created. Nothing has been computed then.
         ValueError: a computed value is NaN or infinite. Nothing is kept then.
     """
-    fingerprint = xxhash.xxh3_128_hexdigest("\n".join([hash_tokens(dataset), *columns, *depends_on]).encode())
+    tokens = fingerprints.hash_data(dataset, dataset.column_names)
+    fingerprint = xxhash.xxh3_128_hexdigest("\n".join([tokens, *columns, *depends_on]).encode())
     path = Path(folder or Path(huggingface_hub.constants.HF_HOME) / "kto_fused")
     values = _read(path, fingerprint, columns, len(dataset))
     if not on_every_rank(values is not None):
@@ -82,44 +82,14 @@ def add_ref_logps(
     return dataset
 
 
-def hash_tokens(dataset: Dataset) -> str:
-    """Of every value in the dataset."""
-    digest = xxhash.xxh3_128(repr(dataset.features).encode())
-    for batch in dataset.with_format("arrow").iter(ROWS_AT_A_TIME):
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, batch.schema) as stream:
-            stream.write_table(batch.combine_chunks())
-        digest.update(sink.getvalue())
-    return digest.hexdigest()
-
-
 def hash_model(model: PreTrainedModel, adapter_prefix: str | None = None) -> str:
     """Of configuration and weights; without the adapters', whose names hold ``adapter_prefix``."""
     irrelevant = ("_name_or_path", "use_cache")  # Trainer sets the latter, of the policy alone
     configuration = {key: value for key, value in model.config.to_diff_dict().items() if key not in irrelevant}
-    digest = xxhash.xxh3_128(repr(sorted(configuration.items(), key=str)).encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if adapter_prefix is None or adapter_prefix not in name:
-            with _whole(tensor) as values:
-                values = values.contiguous().cpu()
-                digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-                digest.update(values.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _whole(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Of what FSDP2 or ZeRO-3 shards each rank asks for the whole, so that they hash the same."""
-    values = tensor.detach()
-    if isinstance(values, DTensor):
-        yield values.full_tensor()
-    elif hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            yield tensor.detach()
-    else:
-        yield values
+    weights = fingerprints.hash_weights(
+        model, lambda name, tensor: adapter_prefix is None or adapter_prefix not in name
+    )
+    return f"{xxhash.xxh3_128_hexdigest(repr(sorted(configuration.items(), key=str)).encode())} {weights}"
 
 
 def _read(folder: Path, fingerprint: str, columns: tuple[str, ...], length: int) -> dict[str, torch.Tensor] | None:

@@ -36,7 +36,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from . import adapters, checkpoints, huggingface, log, model_files, preference_data, reference_cache
+from . import adapters, checkpoints, fingerprints, huggingface, log, model_files, preference_data, reference_cache
 from .functional import (
     fused_dpo_loss,
     fused_kto_loss,
@@ -544,7 +544,8 @@ class FusedTrainer(Trainer):
                 dataset, self.ref_columns, batches, args.ref_cache_dir, depends_on, on_every_rank
             )
 
-        self._reference_hash = checkpoints.hash_weights(self._unwrapped(model), frozen_only=prefix is not None)
+        if self._reference_key is None:
+            self._reference_hash = fingerprints.hash_weights(self._unwrapped(model))
         model.eval()
         with self.accelerator.autocast():
             if self.train_dataset is not None:
@@ -715,8 +716,6 @@ class FusedTrainer(Trainer):
                 columns=[*self.columns, *self.mask_columns],
             )
             if checkpoint is not None:
-                if self._starts_as_reference:
-                    self._check_began_elsewhere(checkpoint)
                 checkpoints.agreed(args, lambda: checkpoints.check_same_run(checkpoint, self._run, args))
             return super().train(checkpoint, *arguments, **options)
 
@@ -725,7 +724,7 @@ class FusedTrainer(Trainer):
         if self._reference_key is not None:
             return f"adapters {self._reference_key}"
         if self.ref_model is not None:
-            return checkpoints.hash_weights(self._unwrapped(self.ref_model))
+            return fingerprints.hash_weights(self._unwrapped(self.ref_model))
         return self._reference_hash
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
@@ -748,16 +747,6 @@ class FusedTrainer(Trainer):
             return start
         self.accelerator.print(f"The checkpoint has all {max_steps} steps: nothing is trained, its results are written")
         return epochs, 0  # as many epochs as there are lie behind
-
-    def _check_began_elsewhere(self, checkpoint: str) -> None:
-        """A run resumed with a model of its own checkpoints would go on with another reference than it began with."""
-        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        path = Path(name).resolve()
-        if path.name.startswith(PREFIX_CHECKPOINT_DIR) and path.parent == Path(checkpoint).resolve().parent:
-            raise ValueError(
-                f"model was loaded from {name}, a checkpoint of the run to be resumed, so its reference would be the "
-                "policy as it was then: pass the model that the run began with, or that as ref_model"
-            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As ``Trainer``'s, without the copies of adapters that are the reference."""
@@ -1090,7 +1079,7 @@ def _embedded_tokens(model: nn.Module | None) -> int | None:
 def _largest_token_id(dataset: Dataset) -> int:
     columns = [name for name in dataset.column_names if name.endswith("_ids")]
     largest = 0
-    for rows in dataset.select_columns(columns).with_format("arrow").iter(reference_cache.ROWS_AT_A_TIME):
+    for rows in dataset.select_columns(columns).with_format("arrow").iter(fingerprints.ROWS_AT_A_TIME):
         found = (pc.max(pc.list_flatten(rows[column])).as_py() for column in columns)
         largest = max(largest, *(0 if token_id is None else token_id for token_id in found))  # a prompt may be empty
     return largest

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"  # ends the name of a folder that is being written
-# seconds: a writer touches its files every 1000 rows, so a folder that nothing touched for so long has no writer
-ABANDONED_AFTER = 3600
+# a folder that nothing touched for so long has no writer: one that lives touches its files every 1000 rows, which takes
+# up to 3 hours where a chat template takes RENDER_SECONDS for each
+SECONDS_UNTIL_ABANDONED = 24 * 3600
 _until_exit: list[tempfile.TemporaryDirectory] = []  # each is removed when the interpreter ends
 
 
@@ -108,7 +110,7 @@ def _write(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     """The Arrow files, and the manifest last: line 1 the files' sizes and checksums, line 2 the checksum of line 1."""
     try:
         notes = write(folder)
-        files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(folder.glob("*.arrow"))}
+        files = {file.name: [file.stat().st_size, checksum(file)] for file in sorted(folder.glob("*.arrow"))}
         content = json.dumps({"files": files, "notes": notes})
         (folder / MANIFEST).write_text(f"{content}\n{xxhash.xxh3_128_hexdigest(content.encode())}", encoding="utf-8")
     except OSError as error:
@@ -124,12 +126,12 @@ def _write(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
 def _intact(folder: Path) -> Stored | None:
     """The entry, if there is one and every file has the size and the checksum that were written down."""
     try:
-        content, checksum = (folder / MANIFEST).read_text(encoding="utf-8").split("\n")
-        if xxhash.xxh3_128_hexdigest(content.encode()) != checksum:
+        content, written = (folder / MANIFEST).read_text(encoding="utf-8").split("\n")
+        if xxhash.xxh3_128_hexdigest(content.encode()) != written:
             return None
         manifest = json.loads(content)
-        for name, (size, checksum) in manifest["files"].items():
-            if (folder / name).stat().st_size != size or _checksum(folder / name) != checksum:
+        for name, (size, written) in manifest["files"].items():
+            if (folder / name).stat().st_size != size or checksum(folder / name) != written:
                 return None
     except (OSError, ValueError):
         return None
@@ -143,12 +145,13 @@ def _opened(folder: Path, key: str, manifest: dict[str, Any]) -> Stored:
     return Stored(dataset, manifest["notes"])
 
 
-def _checksum(file: Path) -> str:
-    checksum = xxhash.xxh3_128()
+def checksum(file: Path) -> str:
+    """Of all bytes of a file."""
+    digest = xxhash.xxh3_128()
     with file.open("rb", buffering=0) as content:
         while chunk := content.read(2**22):
-            checksum.update(chunk)
-    return checksum.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _place_for(folder: Path, what: str) -> Path:
@@ -158,13 +161,11 @@ def _place_for(folder: Path, what: str) -> Path:
     for abandoned in root.glob(f"*{UNFINISHED}"):
         with suppress(OSError):  # its writer may finish just now
             newest = max(path.stat().st_mtime for path in (abandoned, *abandoned.glob("*")))
-            if time.time() - newest > ABANDONED_AFTER:
+            if time.time() - newest > SECONDS_UNTIL_ABANDONED:
                 shutil.rmtree(abandoned, ignore_errors=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=UNFINISHED, dir=root))
+    unfinished = root / f"{folder.name}.{uuid.uuid4().hex}{UNFINISHED}"
+    unfinished.mkdir()  # with the mode that the umask leaves; mkdtemp would shut out the other users of a shared cache
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        unfinished.chmod(0o777 & ~umask)  # mkdtemp shuts out the other users of a shared cache
         if folder.exists():
             logger.warning(f"{what}: the cached copy in {folder} is damaged, and is made again.")
             os.replace(folder, unfinished / "damaged")  # what another process has open stays readable

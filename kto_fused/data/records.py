@@ -116,8 +116,7 @@ def _read(path: Path) -> Dataset:
     write = _write_parquet if path.suffix == ".parquet" else _write_lines
     kind = "parquet" if path.suffix == ".parquet" else "lines"
     try:
-        with path.open("rb") as file:
-            content = _content(file)
+        content = cache.checksum(path)
         write = partial(write, path=path, content=content)
         records, notes = cache.stored(_digest(kind, content), write, str(path))
     except DataError:
@@ -148,13 +147,6 @@ def _check_file_type(path: Path) -> None:
     else:
         way_out = "write one record a line as JSON"
     raise DataError(f"{expected}, {got}: {way_out}")
-
-
-def _content(file: BinaryIO) -> str:
-    content = xxhash.xxh3_128()
-    while chunk := file.read(2**20):
-        content.update(chunk)
-    return content.hexdigest()
 
 
 def _check_unchanged(path: Path, before: str, now: str) -> None:
@@ -301,8 +293,7 @@ def _write_parquet(folder: Path, *, path: Path, content: str) -> dict[str, Any]:
     """
     copy = folder / "copy.parquet"
     shutil.copyfile(path, copy)
-    with copy.open("rb") as file:
-        _check_unchanged(path, content, _content(file))
+    _check_unchanged(path, content, cache.checksum(copy))
     try:
         with pq.ParquetFile(copy) as file:
             schema = file.schema_arrow

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import warnings
+from collections.abc import Iterator
 from multiprocessing import Pipe
 from typing import NamedTuple
 
@@ -60,26 +61,39 @@ class Renderer:
         Raises:
             DataError: the template fails, or goes beyond a limit; the message names the row.
         """
-        if not hasattr(os, "fork"):
-            outcome = _render(self.tokenizer, messages, **options)
-        else:
-            if self._process is None:
-                self._start()
-            outcome = self._ask(messages, options)
-        if isinstance(outcome, str):
-            raise DataError(f"{self.name} data, row {row}: the chat template does not render it: {outcome}")
-        return outcome
+        return self.all([row], [messages], **options)[0]
 
-    def _ask(self, messages: list[dict[str, str]], options: dict[str, bool]) -> Rendered | str:
+    def all(self, rows: list[int], conversations: list[list[dict[str, str]]], **options: bool) -> list[Rendered]:
+        """As a call for each record. Several are sent at once, because two processes that take turns at each record
+        wait longer for each other than a rendering takes.
+        """
+        rendered = []
+        for start, stop in _parts(conversations):
+            for row, outcome in zip(rows[start:stop], self._outcomes(conversations[start:stop], options), strict=True):
+                if isinstance(outcome, str):
+                    self._stop()  # the process may still have answers to send
+                    raise DataError(f"{self.name} data, row {row}: the chat template does not render it: {outcome}")
+                rendered.append(outcome)
+        return rendered
+
+    def _outcomes(
+        self, conversations: list[list[dict[str, str]]], options: dict[str, bool]
+    ) -> Iterator[Rendered | str]:
+        """The renderings of the conversations. A string says why there is none, and is the last."""
+        if not hasattr(os, "fork"):
+            yield from (_render(self.tokenizer, messages, **options) for messages in conversations)
+            return
+        if self._process is None:
+            self._start()
         try:
-            self._connection.send((messages, options))
-            if self._connection.poll(RENDER_SECONDS):
-                return self._connection.recv()
-            outcome = f"it did not end within {RENDER_SECONDS} seconds"
+            self._connection.send((conversations, options))
+            for _ in conversations:
+                if not self._connection.poll(RENDER_SECONDS):
+                    yield f"it did not end within {RENDER_SECONDS} seconds"
+                    return
+                yield self._connection.recv()
         except (EOFError, OSError):
-            outcome = "its process died"
-        self._stop()
-        return outcome
+            yield "its process died"
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()
@@ -106,15 +120,26 @@ class Renderer:
         self._process = None
 
 
+def _parts(conversations: list[list[dict[str, str]]]) -> Iterator[tuple[int, int]]:
+    """Start and stop of as many conversations as are sent at once: 100, or fewer that hold a million characters."""
+    start = characters = 0
+    for stop, messages in enumerate(conversations, 1):
+        characters += sum(len(message["content"]) for message in messages)
+        if stop - start == 100 or characters > 10**6 or stop == len(conversations):
+            yield start, stop
+            start, characters = stop, 0
+
+
 def _serve(connection, tokenizer: PreTrainedTokenizerBase) -> None:
     """In the forked process: answer with what ``_render`` returns until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process ends this one
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _limit_memory()
     while True:
-        messages, options = connection.recv()
-        signal.alarm(2 * max(1, int(RENDER_SECONDS)))  # ends this process if the training process was killed
-        connection.send(_render(tokenizer, messages, **options))
+        conversations, options = connection.recv()
+        for messages in conversations:
+            signal.alarm(2 * max(1, int(RENDER_SECONDS)))  # ends this process if the training process was killed
+            connection.send(_render(tokenizer, messages, **options))
         signal.alarm(0)
 
 

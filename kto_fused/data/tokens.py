@@ -282,7 +282,7 @@ class _Special(NamedTuple):
     begin: int | None
     ends: set[int]
     unknown: int | None
-    texts: list[str]  # of all tokens that a tokenizer takes whole out of a text
+    texts: dict[int, set[str]]  # of all tokens that a tokenizer takes whole out of a text, by length, longest first
 
 
 class _Answer(NamedTuple):
@@ -413,7 +413,10 @@ def _special(tokenizer) -> _Special:
         ends.add(tokenizer.eos_token_id)
     # GPT-2's unk_token is its eos_token, which says nothing where it stands
     is_shared = tokenizer.unk_token in (eos, tokenizer.bos_token, tokenizer.pad_token)
-    texts = [text for text in {eos, *(token.content for token in added.values())} if text and text.strip()]
+    texts = {}
+    for text in sorted({eos or "", *(token.content for token in added.values())}, key=len, reverse=True):
+        if text.strip():
+            texts.setdefault(len(text), set()).add(text)
     return _Special(tokenizer.bos_token_id, ends, None if is_shared else tokenizer.unk_token_id, texts)
 
 
@@ -457,13 +460,11 @@ def _encoded_conversations(
 ) -> Iterator[tuple[list[int], list[_Answer]]]:
     """The tokens of the prompt and what asks for an answer, and each answer's with the prompt, of every record."""
     prompts = batch["prompt"]
-    asked = [
-        render(row, messages, add_generation_prompt=True).text for row, messages in zip(rows, prompts, strict=True)
-    ]
+    asked = [one.text for one in render.all(rows, prompts, add_generation_prompt=True)]
     asked_ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
     sides = []
     for answer in answers:
-        texts = [render(*one).text for one in zip(rows, map(list.__add__, prompts, batch[answer]), strict=True)]
+        texts = [one.text for one in render.all(rows, list(map(list.__add__, prompts, batch[answer])))]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         records = zip(rows, prompts, batch[answer], asked, texts, ids, strict=True)
         sides.append([_conversation_answer(*record, tokenizer, special, render) for record in records])
@@ -513,13 +514,14 @@ def _conversation_answer(
     return _Answer(ids, trained, found, has_end)
 
 
-def _written_around(text: str, content: str, special: list[str]) -> tuple[str, str, bool]:
+def _written_around(text: str, content: str, special: dict[int, set[str]]) -> tuple[str, str, bool]:
     """What a template wrote before and after an answer, without special tokens and white space after it, and whether
     there is such a token. Of an answer that it changed, nothing is told.
     """
     content, body, has_end = content.strip(), text.rstrip(), False
     while not body.endswith(content):
-        token = next((token for token in special if body.endswith(token)), None)
+        # by length: some tokenizers have thousands of such tokens
+        token = next((body[-length:] for length, tokens in special.items() if body[-length:] in tokens), None)
         if token is None:
             break
         body, has_end = body.removesuffix(token).rstrip(), True

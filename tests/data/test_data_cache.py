@@ -49,11 +49,11 @@ def test_a_file_that_changes_between_hash_and_reading_is_refused_and_not_cached(
         return content
 
     save(UNPAIRED)
-    plain = records._content
-    monkeypatch.setattr(records, "_content", hash_then_change)
+    plain = cache.checksum
+    monkeypatch.setattr(cache, "checksum", hash_then_change)
     with pytest.raises(DataError, match=rf"data\.{kind}: changed while it was read"):
         load(path)
-    monkeypatch.setattr(records, "_content", plain)
+    monkeypatch.setattr(cache, "checksum", plain)
     assert entries(tmp_path) == []
     save(UNPAIRED)
     assert load(path).to_list() == UNPAIRED  # not the reversed records under this content's key
@@ -230,7 +230,7 @@ def test_a_whole_entry_of_a_read_only_cache_is_used(tmp_path, monkeypatch, caplo
     def read_only(*_, **__):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(cache.tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(Path, "mkdir", read_only)
     monkeypatch.setattr(records, "_checked", None)
     assert load(path).to_list() == UNPAIRED
     assert not caplog.messages
@@ -290,7 +290,10 @@ def test_whole_entries_are_used_whatever_the_number_of_processes(tmp_path, monke
 def test_data_of_which_nothing_is_left_are_refused_each_time(tmp_path, num_proc):
     source = write(tmp_path / "data.jsonl", [PAIRED[1]] * 4)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"nothing is left of 4 examples .* the prompt leaves no room"):
+        with pytest.raises(
+            DataError,
+            match="nothing is left of 4 examples at max_length=1: 4 are dropped, because the prompt leaves no",
+        ):
             prepare_paired(source, one_token_a_word(), max_length=1, num_proc=num_proc)
 
 

@@ -85,3 +85,18 @@ def test_a_long_honest_conversation_is_rendered():
     messages = [{"role": ("user", "assistant")[turn % 2], "content": "red " * 250} for turn in range(2000)]
     with rendering.Renderer(one_token_a_word(), "train") as render:
         assert len(render(0, messages).text) > 2_000_000
+
+
+def test_records_that_are_sent_together_keep_their_order_and_name_the_one_that_fails():
+    """More records than one part holds, one of them longer than a part's characters."""
+    template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+    conversations = [[{"role": "user", "content": f"record {row}"}] for row in range(250)]
+    conversations[120][0]["content"] = "x" * 1_100_000
+    with rendering.Renderer(one_token_a_word(chat_template=template), "train") as render:
+        rendered = render.all(range(250), conversations)
+        assert [one.text for one in rendered] == [messages[0]["content"] for messages in conversations]
+        conversations[207][0]["content"] = "bad"
+        with pytest.raises(DataError, match=r"^train data, row 1207: the chat template does not render it: no$"):
+            render.all(range(1000, 1250), conversations)
+        assert render(0, conversations[3]).text == "record 3"  # not an answer that was still to be read
+        assert render.all([], []) == []

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
@@ -13,11 +14,17 @@ from pathlib import Path
 
 import torch
 from tiny_training import history, make_trainer, model, weights
+from tqdm import tqdm
 
 IS_SERVER = "KILLED_RUNS_SERVER"
 STEPS, SAVE_EVERY = 12, 2
 # What a save does to the disk from Python; torch and safetensors write by themselves.
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+# Of this process alone: tqdm's own is a semaphore that forked processes share, and one that is killed while it holds
+# the semaphore would stop all others.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread, which might hold the lock while a process is forked
 
 
 def context() -> ForkServerContext:
@@ -38,6 +45,7 @@ def train(kind: str, folder: str, resume: bool, kill_at_event: int | None = None
     With ``kill_at_event`` the process kills itself before the so many-th change to a file of ``folder``.
     """
     began = time.monotonic()
+    tqdm.set_lock(threading.RLock())
     log = os.open(Path(folder).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -17,9 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from tiny_training import WORDS, StopAt, data, history, make_trainer, model, tokenizer, weights
+from tiny_training import (
+    WORDS,
+    StopAt,
+    data,
+    history,
+    make_trainer,
+    model,
+    tokenizer,
+    vision_language_model,
+    weights,
+)
 
-from kto_fused import checkpoints, cli
+from kto_fused import checkpoints, cli, fingerprints
 from kto_fused.checkpoints import MANIFEST, PREVIOUS, CheckpointError, FolderInUseError
 from kto_fused.trainer_configs import FusedDPOConfig, FusedKTOConfig
 
@@ -232,13 +242,30 @@ def test_a_complete_checkpoint_stays_until_the_one_that_replaces_it_is_complete(
     checkpoints.begin(checkpoint)
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(b"half")
-    assert checkpoints.choose(True, str(tmp_path)) == f"{checkpoint}{PREVIOUS}"  # as after a kill
     checkpoints.abandon(checkpoint)
     assert checkpoints.choose(True, str(tmp_path)) == str(checkpoint)
     checkpoints.begin(checkpoint)
     checkpoint.mkdir()
+    assert checkpoints.is_complete(checkpoint.with_name(checkpoint.name + PREVIOUS))  # as after a kill
+    assert checkpoints.choose(True, str(tmp_path)) == str(checkpoint), "it is put back in its place"
+    checkpoints.verify(checkpoint)
+    checkpoints.begin(checkpoint)
+    checkpoint.mkdir()
     checkpoints.end(checkpoint, {})
     assert names_in(tmp_path) == {"checkpoint-2"}
+
+
+def test_a_complete_checkpoint_that_cannot_be_set_aside_stays(tmp_path, monkeypatch):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer("kto", tmp_path, **settings).train()
+
+    def no_permission(self, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", no_permission)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be saved \(Permission denied\)"):
+        make_trainer("kto", tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    checkpoints.verify(tmp_path / "checkpoint-4")
 
 
 # ---- a disk that fills --------------------------------------------------------------------------------------------
@@ -347,7 +374,7 @@ OTHERS = {
     "optim": lambda: {"optim": "sgd"},
     "disable_dropout": lambda: {"disable_dropout": False},
     "train_data": lambda: {"train": data("kto", 16, seed=5)},
-    "reference": lambda: {"policy": model(seed=1)},
+    "reference_weights": lambda: {"policy": model(seed=1)},
     "model.attention_dropout": lambda: {"policy": model(attention_dropout=0.1)},
     "tokenizer": other_tokens,
 }
@@ -410,7 +437,7 @@ def test_another_reference_model_is_another_run(tmp_path, precompute):
     if precompute:
         settings["ref_cache_dir"] = str(tmp_path / "cache")
     make_trainer("dpo", tmp_path / "run", ref_model=model(seed=1), max_steps=2, **settings).train()
-    with pytest.raises(CheckpointError, match=r"another run \(reference: "):
+    with pytest.raises(CheckpointError, match=r"another run \(reference_weights: "):
         make_trainer("dpo", tmp_path / "run", ref_model=model(seed=2), **settings).train(resume_from_checkpoint=True)
 
 
@@ -464,11 +491,24 @@ def test_every_option_changes_the_curve_or_is_listed_as_one_that_does_not(tmp_pa
         assert is_counted == (name not in checkpoints.CURVE_NEUTRAL), name
 
 
+def test_parts_of_a_model_are_described_without_what_loading_sets(tmp_path):
+    """A text and a vision model have configurations of their own, in which loading writes the dtype."""
+    built = vision_language_model()
+    built.save_pretrained(tmp_path)
+    loaded = type(built).from_pretrained(tmp_path)
+    assert loaded.config.text_config.to_dict()["dtype"] != built.config.text_config.to_dict()["dtype"]
+    args = FusedKTOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    settings = {"reference": None, "tokenizer": tokenizer(), "columns": (), "train_dataset": None, "eval_dataset": None}
+    described = [checkpoints.describe_run(args, model=each, **settings) for each in (built, loaded)]
+    assert described[0] == described[1]
+    assert described[0]["model.text_config"]["hidden_size"] == 16
+
+
 def test_a_later_versions_option_at_its_default_is_no_difference(run):
     path = run / "checkpoint-4" / MANIFEST
     content = json.loads(path.read_text())
     del content["run"]["disable_dropout"]
-    content["xxh3_128"] = checkpoints._hash_json({"files": content["files"], "run": content["run"]})
+    content["xxh3_128"] = fingerprints.hash_json({"files": content["files"], "run": content["run"]})
     path.write_text(json.dumps(content))
     for value, is_another in ((True, False), (False, True)):
         trainer = make_trainer(

@@ -34,10 +34,18 @@ def start():
 def finish(start, kind: str, folder: Path, resume: bool) -> tuple[dict, float]:
     """The outcome of a run that is left alone, and its seconds."""
     process = start(kind, str(folder), resume)
-    process.join(120)
-    assert process.exitcode == 0, log_of(folder)
+    assert ended(process) == 0, log_of(folder)
     outcome = json.loads((folder / "outcome.json").read_text())
     return outcome, outcome.pop("seconds")
+
+
+def ended(process) -> int:
+    """Its exit code; none of these runs takes long."""
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("a run hangs")
+    return process.exitcode
 
 
 def log_of(folder: Path) -> str:
@@ -82,9 +90,9 @@ def test_killed_runs_end_as_one_that_was_not(start, in_memory, full):
                 process = start(kind, str(folder), newest > 0)
                 process.join(draw.uniform(0.1, 1.0) * seconds * (1 - newest / STEPS))
                 process.kill()
-            process.join()
-            assert process.exitcode in (0, -9), log_of(folder)
-            kills += process.exitcode != 0
+            code = ended(process)
+            assert code in (0, -9), log_of(folder)
+            kills += code != 0
             before, newest = newest, newest_complete(folder)
             assert newest >= before, f"run {runs}: a kill left less than before"
             torn += any(not checkpoints.is_complete(one.folder) for one in checkpoints.found_in(folder))

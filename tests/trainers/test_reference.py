@@ -204,7 +204,7 @@ def test_a_resumed_run_has_the_reference_that_it_began_with(tmp_path, named):
     assert history(resumed) == history(whole)
     if not named:
         begun_anew = peft.PeftModel.from_pretrained(model(), checkpoint, is_trainable=True)
-        with pytest.raises(ValueError, match=r"belongs to another run .*reference: adapters"):
+        with pytest.raises(ValueError, match=r"belongs to another run .*reference_weights: adapters"):
             begin("stopped", begun_anew).train(resume_from_checkpoint=str(checkpoint))
 
 
