@@ -297,7 +297,9 @@ def test_no_worker_and_no_draft_stays_behind(files, tmp_path, kind, number, monk
 
 
 def test_a_killed_loader_is_one_sentence(files, tmp_path):
-    child = forked_command.start(command(files, tmp_path / "out", *WORKERS["loaders"][0]), tmp_path)
+    # else an epoch's workers may have ended by themselves when one of them is to be killed
+    flags = [*WORKERS["loaders"][0], "--dataloader_persistent_workers"]
+    child = forked_command.start(command(files, tmp_path / "out", *flags), tmp_path)
     deadline, workers = time.monotonic() + 60, []
     while len(workers) < 2 or "  step" not in (tmp_path / "stdout").read_text():
         assert time.monotonic() < deadline
