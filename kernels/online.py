@@ -8,12 +8,11 @@ one result of all lanes, and ``log_probability`` takes the target's log-probabil
 import triton
 import triton.language as tl
 
-from . import INVALID, MASKED
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-MASKED_TARGET = tl.constexpr(MASKED)
-INVALID_TARGET = tl.constexpr(INVALID)
+# MASKED and INVALID of kto_fused/layout.py, which nothing here imports from: a test compares them
+MASKED_TARGET = tl.constexpr(-1)
+INVALID_TARGET = tl.constexpr(-2)
 
 
 @triton.jit

@@ -51,7 +51,8 @@ def plain(name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{name} is a quantised tensor ({value.dtype}), expected a plain one: pass dequantize()")
     if value.is_complex():
         raise TypeError(f"{name} is a complex tensor ({value.dtype}), expected a real one: pass its real part (.real)")
-    if value.is_neg():  # kernels would read the stored numbers, without the sign
+    # kernels would read the stored numbers, without the sign; a graph that is traced cannot hold the question
+    if not torch.compiler.is_compiling() and value.is_neg():
         raise TypeError(f"{name} is a lazily negated view, expected plain numbers: pass resolve_neg()")
 
 

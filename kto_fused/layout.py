@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from .backends import may_read
-from .kernels import INVALID, MASKED
+
+# targets[row] is the token id that a row predicts, or one of these (kernels/online.py repeats the numbers):
+MASKED = -1  # prompt, padding, or nothing left to predict: log-probability 0, gradient 0, logits never read
+INVALID = -2  # a label outside the vocabulary: log-probability NaN
 
 
 def compute_dtype(values: torch.Tensor | torch.dtype) -> torch.dtype:

@@ -21,8 +21,7 @@ import torch
 from . import torch_backend
 from .backends import multiprocessors, on_device
 from .from_logits import row_outputs
-from .kernels import INVALID, MASKED
-from .layout import compute_dtype
+from .layout import INVALID, MASKED, compute_dtype
 
 # Bytes of LM-head weight cast at once, where a GEMM does not read it as it is; at most a quarter of a chunk's.
 CAST_BYTES = 2**24

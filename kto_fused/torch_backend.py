@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from .heads import scale_grads
-from .kernels import INVALID, MASKED
-from .layout import compute_dtype, row_sequences, row_targets
+from .layout import INVALID, MASKED, compute_dtype, row_sequences, row_targets
 
 # Bytes of one scratch buffer in the compute dtype; two are alive, and a block of rows that are of another and not side
 # by side.

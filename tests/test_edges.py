@@ -18,7 +18,7 @@ from cases import (
 )
 
 import kto_fused
-from kto_fused import checks, from_hidden, fused_dpo_loss, fused_kto_loss, fused_linear_kto_loss
+from kto_fused import checks, from_hidden, fused_dpo_loss, fused_kto_loss, fused_linear_kto_loss, layout
 from kto_fused.layout import INVALID
 
 MASKED = -100
@@ -573,3 +573,10 @@ def test_more_rows_than_a_grid_dimension_holds(engine, rows):
     logps = kto_fused.token_logps(logits, labels, backend=engine[0])
     assert_close(logps[0, -2], torch.tensor(-math.log1p(math.exp(-1)), device=engine[1]), 1e-6, "last row")
     assert logps.count_nonzero() == 1
+
+
+def test_kernels_and_engines_mark_rows_alike():
+    """``kernels`` imports nothing from the package, so the numbers stand in both."""
+    from kto_fused.kernels import online
+
+    assert (online.MASKED_TARGET.value, online.INVALID_TARGET.value) == (layout.MASKED, layout.INVALID)

@@ -411,7 +411,11 @@ def test_other_options_data_and_weights_are_refused_unless_asked_for(files, caps
     tiny_training.model(seed=1, max_position_embeddings=1024).save_pretrained("model")
     tiny_training.tokenizer().save_pretrained("model")
     values = {"--beta": "0.3", "--data": str(files / "kto-eval.jsonl"), "--model": "model"}
-    names = {"--beta": "beta: 0.1 in the checkpoint, 0.3 now", "--data": "train_data: ", "--model": "reference: "}
+    names = {
+        "--beta": "beta: 0.1 in the checkpoint, 0.3 now",
+        "--data": "train_data: ",
+        "--model": "reference_weights: ",
+    }
     arguments = command(files, "kto", "--max_steps", "1")
     assert cli.main(arguments) == 0
     resumed = [*command(files, "kto", "--max_steps", "2", other, values[other]), "--resume_from_checkpoint", "true"]
