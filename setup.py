@@ -4,7 +4,7 @@ from setuptools import setup
 
 setup(
     name="kto-fused",
-    version="0.1.0",
+    version="0.2.0",
     description="Fused KTO and DPO losses for PyTorch: exact, in a fraction of the memory",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

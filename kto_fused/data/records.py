@@ -361,7 +361,7 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
         raise DataError(f"{name}: holds no records")
     if dataset.format["type"] == "custom":
         raise DataError(f"{name}: has a transform of its own (set_transform), which is not applied here: use map")
-    dataset = dataset.with_format(None)
+    dataset = _stamped(dataset.with_format(None))
     _check_columns(dataset.data.schema, name)
     form = _form(dict.fromkeys(dataset.column_names), f"{name}, row 0")
     if "label" in form.fields and isinstance(dataset.features["label"], ClassLabel):
@@ -387,6 +387,18 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
         features=form.features,
         desc="Converting columns",
     )
+
+
+def _stamped(dataset: Dataset) -> Dataset:
+    """``dataset`` with a fingerprint that also covers the size and time of its files.
+
+    ``load_from_disk`` gives the fingerprint that was saved, even after the files were changed.
+    """
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    if files:
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+        dataset._fingerprint = _digest("dataset", dataset._fingerprint, stats)
+    return dataset
 
 
 def _ignored(columns: Iterable[str], form: _Form) -> list[str]:

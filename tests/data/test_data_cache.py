@@ -309,3 +309,16 @@ def test_no_copy_of_a_parquet_file_stays(tmp_path):
     assert pq.read_metadata(tmp_path / "data.parquet").num_rows == len(UNPAIRED)
     load(tmp_path / "data.parquet")
     assert not list((tmp_path / "cache").rglob("*.parquet"))
+
+
+def test_a_saved_dataset_that_was_changed_is_prepared_again(tmp_path):
+    """Its fingerprint stays the one that was saved."""
+    tokenizer = one_token_a_word()
+    rows = [record | {"label": int(record["label"])} for record in UNPAIRED]
+    for changed in (rows, [record | {"prompt": "blue"} for record in rows]):
+        Dataset.from_list(changed).save_to_disk(tmp_path / "saved")
+        state = json.loads((tmp_path / "saved" / "state.json").read_text()) | {"_fingerprint": "same"}
+        (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+        prepared = prepare_unpaired(datasets.load_from_disk(tmp_path / "saved"), tokenizer)
+        expected = [tokenizer(record["prompt"])["input_ids"] for record in changed]
+        assert prepared.dataset["prompt_ids"][:] == expected
