@@ -2,6 +2,9 @@ from pathlib import Path
 
 from setuptools import setup
 
+# the folders of kto_fused/, and kernels/
+ROOMS = ("commands", "data", "engines", "heads", "huggingface", "integrations", "kernels", "trainers")
+
 setup(
     name="kto-fused",
     version="0.2.0",
@@ -11,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # kernels/ holds Triton alone and installs inside the package: a top-level `kernels` is somebody else's
-    packages=["kto_fused", "kto_fused.data", "kto_fused.integrations", "kto_fused.kernels"],
+    packages=["kto_fused", *(f"kto_fused.{room}" for room in ROOMS)],
     package_dir={"kto_fused": "kto_fused", "kto_fused.kernels": "kernels"},
     package_data={"kto_fused": ["py.typed", "data/*.jsonl"]},
     install_requires=[
@@ -37,5 +40,5 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "bench": ["matplotlib", "trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
     },
-    entry_points={"console_scripts": ["kto-fused = kto_fused.cli:main"]},
+    entry_points={"console_scripts": ["kto-fused = kto_fused.commands.cli:main"]},
 )

@@ -15,7 +15,7 @@ from kto_fused.kernels import register_tiles
 from report_from_hidden import QWEN_05B, HiddenTurn, Size, on_gpu
 from side_by_side import free, take_turns
 
-from kto_fused import projection
+from kto_fused.engines import chunks as chunk_module
 
 LLAMA_1B, QWEN_8B = on_gpu("Llama-3.2-1B", 2048, 128256), on_gpu("Qwen3-8B", 4096, 151936)
 LONG = replace(QWEN_05B, seq_len=8192)
@@ -43,7 +43,7 @@ class Sweep:
 
 
 def of(name: str, *values: int, **where: tuple) -> Sweep:
-    return Sweep(projection, (name,), tuple((value,) for value in values), **where)
+    return Sweep(chunk_module, (name,), tuple((value,) for value in values), **where)
 
 
 SWEEPS = {

@@ -9,8 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .backends import may_read, resolve
-from .losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
+from .engines.backends import may_read, resolve
+from .heads.losses import (
+    DPO_LOSS_TYPES,
+    KTO_LOSS_TYPES,
+    LENGTH_AVERAGED,
+    REDUCTIONS,
+    REFERENCE_FREE,
+    WITH_LABEL_SMOOTHING,
+)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

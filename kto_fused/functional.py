@@ -1,18 +1,19 @@
-"""The public functions: check, choose a backend, call. What they compute is in ``losses.py``, ``from_logits.py`` and
-``from_hidden.py``.
+"""The public functions: check, choose a backend, call. What they compute is in ``heads/`` and ``engines/``.
 
 Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in nats.
 """
 
 import torch
 
-from . import backends, checks
-from .from_hidden import HiddenOptions, LogpsFromHidden, LossFromHidden
-from .from_logits import LogitOptions, LossFromLogits, SequenceLogps, TokenLogps
-from .from_logps import LossFromLogps
-from .heads import DPOHead, KTOHead
-from .layout import compute_dtype, gemm_dtype
-from .losses import LENGTH_AVERAGED
+from . import checks
+from .engines import backends
+from .engines.autograd import LogpsFromHidden, LossFromHidden
+from .engines.layout import compute_dtype, gemm_dtype
+from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
+from .engines.logps import LossFromLogps
+from .engines.options import HiddenOptions, LogitOptions
+from .heads.losses import LENGTH_AVERAGED
+from .heads.preference import DPOHead, KTOHead
 from .metrics import LossMetrics, TokenMetrics
 
 DEFAULT_CHUNK_BYTES = 2**30

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from . import backends, checks, functional
+from . import checks, functional
+from .engines import backends
+from .engines.layout import check_contents, compute_dtype, gemm_dtype
 from .functional import DEFAULT_CHUNK_BYTES, kto_class_weights, kto_reference_point
-from .heads import pair_rewards, pair_scores
-from .layout import check_contents, compute_dtype, gemm_dtype
-from .losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
+from .heads.losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
+from .heads.preference import pair_rewards, pair_scores
 from .metrics import LossMetrics, TokenMetrics
 
 __all__ = [

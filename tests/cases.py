@@ -10,23 +10,31 @@ import torch
 from torch.autograd import gradcheck
 
 from kto_fused import (
-    from_hidden,
     fused_dpo_loss,
     fused_kto_loss,
     fused_linear_dpo_loss,
     fused_linear_kto_loss,
     linear_sequence_logps,
     linear_token_logps,
-    projection,
     reference,
 )
-from kto_fused.layout import MASKED, row_targets
+from kto_fused.engines import chunks as chunk_module
+from kto_fused.engines import plan
+from kto_fused.engines.layout import MASKED, row_targets
 
 # Largest error against float64 on the same inputs: a token's log-probability in nats, and a gradient's
 # ||error|| / ||gradient||, which for half precision is the rounding of the result (Triton's interpreter truncates).
 LOGP_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(LOGP_TOLERANCE)
+
+# MiB of a step of 8 sequences: (H, V, T), the head trained, with half, twice and an eighth of the budget, frozen
+ON_HOPPER = {  # on an H200 860, 1483, 203, 1087, 1864, 3767 and 465 were measured
+    (896, 151936, 2048): (859, 859, 1481, 386, 203),
+    (896, 151936, 8192): (1087, 766, 1878, 638, 285),
+    (2048, 128256, 2048): (1863, 1567, 1863, 757, 262),
+    (4096, 151936, 2048): (3763, 3763, 3763, 1555, 465),
+}
 
 LAYOUTS = {
     "plain": {},
@@ -305,7 +313,7 @@ def chunks_of(num_tokens: int | None) -> Iterator[None]:
     """Let a chunk hold that many tokens whatever ``chunk_bytes`` says; None changes nothing."""
     with pytest.MonkeyPatch.context() as patch:
         if num_tokens is not None:
-            patch.setattr(projection.ChunkSpec, "capacity", lambda spec: num_tokens)
-            patch.setattr(from_hidden, "ONE_CHUNK_MEMORY", 0)
-            patch.setattr(from_hidden, "ONE_CHUNK_MEMORY_AGAIN", 0)
+            patch.setattr(chunk_module.ChunkSpec, "capacity", lambda spec: num_tokens)
+            patch.setattr(plan, "ONE_CHUNK_MEMORY", 0)
+            patch.setattr(plan, "ONE_CHUNK_MEMORY_AGAIN", 0)
         yield

@@ -9,10 +9,10 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pytest
-from test_from_hidden_costs import ON_HOPPER
+from cases import ON_HOPPER
 
 import kto_fused
-from kto_fused import losses
+from kto_fused.heads import losses
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

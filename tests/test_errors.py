@@ -513,13 +513,13 @@ def test_numbers_of_any_kind_are_numbers():
 
 def test_apples_gpu_is_refused():
     with pytest.raises(ValueError, match="mps, which has no float64"):
-        kto_fused.backends.resolve(None, torch.device("mps"))
+        kto_fused.engines.backends.resolve(None, torch.device("mps"))
 
 
 def test_a_gpu_without_float64_is_refused(monkeypatch):
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=False))
     with pytest.raises(ValueError, match="xpu:0, a GPU without float64"):
-        kto_fused.backends.resolve(None, torch.device("xpu", 0))
+        kto_fused.engines.backends.resolve(None, torch.device("xpu", 0))
 
 
 def test_reference_point_inputs():

@@ -77,6 +77,23 @@ def test_importing_the_package_does_not_import_triton_or_transformers(tmp_path):
     assert python(code, cwd=tmp_path) == "[]"
 
 
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "kto_fused": ["fused_kto_loss", "fused_linear_dpo_loss", "FusedKTOLoss", "LossMetrics", "sequence_logps"],
+        "kto_fused.reference": ["kto_loss", "linear_dpo_loss", "token_logps"],
+        "kto_fused.preference_data": ["DataError", "PairedCollator", "UnpairedCollator", "load", "prepare_paired"],
+        "kto_fused.huggingface": ["UnsupportedModelError", "apply", "apply_to_logits", "attach", "detach"],
+        "kto_fused.trainers": ["FusedDPOConfig", "FusedDPOTrainer", "FusedKTOConfig", "FusedKTOTrainer"],
+        "kto_fused.integrations.trl": ["fuse"],
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_public_names_stay_where_users_import_them_from(module, names):
+    found = pytest.importorskip(module, reason=f"{module} needs libraries that are not installed")
+    assert [name for name in names if not hasattr(found, name)] == []
+
+
 def version() -> str:
     import kto_fused
 

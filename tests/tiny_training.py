@@ -25,8 +25,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from kto_fused.trainer_configs import FusedDPOConfig, FusedKTOConfig
 from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
+from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
 
 WORDS = [f"w{number}" for number in range(61)]
 TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
@@ -185,14 +185,15 @@ class StopAt(TrainerCallback):
 
 
 def run_on_two(script: str, folder: Path, **environment: str) -> dict[str, Any]:
-    """What a script beside this file writes into ``folder / "results.json"`` when torchrun starts it twice on CPUs."""
+    """What a script in ``trainers/`` writes into ``folder / "results.json"`` when torchrun starts it twice on CPUs."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launch = subprocess.run(
-        [sys.executable, *launcher, Path(__file__).with_name(script), folder],
+        [sys.executable, *launcher, Path(__file__).with_name("trainers") / script, folder],
         cwd=folder,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent),  # of the helpers, this file among them
             "CUDA_VISIBLE_DEVICES": "",
             "HF_DATASETS_CACHE": str(folder / "datasets"),
             **environment,

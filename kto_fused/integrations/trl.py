@@ -19,7 +19,9 @@ from transformers.utils import ModelOutput
 
 from .. import __version__, huggingface
 from ..functional import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
-from ..huggingface import FusedCall, Outcome
+from ..huggingface.config import without_padding_mask
+from ..huggingface.forward import FusedCall, Outcome, call_at_head
+from ..huggingface.inspect import evaluating, keeping_trainable
 from ..metrics import LossMetrics, with_margins
 
 # what else is needed of TRL is imported where it is used: behind the check of the version
@@ -271,7 +273,7 @@ def _precompute_again(trainer: Trainer, is_whole: bool) -> None:
         return trainer._precompute_ref_logps(dataset, name, args.precompute_ref_batch_size or batch_size)
 
     # an iterator over a data loader draws a seed; evaluation mode, so that dropout draws nothing
-    with torch.random.fork_rng(devices=[]), huggingface.evaluating(model):
+    with torch.random.fork_rng(devices=[]), evaluating(model):
         trainer.train_dataset = again(trainer.train_dataset, "train", args.per_device_train_batch_size)
         sets, size = trainer.eval_dataset, args.per_device_eval_batch_size
         if isinstance(sets, dict):
@@ -302,7 +304,7 @@ def _numerics_hash(trainer: Trainer, model: nn.Module, is_whole: bool) -> str:
 @contextmanager
 def _scoring(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     """``model`` as the reference."""
-    with _reference(trainer), huggingface.evaluating(model):
+    with _reference(trainer), evaluating(model):
         yield
 
 
@@ -412,7 +414,7 @@ def _answer_fused_lm_head(model: PreTrainedModel, accelerator: Accelerator) -> N
 
 def _call(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> tuple[torch.Tensor, Outcome]:
     """``call`` in place of the LM head, and the load-balancing loss, unweighted, where router logits are asked for."""
-    gradient_path, outcome, routed = huggingface.call_at_head(model, call, *args, **kwargs)
+    gradient_path, outcome, routed = call_at_head(model, call, *args, **kwargs)
     if routed is not None:
         # TRL's choice for all architectures
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -629,7 +631,7 @@ def _reference(trainer: Trainer) -> Iterator[nn.Module]:
             unwrapped = trainer.accelerator.unwrap_model(reference)
             checkpointing = disable_gradient_checkpointing(reference, trainer.args.gradient_checkpointing_kwargs)
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-            for context in (checkpointing, huggingface.keeping_trainable(unwrapped), adapter):
+            for context in (checkpointing, keeping_trainable(unwrapped), adapter):
                 policy_as_reference.enter_context(context)
         yield reference
 
@@ -640,7 +642,7 @@ def _fused(
     """``function``'s results, computed inside the model's forward, then the load-balancing loss or None."""
     # the router loss needs the mask: then the reference gets it too, so that both run the same attention kernel
     if not trainer.aux_loss_enabled and _pads_on_the_right(trainer):
-        model_inputs = huggingface.without_padding_mask(model, model_inputs, trainer.accelerator.mixed_precision)
+        model_inputs = without_padding_mask(model, model_inputs, trainer.accelerator.mixed_precision)
     gradient_path, outcome = model(**model_inputs, fused_lm_head=FusedCall(function, arguments))
     return *outcome.results(gradient_path), outcome.aux_loss
 

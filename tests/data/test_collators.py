@@ -10,13 +10,7 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed: th
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-from kto_fused.preference_data import (
-    BUNDLED,
-    PairedCollator,
-    UnpairedCollator,
-    load,
-    prepare_unpaired,
-)
+from kto_fused.preference_data import BUNDLED, PairedCollator, UnpairedCollator, load, prepare_unpaired
 
 
 def test_unpaired_batch():

@@ -13,9 +13,7 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed: th
 
 
 from kto_fused.data import partners as partners_module
-from kto_fused.preference_data import (
-    mismatched_partners,
-)
+from kto_fused.preference_data import mismatched_partners
 
 examples = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), min_size=1, max_size=300)
 

@@ -18,11 +18,7 @@ from data_cases import FORMS, PAIRED, UNPAIRED, conversation, write
 from datasets import Dataset, DatasetDict
 
 from kto_fused.data import records
-from kto_fused.preference_data import (
-    BUNDLED,
-    DataError,
-    load,
-)
+from kto_fused.preference_data import BUNDLED, DataError, load
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -19,14 +19,7 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kto_fused.data import tokens
-from kto_fused.preference_data import (
-    DataError,
-    UnpairedCollator,
-    fingerprint,
-    load,
-    prepare_paired,
-    prepare_unpaired,
-)
+from kto_fused.preference_data import DataError, UnpairedCollator, fingerprint, load, prepare_paired, prepare_unpaired
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import psutil
 
-from kto_fused import cli
+from kto_fused.commands import cli
 
 
 class Outcome(NamedTuple):

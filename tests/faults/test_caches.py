@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_training import history, make_trainer, model
 
-from kto_fused import reference_cache
-from kto_fused.trainers import FusedTrainer
+from kto_fused.trainers import FusedTrainer, reference_cache
 
 COLUMNS = ("ref_logps", "ref_kl_logps")
 LENGTHS = [3, 1, 4, 1, 5]

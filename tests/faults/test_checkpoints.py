@@ -29,9 +29,10 @@ from tiny_training import (
     weights,
 )
 
-from kto_fused import checkpoints, cli, fingerprints
-from kto_fused.checkpoints import MANIFEST, PREVIOUS, CheckpointError, FolderInUseError
-from kto_fused.trainer_configs import FusedDPOConfig, FusedKTOConfig
+from kto_fused.commands import cli
+from kto_fused.trainers import checkpoints, fingerprints
+from kto_fused.trainers.checkpoints import MANIFEST, PREVIOUS, CheckpointError, FolderInUseError
+from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 TORCH_FILES = ("optimizer.pt", "rng_state.pth")

@@ -17,9 +17,11 @@ import tiny_training
 import torch
 from safetensors.torch import load_file, save_file
 
-from kto_fused import model_files, preference_data, reference_cache, train
-from kto_fused.cli import CommandError
-from kto_fused.trainers import FusedDPOTrainer
+from kto_fused import preference_data
+from kto_fused.commands import train
+from kto_fused.commands.errors import CommandError
+from kto_fused.huggingface import files as model_files
+from kto_fused.trainers import FusedDPOTrainer, reference_cache
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 FAST = ["--use_cpu", "--learning_rate", "0.01", "--per_device_train_batch_size", "4", "--max_steps", "2"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from killed_runs import STEPS, context, train
 
-from kto_fused import checkpoints
+from kto_fused.trainers import checkpoints
 
 # how many kills, and after how many the run of them may end
 SLICE, FULL, KILLS_OF_A_RUN = 10, 80, 5

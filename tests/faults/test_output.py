@@ -15,7 +15,8 @@ import tiny_training
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
-from kto_fused import checkpoints, cli, process, train
+from kto_fused.commands import cli, process, train
+from kto_fused.trainers import checkpoints
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 SENTENCE = "kto-fused: stdout cannot be written ({}): the run goes on without it, to its end"

@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
 from safetensors.torch import load_file
 from tiny_training import StopAt, history, make_trainer, model
 
-from kto_fused import adapters
+from kto_fused.trainers import adapters
 
 LN_2 = 0.693147
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}

@@ -14,7 +14,7 @@ from tiny_training import WORDS, history, make_trainer, model, vision_language_m
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from kto_fused import huggingface
+from kto_fused.huggingface.inspect import unreached_by_text
 
 KINDS = ["kto", "dpo"]
 TOWERS = ("model.vision_tower.", "model.multi_modal_projector.")
@@ -66,7 +66,7 @@ def test_what_other_tokens_may_reach_is_not_frozen():
     policy = model()
     policy.model.layers[0].expert = nn.Linear(16, 16)
     policy.value_head = nn.Linear(16, 1)
-    assert huggingface.unreached_by_text(policy) == (
+    assert unreached_by_text(policy) == (
         ["value_head.weight", "value_head.bias"],
         ["model.layers.0.expert.weight", "model.layers.0.expert.bias"],
     )
@@ -82,8 +82,8 @@ def test_what_other_tokens_may_reach_is_not_frozen():
             num_experts_per_tok=1,
         )
     )
-    assert huggingface.unreached_by_text(experts).outside == []
-    assert huggingface.unreached_by_text(model()) == ([], [])
+    assert unreached_by_text(experts).outside == []
+    assert unreached_by_text(model()) == ([], [])
 
 
 def test_looking_for_it_leaves_no_trace():
@@ -91,7 +91,7 @@ def test_looking_for_it_leaves_no_trace():
     policy = model(attention_dropout=0.3).train()
     policy.model.layers[1].eval()
     modes, state = [module.training for module in policy.modules()], torch.get_rng_state()
-    huggingface.unreached_by_text(policy)
+    unreached_by_text(policy)
     assert [module.training for module in policy.modules()] == modes
     assert torch.get_rng_state().equal(state)
     assert all(parameter.grad is None for parameter in policy.parameters())

@@ -1,0 +1,1 @@
+"""The engines: logits or hidden states in, log-probabilities and gradients out."""

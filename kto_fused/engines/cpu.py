@@ -1,0 +1,238 @@
+"""The vocabulary-sized work in PyTorch, a few rows at a time: for CPUs, and GPUs without Triton.
+
+Completion rows are visited in blocks small enough for the processor's cache, through two scratch buffers, so that the
+extra memory is theirs and about a hundred bytes per position. What each number means is said in
+``kernels/token_logprobs.py``.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ..heads.preference import scale_grads
+from .layout import INVALID, MASKED, compute_dtype, row_sequences, row_targets
+
+# Bytes of one scratch buffer in the compute dtype; two are alive, and a block of rows that are of another and not side
+# by side.
+BLOCK_BYTES = 2 * 2**20
+# exp2 costs a quarter of exp in PyTorch on some processors, and is as exact
+LOG2_E = 1.4426950408889634
+
+
+def _strided_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of any batch and row stride as one 2-D view, and the index in it of each row b * T + t."""
+    seq_len, vocab_size = logits.shape[-2:]
+    batch_size = logits.shape[0] if logits.ndim == 3 else 1
+    if batch_size * seq_len == 0:
+        return logits.reshape(0, vocab_size), torch.empty(0, dtype=torch.long, device=logits.device)
+    batch_stride = logits.stride(0) if batch_size > 1 else 0
+    row_stride = logits.stride(-2) if seq_len > 1 else 0
+    step = math.gcd(batch_stride, row_stride) or 1
+    batches, positions = (torch.arange(size, device="cpu") for size in (batch_size, seq_len))
+    offsets = (batches[:, None] * (batch_stride // step) + positions * (row_stride // step)).flatten()
+    view = logits.as_strided((int(offsets[-1]) + 1, vocab_size), (step, 1))
+    return view, offsets.to(logits.device)
+
+
+class _Rows:
+    """Selected rows of strided logits, read and written block by block."""
+
+    def __init__(self, logits: torch.Tensor, rows: torch.Tensor):
+        self.view, offsets = _strided_rows(logits)
+        self.offsets = offsets[rows]
+        # where strides have no common step, the rows of the view overlap, and are written through the logits themselves
+        self.logits = logits if logits.ndim == 3 else logits[None]
+        self.overlaps = 0 < self.view.stride(0) < logits.shape[-1]
+        if self.overlaps:
+            self.sequence, self.position = rows // logits.shape[-2], rows % logits.shape[-2]
+
+    def block(self, start: int, stop: int) -> torch.Tensor | None:
+        """The rows as a view, where they lie side by side."""
+        offsets = self.offsets[start:stop]
+        if not (offsets.diff() == 1).all():
+            return None
+        first = int(offsets[0])
+        return self.view[first : first + stop - start]
+
+    def read(self, start: int, stop: int, scratch: torch.Tensor) -> torch.Tensor:
+        """The rows as a view, or copied, into ``scratch`` where that has their dtype."""
+        block = self.block(start, stop)
+        if block is None:
+            out = scratch if scratch.dtype == self.view.dtype else None
+            block = torch.index_select(self.view, 0, self.offsets[start:stop], out=out)
+        return block
+
+    def write(self, start: int, stop: int, values: torch.Tensor) -> None:
+        block = self.block(start, stop)
+        if block is None and self.overlaps:
+            self.logits[self.sequence[start:stop], self.position[start:stop]] = values.to(self.view.dtype)
+        elif block is None:
+            self.view[self.offsets[start:stop]] = values.to(self.view.dtype)
+        elif block.data_ptr() != values.data_ptr():
+            block.copy_(values)
+
+    def zero(self) -> None:
+        if self.overlaps:
+            self.logits[self.sequence, self.position] = 0
+        else:
+            self.view.index_fill_(0, self.offsets, 0)
+
+
+def _blocks(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    size = max(1, BLOCK_BYTES // (vocab_size * dtype.itemsize))
+    for start in range(0, num_rows, size):
+        yield start, min(start + size, num_rows)
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    ignore_index: int,
+    shift: bool,
+    scale: float,
+    softcap: float | None,
+    factor: float,
+) -> tuple[torch.Tensor, ...]:
+    """(targets, row_max, log_sum), each [rows], and (logps, entropy, mean_logits, is_top1) [4, rows]."""
+    vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
+    targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
+    tokens = (targets != MASKED).nonzero().flatten()
+    token_targets = targets[tokens]
+    rows = _Rows(logits, tokens)
+    results = torch.zeros(6, len(tokens), dtype=dtype, device=logits.device)
+    log2_factor = torch.tensor(factor * LOG2_E, dtype=dtype, device="cpu").item()
+    scratch = None
+    for start, stop in _blocks(len(tokens), vocab_size, dtype):
+        if scratch is None:
+            scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
+        u, exps = scratch[:, : stop - start]
+        row_max, log_sum, logps, entropy, mean_logits, is_top1 = results[:, start:stop]
+
+        x = rows.read(start, stop, exps)  # which are written once u has been made of x
+        if softcap is not None:
+            x = torch.mul(u.copy_(x), scale / softcap, out=u).tanh_().mul_(softcap)
+        row_max.copy_(x.amax(1))
+        torch.mul(x.sum(1, dtype=dtype), factor / vocab_size, out=mean_logits)
+        # -inf logits are legal: a row of them must give NaN by -inf - -inf here and nowhere else
+        if x.dtype == dtype:
+            torch.sub(x, row_max[:, None], out=u)
+        else:
+            u.copy_(x).sub_(row_max[:, None])
+        torch.mul(u, log2_factor, out=exps).exp2_()
+        row_sum = exps.sum(1)
+        exact_log_sum = torch.log(row_sum.double())
+        target = token_targets[start:stop]
+        distance = u.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        is_top1.copy_((distance >= 0) & (target != INVALID))  # a NaN in the row makes its maximum one
+        if mean_logits.isinf().any():
+            u.clamp_(min=-1e30)  # turns 0 * -inf into 0; exps is 0 long before it
+        mean_distance = exps.mul_(u).sum(1).div_(row_sum)
+        log_sum.copy_(exact_log_sum)
+        entropy.copy_(exact_log_sum - mean_distance * factor)
+        # log2_factor is rounded: as in the kernels
+        exact_log_sum -= mean_distance * (log2_factor * math.log(2) - factor)
+        logps.copy_(distance.double().mul_(factor).sub_(exact_log_sum))
+        logps[target == INVALID] = math.nan
+    row_max, log_sum, per_token = (
+        result.new_zeros(*result.shape[:-1], targets.numel()).index_copy_(-1, tokens, result)
+        for result in (results[0], results[1], results[2:])
+    )
+    return targets.int(), row_max, log_sum, per_token
+
+
+def token_logprobs_backward(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    targets: torch.Tensor,
+    token_grads: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    factor: float,
+) -> None:
+    """Fill ``grad``, shaped as ``logits`` and possibly the same tensor, from token_grads = d loss / d logps [rows]."""
+    vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
+    token_grads = torch.where(targets == INVALID, math.nan, token_grads)
+    is_needed = (targets != MASKED) & (token_grads != 0)
+    _Rows(grad, (~is_needed).nonzero().flatten()).zero()
+    tokens = is_needed.nonzero().flatten()
+    rows, grad_rows = _Rows(logits, tokens), _Rows(grad, tokens)
+    # d z / d x without the soft cap's own derivative
+    coefficients = (token_grads * (factor if softcap is None else factor * scale))[tokens]
+    p_scale = coefficients / log_sum[tokens].exp()
+    token_max, token_targets = row_max[tokens, None], targets[tokens].long().clamp_(min=0)
+    scratch = None
+    for start, stop in _blocks(len(tokens), vocab_size, dtype):
+        if scratch is None:
+            scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
+        x = rows.read(start, stop, scratch[1, : stop - start])
+        result = grad_rows.block(start, stop) if grad.dtype == dtype else None
+        if result is None:
+            result = scratch[0, : stop - start]
+        slope = None
+        if softcap is not None:
+            slope = scratch[1, : stop - start]
+            torch.mul(slope.copy_(x), scale / softcap, out=slope).tanh_()
+            torch.mul(slope, softcap, out=result).sub_(token_max[start:stop])
+            slope.square_().neg_().add_(1)
+        elif x.dtype == dtype:
+            torch.sub(x, token_max[start:stop], out=result)
+        else:
+            result.copy_(x).sub_(token_max[start:stop])
+        result.mul_(factor * LOG2_E).exp2_().mul_(-p_scale[start:stop, None])
+        target = token_targets[start:stop, None]
+        result.scatter_(1, target, result.gather(1, target) + coefficients[start:stop, None])
+        if slope is not None:
+            result.mul_(slope)
+        grad_rows.write(start, stop, result)
+
+
+def sequence_sums(
+    targets: torch.Tensor,
+    per_token: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    num_sequences: int,
+    average: bool,
+) -> tuple[torch.Tensor, ...]:
+    """(log-probabilities, token counts, mean entropy, mean logit, token accuracy) of each sequence, each [B]."""
+    lengths = None if cu_seqlens is None else cu_seqlens.diff().long()
+
+    def add_up(values: torch.Tensor) -> torch.Tensor:
+        if lengths is None:
+            return values.view(num_sequences, -1).sum(1, dtype=torch.float64)
+        return torch.segment_reduce(values.double(), "sum", lengths=lengths)
+
+    counts = add_up(targets != MASKED)
+    divisor = counts.clamp(min=1)
+    logps, *metrics = per_token
+    sums = add_up(logps)
+    means = (add_up(values).div_(divisor).to(values.dtype, copy=True) for values in metrics)
+    return sums.div_(divisor) if average else sums, counts.long(), *means
+
+
+def sequence_backward(
+    targets: torch.Tensor,
+    token_counts: torch.Tensor,
+    head_grads: torch.Tensor | None,
+    incoming: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    average: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """d loss / d token log-probability [rows] from d loss / d sequence log-probability = incoming * head_grads."""
+    grads = incoming.double() if head_grads is None else scale_grads(head_grads, incoming)
+    if average:
+        grads = grads / token_counts.clamp(min=1)
+    num_rows, num_sequences = targets.numel(), token_counts.numel()
+    if cu_seqlens is None:
+        row_grads = grads[:, None].expand(num_sequences, num_rows // num_sequences).flatten()
+    else:
+        row_grads = grads[row_sequences(cu_seqlens, num_rows)]
+    return torch.where(targets == MASKED, 0.0, row_grads).to(dtype)

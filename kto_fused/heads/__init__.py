@@ -1,0 +1,1 @@
+"""Losses: sequences' log-probabilities in, a loss and its gradient out."""

@@ -1,0 +1,1266 @@
+"""Losses and log-probabilities from hidden states against their plain twins in float64, on both backends."""
+
+import inspect
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+import triton.language as tl
+from cases import (
+    DTYPES,
+    INPUTS,
+    LAYOUTS,
+    LOGP_TOLERANCE,
+    TRANSFORMS,
+    TWINS,
+    assert_close,
+    assert_same_gradient,
+    by_dtype,
+    check_gradients,
+    check_hidden_against_twin,
+    check_loss_and_metrics,
+    chunks_of,
+    is_masked,
+    make_hidden_case,
+    on,
+    run_hidden,
+)
+from conftest import HAS_GPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kto_fused.kernels import memory_tiles, register_tiles
+from test_properties import to_device
+
+import kto_fused
+from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps, reference
+from kto_fused.engines import chunks as chunk_module
+from kto_fused.engines.autograd import LossFromHidden
+from kto_fused.engines.options import HiddenOptions, LogitOptions
+from kto_fused.heads import preference as heads
+from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
+
+MASKED = -100
+FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss]
+# a head of its own, of another hidden size
+REFERENCES = ["ref_hidden", "ref_hidden and its head", "ref_logps"]
+DEVICE = "cuda" if HAS_GPU else "cpu"
+FROZEN = ("hidden",)
+HEAD_ONLY = ("weight", "bias")
+
+by_function = pytest.mark.parametrize("function", FUNCTIONS, ids=["kto", "dpo"])
+by_trained = pytest.mark.parametrize("trained", [INPUTS, FROZEN], ids=["trained", "frozen"])
+
+
+def some(engine: tuple[str, str], values: list, count: int = 1) -> list:
+    """All of them; the first ones alone for Triton's interpreter, which needs a tenth of a second for each run."""
+    return values[:count] if engine == ("triton", "cpu") else values
+
+
+# ---- one axis at a time -------------------------------------------------------------------------------------------
+
+
+@by_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_dtypes(engine, dtype, layout):
+    case = make_hidden_case(dtype=dtype, bias=True, **LAYOUTS[layout], **on(engine))
+    for function in some(engine, FUNCTIONS):
+        check_hidden_against_twin(function, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_pairs(engine, layout):
+    case = make_hidden_case(dtype=torch.float64, bias=True, **LAYOUTS[layout], **on(engine))
+    check_hidden_against_twin(fused_linear_dpo_loss, case)
+
+
+@by_trained
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_logit_transforms(engine, trained, dtype, transform):
+    case = make_hidden_case(dtype=dtype, seq_len=3, bias=True, **TRANSFORMS[transform], **on(engine))
+    with chunks_of(3):
+        for function in some(engine, FUNCTIONS):
+            check_hidden_against_twin(function, case, trained=trained)
+
+
+# one column, two, just under and over a block's vector widths, a real block's edge
+@pytest.mark.parametrize("vocab", [1, 2, 127, 1000, 4097])
+@pytest.mark.parametrize("hidden_size", [1, 33])
+def test_sizes_that_are_multiples_of_nothing(engine, vocab, hidden_size):
+    case = make_hidden_case(vocab=vocab, hidden_size=hidden_size, seq_len=3, dtype=torch.float64, **on(engine))
+    check_hidden_against_twin(fused_linear_kto_loss, case)
+
+
+@pytest.mark.parametrize("loss_type", KTO_LOSS_TYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@by_trained
+def test_kto_losses(engine, loss_type, reduction, trained):
+    case = make_hidden_case(dtype=torch.float64, loss_type=loss_type, reduction=reduction, **on(engine))
+    points = ["batch_mean"]
+    if loss_type != "apo_zero_unpaired":
+        points += [0.3, torch.tensor(0.3, dtype=torch.float64, device=engine[1])]
+    options = {"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.8}
+    for point in some(engine, points):
+        with chunks_of(5):
+            check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained, reference_point=point, **options)
+
+
+@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_dpo_losses(engine, loss_type, reduction):
+    options = {"loss_type": loss_type, "reduction": reduction, "beta": 0.3}
+    if loss_type in WITH_LABEL_SMOOTHING:
+        options["label_smoothing"] = 0.1
+    case = make_hidden_case(dtype=torch.float64, **options, **on(engine))
+    for trained, average_log_prob in some(engine, list(itertools.product([INPUTS, FROZEN], [False, True]))):
+        with chunks_of(8):
+            check_hidden_against_twin(fused_linear_dpo_loss, case, trained=trained, average_log_prob=average_log_prob)
+
+
+def reference_options(kind: str, case, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The reference as ``kind`` says; with a head of its own, its hidden states are of another size, or dtype too."""
+    if kind == "ref_hidden":
+        return {"ref_hidden": case.ref_hidden}
+    if kind == "ref_logps":
+        return {"ref_logps": torch.linspace(-9, -2, len(case.desirable), device=case.hidden.device)}
+    other = make_hidden_case(hidden_size=7, vocab=len(case.weight), bias=True, seed=5)
+    ref_hidden = torch.randn(*case.labels.shape, 7)
+    ref_hidden[is_masked(case).cpu()] = math.nan
+    values = {"ref_hidden": ref_hidden, "ref_lm_head_weight": other.weight, "ref_lm_head_bias": other.bias}
+    return {name: value.to(case.hidden.device, dtype or case.hidden.dtype) for name, value in values.items()}
+
+
+@by_dtype
+@pytest.mark.parametrize("kind", REFERENCES)
+@by_trained
+def test_references(engine, dtype, kind, trained):
+    case = make_hidden_case(dtype=dtype, bias=True, **on(engine))
+    for num_tokens, function in some(engine, list(itertools.product([4, None], FUNCTIONS))):
+        with chunks_of(num_tokens):
+            check_hidden_against_twin(function, case, trained=trained, **reference_options(kind, case))
+
+
+@by_function
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_reference_of_another_dtype(engine, function, dtypes):
+    case = make_hidden_case(dtype=dtypes[0], **on(engine))
+    options = reference_options("ref_hidden and its head", case, dtypes[1])
+    for num_tokens in some(engine, [4, None]):
+        with chunks_of(num_tokens):
+            check_hidden_against_twin(function, case, **options)
+
+
+@by_function
+def test_ref_logps_equal_ref_hidden(engine, function):
+    case = make_hidden_case(bias=True, **on(engine))
+    with torch.no_grad():
+        ref_logps = linear_sequence_logps(
+            case.ref_hidden, case.weight, case.labels, lm_head_bias=case.bias, backend=engine[0]
+        )
+    from_logps, from_hidden = run_hidden(function, case, ref_logps=ref_logps), run_hidden(function, case)
+    assert torch.equal(from_logps[0], from_hidden[0])
+    for name, grad in from_logps[2].items():
+        assert torch.equal(grad, from_hidden[2][name])
+
+
+@by_function
+@pytest.mark.parametrize("trained", [x for n in range(4) for x in itertools.combinations(INPUTS, n)], ids="-".join)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_for_any_of_hidden_weight_and_bias(engine, function, trained, reduction):
+    case = make_hidden_case(dtype=torch.float64, bias=True, reduction=reduction, **on(engine))
+    for num_tokens in some(engine, [6, None, 1]):
+        with chunks_of(num_tokens):
+            check_hidden_against_twin(function, case, trained=trained)
+
+
+@by_function
+def test_a_head_tied_to_the_embedding(engine, function):
+    """One parameter is both: its gradient is the sum of both uses."""
+    case = make_hidden_case(dtype=torch.float64, **on(engine))
+    mix = torch.randn(16, 16, dtype=torch.float64, device=engine[1])
+    grads = []
+    for loss_function in (function, TWINS[function]):
+        weight = case.weight.clone().requires_grad_()
+        hidden = torch.nn.functional.embedding(case.labels.clamp(min=0), weight) @ mix
+        tensors = (hidden, weight, case.labels, *([case.desirable] if function is fused_linear_kto_loss else []))
+        loss, _ = loss_function(*tensors, ref_hidden=case.ref_hidden, backend=engine[0])
+        loss.backward()
+        grads.append(weight.grad)
+    assert_same_gradient(*grads)
+
+
+VIEWS = {
+    "without the last position": lambda x: x[:, :-1],
+    "every second position": lambda x: x[:, ::2],
+    "part of the hidden size": lambda x: x[..., 1:9],
+    "transposed batch": lambda x: x.transpose(0, 1),
+    "a strided hidden size": lambda x: x.transpose(1, 2),
+    "one sequence": lambda x: x[1:2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@by_trained
+def test_hidden_states_of_any_strides(engine, view, trained):
+    base = torch.randn(5, 6, 12, dtype=torch.float64, device=engine[1])
+    results = []
+    for function in (fused_linear_kto_loss, reference.linear_kto_loss):
+        leaf = base.clone().requires_grad_()
+        hidden = VIEWS[view](leaf)
+        random = torch.Generator().manual_seed(0)
+        batch, seq_len, hidden_size = hidden.shape
+        labels = torch.randint(50, (batch, seq_len), generator=random).to(engine[1])
+        labels[0, 0] = MASKED
+        # a transposed weight too
+        matrix = torch.randn(hidden_size, 50, generator=random, dtype=torch.float64).to(engine[1])
+        matrix.requires_grad_("weight" in trained)
+        desirable = torch.ones(batch, dtype=torch.bool, device=engine[1])
+        options = {"ref_logps": torch.zeros(batch, device=engine[1]), "shift": False, "reference_point": 0.1}
+        loss, _ = function(hidden, matrix.T, labels, desirable, backend=engine[0], **options)
+        loss.backward()
+        results.append((loss, leaf.grad, matrix.grad))
+    (loss, *grads), (exact_loss, *exact_grads) = results
+    assert_close(loss, exact_loss, 1e-12, "loss")
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        assert (grad is None) == (exact is None)
+        if grad is not None:
+            assert_same_gradient(grad, exact)
+
+
+@by_function
+def test_packed_hidden_states_may_keep_a_batch_of_one(engine, function):
+    case = make_hidden_case(dtype=torch.float64, packed=True, **on(engine))
+    _, _, expected = run_hidden(function, case)
+    one = replace(case, hidden=case.hidden[None], labels=case.labels[None], ref_hidden=case.ref_hidden[None])
+    loss, _, grads = run_hidden(function, one)
+    assert torch.equal(grads["hidden"], expected["hidden"][None])
+    assert torch.equal(grads["weight"], expected["weight"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@by_dtype
+@by_trained
+def test_linear_sequence_logps(engine, dtype, layout, trained):
+    case = make_hidden_case(dtype=dtype, bias=True, **LAYOUTS[layout], **on(engine))
+
+    def run(function, case):
+        inputs = {name: getattr(case, name).clone().requires_grad_(name in trained) for name in INPUTS}
+        logps = function(inputs["hidden"], inputs["weight"], case.labels, lm_head_bias=inputs["bias"], **case.options)
+        # uneven incoming gradients, also of sequences without tokens
+        (logps * torch.linspace(-1, 2, len(logps), device=engine[1])).sum().backward()
+        return logps, {name: x.grad for name, x in inputs.items() if name in trained}
+
+    exact_logps, exact_grads = run(reference.linear_sequence_logps, case.map(torch.Tensor.double))
+    for num_tokens in some(engine, [3, None]):
+        with chunks_of(num_tokens):
+            logps, grads = run(linear_sequence_logps, case)
+        assert logps.dtype == torch.float64
+        assert_close(logps, exact_logps, LOGP_TOLERANCE[dtype] * 5, "logps")
+        for name, grad in grads.items():
+            assert grad.dtype == dtype
+            assert_same_gradient(grad, exact_grads[name])
+
+
+@pytest.mark.parametrize("layout", [name for name, options in LAYOUTS.items() if "average_log_prob" not in options])
+@by_dtype
+@by_trained
+def test_linear_token_logps(engine, dtype, layout, trained):
+    case = make_hidden_case(dtype=dtype, bias=True, **LAYOUTS[layout], **on(engine))
+
+    def run(function, case):
+        inputs = {name: getattr(case, name).clone().requires_grad_(name in trained) for name in INPUTS}
+        options = {**case.options, "lm_head_bias": inputs["bias"], "return_metrics": True}
+        logps, metrics = function(inputs["hidden"], inputs["weight"], case.labels, **options)
+        # uneven incoming gradients, also of positions that predict nothing
+        (logps * torch.linspace(-1, 2, logps.numel(), device=engine[1]).view(logps.shape)).sum().backward()
+        return logps, metrics, {name: x.grad for name, x in inputs.items() if name in trained}
+
+    exact_logps, exact_metrics, exact_grads = run(reference.linear_token_logps, case.map(torch.Tensor.double))
+    for num_tokens in some(engine, [3, None]):
+        with chunks_of(num_tokens):
+            logps, metrics, grads = run(linear_token_logps, case)
+        assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert logps[is_masked(case)].eq(0).all()
+        assert_close(logps, exact_logps, LOGP_TOLERANCE[dtype] * 5, "logps")
+        for name, exact in vars(exact_metrics).items():
+            values = getattr(metrics, name)
+            assert not values.requires_grad
+            assert_close(values, exact, LOGP_TOLERANCE[dtype] * 5, name)
+        for name, grad in grads.items():
+            assert grad.dtype == dtype
+            assert_same_gradient(grad, exact_grads[name])
+        assert "hidden" not in grads or grads["hidden"][is_masked(case)].eq(0).all()
+
+
+@by_dtype
+@pytest.mark.parametrize("transform", [{}, TRANSFORMS["all"]], ids=["plain", "softcap"])
+def test_token_logps_equal_those_from_logits(engine, dtype, transform):
+    """Of logits that no rounding separates; and metrics change no log-probability."""
+    case = make_hidden_case(vocab=16, dtype=dtype, **transform, **on(engine))
+    # logits are the hidden states themselves
+    case = replace(case, weight=torch.eye(16, dtype=dtype, device=engine[1]), hidden=case.hidden.nan_to_num())
+    logps, _ = linear_token_logps(case.hidden, case.weight, case.labels, return_metrics=True, **case.options)
+    alone = linear_token_logps(case.hidden, case.weight, case.labels, **case.options)
+    assert torch.equal(alone, logps)
+    expected = kto_fused.token_logps(case.hidden, case.labels, **case.options)
+    assert_close(logps, expected, LOGP_TOLERANCE[dtype], "logps")
+    sums = linear_sequence_logps(case.hidden, case.weight, case.labels, **case.options)
+    assert_close(sums, logps.double().sum(1), LOGP_TOLERANCE[dtype], "sums")
+
+
+@by_function
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation(engine, function, mode):
+    case = make_hidden_case(**on(engine))
+    expected = run_hidden(function, case)[0]
+    with mode():
+        tensors = (case.hidden, case.weight, case.labels)
+        if function is fused_linear_kto_loss:
+            tensors += (case.desirable,)
+        for either in (function, TWINS[function]):
+            loss, metrics = either(*tensors, ref_hidden=case.ref_hidden, backend=engine[0])
+            assert_close(loss * 50, expected * 50, 1e-5, "loss")
+            assert metrics.summary()["rewards/margins"].isfinite()
+
+
+@pytest.mark.parametrize("module", ["kto", "dpo"])
+def test_modules_hold_the_keyword_arguments(module):
+    case = make_hidden_case()
+    tensors, options = (case.hidden, case.weight, case.labels), {"ref_hidden": case.ref_hidden}
+    if module == "kto":
+        tensors += (case.desirable,)
+        loss_module = kto_fused.FusedLinearKTOLoss(beta=0.3, reference_point=0.2, chunk_bytes=2**20)
+        expected, _ = fused_linear_kto_loss(*tensors, beta=0.3, reference_point=0.5, chunk_bytes=2**20, **options)
+        actual, _ = loss_module(*tensors, reference_point=0.5, **options)
+    else:
+        loss_module = kto_fused.FusedLinearDPOLoss(beta=0.3, loss_type="ipo", chunk_bytes=2**20)
+        expected, _ = fused_linear_dpo_loss(*tensors, beta=0.3, loss_type="ipo", chunk_bytes=2**20, **options)
+        actual, _ = loss_module(*tensors, **options)
+    assert torch.equal(actual, expected)
+    assert "chunk_bytes=1048576" in repr(loss_module)
+    with pytest.raises(TypeError, match="inplace_backward"):
+        type(loss_module)(inplace_backward=True)
+
+
+def test_twins_have_the_same_arguments():
+    """Swapping a name for its twin's must never be a TypeError, nor change a default."""
+    from kto_fused.reference import _sequences, _tokens
+
+    def keywords(*functions) -> dict[str, object]:
+        parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    engine = keywords(_tokens, _sequences)
+    del engine["inplace_backward"]
+    losses = {fused_linear_kto_loss: reference.kto_loss, fused_linear_dpo_loss: reference.dpo_loss}
+    for fused, from_logits in losses.items():
+        options = keywords(from_logits)
+        del options["ref_logits"]
+        assert keywords(fused) == keywords(TWINS[fused]) | options | engine
+    assert keywords(linear_sequence_logps) == keywords(reference.linear_sequence_logps) | engine
+    del engine["average_log_prob"]
+    assert keywords(linear_token_logps) == keywords(reference.linear_token_logps) | engine
+
+
+# ---- chunks -------------------------------------------------------------------------------------------------------
+
+CHUNKED = {
+    "trained": (fused_linear_kto_loss, INPUTS, {"reference_point": 0.2}),
+    "frozen": (fused_linear_kto_loss, FROZEN, {"reference_point": 0.2}),
+    "head only": (fused_linear_kto_loss, HEAD_ONLY, {"reference_point": 0.2}),
+    "the batch's mean": (fused_linear_kto_loss, INPUTS, {"reference_point": "batch_mean"}),
+    "the batch's mean, frozen": (fused_linear_kto_loss, FROZEN, {"reference_point": "batch_mean"}),
+    "one loss per sequence": (fused_linear_kto_loss, INPUTS, {"reduction": "none"}),
+    "one loss per sequence, frozen": (fused_linear_kto_loss, FROZEN, {"reduction": "none"}),
+    "pairs": (fused_linear_dpo_loss, INPUTS, {}),
+    "pairs, frozen": (fused_linear_dpo_loss, FROZEN, {}),
+    "one loss per pair": (fused_linear_dpo_loss, INPUTS, {"reduction": "none"}),
+}
+
+
+@pytest.mark.parametrize("setting", CHUNKED)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_any_chunk_gives_the_same_result(engine, setting, packed):
+    """From one token to everything: sequences and pairs over the budget, at it, and many to a chunk."""
+    function, trained, options = CHUNKED[setting]
+    case = make_hidden_case(batch=6, seq_len=8, vocab=61, dtype=torch.float64, bias=True, packed=packed, **on(engine))
+    expected = run_hidden(function, case, trained=trained, **options)
+    for num_tokens in some(engine, [5, 2, 7, 11, 1000]):
+        with chunks_of(num_tokens):
+            compare(run_hidden(function, case, trained=trained, **options), expected)
+    for chunk_bytes in some(engine, [1, 2000, 2**23, 2**40, 2**70]):
+        compare(run_hidden(function, case, trained=trained, chunk_bytes=chunk_bytes, **options), expected)
+
+
+@by_trained
+@pytest.mark.parametrize("kind", ["transposed", "every other column", "rows apart"])
+def test_a_strided_head(engine, kind, trained):
+    case = make_hidden_case(vocab=300, dtype=torch.bfloat16, **on(engine))
+    wide = torch.full((300, 40), torch.nan, dtype=torch.bfloat16, device=engine[1])
+    views = {
+        "transposed": torch.empty_like(case.weight.T.contiguous()).T,
+        "every other column": wide[:, :32:2],
+        "rows apart": wide[:, :16],
+    }
+    case = replace(case, weight=views[kind].copy_(case.weight))
+    assert case.weight.stride() != (16, 1)
+    check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained)
+
+
+def test_a_reference_whose_square_head_is_the_policys_transposed(engine):
+    case = make_hidden_case(vocab=16, hidden_size=16, dtype=torch.float64, **on(engine))
+    case.labels[case.labels >= 0] %= 16
+    check_hidden_against_twin(
+        fused_linear_kto_loss, case.with_options(ref_hidden=case.ref_hidden, ref_lm_head_weight=case.weight.T)
+    )
+
+
+@pytest.mark.parametrize("setting", ["frozen", "one loss per sequence"])
+def test_likely_targets_at_the_ends_of_panels(engine, setting, monkeypatch):
+    """Where a target's p is near 1, its entry beside the others' is what the gradient is made of."""
+    function, trained, options = CHUNKED[setting]
+    for name in ("TILE_LOGITS", "PANEL_LOGITS", "WEIGHT_PANEL_LOGITS"):
+        monkeypatch.setattr(chunk_module, name, 1)
+    case = make_hidden_case(batch=4, seq_len=6, vocab=2500, dtype=torch.bfloat16, std=1.0, **on(engine))
+    ends = torch.tensor([0, 1023, 1024, 2047, 2048, 2499], device=engine[1])
+    hidden_size = case.hidden.shape[-1]
+    case.weight[ends] = 0
+    for index, token in enumerate(ends):
+        case.weight[token, index] = 12.0
+    rows = torch.arange(case.labels.numel(), device=engine[1]).view_as(case.labels) % len(ends)
+    case.labels[:] = torch.where(case.labels >= 0, ends[rows], case.labels)
+    likely = torch.nn.functional.one_hot(rows.roll(-1, dims=1), hidden_size)
+    case.hidden.nan_to_num_().mul_(0.1).add_(likely)
+    check_hidden_against_twin(function, case, trained=trained, **options)
+
+
+@pytest.mark.parametrize("setting", CHUNKED)
+@pytest.mark.parametrize("num_tokens", [None, 7], ids=["whole", "split"])
+def test_panels_of_columns(engine, setting, num_tokens, monkeypatch):
+    """Gradients in bfloat16 from a panel of columns at a time, of three: with a frozen head, and on second visits."""
+    function, trained, options = CHUNKED[setting]
+    for name in ("TILE_LOGITS", "PANEL_LOGITS", "WEIGHT_PANEL_LOGITS"):
+        monkeypatch.setattr(chunk_module, name, 1)
+    softcap = {"logit_softcap": 20.0, "logit_scale": 1.5}
+    case = make_hidden_case(batch=4, seq_len=6, vocab=2500, dtype=torch.bfloat16, bias=True, **on(engine))
+    with chunks_of(num_tokens):
+        check_hidden_against_twin(function, case, trained=trained, **options, **softcap)
+
+
+@pytest.mark.parametrize("setting", CHUNKED)
+def test_a_second_visit_in_one_chunk_beyond_the_budget(setting, monkeypatch):
+    """Three panels of a step of the kernels each, whose gradients by the weight need no float32 sum."""
+    function, trained, options = CHUNKED[setting]
+    engine = ("triton", "cuda" if HAS_GPU else "cpu")
+    case = make_hidden_case(
+        batch=4, seq_len=6, vocab=2500, hidden_size=64, dtype=torch.bfloat16, bias=True, **on(engine)
+    )
+    panels, again = [], chunk_module.FoldedRows.again
+
+    def seen_again(chunk, hidden, *args):
+        for panel in again(chunk, hidden, *args):
+            panels.append((len(hidden), panel.start))
+            yield panel
+
+    monkeypatch.setattr(chunk_module.FoldedRows, "again", seen_again)
+    check_hidden_against_twin(function, case, trained=trained, chunk_bytes=1, **options)
+    num_tokens = (~is_masked(case)).sum().item()
+    assert panels == ([(num_tokens, start) for start in (0, 1024, 2048)] if "weight" in trained else [])
+
+
+@pytest.mark.parametrize("tile_logits", [1, 2**24], ids=["three tiles", "one tile"])
+def test_the_weights_gradient_lends_its_memory(tile_logits, monkeypatch):
+    """The only chunk's tiles, the reference's too, and the gradient by the hidden states lie where its last GEMM
+    writes.
+    """
+    engine = ("triton", "cuda" if HAS_GPU else "cpu")
+    monkeypatch.setattr(chunk_module, "TILE_LOGITS", tile_logits)
+    chunks, make_chunk = [], kto_fused.engines.hidden.make_chunk
+
+    def seen_make_chunk(*args):
+        chunks.append(make_chunk(*args))
+        return chunks[-1]
+
+    monkeypatch.setattr(kto_fused.engines.hidden, "make_chunk", seen_make_chunk)
+    case = make_hidden_case(seq_len=5, vocab=2500, hidden_size=128, dtype=torch.bfloat16, bias=True, **on(engine))
+    check_hidden_against_twin(fused_linear_kto_loss, case)
+    (chunk,) = (chunk for chunk in chunks if isinstance(chunk, chunk_module.FoldedRows))
+    assert chunk.lent.shape == case.weight.shape
+    assert chunk.buffer.data_ptr() == chunk.lent.data_ptr()
+
+
+def compare(actual, expected, tolerance: float = LOGP_TOLERANCE[torch.float64]) -> None:
+    (loss, metrics, grads), (expected_loss, expected_metrics, expected_grads) = actual, expected
+    assert_close(loss, expected_loss, tolerance, "loss")
+    for name in ("logps", "ref_logps", "rewards", "entropy", "mean_logits", "token_accuracy"):
+        assert_close(getattr(metrics, name), getattr(expected_metrics, name), tolerance, name)
+    for name, grad in grads.items():
+        assert_same_gradient(grad, expected_grads[name])
+
+
+@by_function
+@by_trained
+@pytest.mark.parametrize("num_tokens", [None, 4], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_results_repeat_bit_for_bit(engine, function, trained, num_tokens, dtype):
+    case = make_hidden_case(vocab=1000, hidden_size=64, seq_len=8, bias=True, dtype=dtype, **on(engine))
+    with chunks_of(num_tokens):
+        first, again = (run_hidden(function, case, trained=trained) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1].logps, again[1].logps)
+    for name, grad in first[2].items():
+        assert torch.equal(grad, again[2][name])
+
+
+@by_function
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weight_gradients_of_many_chunks_are_rounded_once(engine, function, dtype):
+    """Were each chunk's sum rounded, the error would grow with their number."""
+    case = make_hidden_case(batch=16, seq_len=8, dtype=dtype, bias=True, **on(engine))
+    options = {"reference_point": 0.0} if function is fused_linear_kto_loss else {}
+    exact = case.map(torch.Tensor.double)
+    _, _, exact_grads = run_hidden(TWINS[function], exact, **options)
+    errors = []
+    for num_tokens in (None, 16):
+        with chunks_of(num_tokens):
+            _, _, grads = run_hidden(function, case, **options)
+        errors.append([(grads[name].double() - exact_grads[name]).norm().item() for name in HEAD_ONLY])
+    for once, chunked in zip(*errors, strict=True):
+        assert chunked <= 1.2 * once
+
+
+# ---- gradients against finite differences -------------------------------------------------------------------------
+
+
+def small_case(engine, **options):
+    """Two sequences of completion tokens alone, and their inputs as leaves."""
+    sizes = {"batch": 2, "seq_len": 3, "hidden_size": 3, "vocab": 5, "std": 1.0}
+    case = make_hidden_case(**sizes, dtype=torch.float64, bias=True, **options, **on(engine))
+    case.labels.clamp_(min=0)
+    case.hidden.nan_to_num_(nan=0.3)
+    return case, tuple(getattr(case, name).requires_grad_() for name in INPUTS)
+
+
+def check_hidden_gradients(engine, function, inputs, num_tokens: int | None, trained: tuple[str, ...]) -> None:
+    chosen = tuple(x.detach().requires_grad_(n in trained) for n, x in zip(INPUTS, inputs, strict=True))
+    with chunks_of(num_tokens):
+        check_gradients(engine, function, *chosen)
+
+
+# not with batch_mean: the reference point then moves with the hidden states, but by definition has no gradient
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", [INPUTS, FROZEN, HEAD_ONLY], ids="-".join)
+@pytest.mark.parametrize("num_tokens", [None, 1], ids=["whole", "split"])
+@by_function
+def test_gradients_of_losses(engine, function, reduction, trained, num_tokens):
+    case, inputs = small_case(engine, reduction=reduction, beta=0.5)
+    options = {"ref_logps": torch.tensor([-3.0, -4.0], device=engine[1]), **case.options}
+    others = ()
+    if function is fused_linear_kto_loss:
+        options["reference_point"], others = 0.2, (case.desirable,)
+
+    def loss(hidden, weight, bias):
+        return function(hidden, weight, case.labels, *others, lm_head_bias=bias, **options)[0]
+
+    check_hidden_gradients(engine, loss, inputs, num_tokens, trained)
+
+
+@pytest.mark.parametrize("average_log_prob", [False, True])
+@pytest.mark.parametrize("trained", [INPUTS, FROZEN, HEAD_ONLY], ids="-".join)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_gradients_of_sequence_logps(engine, average_log_prob, trained, packed):
+    transform = {"temperature": 0.8, "logit_scale": 1.2, "logit_softcap": 4.0}
+    case, inputs = small_case(engine, average_log_prob=average_log_prob, packed=packed, **transform)
+
+    def logps(hidden, weight, bias):
+        return linear_sequence_logps(hidden, weight, case.labels, lm_head_bias=bias, **case.options)
+
+    check_hidden_gradients(engine, logps, inputs, 2, trained)
+
+
+@pytest.mark.parametrize("trained", [INPUTS, FROZEN, HEAD_ONLY], ids="-".join)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_gradients_of_token_logps(engine, trained, packed):
+    transform = {"temperature": 0.8, "logit_scale": 1.2, "logit_softcap": 4.0}
+    case, inputs = small_case(engine, packed=packed, **transform)
+
+    def logps(hidden, weight, bias):
+        return linear_token_logps(hidden, weight, case.labels, lm_head_bias=bias, **case.options)
+
+    check_hidden_gradients(engine, logps, inputs, 2, trained)
+
+
+def test_a_second_derivative_raises(engine):
+    case, (hidden, weight, bias) = small_case(engine)
+    tensors, options = (hidden, weight, case.labels), {"backend": engine[0]}
+    losses = {
+        "sequences": lambda: linear_sequence_logps(*tensors, **options).sum(),
+        "tokens": lambda: linear_token_logps(*tensors, **options).sum(),
+        "kto": lambda: fused_linear_kto_loss(*tensors, case.desirable, ref_hidden=hidden, **options)[0],
+        "dpo": lambda: fused_linear_dpo_loss(*tensors, ref_hidden=hidden, reduction="none", **options)[0].sum(),
+    }
+    for loss in losses.values():
+        (grad,) = torch.autograd.grad(loss(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (grad.square().sum() + hidden.sum()).backward()
+
+
+def test_nothing_but_the_policy_gets_a_gradient(engine):
+    case, (hidden, weight, bias) = small_case(engine)
+    others = {
+        "ref_hidden": case.ref_hidden.nan_to_num(),
+        "ref_lm_head_weight": case.weight.detach().clone(),
+        "ref_lm_head_bias": case.bias.detach().clone(),
+        "reference_point": torch.tensor(0.1, dtype=torch.float64, device=engine[1]),
+    }
+    for tensor in others.values():
+        tensor.requires_grad_()
+    loss, metrics = fused_linear_kto_loss(
+        hidden, weight, case.labels, case.desirable, lm_head_bias=bias, backend=engine[0], **others
+    )
+    loss.backward()
+    assert all(x.grad is not None for x in (hidden, weight, bias))
+    assert all(x.grad is None for x in others.values())
+    assert not any(value.requires_grad for value in metrics.summary().values())
+
+
+def test_a_reference_through_the_policys_own_head_gives_it_no_gradient(engine):
+    """With ref_hidden = hidden the reference's own gradient would cancel the policy's."""
+    case = make_hidden_case(dtype=torch.float64, bias=True, **on(engine))
+    case.ref_hidden = case.hidden
+    check_hidden_against_twin(fused_linear_kto_loss, case, reference_point=0.0)
+    grads = run_hidden(fused_linear_kto_loss, case, reference_point=0.0)[2]
+    assert all(grad.abs().sum() > 0 for grad in grads.values())
+
+
+# ---- edges --------------------------------------------------------------------------------------------------------
+
+
+@by_function
+@by_trained
+@pytest.mark.parametrize("average_log_prob", [False, True])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("empty", ["one sequence", "the whole batch"])
+def test_sequences_without_completion_tokens(engine, function, trained, average_log_prob, packed, empty):
+    case = make_hidden_case(
+        average_log_prob=average_log_prob, packed=packed, dtype=torch.float64, bias=True, **on(engine)
+    )
+    if empty == "the whole batch":
+        case.labels[:] = MASKED
+    elif not packed:
+        case.labels[1] = MASKED
+    case.hidden[is_masked(case)] = case.ref_hidden[is_masked(case)] = math.nan
+    for reduction in some(engine, ["mean", "none"]):
+        loss, metrics, grads = run_hidden(function, case, trained=trained, reduction=reduction)
+        assert loss.isfinite().all()
+        assert metrics.logps[metrics.token_counts == 0].eq(0).all()
+        if empty == "the whole batch":
+            assert metrics.token_counts.eq(0).all()
+            assert all(grad.eq(0).all() for grad in grads.values())
+        check_hidden_against_twin(function, case, trained=trained, reduction=reduction)
+
+
+@by_function
+@by_trained
+@pytest.mark.parametrize("seq_len", [0, 1])
+def test_sequences_of_at_most_one_position_predict_nothing_when_shifted(engine, function, trained, seq_len):
+    case = make_hidden_case(dtype=torch.float64, bias=True, **on(engine))
+    case = replace(case, hidden=case.hidden[:, :seq_len], ref_hidden=case.ref_hidden[:, :seq_len])
+    case.labels = torch.full((4, seq_len), 3, device=engine[1])
+    loss, metrics, grads = run_hidden(function, case, trained=trained)
+    assert loss.isfinite()
+    assert metrics.token_counts.eq(0).all()
+    assert all(grad.eq(0).all() for grad in grads.values())
+
+
+@by_trained
+def test_no_packed_positions_at_all(engine, trained):
+    case = make_hidden_case(dtype=torch.float64, bias=True, **on(engine))
+    case = replace(case, hidden=case.hidden[0, :0], ref_hidden=case.ref_hidden[0, :0], labels=case.labels[0, :0])
+    offsets = torch.zeros(5, dtype=torch.int32, device=engine[1])
+    loss, metrics, grads = run_hidden(fused_linear_kto_loss, case, trained=trained, cu_seqlens=offsets)
+    assert loss.item() == 0.5
+    assert all(grad.eq(0).all() for grad in grads.values())
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_("weight" in trained)
+    logps = linear_token_logps(hidden, weight, case.labels, cu_seqlens=offsets, backend=engine[0])
+    assert logps.shape == (0,)
+    logps.sum().backward()
+    assert weight.grad is None or weight.grad.eq(0).all()
+
+
+@by_trained
+@pytest.mark.parametrize(
+    "function", [*FUNCTIONS, linear_sequence_logps, linear_token_logps], ids=["kto", "dpo", "logps", "token logps"]
+)
+def test_masked_positions_are_never_read(engine, function, trained):
+    case = make_hidden_case(dtype=torch.bfloat16, bias=True, **on(engine))
+    results = []
+    for poison in some(engine, [0.0, math.nan, math.inf], count=2):
+        case.hidden[is_masked(case)] = case.ref_hidden[is_masked(case)] = poison
+        if function in (linear_sequence_logps, linear_token_logps):
+            inputs = [getattr(case, name).clone().requires_grad_(name in trained) for name in INPUTS]
+            loss = function(*inputs[:2], case.labels, lm_head_bias=inputs[2], backend=engine[0])
+            loss.sum().backward()
+            results.append((loss, *(x.grad for x in inputs if x.requires_grad)))
+        else:
+            loss, metrics, grads = run_hidden(function, case, trained=trained)
+            results.append((loss, metrics.entropy, *grads.values()))
+    for actual, expected in itertools.product(results[1:], results[:1]):
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@by_function
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_label_outside_the_vocabulary(engine, function, shift, monkeypatch):
+    case = make_hidden_case(vocab=9, shift=shift, **on(engine))
+    case.labels[:] = 1
+    case.labels[2, 3] = 9
+    case.hidden.nan_to_num_()
+    if engine[1] == "cuda":
+        loss, metrics, _ = run_hidden(function, case)
+        assert loss.isnan()
+        assert metrics.logps.isnan().tolist() == [False, False, True, False]
+        monkeypatch.setenv("KTO_FUSED_VALIDATE", "1")
+    message = r"labels\[2, 3\] is 9: expected a token id in \[0, 9\)"
+    with pytest.raises(IndexError, match=message):
+        run_hidden(function, case)
+    for logps in (linear_sequence_logps, linear_token_logps):
+        with pytest.raises(IndexError, match=message):
+            logps(case.hidden, case.weight, case.labels, shift=shift, backend=engine[0])
+
+
+@by_trained
+def test_unchecked_labels_give_nan(engine, trained, monkeypatch):
+    """What a GPU does without waiting: NaN for that sequence, and no read outside the row."""
+    monkeypatch.setattr(kto_fused.engines.hidden, "check_contents", lambda *args, **kwargs: None)
+    case = make_hidden_case(vocab=9, bias=True, **on(engine))
+    case.labels[:] = 1
+    case.labels[2, 3] = 10**9
+    case.labels[3, 2] = -7
+    case.hidden.nan_to_num_()
+    case.ref_hidden.nan_to_num_()
+    options = {"reference_point": 0.0, "ref_logps": torch.zeros(4, device=engine[1])}
+    for reduction in ("sum", "none"):
+        _, metrics, grads = run_hidden(fused_linear_kto_loss, case, trained=trained, reduction=reduction, **options)
+        assert metrics.logps.isnan().tolist() == [False, False, True, True]
+        assert grads["hidden"].isfinite().flatten(1).all(1).tolist() == [True, True, False, False]
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_("weight" in trained)
+    options = {"lm_head_bias": case.bias, "return_metrics": True, "backend": engine[0]}
+    logps, metrics = linear_token_logps(hidden, weight, case.labels, **options)
+    logps.sum().backward()
+    invalid = torch.zeros(4, 5, dtype=torch.bool, device=engine[1])
+    invalid[2, 2] = invalid[3, 1] = True  # the positions before the labels'
+    assert torch.equal(logps.isnan(), invalid)
+    assert torch.equal(hidden.grad.isnan().any(-1), invalid)
+    assert metrics.is_top1[invalid].eq(0).all()
+
+
+@by_function
+def test_banned_tokens_are_legal(engine, function):
+    case = make_hidden_case(dtype=torch.float64, bias=True, **on(engine))
+    case.bias[::3] = -math.inf
+    case.labels = torch.where(case.labels >= 0, case.labels // 3 * 3 + 1, case.labels).clamp(max=124)
+    loss, metrics, grads = run_hidden(function, case)
+    assert loss.isfinite()
+    assert metrics.entropy.isfinite().all()
+    assert grads["bias"][::3].eq(0).all()
+    assert grads["weight"][::3].eq(0).all()
+    check_hidden_against_twin(function, case)
+
+
+@by_function
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nan_and_infinite_hidden_states_give_a_nan_loss(engine, function, poison):
+    case = make_hidden_case(**on(engine))
+    case.labels[:] = 1
+    case.hidden.nan_to_num_()
+    case.ref_hidden.nan_to_num_()
+    case.hidden[1, 0, 3] = poison
+    loss, metrics, _ = run_hidden(function, case)
+    assert loss.isnan()
+    assert metrics.logps.isnan().tolist() == [False, True, False, False]
+
+
+# ---- accuracy -----------------------------------------------------------------------------------------------------
+
+
+def test_bf16_log_probabilities_of_1024_tokens(engine):
+    """Within 1e-5 of float64 per token and 1e-4 on their sum, at a standard deviation of 3 of the logits.
+
+    But for the sum on tensor cores, which truncate as they add up, all to the same side.
+    """
+    vocab, num_tokens = (300, 64) if engine == ("triton", "cpu") else (16384, 1024)
+    case = make_hidden_case(batch=1, hidden_size=256, vocab=vocab, std=3.0, dtype=torch.bfloat16, **on(engine))
+    hidden = torch.randn(num_tokens, 1, 256, device=engine[1]).bfloat16()
+    labels = torch.randint(vocab, (num_tokens, 1), device=engine[1])
+    with torch.no_grad():
+        exact = reference.linear_sequence_logps(hidden.double(), case.weight.double(), labels, shift=False)
+        for limit in (None, num_tokens // 10):
+            with chunks_of(limit):
+                options = {"shift": False, "backend": engine[0]}
+                tokens = linear_sequence_logps(hidden, case.weight, labels, **options)
+                whole = linear_sequence_logps(hidden.transpose(0, 1), case.weight, labels.T, **options)
+            assert (tokens - exact).abs().max() <= 1e-5
+            assert (whole - exact.sum()).abs() <= (1e-4 if engine[1] == "cpu" else 1e-5 * num_tokens)
+
+
+@pytest.mark.parametrize("from_hidden", [False, True], ids=["logits", "hidden states"])
+def test_roundings_of_all_tokens_do_not_go_one_way(engine, from_hidden):
+    """1 / 0.9 is no float32, nor its product with log2(e): left alone, each token would lose 6e-7 nats."""
+    if from_hidden and engine[1] == "cuda":
+        pytest.skip("a GPU's GEMM truncates bfloat16 products, which goes one way whatever follows it")
+    options = {"temperature": 0.9, "shift": False, "backend": engine[0]}
+    labels = torch.randint(500, (1, 512), device=engine[1])
+    hidden = torch.randn(1, 512, 32, device=engine[1]).bfloat16()
+    weight = (torch.randn(500, 32, device=engine[1]) * 3 / 32**0.5).bfloat16()
+    if from_hidden:
+        logp = linear_sequence_logps(hidden, weight, labels, **options)
+        exact = reference.linear_sequence_logps(hidden.double(), weight.double(), labels, **options)
+    else:
+        logits = hidden.float() @ weight.float().T
+        logp = kto_fused.sequence_logps(logits, labels, **options)
+        exact = reference.sequence_logps(logits.double(), labels, **options)
+    assert abs(logp - exact).item() <= 5e-5
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64], ids=["float16", "float64"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", [INPUTS, ("hidden",)], ids=["trained", "frozen"])
+def test_the_default_dtype_changes_nothing(engine, default, reduction, trained):
+    case = make_hidden_case(dtype=torch.bfloat16, bias=True, reduction=reduction, **on(engine))
+    ref_logps = torch.full([4], -20.0, device=engine[1])
+
+    def loss_and_gradients():
+        results = run_hidden(fused_linear_kto_loss, case, trained=trained, ref_logps=ref_logps, reference_point=0.1)
+        return results[0], results[2]
+
+    expected = loss_and_gradients()
+    torch.set_default_dtype(default)
+    try:
+        torch.testing.assert_close(loss_and_gradients(), expected, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="only a GPU truncates")
+@pytest.mark.parametrize("hidden_size", [896, 2048, 2560, 4096])
+def test_what_tensor_cores_truncate_leaves_the_log_ratio(hidden_size):
+    """Whichever GEMM the reference comes from: to a policy that is its own reference the log-ratio is 0, where
+    truncation moves both by more (3.6e-2 nats on 1024 tokens at H = 4096).
+    """
+    case = make_hidden_case(
+        batch=1, seq_len=1025, hidden_size=hidden_size, vocab=32768, std=3.0, dtype=torch.bfloat16, device=DEVICE
+    )
+    case.labels = torch.randint(32768, case.labels.shape, device=DEVICE)
+    case.hidden.nan_to_num_()
+    case = case.with_options(ref_hidden=case.hidden, ref_lm_head_weight=case.weight.detach().clone())
+    _, metrics, _ = run_hidden(fused_linear_kto_loss, case)
+    assert (metrics.logps - metrics.ref_logps).abs().item() <= 2e-3
+
+
+def test_a_gpu_short_of_memory_is_not_taken_for_one_whose_gemms_write_no_float32(monkeypatch):
+    """What is found of a device is kept, and would keep the process on twice the bytes a logit."""
+    asked, messages = chunk_module._has_float32_output, ["CUBLAS_STATUS_ALLOC_FAILED", "out_dtype is not supported"]
+
+    def failing(*_, **__):
+        raise RuntimeError(messages[0])
+
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "mm", failing)
+    device = torch.device("cuda", 99)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        asked(device, torch.bfloat16)
+    messages.pop(0)
+    assert asked(device, torch.bfloat16) is False
+    asked.cache_clear()
+
+
+# ---- small gradients, far columns ---------------------------------------------------------------------------------
+
+
+def test_float16_gradients_reach_the_loss_scaler_whole(engine):
+    """The gradient found in the forward is smaller than float16 holds; the scaled loss's is not."""
+    case = make_hidden_case(dtype=torch.float16, packed=False, loss_type="kto", beta=1e-5, **on(engine))
+    exact = case.map(torch.Tensor.double).with_options(backend=None)
+    results = []
+    for function, x in ((fused_linear_kto_loss, case), (reference.linear_kto_loss, exact)):
+        hidden, weight = x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()
+        options = {**x.options, "ref_logps": torch.zeros(len(x.labels), device=engine[1])}
+        loss, _ = function(hidden, weight, x.labels, x.desirable, reference_point=0.0, **options)
+        (loss * 2.0**16).backward()
+        results.append((hidden.grad, weight.grad))
+    for actual, expected in zip(*results, strict=True):
+        assert_same_gradient(actual, expected)
+
+
+FAR = {  # biases of the columns, far from each other: (first column, last column, bias)
+    "near": [],
+    "later columns far larger": [(1500, 1600, 200.0), (2400, 2500, 350.0)],
+    "nothing but -inf at first": [(0, 1024, -math.inf)],
+    "every other tile -inf": [(0, 1024, -math.inf), (2048, 2500, -math.inf)],
+    "the smallest numbers at first": [(0, 1024, torch.finfo(torch.bfloat16).min)],
+    "all far below zero": [(0, 2800, -200.0)],
+    "a far larger one, then the largest numbers": [(1500, 1600, 25.0), (2400, 2500, 1e29)],
+}
+
+
+@by_trained
+@pytest.mark.parametrize(("chunk_bytes", "panel"), [(1, 1), (2**30, 1), (2**30, 2), (2**30, 3)])
+@pytest.mark.parametrize("columns", FAR)
+def test_tiles_of_far_columns(columns, chunk_bytes, panel, trained, engine, monkeypatch):
+    """A row's reference moves where a later tile needs it, and nothing of the earlier ones is lost: neither of their
+    panel nor of panels before it.
+    """
+    case = make_hidden_case(batch=2, vocab=2500, dtype=torch.bfloat16, **on(engine))
+    num_tokens = int((case.labels[:, 1:] >= 0).sum())
+    monkeypatch.setattr(chunk_module, "TILE_LOGITS", 1)  # the narrowest tiles: three
+    monkeypatch.setattr(chunk_module, "PANEL_LOGITS", panel * 1024 * num_tokens)
+    monkeypatch.setattr(chunk_module, "WEIGHT_PANEL_LOGITS", panel * 1024 * num_tokens)
+    bias = torch.zeros(2500, device=engine[1])
+    for first, last, value in FAR[columns]:
+        bias[first:last] = value
+    bias = bias.bfloat16()
+    case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 1024 + 1024
+    results = []
+    for function, x in ((fused_linear_kto_loss, case), (reference.linear_kto_loss, case.map(torch.Tensor.double))):
+        leaves = [
+            y.detach().to(x.hidden.dtype).requires_grad_(name in trained)
+            for name, y in zip(INPUTS, (x.hidden, x.weight, bias), strict=True)
+        ]
+        options = {"ref_logps": torch.zeros(2, device=engine[1]), "reference_point": 0.0, "beta": 1e-3}
+        if x is case:
+            options |= {"backend": engine[0], "chunk_bytes": chunk_bytes}
+        loss, metrics = function(*leaves[:2], x.labels, x.desirable, lm_head_bias=leaves[2], **options)
+        loss.backward()
+        results.append((metrics, [leaf.grad for leaf in leaves if leaf.requires_grad]))
+    (metrics, grads), (exact, exact_grads) = results
+    assert_close(metrics.logps, exact.logps, 1e-5, "logps")
+    assert_close(metrics.entropy, exact.entropy, 1e-5, "entropy")
+    for actual, expected in zip(grads, exact_grads, strict=True):
+        assert_same_gradient(actual, expected, roundings=1.5 if engine == ("triton", "cpu") else 1.0)
+
+
+@pytest.fixture
+def in_registers(monkeypatch):
+    """The calls of the kernels that fold logits, or keep P, in the registers of their GEMM; the interpreter runs them
+    anywhere.
+    """
+    if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs the shared memory of a Hopper GPU")
+    calls = []
+
+    def counted(name):
+        function = getattr(register_tiles, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(register_tiles, name, call)
+
+    for name in ("fold", "keep"):
+        counted(name)
+    if not HAS_GPU:  # Triton's interpreter would multiply bfloat16's bits as if they were integers
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        create_dot = InterpreterBuilder.create_dot
+
+        def dot(builder, a, b, *others):
+            as_float32 = (TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32) for x in (a, b))
+            return create_dot(builder, *as_float32, *others)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+        small = {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "GROUP_ROWS": 2, "MERGE_TILES": 4, "MERGE_ROWS": 16}
+        for name, value in small.items():
+            monkeypatch.setattr(register_tiles, name, value)
+    monkeypatch.setattr(memory_tiles, "BLOCK", 128)  # which a panel is a multiple of
+    monkeypatch.setattr(chunk_module, "_is_hopper", lambda device: True)
+    return calls
+
+
+def register_case(columns, vocab, **options):
+    """Several groups of blocks of rows, several steps of the merge, and targets behind the first columns."""
+    sizes = {"batch": 5, "seq_len": 40, "vocab": vocab, "hidden_size": 64}
+    case = make_hidden_case(**sizes, dtype=torch.bfloat16, device=DEVICE, backend="triton", **options)
+    bias = torch.zeros(vocab, device=DEVICE)
+    for first, last, value in FAR[columns]:
+        bias[first // 4 : last // 4] = value
+    case.labels[case.labels >= 0] = case.labels[case.labels >= 0] % 444 + 256
+    return replace(case, bias=bias.bfloat16() if FAR[columns] else None)
+
+
+@pytest.mark.parametrize("columns", FAR)
+@pytest.mark.parametrize("num_tokens", [None, 40], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize(("vocab", "temperature"), [(700, 1.0), (768, 0.7)], ids=["a rest of columns", "none"])
+def test_logits_folded_in_registers(columns, num_tokens, vocab, temperature, in_registers):
+    case = register_case(columns, vocab, temperature=temperature)
+    with chunks_of(num_tokens), torch.no_grad():
+        loss, metrics, _ = run_hidden(fused_linear_kto_loss, case, trained=())
+    assert len(in_registers) == 2 if num_tokens is None else len(in_registers) > 2, "policy and reference"
+    exact = case.map(torch.Tensor.double).with_options(backend=None)
+    exact_loss, exact_metrics, _ = run_hidden(reference.linear_kto_loss, exact, trained=())
+    if columns == "the smallest numbers at first":  # the mean of which float32 cannot hold
+        metrics, exact_metrics = (replace(x, mean_logits=torch.zeros(5)) for x in (metrics, exact_metrics))
+    check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), torch.bfloat16)
+
+
+# what is kept: all, a panel while s is not known, and d loss / d logits on a second visit
+KEPT = {"all": (INPUTS, None, "fold"), "panels": (FROZEN, None, "fold"), "second visit": (INPUTS, 10, "keep")}
+
+
+@pytest.mark.parametrize("columns", FAR)
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize(("vocab", "temperature"), [(700, 1.0), (768, 0.7)], ids=["a rest of columns", "none"])
+def test_gradients_from_registers(columns, kept, vocab, temperature, in_registers, monkeypatch):
+    """Of logits far above the target's too, by which its row was to be measured; no target is -inf. Panels have 256
+    columns, the last one 188 where there is a rest.
+    """
+    trained, num_tokens, last_call = KEPT[kept]
+    case = register_case(columns, vocab, temperature=temperature, beta=1e-3)
+    case.labels[(case.labels >= 512) & (case.labels < 625)] -= 256
+    case = case.with_options(ref_logps=torch.zeros(5, device=DEVICE))
+    monkeypatch.setattr(chunk_module, "PANEL_LOGITS", 256 * int((case.labels[:, 1:] >= 0).sum()))
+    monkeypatch.setattr(chunk_module, "WEIGHT_PANEL_LOGITS", 256 * 10)
+    with chunks_of(num_tokens):
+        actual = run_hidden(fused_linear_kto_loss, case, trained=trained)
+    assert in_registers[-1] == last_call
+    assert kept == "all" or in_registers.count(last_call) >= 2
+    exact = case.map(torch.Tensor.double).with_options(backend=None)
+    expected = run_hidden(reference.linear_kto_loss, exact, trained=trained)
+    if columns == "the smallest numbers at first":  # the mean of which float32 cannot hold
+        actual, expected = ((x[0], replace(x[1], mean_logits=torch.zeros(5)), x[2]) for x in (actual, expected))
+    check_loss_and_metrics(actual[:2], expected[:2], torch.bfloat16)
+    for name, gradient in expected[2].items():
+        assert_same_gradient(actual[2][name], gradient, roundings=1.0 if HAS_GPU else 1.5)
+
+
+def test_registers_know_the_most_likely_token_of_an_earlier_panel(in_registers, monkeypatch):
+    case = register_case("near", 700)
+    case.labels[case.labels >= 0] = 600
+    bias = torch.zeros(700, device=DEVICE).bfloat16()
+    bias[5], bias[600] = 60.0, 30.0
+    monkeypatch.setattr(chunk_module, "PANEL_LOGITS", 256 * int((case.labels[:, 1:] >= 0).sum()))
+    hidden = case.hidden.detach().requires_grad_()
+    options = {"lm_head_bias": bias, "return_metrics": True, **case.options}
+    _, metrics = linear_token_logps(hidden, case.weight, case.labels, **options)
+    assert len(in_registers) >= 2
+    assert not metrics.is_top1.any()
+
+
+@by_trained
+def test_registers_and_a_target_of_no_probability(trained, in_registers):
+    """By which its row cannot be measured."""
+    case = register_case("every other tile -inf", 700)
+    results = []
+    for function, x in (
+        (linear_token_logps, case),
+        (reference.linear_token_logps, case.map(torch.Tensor.double).with_options(backend=None)),
+    ):
+        inputs = [getattr(x, name).detach().requires_grad_(name in trained) for name in INPUTS]
+        logps = function(*inputs[:2], x.labels, lm_head_bias=inputs[2], **x.options)
+        logps.nan_to_num(neginf=0.0).sum().backward()
+        results.append((logps, [leaf.grad for leaf in inputs if leaf.requires_grad]))
+    (actual, actual_grads), (exact, exact_grads) = results
+    assert exact.isneginf().any()
+    assert_close(actual.nan_to_num(), exact.nan_to_num(neginf=torch.finfo(torch.float32).min), 1e-5, "logps")
+    for gradient, expected in zip(actual_grads, exact_grads, strict=True):
+        assert_same_gradient(gradient, expected, roundings=1.0 if HAS_GPU else 1.5)
+    assert in_registers
+
+
+@by_trained
+def test_registers_and_a_label_out_of_range(trained, in_registers, monkeypatch):
+    """Which a GPU does not tell the host of: its token's log-probability and the gradients it reaches are NaN."""
+    monkeypatch.setattr(kto_fused.engines.hidden, "check_contents", lambda *args, **kwargs: None)
+    case = register_case("near", 700)
+    labels = case.labels.clone()
+    labels[0, 3], labels[1, 4], labels[2, 5] = 700, -7, 10**9
+    hidden, weight = (getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS[:2])
+    logps = linear_token_logps(hidden, weight, labels, **case.options)
+    expected = torch.zeros(logps.shape, dtype=torch.bool, device=DEVICE)
+    expected[0, 2] = expected[1, 3] = expected[2, 4] = True
+    assert torch.equal(logps.isnan(), expected)
+    logps.sum().backward()
+    assert torch.equal(hidden.grad.isnan().any(-1), expected)
+    assert in_registers
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_registers_hand_on_what_is_no_number(poison, in_registers):
+    case = make_hidden_case(hidden_size=64, vocab=700, dtype=torch.bfloat16, device=DEVICE, backend="triton")
+    case.hidden.nan_to_num_()
+    case.hidden[0, 0] = poison
+    labels = case.labels.clamp(min=0)
+    with torch.no_grad():
+        logps, _ = linear_token_logps(case.hidden, case.weight, labels, return_metrics=True, **case.options)
+    assert in_registers
+    assert logps[0, 0].isnan()
+    assert logps[0, 1:].isfinite().all()
+    assert logps[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("why", ["soft cap", "hidden size", "steps of H", "strides", "float16", "another GPU"])
+def test_logits_that_registers_do_not_serve(why, in_registers, monkeypatch):
+    hidden_size = {"hidden size": 2624, "steps of H": 72}.get(why, 64)
+    dtype = torch.float16 if why == "float16" else torch.bfloat16
+    case = make_hidden_case(hidden_size=hidden_size, vocab=300, dtype=dtype, device=DEVICE, backend="triton")
+    if why == "soft cap":
+        case = case.with_options(logit_softcap=20.0)
+    if why == "strides":
+        case = replace(case, weight=case.weight.T.contiguous().T)
+    if why == "another GPU":
+        monkeypatch.setattr(chunk_module, "_is_hopper", lambda device: False)
+    reference_logps = {"ref_logps": torch.zeros(len(case.labels), device=DEVICE)}
+    for trained in ((), INPUTS):
+        check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained, **reference_logps)
+    assert not in_registers
+
+
+@pytest.mark.parametrize("kind", ["every other element", "one element for all"])
+def test_a_strided_bias(kind, engine):
+    """Of float32 under autocast, which reads hidden states and weight in bfloat16."""
+    case = make_hidden_case(vocab=300, **on(engine))
+    bias = torch.randn(600, device=engine[1])[::2] if kind == "every other element" else torch.randn(1).expand(300)
+    results = []
+    for value in (bias.to(engine[1]), bias.to(engine[1]).contiguous()):
+        with torch.autocast(engine[1], torch.bfloat16):
+            options = {"lm_head_bias": value, "backend": engine[0]}
+            results.append(linear_sequence_logps(case.hidden, case.weight, case.labels, **options))
+    assert torch.equal(*results)
+
+
+# ---- a loss of one's own ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ClippedHead:
+    """``head(logps, token_counts, ref_logps) -> (loss, grads, margins)``: a formula that no public function has."""
+
+    paired: ClassVar[bool] = False
+
+    loss_type: str
+    reduction: str
+    loss_dtype: torch.dtype
+    backend: str
+    margin: float
+
+    @property
+    def numbers(self) -> list[float]:
+        return [self.margin]
+
+    @classmethod
+    def from_numbers(cls, numbers: list[float], **others) -> "ClippedHead":
+        return cls(margin=numbers[0], **others)
+
+    def couples_batch(self) -> bool:
+        return False
+
+    def losses(self, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+        return (self.margin - torch.tanh(0.1 * (logps - ref_logps))).square()
+
+    def __call__(self, logps, token_counts, ref_logps):
+        value, grads = heads.value_and_grads(
+            lambda x: self.losses(x, ref_logps), logps, self.reduction, self.loss_dtype
+        )
+        return value, grads, logps - ref_logps
+
+
+@by_trained
+@pytest.mark.parametrize("num_tokens", [None, 6, 1], ids=["one chunk", "chunks", "split sequences"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_any_head_needs_no_more_than_its_formula(engine, trained, num_tokens, reduction, monkeypatch):
+    monkeypatch.setitem(heads.HEADS, "clipped", ClippedHead)
+    case = make_hidden_case(dtype=torch.float64, bias=True, **on(engine))
+    ref_logps = torch.linspace(-20, -1, 4, dtype=torch.float64, device=engine[1])
+    head = ClippedHead("", reduction, torch.float64, engine[0], margin=0.3)
+    results = []
+    for fused in (True, False):
+        inputs = [getattr(case, name).clone().requires_grad_(name in trained) for name in INPUTS]
+        hidden, weight, bias = inputs
+        if fused:
+            needs = tuple(x.requires_grad for x in inputs)
+            transform = {"temperature": 1.0, "logit_scale": 1.0, "logit_softcap": None}
+            layout = {"ignore_index": MASKED, "shift": True, "average_log_prob": False}
+            logits = LogitOptions(**layout, **transform, backend=engine[0])
+            options = HiddenOptions(logits, torch.float64, torch.float64, 2**30, needs)
+            tensors = (hidden, weight, bias, case.labels, None)
+            with chunks_of(num_tokens):
+                loss, *_, margins = LossFromHidden.apply(*tensors, None, None, None, ref_logps, options, head)
+                loss.sum().backward()
+        else:
+            logps = reference.linear_sequence_logps(hidden, weight, case.labels, lm_head_bias=bias)
+            loss, margins = head.losses(logps, ref_logps), logps - ref_logps
+            loss = {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}[reduction](loss)
+            loss.sum().backward()
+        results.append((loss, margins, *(x.grad for x in inputs if x.requires_grad)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, 1e-11, "loss, margins or gradient")
+
+
+# ---- anything together --------------------------------------------------------------------------------------------
+
+
+@st.composite
+def losses(draw):
+    function = draw(st.sampled_from(FUNCTIONS))
+    batch = draw(st.sampled_from([1, 2, 3, 5]) if function is fused_linear_kto_loss else st.sampled_from([2, 4]))
+    vocab = draw(st.sampled_from([1, 2, 3, 31, 128, 129]))
+    dtype = draw(st.sampled_from(DTYPES))
+    options = {
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+        "average_log_prob": draw(st.booleans()),
+        "shift": draw(st.booleans()),
+        "ignore_index": draw(st.sampled_from([MASKED, 0, vocab + 5])),
+        "beta": draw(st.floats(0.01, 1.0)),
+        "temperature": draw(st.sampled_from([1.0, 0.7])),
+        "logit_scale": draw(st.sampled_from([1.0, 1.5])),
+        "logit_softcap": draw(st.sampled_from([None, 10.0])),
+    }
+    if function is fused_linear_kto_loss:
+        options["loss_type"] = draw(st.sampled_from(KTO_LOSS_TYPES))
+        weights = draw(st.sampled_from([(1.0, 1.0), (0.0, 1.7), (0.6, 0.0)]))
+        options["desirable_weight"], options["undesirable_weight"] = weights
+        if options["loss_type"] != "apo_zero_unpaired":
+            options["reference_point"] = draw(st.sampled_from(["batch_mean", 0.0, 1.3]))
+    else:
+        options["loss_type"] = draw(st.sampled_from(DPO_LOSS_TYPES))
+        if options["loss_type"] in WITH_LABEL_SMOOTHING:
+            options["label_smoothing"] = draw(st.sampled_from([0.0, 0.2]))
+    case = make_hidden_case(
+        batch=batch,
+        seq_len=draw(st.integers(1, 4)),
+        hidden_size=draw(st.sampled_from([1, 2, 8, 17])),
+        vocab=vocab,
+        dtype=dtype,
+        packed=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        std=draw(st.sampled_from([0.0, 1.0, 5.0])),
+        seed=draw(st.integers(0, 2**31)),
+        **options,
+    )
+    if options["loss_type"] not in REFERENCE_FREE:
+        case = case.with_options(**reference_options(draw(st.sampled_from(REFERENCES)), case))
+    trained = draw(st.sampled_from([INPUTS, FROZEN, HEAD_ONLY, ("weight",), ("hidden", "weight"), ()]))
+    return function, case, trained, draw(st.sampled_from([None, 1, 2, 3, 6]))
+
+
+def test_random_losses(engine):
+    @settings(max_examples=40 if engine == ("triton", "cpu") else 260)
+    @given(losses())
+    def check(example):
+        function, case, trained, num_tokens = example
+        case = replace(
+            case,
+            **{name: to_device(value, engine[1]) for name, value in vars(case).items() if name != "options"},
+            options={name: to_device(value, engine[1]) for name, value in case.options.items()},
+        )
+        # an error of the log-probability reaches a vanishing gradient through the loss's curvature, times the head
+        floor = 10 * LOGP_TOLERANCE[case.hidden.dtype] * max(1.0, case.weight.abs().max().item())
+        with chunks_of(num_tokens):
+            check_hidden_against_twin(function, case, trained=trained, grad_floor=floor, backend=engine[0])
+
+    check()

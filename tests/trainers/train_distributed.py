@@ -1,0 +1,291 @@
+"""Training in this process alone, or as ``torchrun --nproc_per_node 2 train_distributed.py FOLDER``, which writes each
+case's results to ``FOLDER/results.json``. The global batches are the same, whatever the number of processes.
+"""
+
+import faulthandler
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, gather_object
+from datasets import concatenate_datasets
+from filelock import FileLock
+from tiny_training import (
+    CLOCK,
+    data,
+    history,
+    make_trainer,
+    model,
+    run_cases,
+    stop_and_resume,
+    vision_language_model,
+    weights,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kto_fused.trainers import FusedTrainer
+from kto_fused.trainers.checkpoints import LOCK, CheckpointError, FolderInUseError
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+LONGEST = 300  # seconds
+KINDS = ("kto", "dpo")
+WRAPPERS = ("ddp", "fsdp")
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    },
+}
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards on accelerators alone; what it sets up for them, set up for CPUs too."""
+    initialise = AcceleratorState.__init__
+
+    @functools.wraps(initialise)
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+def make(kind: str, wrapper: str, folder: Path, *, batch: int = 4, lora: bool = False, **settings: Any) -> FusedTrainer:
+    """``batch`` is the number of examples on all processes together."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which accelerate sets, and keeps
+    if wrapper == "fsdp" and PROCESSES > 1:
+        settings |= FSDP
+    if lora:
+        import peft
+
+        torch.manual_seed(5)
+        settings["policy"] = peft.get_peft_model(settings.get("policy") or model(), peft.LoraConfig(**LORA))
+    return make_trainer(
+        kind,
+        folder,
+        per_device_train_batch_size=batch // PROCESSES,
+        per_device_eval_batch_size=batch // PROCESSES,
+        **settings,
+    )
+
+
+def outcome(trainer: FusedTrainer) -> dict[str, Any]:
+    """Log and weights; and a proof of what the model was wrapped in."""
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    return {
+        "history": history(trainer),
+        "weights": {name: whole(tensor).flatten().tolist() for name, tensor in weights(trainer).items()},
+        "is_ddp": isinstance(trainer.model_wrapped, DistributedDataParallel),
+        "is_fsdp": isinstance(trainer.model_wrapped, FSDPModule),
+    }
+
+
+def train(folder: Path, kind: str, wrapper: str, *, tied: bool = False, own_reference: bool = True, **settings: Any):
+    policy = model(tie_word_embeddings=tied)
+    ref_model = model(seed=1, tie_word_embeddings=tied) if own_reference else None
+    trainer = make(kind, wrapper, folder, policy=policy, ref_model=ref_model, **settings)
+    trainer.train()
+    return outcome(trainer)
+
+
+def train_on_text(folder: Path, kind: str):
+    """A model that sees, with checkpointed layers: DistributedDataParallel looks for no unused parameters."""
+    trainer = make(kind, "ddp", folder, policy=vision_language_model(), gradient_checkpointing=True)
+    trainer.train()
+    return outcome(trainer)
+
+
+def precompute_with_dropout(folder: Path, kind: str):
+    """The curves of a run that computes the reference's log-probabilities, one that finds them, and one without."""
+    settings = {"disable_dropout": False, "train": 8, "batch": 2, "evaluation": 4, "eval_strategy": "steps"}
+    curves = []
+    for is_precomputed in (True, True, False):
+        kept = {"precompute_ref_log_probs": True, "ref_cache_dir": str(folder / f"kept_by_{PROCESSES}")}
+        policy = model(attention_dropout=0.3)
+        trainer = make(kind, "ddp", folder, policy=policy, **settings, **(kept if is_precomputed else {}))
+        trainer.train()
+        curves.append(history(trainer))
+    return curves
+
+
+def resume(folder: Path, kind: str, wrapper: str, lora: bool = False):
+    return stop_and_resume(folder, functools.partial(make, kind, wrapper, lora=lora), outcome)
+
+
+def damage(folder: Path, wrapper: str):
+    """What each process says of a checkpoint that lacks the second one's file, the outcome of going on from the one
+    before it, and that of a run that was not stopped.
+    """
+    train_again = functools.partial(make, "kto", wrapper, save_strategy="steps", save_steps=2, optim="adamw_torch")
+    train_again(folder / "stopped", num_train_epochs=1).train()
+    newest = folder / "stopped" / "checkpoint-4"
+    trainer = train_again(folder / "stopped", num_train_epochs=2)
+    if PROCESSES > 1:
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            (newest / "rng_state_1.pth").unlink()
+    errors = [""]
+    try:
+        trainer.train(resume_from_checkpoint=str(newest))
+    except CheckpointError as error:
+        errors = gather_object([str(error)])
+    trainer.train(resume_from_checkpoint=True)
+    whole = train_again(folder / "whole", num_train_epochs=2)
+    whole.train()
+    return {"errors": errors, "resumed": outcome(trainer), "whole": outcome(whole)}
+
+
+def lock(folder: Path):
+    """What each process says of a folder that another run has locked."""
+    trainer = make("dpo", "ddp", folder)
+    if trainer.is_world_process_zero():
+        other = FileLock(folder / LOCK)
+        other.acquire()
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train()
+    except FolderInUseError as error:
+        return gather_object([str(error)])
+
+
+def evaluate(folder: Path, kind: str, wrapper: str):
+    """9 rows, of which the last fills a part of the processes' last batches; before training, and after it."""
+    trainer = make(kind, wrapper, folder, ref_model=model(seed=1), evaluation=9, train=4)
+    entries = []
+    if wrapper == "ddp":  # accelerate shards a model with its optimizer, so not before training
+        entries.append(trainer.evaluate())
+    trainer.train()
+    entries.append(trainer.evaluate())
+    return [{name: value for name, value in entry.items() if not name.endswith(CLOCK)} for entry in entries]
+
+
+def precompute_once(kind: str, wrapper: str, folder: Path, cache: Path, **settings: Any):
+    passes, count = FusedTrainer._reference, 0
+
+    def counted(self, *args):
+        nonlocal count
+        count += 1
+        return passes(self, *args)
+
+    FusedTrainer._reference = counted
+    try:
+        trainer = make(
+            kind,
+            wrapper,
+            folder,
+            ref_model=model(seed=1),
+            train=12,
+            evaluation=5,
+            eval_strategy="epoch",
+            precompute_ref_log_probs=True,
+            ref_cache_dir=str(cache),
+            **settings,
+        )
+        trainer.train()
+    finally:
+        FusedTrainer._reference = passes
+    return {"passes": count, **outcome(trainer)}
+
+
+def precompute(folder: Path, kind: str, wrapper: str):
+    """A run that computes the reference's log-probabilities, one that finds them, and one without."""
+    runs = [precompute_once(kind, wrapper, folder, folder / f"cache_of_{PROCESSES}") for _ in range(2)]
+    return [*runs, train(folder, kind, wrapper, train=12, evaluation=5, eval_strategy="epoch")]
+
+
+def precompute_on_two_disks(folder: Path):
+    """The second process has lost what both had computed: how often each computes then."""
+    rank, passes = int(os.environ.get("RANK", 0)), []
+    for is_lost in (False, False, True):
+        cache = folder / f"cache_of_rank_{rank}"
+        if is_lost and rank == 1:
+            shutil.rmtree(cache)
+        passes.append(precompute_once("dpo", "ddp", folder, cache)["passes"])
+    return passes
+
+
+def repeated(folder: Path, kind: str, wrapper: str, rows: int):
+    """In the order of the data, ``rows`` of it and then the first ones again to fill the last global batch."""
+    rows_of_data = data(kind, rows)
+    if PROCESSES == 1:
+        rows_of_data = concatenate_datasets([rows_of_data, rows_of_data.select(range(-rows % 4))])
+    return train(folder, kind, wrapper, train=rows_of_data, train_sampling_strategy="sequential")
+
+
+def refusal(folder: Path, kind: str, wrapper: str, **settings: Any):
+    try:
+        make(kind, wrapper, folder, **settings)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+
+
+def cases() -> dict[str, Callable[[Path], Any]]:
+    found = {}
+    for wrapper in WRAPPERS:
+        for kind in KINDS:
+            run = functools.partial(train, kind=kind, wrapper=wrapper)
+            name = f"{wrapper}-{kind}"
+            found |= {
+                f"{name}-untied": functools.partial(run, tied=False),
+                f"{name}-tied": functools.partial(run, tied=True),
+                f"{name}-accumulated": functools.partial(run, train=20, gradient_accumulation_steps=2),
+                f"{name}-copied reference": functools.partial(run, own_reference=False),
+                f"{name}-bf16": functools.partial(run, own_reference=False, bf16=True),
+                f"{name}-lora": functools.partial(run, own_reference=False, lora=True),
+                f"{name}-lora off": functools.partial(run, own_reference=False, lora=True, reference="base"),
+                f"{name}-lora resumed": functools.partial(resume, kind=kind, wrapper=wrapper, lora=True),
+                f"{name}-resumed": functools.partial(resume, kind=kind, wrapper=wrapper),
+                f"{name}-evaluated": functools.partial(evaluate, kind=kind, wrapper=wrapper),
+                f"{name}-precomputed": functools.partial(precompute, kind=kind, wrapper=wrapper),
+            }
+        found[f"{wrapper}-dpo-logits"] = functools.partial(train, kind="dpo", wrapper=wrapper, loss_from="logits")
+        found[f"{wrapper}-kto-checkpointed"] = functools.partial(
+            train, kind="kto", wrapper=wrapper, gradient_checkpointing=True
+        )
+        found[f"{wrapper}-dpo-random"] = functools.partial(
+            train, kind="dpo", wrapper=wrapper, train_sampling_strategy="random"
+        )
+        found[f"{wrapper}-dpo-simpo"] = functools.partial(
+            train, kind="dpo", wrapper=wrapper, loss_type="simpo", own_reference=False
+        )
+        found[f"{wrapper}-damaged"] = functools.partial(damage, wrapper=wrapper)
+    found["ddp-locked"] = lock
+    for kind in KINDS:
+        found[f"ddp-{kind}-sees"] = functools.partial(train_on_text, kind=kind)
+        found[f"ddp-{kind}-dropout"] = functools.partial(precompute_with_dropout, kind=kind)
+    found["ddp-kto-used"] = functools.partial(train, kind="kto", wrapper="ddp", ddp_find_unused_parameters=False)
+    found["ddp-dpo-repeated"] = functools.partial(repeated, kind="dpo", wrapper="ddp", rows=14)
+    found["ddp-dpo-two disks"] = precompute_on_two_disks
+    found["ddp-kto-batch_mean"] = functools.partial(refusal, kind="kto", wrapper="ddp", reference_point="batch_mean")
+    found["fsdp-dpo-lora precomputed"] = functools.partial(
+        refusal, kind="dpo", wrapper="fsdp", lora=True, precompute_ref_log_probs=True
+    )
+    return found
+
+
+def main(folder: Path) -> None:
+    faulthandler.dump_traceback_later(LONGEST, exit=True)  # processes that wait for one another
+    shard_on_cpus()
+    run_cases(cases(), folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
