@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that the fused losses are tested with, and a batch for them."""
+"""Tiny random models of every architecture that the fused losses are tested with, and batches for them."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ MIXTURE = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_l
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 
-# by the configuration's model_type: what is changed in it, so that the part of its logits that is its own shows
+# Settings by model_type. They make the scale, soft cap or head that is special to an architecture change its logits.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
@@ -39,20 +39,24 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **NO_DROPOUT},
     "gpt_neox": {"attention_dropout": 0.0, "hidden_dropout": 0.0},
     "granite": {"logits_scaling": 3.0},
-    "hyperclovax": {"logits_scaling": 0.3},  # multiplies by it
-    "minicpm3": {"dim_model_base": 16, "num_key_value_heads": 4, **LATENT},  # scales its hidden states
-    "inkling_text": {"logits_mup_width_multiplier": 2.0},  # the same
+    "hyperclovax": {"logits_scaling": 0.3},  # multiplies by the number that Granite divides by
+    "minicpm3": {"dim_model_base": 16, "num_key_value_heads": 4, **LATENT},  # scales its hidden states, not its logits
+    "inkling_text": {"logits_mup_width_multiplier": 2.0},  # scales its hidden states too
     "cohere": {"logit_scale": 0.25},
-    # names a rule that its model does not follow
+    # the scale is the name of a rule, which the model does not follow
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "logit_scale": "inv_sqrt_d_model"},
     "olmo2": {},
     "falcon_h1": {"lm_head_multiplier": 0.3, **MAMBA},
     "mixtral": {"num_local_experts": 4, **MIXTURE},
-    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8},  # a backbone of another name
+    "llama4_text": {
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+    },  # no base_model
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, **MIXTURE},
 }
 
-# each function from hidden states, and its twin from logits
+# each function of hidden states, and its twin that takes logits
 TWINS = {
     fused_linear_kto_loss: reference.kto_loss,
     fused_linear_dpo_loss: reference.dpo_loss,
@@ -61,7 +65,7 @@ TWINS = {
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model in training mode whose biases and norms are random too, with logits of a few nats."""
+    """Return a random model in training mode. Its biases and norms are random too, and its logits are a few nats."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES.get(name, {}), **changes})
     model = AutoModelForCausalLM.from_config(config)
@@ -73,7 +77,7 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **c
 
 
 def make_batch(function, batch: int = 4, seq_len: int = 9, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(model_inputs, arguments) for ``function``: prompts of three tokens, and padding behind two of the sequences."""
+    """Return (model_inputs, arguments) for ``function``: prompts of three tokens, and two sequences padded behind."""
     random = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCAB, (batch, seq_len), generator=random)
     lengths = torch.tensor([seq_len - 3, seq_len, seq_len - 1, seq_len]).repeat(batch // 4 + 1)[:batch]
@@ -89,7 +93,7 @@ def make_batch(function, batch: int = 4, seq_len: int = 9, seed: int = 0) -> tup
 
 
 def from_own_logits(function, model, model_inputs: dict[str, Any], **arguments: Any) -> torch.Tensor:
-    """The loss or log-probabilities of ``function``'s twin from the model's own logits, its router loss added."""
+    """Return the result of ``function``'s twin on the model's own logits; a loss includes the model's router loss."""
     outputs = model(**model_inputs)
     result = TWINS[function](outputs.logits, **arguments)
     if function is linear_sequence_logps:

@@ -1,8 +1,12 @@
-"""Hugging Face causal language models: their hidden states and LM head go to a fused loss, and logits never exist.
+"""Fused losses of Hugging Face causal language models, whose logits are never in memory.
 
-The loss is called inside the model's own ``forward``, at the place of its LM head, so that whatever wraps the model
-(PEFT, DistributedDataParallel, FSDP2, ``torch.compile``, autocast) does its part as it does for logits: adapters are
-on or off, sharded weights are gathered around the head, gradients are reduced behind it.
+``apply(function, model, model_inputs, ...)`` runs the model up to its LM head and calls a loss of this package there,
+with the hidden states and the head's weights. For a model that cannot be used in this way, ``apply_to_logits`` takes
+the loss of its logits. ``attach`` prepares a model before it is wrapped; ``detach`` undoes that.
+
+The loss is called inside the model's own ``forward``. So everything that wraps the model (PEFT,
+DistributedDataParallel, FSDP2, ``torch.compile``, autocast) works as it does for logits: adapters are on or off,
+sharded weights are gathered around the head, and gradients are reduced.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,35 +15,36 @@ from typing import Any
 
 from torch import nn
 
-from .config import UnsupportedModelError, unwrap
 from .forward import FusedCall, Outcome, forward_like, forward_of, head_forward, is_loss, unknown_router_loss
 from .inspect import check_is_causal, check_logits, head_layers
+from .wrappers import UnsupportedModelError, unwrap
 
 __all__ = ["UnsupportedModelError", "apply", "apply_to_logits", "attach", "detach", "unwrap"]
 
 
 def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> Any:
-    """``function(hidden=, lm_head_weight=, lm_head_bias=, logit_scale=, logit_softcap=, **arguments)`` of a model.
+    """Call a loss or log-probability function on a model's hidden states and LM head.
 
-    ``function`` is one that takes hidden states: ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``,
-    ``linear_sequence_logps``, ``linear_token_logps``, or a twin of theirs in ``reference``. A mixture of experts whose
-    configuration asks for router logits has its auxiliary loss added to a loss (with ``reduction="none"`` to each
-    sequence's), times ``router_aux_loss_coef``, as the model's own forward does; not to log-probabilities. A function
-    of your own that returns a tuple returns a loss first.
+    ``function(hidden=, lm_head_weight=, lm_head_bias=, logit_scale=, logit_softcap=, **arguments)`` runs once, inside
+    the model's forward. If a mixture of experts is configured to return router logits, its auxiliary loss times
+    ``router_aux_loss_coef`` is added to the loss, as the model's own forward does. With ``reduction="none"`` it is
+    added to each sequence's loss. It is not added to log-probabilities.
 
     Args:
-        function: called once, inside the model's forward.
+        function: takes hidden states: ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``,
+            ``linear_sequence_logps``, ``linear_token_logps``, or a twin of theirs in ``reference``. A function of your
+            own that returns a tuple must return a loss first.
         model: a ``PreTrainedModel`` with an LM head, bare or wrapped (PEFT, DDP, FSDP2, ``torch.compile``).
         model_inputs: for the model's backbone: ``input_ids`` [B, T], ``attention_mask``, ``position_ids``, ...
-        arguments: for ``function``: ``labels`` and what else it takes, but for ``logit_scale`` and ``logit_softcap``,
-            which the model's configuration says.
+        arguments: for ``function``: ``labels`` and its other arguments, except for ``logit_scale`` and
+            ``logit_softcap``, which come from the model's configuration.
 
     Returns:
-        What ``function`` returns.
+        The return value of ``function``.
 
     Raises:
         UnsupportedModelError, TypeError: see ``attach``.
-        TypeError: ``model_inputs`` is no mapping.
+        TypeError: ``model_inputs`` is not a mapping.
         ValueError: ``logit_scale`` or ``logit_softcap`` is among ``arguments``.
 
     >>> import torch, kto_fused
@@ -58,13 +63,13 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     """
     _check_call(function, model_inputs, arguments)
     attach(model)
-    answer = model(**model_inputs, fused_call=FusedCall(function, arguments))
-    if not isinstance(answer, tuple) or not isinstance(answer[-1], Outcome):
+    returned = model(**model_inputs, fused_call=FusedCall(function, arguments))
+    if not isinstance(returned, tuple) or not isinstance(returned[-1], Outcome):
         raise UnsupportedModelError(
             f"model ({type(model).__name__}) calls the forward that it found when it was made: call "
             "kto_fused.huggingface.attach(model) before the wrapping"
         )
-    gradient_path, outcome = answer
+    gradient_path, outcome = returned
     first, *others = outcome.results(gradient_path)
     if not isinstance(outcome.result, tuple):
         return first
@@ -74,19 +79,20 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
 
 
 def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments) -> Any:
-    """``function(logits, **arguments)`` of a model's own logits, for a model that ``attach`` refuses.
+    """Call a loss or log-probability function on a model's logits, for a model that ``attach`` refuses.
 
-    ``function`` is one that takes logits: ``fused_kto_loss``, ``fused_dpo_loss``, ``sequence_logps``, ``token_logps``,
-    or a twin. The auxiliary loss of a mixture of experts is treated as in ``apply``, and so are ``logit_scale`` and
-    ``logit_softcap``, which these logits hold already.
+    ``function(logits, **arguments)`` runs once. The auxiliary loss of a mixture of experts is added as in ``apply``.
 
     Args:
-        function: called once, with the logits [B, T, V].
+        function: takes logits [B, T, V]: ``fused_kto_loss``, ``fused_dpo_loss``, ``sequence_logps``, ``token_logps``,
+            or a twin of theirs in ``reference``.
         model: any model that returns ``logits``, bare or wrapped.
-        model_inputs, arguments: as in ``apply``.
+        model_inputs: arguments of the model, as in ``apply``.
+        arguments: for ``function``, as in ``apply``. ``logit_scale`` and ``logit_softcap`` are refused here too: the
+            model has applied them to its logits already.
 
     Returns:
-        What ``function`` returns.
+        The return value of ``function``.
 
     Raises:
         UnsupportedModelError: the auxiliary loss has a weight of another name than ``router_aux_loss_coef``.
@@ -115,22 +121,45 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
     return result[0] + inner.router_aux_loss_coef * aux_loss.to(result[0]), *result[1:]
 
 
-def attach(model: nn.Module) -> None:
-    """Teach a model's forward to call a fused loss in place of its LM head; ``apply`` does it at its first call.
+def _check_call(function: Callable, model_inputs: Any, arguments: dict[str, Any]) -> None:
+    if not isinstance(model_inputs, Mapping):
+        raise TypeError(
+            "model_inputs must be a mapping of the model's arguments, {'input_ids': ..., ...}, "
+            f"got {type(model_inputs).__name__}"
+        )
+    # a Fused...Loss holds options, a functools.partial holds keywords, and a partial of a Fused...Loss holds both
+    held = {
+        **getattr(getattr(function, "func", function), "options", {}),
+        **getattr(function, "keywords", {}),
+        **arguments,
+    }
+    for name in ("logit_scale", "logit_softcap"):
+        if name in held:
+            raise ValueError(f"{name}={held[name]} is given, expected none: the model's configuration says it")
 
-    To be called before ``accelerate`` prepares the model. Without a loss the forward stays what it was, so generation,
-    saving and copying are as before. The model's own logits are compared once, on a few tokens, with those the loss
-    would see: an architecture that does more between its hidden states and its logits is refused, not trained wrongly.
+
+def attach(model: nn.Module) -> None:
+    """Teach a model's forward to call a fused loss in place of its LM head.
+
+    ``apply`` does it at its first call. Call ``attach`` yourself before ``accelerate`` or another wrapper takes the
+    model. Without a loss the forward does what it did before, so generating, saving and copying are unchanged.
+
+    The model's own logits are compared once, on a few tokens, with the logits that the loss would make. A model that
+    computes anything else between its hidden states and its logits is refused: it would be trained wrongly.
 
     Args:
         model: as in ``apply``. Attaching it again changes nothing.
 
     Raises:
-        UnsupportedModelError: the LM head is not a plain linear layer (it carries an adapter, is quantised or missing),
-            or has hooks that expect logits; prompts are learned, ``config.return_dict`` is off, attention sees later
-            tokens, or the model's logits are not finite or more than its head, scale and soft cap; or the model is
-            wrapped in ``nn.DataParallel``, was prepared by accelerate before, lies on the meta device, or is ZeRO-3's
-            without an engine.
+        UnsupportedModelError: the fused loss cannot be called in this model, for one of these reasons.
+
+            - The LM head is missing or not a plain linear layer: it carries an adapter, or is quantised.
+            - The LM head has hooks that expect logits.
+            - Prompts are learned, or attention sees later tokens.
+            - The logits are not finite, or are more than the LM head's output with a scale and a soft cap.
+            - ``config.return_dict`` is off.
+            - The model is wrapped in ``nn.DataParallel``, was prepared by accelerate before, lies on the meta device,
+              or was partitioned by DeepSpeed ZeRO-3 and is not in an engine.
         TypeError: ``model`` holds no ``PreTrainedModel``.
 
     >>> from kto_fused import huggingface
@@ -141,14 +170,14 @@ def attach(model: nn.Module) -> None:
     """
     inner = unwrap(model)
     layers = head_layers(inner)
-    # what pickle brings back is the class's own forward
+    # a model that pickle loaded has ``_unfused_forward``, but its class's own forward
     is_attached = hasattr(inner, "_unfused_forward") and forward_of(inner) is not type(inner).forward
     if not is_attached and "_original_forward" in inner.__dict__:
         raise UnsupportedModelError(
             "model was prepared by accelerate before it knew the fused loss, which would run outside of autocast: "
             "call kto_fused.huggingface.attach(model) before accelerator.prepare(model)"
         )
-    for layer in layers:  # each time: the head may have been replaced since
+    for layer in layers:  # at every call, because the head may have been replaced since the last one
         if forward_of(layer) is not head_forward:
             layer.forward = MethodType(head_forward, layer)
     if is_attached:
@@ -157,7 +186,8 @@ def attach(model: nn.Module) -> None:
         raise UnsupportedModelError(
             "model.config.return_dict is False, under which transformers' own models fail to run: set it to True"
         )
-    # an instance's own forward is somebody else's patch; as a bound method it follows the model when that is copied
+    # An instance's own forward is somebody else's patch, which ``detach`` restores. Ours is a bound method, so that a
+    # deep copy of the model calls the copy's weights.
     inner._unfused_forward = inner.__dict__.get("forward")
     inner.forward = MethodType(forward_like(type(inner).forward), inner)
     try:
@@ -169,7 +199,7 @@ def attach(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Give the model back the forward it had before ``attach``."""
+    """Give the model back the forward it had before ``attach``. A model that is not attached stays as it is."""
     inner = unwrap(model)
     if not hasattr(inner, "_unfused_forward"):
         return
@@ -180,23 +210,3 @@ def detach(model: nn.Module) -> None:
     if inner._unfused_forward is not None:
         inner.forward = inner._unfused_forward
     del inner._unfused_forward
-
-
-def _check_call(function: Callable, model_inputs: Any, arguments: dict[str, Any]) -> None:
-    if not isinstance(model_inputs, Mapping):
-        raise TypeError(
-            "model_inputs must be a mapping of the model's arguments, {'input_ids': ..., ...}, "
-            f"got {type(model_inputs).__name__}"
-        )
-    # of a Fused...Loss, of a functools.partial
-    held = {
-        **getattr(getattr(function, "func", function), "options", {}),
-        **getattr(function, "keywords", {}),
-        **arguments,
-    }
-    for name in ("logit_scale", "logit_softcap"):
-        if name in held:
-            raise ValueError(f"{name}={held[name]} is given, expected none: the model's configuration says it")
-
-
-head_forward.__name__ = "forward"  # by which pickle finds the class's own in what it restores

@@ -1,4 +1,8 @@
-"""A model's files: which of them is damaged, and weights that a checkpoint lacks."""
+"""Load models and tokenizers from a folder or the Hub, with errors that name a damaged file.
+
+``transformers`` reports a damaged file in many ways, mostly without its name, and fills weights that a checkpoint lacks
+with random numbers. Here both are one clear error. Python code that comes with a model runs only if the user said so.
+"""
 
 import functools
 import json
@@ -22,18 +26,28 @@ DESCRIPTIONS = (
 LFS_POINTER = b"version https://git-lfs"
 
 
+class RemoteCodeError(ValueError):
+    """A model, tokenizer or configuration cannot be loaded without running Python code that comes with it."""
+
+
 def load_model(name: str, *, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
-    """A causal language model from a folder or the Hub.
+    """Load a causal language model from a folder or the Hub.
+
+    Args:
+        name: a folder, or a model's name on the Hub.
+        trust_remote_code: whether Python code that comes with the model may run.
+        options: for ``from_pretrained``.
 
     Raises:
         ValueError: a file is damaged, or the checkpoint lacks weights of the model, which ``transformers`` would fill
-            with random numbers. Beside that, what ``huggingface.load_pretrained`` raises.
+            with random numbers.
+        RemoteCodeError: see ``load_pretrained``, whose other errors pass through.
     """
     try:
         model, found = load_pretrained(
             AutoModelForCausalLM, name, trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
-    except Exception as error:  # it may fail in any way, mostly without the file's name
+    except Exception as error:  # loading may fail in any way, mostly without the file's name
         damage = damaged_file(name)
         if damage is None:
             raise
@@ -47,22 +61,37 @@ def load_model(name: str, *, trust_remote_code: bool, **options: Any) -> PreTrai
     return model
 
 
-def folder_of(name: str) -> Path | None:
-    """Where the files of a folder or of a downloaded model lie; None if nowhere yet."""
-    if Path(name).is_dir():
-        return Path(name)
+def load_pretrained(kind: type, name: str, *, trust_remote_code: bool, **options: Any) -> Any:
+    """Return ``kind.from_pretrained(name)``, without the question on the terminal whether the model's code may run.
+
+    Raises:
+        RemoteCodeError: the model's own code is needed, and ``trust_remote_code`` is off.
+    """
+    if trust_remote_code:
+        _say_trusted(name)
     try:
-        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name of the Hub
-        return None
-    return Path(config).parent if isinstance(config, str) else None
+        return kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise RemoteCodeError(
+            f"{name} brings Python code of its own, which is run only with trust_remote_code=True in the trainer's "
+            "config (kto-fused train: --trust_remote_code)"
+        ) from error
+
+
+@functools.cache  # once per model
+def _say_trusted(name: str) -> None:
+    logger.warning("trust_remote_code is on: Python code that comes with %s is run", name)
 
 
 def damaged_file(name: str) -> str | None:
-    """A sentence on the first file of the model that is empty, cut off or not what its name says; None if all are
-    whole. Damage inside the numbers of a weight is not found: nothing records what they were.
+    """Return a sentence on the first file of the model that is damaged, or None if all files are whole.
+
+    A damaged file is empty, cut off, or not of the kind that its name says. Damage inside the numbers of a weight is
+    not found: no file records a checksum of them.
     """
-    folder = folder_of(name)
+    folder = _folder_of(name)
     if folder is None:
         return None
     for path in _files(folder, DESCRIPTIONS):
@@ -81,11 +110,22 @@ def damaged_file(name: str) -> str | None:
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):
                     pass
-            elif not begin or (begin.startswith(b"PK") and not zipfile.is_zipfile(path)):  # older ones are no zip
+            elif not begin or (begin.startswith(b"PK") and not zipfile.is_zipfile(path)):  # old files are no zip
                 return _damaged(path, "PyTorch", "it ends early")
-        except Exception as error:  # safetensors has a class of its own, below ``Exception``
+        except Exception as error:  # safetensors raises a class of its own, directly below ``Exception``
             return _damaged(path, "safetensors", error)
     return None
+
+
+def _folder_of(name: str) -> Path | None:
+    """Return the folder with the files of a model, or None if it was not downloaded yet."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not a name of the Hub
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
@@ -100,31 +140,3 @@ def _damaged(path: Path, kind: str, reason: object) -> str:
         is_empty = False
     reason = "it is empty" if is_empty else getattr(reason, "strerror", None) or reason
     return f"{path} is no whole {kind} file ({reason}): copy or download it again"
-
-
-class RemoteCodeError(ValueError):
-    """A model, tokenizer or configuration that cannot be loaded without running Python code that comes with it."""
-
-
-def load_pretrained(kind: type, name: str, *, trust_remote_code: bool, **options: Any) -> Any:
-    """``kind.from_pretrained(name)``, which never asks on the terminal whether the model's own code may be run.
-
-    Raises:
-        RemoteCodeError: that code is needed, and ``trust_remote_code`` is off.
-    """
-    if trust_remote_code:
-        _say_trusted(name)
-    try:
-        return kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-    except ValueError as error:
-        if trust_remote_code or "trust_remote_code" not in str(error):
-            raise
-        raise RemoteCodeError(
-            f"{name} brings Python code of its own, which is run only with trust_remote_code=True in the trainer's "
-            "config (kto-fused train: --trust_remote_code)"
-        ) from error
-
-
-@functools.cache  # once for each model
-def _say_trusted(name: str) -> None:
-    logger.warning("trust_remote_code is on: Python code that comes with %s is run", name)

@@ -19,9 +19,9 @@ from transformers.utils import ModelOutput
 
 from .. import __version__, huggingface
 from ..functional import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
-from ..huggingface.config import without_padding_mask
 from ..huggingface.forward import FusedCall, Outcome, call_at_head
-from ..huggingface.inspect import evaluating, keeping_trainable
+from ..huggingface.padding import without_padding_mask
+from ..huggingface.running import evaluating, keeping_trainable
 from ..metrics import LossMetrics, with_margins
 
 # what else is needed of TRL is imported where it is used: behind the check of the version

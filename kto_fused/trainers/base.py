@@ -36,19 +36,11 @@ from ..functional import (
     linear_sequence_logps,
     sequence_logps,
 )
-from ..huggingface.config import without_padding_mask
 from ..huggingface.files import load_pretrained
-from ..huggingface.inspect import (
-    check_is_causal,
-    check_is_decoder,
-    checked_logits,
-    evaluating,
-    head_layers,
-    is_reproduced,
-    keeping_trainable,
-    parts_of,
-    unreached_by_text,
-)
+from ..huggingface.inspect import check_is_causal, check_is_decoder, head_layers
+from ..huggingface.padding import without_padding_mask
+from ..huggingface.running import checked_logits, evaluating, is_reproduced, keeping_trainable
+from ..huggingface.unreached import parts_of, unreached_by_text
 from ..metrics import LossMetrics, Totals
 from ..preference_data import PairedCollator, Prepared, UnpairedCollator
 from . import adapters, checkpoints, fingerprints, reference_cache

@@ -48,7 +48,7 @@ from transformers import (
 from kto_fused import preference_data, reference
 from kto_fused.heads.losses import DPO_LOSS_TYPES
 from kto_fused.huggingface import UnsupportedModelError
-from kto_fused.huggingface.config import without_padding_mask
+from kto_fused.huggingface.padding import without_padding_mask
 from kto_fused.metrics import LossMetrics, Totals
 from kto_fused.preference_data import IGNORE_INDEX, DataError
 from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, reference_cache

@@ -14,7 +14,7 @@ from tiny_training import WORDS, history, make_trainer, model, vision_language_m
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from kto_fused.huggingface.inspect import unreached_by_text
+from kto_fused.huggingface.unreached import unreached_by_text
 
 KINDS = ["kto", "dpo"]
 TOWERS = ("model.vision_tower.", "model.multi_modal_projector.")
