@@ -1,8 +1,9 @@
 """The public names of ``kto_fused.data`` under the path they have always had."""
 
 from .data.collators import IGNORE_INDEX, PairedCollator, UnpairedCollator
+from .data.form import DataError
 from .data.partners import mismatched_partners
-from .data.records import BUNDLED, DataError, Source, load
+from .data.records import BUNDLED, Source, load
 from .data.tokens import Prepared, fingerprint, prepare_paired, prepare_unpaired
 
 __all__ = [

@@ -1,5 +1,10 @@
-"""Preference data: records read from files or ``datasets``, tokenized once, padded to batches.
+"""Preference data: records are read from files or ``datasets``, tokenized once, and padded to batches.
 
-Unpaired records hold ``prompt``, ``completion`` and ``label`` (true or 1: somebody liked it), paired ones ``prompt``,
-``chosen`` and ``rejected``. Texts are strings, or conversations: lists of ``{"role": ..., "content": ...}``.
+Unpaired records have ``prompt``, ``completion`` and ``label`` (true or 1 if somebody liked the completion). Paired
+records have ``prompt``, ``chosen`` and ``rejected``. Texts are strings, or conversations: lists of
+``{"role": ..., "content": ...}``.
+
+``form`` checks one record, ``records`` reads files and datasets of them, ``rendering`` runs chat templates,
+``token_rows`` turns records into token ids, ``tokens`` prepares whole datasets with it, ``partners`` draws mismatched
+completions, ``collators`` pads batches, and ``cache`` keeps prepared datasets on disk.
 """

@@ -1,11 +1,15 @@
-"""Prepared datasets kept on disk, with checksums that are verified before they are used again.
+"""A cache of prepared datasets on disk, whose checksums are verified before every use.
+
+``stored(key, write, ...)`` returns the entry of a key, and calls ``write`` to make it where there is none. ``mapped``
+does so with a function that ``Dataset.map`` applies. ``digest`` makes a key of everything that decides the content.
 
 An entry is a folder ``<cache of datasets>/kto_fused/<key>`` of Arrow files and a manifest. It is written under another
-name and renamed when it is complete, so a killed process leaves no entry, and processes that prepare the same data at
+name and renamed when it is complete. So a killed process leaves no entry, and processes that prepare the same data at
 the same time do not disturb each other.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -25,37 +29,44 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
+CACHE_FORMAT = 5  # part of every key: raise it when the same input gives other rows
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"  # ends the name of a folder that is being written
-# a folder that nothing touched for so long has no writer: one that lives touches its files every 1000 rows, which takes
-# up to 3 hours where a chat template takes RENDER_SECONDS for each
+# A folder that nothing touched for this long has no writer any more. A live writer touches its files every 1000 rows,
+# which takes up to 3 hours if a chat template takes RENDER_SECONDS for each row.
 SECONDS_UNTIL_ABANDONED = 24 * 3600
-_until_exit: list[tempfile.TemporaryDirectory] = []  # each is removed when the interpreter ends
+_until_exit: list[tempfile.TemporaryDirectory] = []  # removed when the interpreter ends
+
+
+def digest(*parts: Any) -> str:
+    """Return a key: a hash of ``CACHE_FORMAT`` and the parts, which JSON or ``str`` can write."""
+    text = json.dumps([CACHE_FORMAT, *parts], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class Stored(NamedTuple):
-    """A dataset that is read from the disk, and what its writer noted about it."""
+    """A dataset that is read from the disk, and the notes of its writer."""
 
     dataset: Dataset
     notes: dict[str, Any]
 
 
 def stored(key: str, write: Callable[[Path], dict[str, Any]], what: str, *, one_writer: bool = True) -> Stored:
-    """The entry of ``key``. ``write`` makes it where there is none, or where the one on the disk is damaged.
+    """Return the entry of ``key``. If there is none, or the entry on the disk is damaged, ``write`` makes it.
 
-    Where the cache cannot be written, or ``datasets.disable_caching()`` was called, the files lie in a temporary
-    folder until the process ends.
+    If the cache cannot be written, or ``datasets.disable_caching()`` was called, the files lie in a temporary folder
+    until the process ends.
 
     Args:
-        key: stands for the content; also the fingerprint of the dataset that is returned.
-        write: writes ``*.arrow`` files into the folder it is given and returns notes that JSON can hold. The rows
-            follow the sorted names of the files.
+        key: stands for the content (see ``digest``); also the fingerprint of the dataset that is returned.
+        write: writes ``*.arrow`` files into the folder that it gets, and returns notes that JSON can hold. The order of
+            the rows is the order of the sorted file names.
         what: the data's name in messages.
-        one_writer: other processes that want the entry wait until it is written. False where ``write`` starts worker
-            processes: workers that outlive a killed run would keep the lock.
+        one_writer: whether other processes that want the entry wait until it is written. False if ``write`` starts
+            worker processes: workers that outlive a killed run would keep the lock.
 
     Raises:
-        OSError: the disk is full, or does not give back what was written.
+        OSError: the disk is full, or returns other bytes than were written.
     """
     root = Path(datasets.config.HF_DATASETS_CACHE) / "kto_fused"
     folder = root / key
@@ -80,19 +91,19 @@ def stored(key: str, write: Callable[[Path], dict[str, Any]], what: str, *, one_
                     raise
                 # another process finished the same entry first
             if (entry := _intact(folder)) is None:
-                raise OSError(f"the prepared data in {folder} are not what was written there: check the disk")
+                raise OSError(f"the prepared data in {folder} differ from what was written there: check the disk")
             return entry
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def mapped(dataset: Dataset, function: Callable, *, key: str, num_proc: int | None = None, **options) -> Dataset:
-    """``dataset.map(function, **options)``, found again under ``key`` if ``dataset`` itself lies on the disk."""
+    """Return ``dataset.map(function, **options)``, cached under ``key`` if ``dataset`` itself lies on the disk."""
     if not dataset.cache_files:
         return dataset.map(function, num_proc=num_proc, new_fingerprint=key, **options)
 
     def write(folder: Path) -> dict[str, Any]:
-        file = str(folder / "data.arrow")  # num_proc files: data_00000_of_00002.arrow, ...
+        file = str(folder / "data.arrow")  # or num_proc files: data_00000_of_00002.arrow, ...
         dataset.map(function, num_proc=num_proc, new_fingerprint=key, cache_file_name=file, **options)
         return {}
 
@@ -107,7 +118,10 @@ def _temporary(key: str, write: Callable[[Path], dict[str, Any]]) -> Stored:
 
 
 def _write(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
-    """The Arrow files, and the manifest last: line 1 the files' sizes and checksums, line 2 the checksum of line 1."""
+    """Write the Arrow files, and the manifest last.
+
+    Line 1 of the manifest holds the files' sizes and checksums and the notes, line 2 the checksum of line 1.
+    """
     try:
         notes = write(folder)
         files = {file.name: [file.stat().st_size, checksum(file)] for file in sorted(folder.glob("*.arrow"))}
@@ -124,7 +138,7 @@ def _write(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
 
 
 def _intact(folder: Path) -> Stored | None:
-    """The entry, if there is one and every file has the size and the checksum that were written down."""
+    """Return the entry, or None unless every file has the size and the checksum of the manifest."""
     try:
         content, written = (folder / MANIFEST).read_text(encoding="utf-8").split("\n")
         if xxhash.xxh3_128_hexdigest(content.encode()) != written:
@@ -146,29 +160,29 @@ def _opened(folder: Path, key: str, manifest: dict[str, Any]) -> Stored:
 
 
 def checksum(file: Path) -> str:
-    """Of all bytes of a file."""
-    digest = xxhash.xxh3_128()
+    """Return a checksum of all bytes of a file."""
+    checked = xxhash.xxh3_128()
     with file.open("rb", buffering=0) as content:
         while chunk := content.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
+            checked.update(chunk)
+    return checked.hexdigest()
 
 
 def _place_for(folder: Path, what: str) -> Path:
-    """An empty folder to write in, once ``folder`` is free: whatever stands there is damaged."""
+    """Make an empty folder to write in, and take away a damaged ``folder`` and abandoned folders beside it."""
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
     for abandoned in root.glob(f"*{UNFINISHED}"):
-        with suppress(OSError):  # its writer may finish just now
+        with suppress(OSError):  # its writer may finish it just now
             newest = max(path.stat().st_mtime for path in (abandoned, *abandoned.glob("*")))
             if time.time() - newest > SECONDS_UNTIL_ABANDONED:
                 shutil.rmtree(abandoned, ignore_errors=True)
     unfinished = root / f"{folder.name}.{uuid.uuid4().hex}{UNFINISHED}"
-    unfinished.mkdir()  # with the mode that the umask leaves; mkdtemp would shut out the other users of a shared cache
+    unfinished.mkdir()  # not mkdtemp, whose mode would shut out the other users of a shared cache
     try:
         if folder.exists():
             logger.warning(f"{what}: the cached copy in {folder} is damaged, and is made again.")
-            os.replace(folder, unfinished / "damaged")  # what another process has open stays readable
+            os.replace(folder, unfinished / "damaged")  # files that another process has open stay readable
             shutil.rmtree(unfinished / "damaged")
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -178,9 +192,10 @@ def _place_for(folder: Path, what: str) -> Path:
 
 @contextmanager
 def _lock(path: Path, what: str) -> Iterator[None]:
-    """Waits for other processes; goes on without the lock where there can be none, because renaming is enough.
+    """Hold the lock; wait for another process that holds it.
 
-    The lock only saves preparing the same data several times.
+    Without a lock (a file system may have none) several processes prepare the same data, which is slow but correct:
+    each renames a whole folder.
     """
     lock = FileLock(path, mode=0o666)
     try:

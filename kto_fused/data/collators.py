@@ -1,4 +1,7 @@
-"""Tokenized examples padded to batches."""
+"""Pad tokenized examples to batches.
+
+``UnpairedCollator`` pads the examples of ``prepare_unpaired``, and ``PairedCollator`` those of ``prepare_paired``.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +26,12 @@ class _Padding:
     def _pad(
         self, prompts: list[list[int]], completions: list[list[int]], masks: list[list[bool]] | None = None
     ) -> dict[str, torch.Tensor]:
-        """``masks`` say which tokens of the completions have a label; None: all of them."""
+        """Return ``input_ids``, ``attention_mask`` and ``labels``, each [rows, T] int64.
+
+        Args:
+            prompts, completions: token ids of each row.
+            masks: which tokens of the completions have a label. None: all of them.
+        """
         tokens = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if masks is not None:
             completions = [
@@ -32,7 +40,7 @@ class _Padding:
             ]
         labels = [[IGNORE_INDEX] * len(prompt) + ids for prompt, ids in zip(prompts, completions, strict=True)]
         multiple = self.pad_to_multiple_of or 1
-        # at least 1, because models do not take rows of no token, and mismatched pairs may all be empty
+        # at least 1: mismatched pairs may all be empty, and models do not take rows without a token
         width = -(-max(1, *map(len, tokens)) // multiple) * multiple
 
         def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -47,13 +55,28 @@ class _Padding:
 
 @dataclass
 class UnpairedCollator(_Padding):
-    """Examples of :func:`prepare_unpaired` as a batch, right-padded.
+    """Pads examples of :func:`prepare_unpaired` to a batch, on the right.
+
+    Args:
+        pad_token_id: fills ``input_ids`` behind each row.
+        pad_to_multiple_of: T becomes a multiple of this.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` [B, T] int64, ``desirable`` [B] bool; if the examples have
-        ``kl_completion_ids``, ``kl_input_ids``, ``kl_attention_mask``, ``kl_labels`` [B, T'], a row without mismatched
-        completion being its prompt with no label; if they have them, ``ref_logps`` and ``ref_kl_logps`` [B] float64.
-        Tokens that ``completion_mask`` (``kl_completion_mask``) leaves out have no label.
+        A call on a list of examples returns a dictionary:
+
+        - ``input_ids``, ``attention_mask``, ``labels`` [B, T] int64, and ``desirable`` [B] bool. Prompts, padding and
+          tokens that ``completion_mask`` leaves out have the label -100.
+        - ``kl_input_ids``, ``kl_attention_mask``, ``kl_labels`` [B, T'] int64, if the examples have
+          ``kl_completion_ids``. A row without a mismatched completion holds its prompt and no label.
+        - ``ref_logps`` and ``ref_kl_logps`` [B] float64, if the examples have them.
+
+    >>> from kto_fused.preference_data import UnpairedCollator
+    >>> batch = UnpairedCollator(pad_token_id=0)([
+    ...     {"prompt_ids": [5, 6], "completion_ids": [7], "label": True},
+    ...     {"prompt_ids": [4], "completion_ids": [3], "label": False},
+    ... ])
+    >>> batch["labels"].tolist()
+    [[-100, -100, 7], [-100, 3, -100]]
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -72,14 +95,23 @@ class UnpairedCollator(_Padding):
 
 @dataclass
 class PairedCollator(_Padding):
-    """Examples of :func:`prepare_paired` as a batch, right-padded, chosen before rejected.
+    """Pads examples of :func:`prepare_paired` to a batch, on the right, chosen before rejected.
 
-    The first dimension counts pairs, so that whatever counts or splits a batch by its rows keeps pairs whole.
+    The first dimension counts pairs, so that code which counts or splits a batch by its rows keeps pairs whole.
+
+    Args:
+        pad_token_id: fills ``input_ids`` behind each row.
+        pad_to_multiple_of: T becomes a multiple of this.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T] int64; ``ref_logps`` [B, 2] float64, if the examples
-        have ``ref_chosen_logps`` and ``ref_rejected_logps``. Tokens that ``chosen_mask`` or ``rejected_mask`` leave out
-        have no label.
+        A call on a list of examples returns a dictionary of ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T]
+        int64, and ``ref_logps`` [B, 2] float64 if the examples have ``ref_chosen_logps`` and ``ref_rejected_logps``.
+        Prompts, padding and tokens that ``chosen_mask`` or ``rejected_mask`` leave out have the label -100.
+
+    >>> from kto_fused.preference_data import PairedCollator
+    >>> batch = PairedCollator(pad_token_id=0)([{"prompt_ids": [5], "chosen_ids": [7, 8], "rejected_ids": [9]}])
+    >>> batch["input_ids"].tolist()
+    [[[5, 7, 8], [5, 9, 0]]]
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

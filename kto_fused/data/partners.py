@@ -1,29 +1,36 @@
-"""Mismatched pairs: for each prompt the completion of another one, from which KTO's z0 is estimated."""
+"""Mismatched pairs: each prompt with the completion of another prompt. KTO estimates its z0 from them."""
 
 import numpy as np
 
-NEIGHBOURS = 64  # completions of like length among which mismatched partners are drawn
+NEIGHBOURS = 64  # a partner is drawn among this many completions of similar length
 
 
 def mismatched_partners(prompts: np.ndarray, lengths: np.ndarray, seed: int = 0) -> np.ndarray:
-    """For each example another one, whose prompt is not its own and whose completion is about as long as its own.
+    """Return a partner for each example: another prompt's example whose completion is about as long.
 
-    No example is chosen twice. As many as can be have a partner: all, unless more than half share one prompt.
+    No example is the partner of two. As many examples as possible get a partner: all of them, unless more than half
+    share one prompt.
 
     Args:
-        prompts: [N] integers, equal where prompts are.
-        lengths: [N] integers, of the completions.
-        seed: of the order among examples of one length, and among the prompts of neighbours.
+        prompts: [N] integers, equal for equal prompts.
+        lengths: [N] integers, the lengths of the completions.
+        seed: decides the order among examples of one length and among the prompts of neighbours.
 
     Returns:
         [N] int64 indices, -1 where there is no partner.
+
+    >>> import numpy as np
+    >>> from kto_fused.preference_data import mismatched_partners
+    >>> mismatched_partners(np.array([7, 8]), np.array([3, 5])).tolist()
+    [1, 0]
     """
     random = np.random.default_rng(seed)
     order = np.lexsort((random.permutation(len(prompts)), lengths))
     distinct, prompts = np.unique(prompts, return_inverse=True)
-    prompts = random.permutation(len(distinct))[prompts]  # the order in which they are stepped through below
+    prompts = random.permutation(len(distinct))[prompts]  # a random order of the prompts, for the sort below
     partners = np.full(len(prompts), -1, dtype=np.int64)
-    waiting = []  # for a partner; all of one prompt, because examples of two prompts are each other's partners
+    # examples without a partner so far; all have one prompt, because examples of two prompts partner each other
+    waiting = []
     for start in range(0, len(order), NEIGHBOURS):
         members = np.concatenate([waiting[-NEIGHBOURS:], order[start : start + NEIGHBOURS]]).astype(np.int64)
         del waiting[-NEIGHBOURS:]
@@ -34,11 +41,12 @@ def mismatched_partners(prompts: np.ndarray, lengths: np.ndarray, seed: int = 0)
         alone = slice(first[largest], first[largest] + surplus)
         waiting.extend(members[alone].tolist())
         members = np.delete(members, alone)
-        # they stand prompt by prompt, and no prompt is longer than this step or than the step back round the end
+        # The members are sorted by prompt, and no prompt has more of them than this rotation steps over, in either
+        # direction around the end. So each one gets a partner of another prompt.
         partners[members] = np.roll(members, surplus - counts[largest])
     if waiting:
-        # each goes between an example and its partner, where neither has its prompt: such pairs are never too few,
-        # unless the prompt has more than half of all examples
+        # Put each one between an example and its partner of which neither has its prompt. There are enough such pairs
+        # unless the prompt has more than half of all examples.
         own = prompts[waiting[0]]
         hosts = order[partners[order] >= 0]
         hosts = hosts[(prompts[hosts] != own) & (prompts[partners[hosts]] != own)][: len(waiting)]

@@ -1,8 +1,8 @@
-"""Chat templates rendered with limits on their time, memory and output.
+"""Render chat templates with limits on their time, memory and output.
 
-A chat template is a program that came with a tokenizer. It may loop for ever, or build a string larger than the
+A chat template is a program that comes with a tokenizer. It may loop for ever, or build a string larger than the
 memory, and one operation such as ``"x" * 10**10`` cannot be interrupted from within Python. So templates run in a
-forked process, which is ended when it goes beyond a limit; the training process loses nothing.
+forked process, which is killed when it exceeds a limit. The training process goes on with an error that names the row.
 """
 
 import contextlib
@@ -17,29 +17,34 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .records import DataError
+from .form import DataError
 
-# For one rendering of one conversation. A template takes about a millisecond for a conversation of 100,000 characters
-# and a few times its size in memory, so the limits leave honest conversations a factor of 100 or more: the longest
-# text within them has some 16 million tokens.
+# The limits of one rendering of one conversation. A template takes about a millisecond for a conversation of 100,000
+# characters and a few times its size in memory, so the limits leave honest conversations a factor of 100 or more: the
+# longest text within them has some 16 million tokens.
 RENDER_SECONDS = 10
 RENDER_CHARACTERS = 64 * 2**20
-RENDER_BYTES = 4 * 2**30  # on top of what the process held when it was forked
+RENDER_BYTES = 4 * 2**30  # on top of the memory that the process held when it was forked
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the block that marks what the assistant generates
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # begins a block of text that the assistant generates
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation, and where its ``{% generation %}`` blocks start and end in it, in characters."""
+    """The text of a conversation, and start and end of its ``{% generation %}`` blocks in the text, in characters."""
 
     text: str
     generated: list[tuple[int, int]]
 
 
 class Renderer:
-    """Renders conversations with a tokenizer's chat template, in one forked process for as long as it is entered.
+    """Renders conversations with a tokenizer's chat template, in one forked process.
 
-    The process starts at the first call. Where the system cannot fork (Windows), templates run without limits.
+    The process starts at the first call and ends with the ``with`` block. On a system that cannot fork (Windows),
+    templates run without limits.
+
+    Args:
+        tokenizer: whose chat template is rendered.
+        name: of the data, for messages: "train", "eval".
 
     >>> with Renderer(tokenizer, "train") as render:  # doctest: +SKIP
     ...     text = render(0, [{"role": "user", "content": "Hi"}], add_generation_prompt=True).text
@@ -56,22 +61,30 @@ class Renderer:
         self._stop()
 
     def __call__(self, row: int, messages: list[dict[str, str]], **options: bool) -> Rendered:
-        """The messages of record ``row``. ``options``: ``add_generation_prompt``, ``find_generated``.
+        """Return the rendered messages of record ``row``.
+
+        Args:
+            row: the record's number, for messages.
+            messages: the conversation.
+            options: ``add_generation_prompt``: also write what asks for an answer. ``find_generated``: also return the
+                ``{% generation %}`` blocks.
 
         Raises:
-            DataError: the template fails, or goes beyond a limit; the message names the row.
+            DataError: the template fails or exceeds a limit. The message names the row.
         """
         return self.all([row], [messages], **options)[0]
 
     def all(self, rows: list[int], conversations: list[list[dict[str, str]]], **options: bool) -> list[Rendered]:
-        """As a call for each record. Several are sent at once, because two processes that take turns at each record
-        wait longer for each other than a rendering takes.
+        """Return the rendered conversations of several records, as a call for each of them would.
+
+        Several records are sent to the process at once: taking turns at each record, the two processes would wait
+        longer for each other than a rendering takes.
         """
         rendered = []
         for start, stop in _parts(conversations):
             for row, outcome in zip(rows[start:stop], self._outcomes(conversations[start:stop], options), strict=True):
                 if isinstance(outcome, str):
-                    self._stop()  # the process may still have answers to send
+                    self._stop()  # the process may still have results to send
                     raise DataError(f"{self.name} data, row {row}: the chat template does not render it: {outcome}")
                 rendered.append(outcome)
         return rendered
@@ -79,7 +92,7 @@ class Renderer:
     def _outcomes(
         self, conversations: list[list[dict[str, str]]], options: dict[str, bool]
     ) -> Iterator[Rendered | str]:
-        """The renderings of the conversations. A string says why there is none, and is the last."""
+        """Yield the renderings of the conversations. A string says why there is none; it is the last item."""
         if not hasattr(os, "fork"):
             yield from (_render(self.tokenizer, messages, **options) for messages in conversations)
             return
@@ -98,8 +111,8 @@ class Renderer:
     def _start(self) -> None:
         self._connection, theirs = Pipe()
         with warnings.catch_warnings():
-            # Python warns that locks held by other threads stay locked in the new process. It takes none of theirs:
-            # it runs the template, which is plain Python, and a hang would end at the time limit.
+            # Python warns that locks of other threads stay locked in the new process. It takes none of them: it only
+            # runs the template, which is plain Python, and a hang would end at the time limit.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process = os.fork()
         if self._process == 0:
@@ -107,7 +120,7 @@ class Renderer:
                 self._connection.close()
                 _serve(theirs, self.tokenizer)
             finally:
-                os._exit(0)  # without what the training process would do at its end
+                os._exit(0)  # skip the exit handlers of the training process
         theirs.close()
 
     def _stop(self) -> None:
@@ -115,13 +128,13 @@ class Renderer:
             return
         self._connection.close()
         os.kill(self._process, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, the system waits itself
+        with contextlib.suppress(ChildProcessError):  # if SIGCHLD is ignored, the system has waited for it already
             os.waitpid(self._process, 0)
         self._process = None
 
 
 def _parts(conversations: list[list[dict[str, str]]]) -> Iterator[tuple[int, int]]:
-    """Start and stop of as many conversations as are sent at once: 100, or fewer that hold a million characters."""
+    """Yield start and stop of the conversations to send at once: 100, or fewer with a million characters."""
     start = characters = 0
     for stop, messages in enumerate(conversations, 1):
         characters += sum(len(message["content"]) for message in messages)
@@ -131,25 +144,25 @@ def _parts(conversations: list[list[dict[str, str]]]) -> Iterator[tuple[int, int
 
 
 def _serve(connection, tokenizer: PreTrainedTokenizerBase) -> None:
-    """In the forked process: answer with what ``_render`` returns until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process ends this one
+    """Run in the forked process: send back the result of ``_render`` for each conversation, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the training process ends this one
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _limit_memory()
     while True:
         conversations, options = connection.recv()
         for messages in conversations:
-            signal.alarm(2 * max(1, int(RENDER_SECONDS)))  # ends this process if the training process was killed
+            signal.alarm(2 * max(1, int(RENDER_SECONDS)))  # ends this process after the training process was killed
             connection.send(_render(tokenizer, messages, **options))
         signal.alarm(0)
 
 
 def _limit_memory() -> None:
-    import resource  # which Windows has not
+    import resource  # Windows does not have it
 
     try:
         with open("/proc/self/statm") as file:
             held = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # not Linux, whose other relatives do not hold to RLIMIT_AS either
+    except OSError:  # not Linux; other systems do not enforce RLIMIT_AS
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = held + RENDER_BYTES
@@ -163,7 +176,7 @@ def _render(
     add_generation_prompt: bool = False,
     find_generated: bool = False,
 ) -> Rendered | str:
-    """A string says why there is none."""
+    """Return the rendering, or a string that says why there is none."""
     try:
         if find_generated:
             texts, generated = render_jinja_template(
@@ -178,7 +191,7 @@ def _render(
             rendered = Rendered(text, [])
     except MemoryError:
         return f"it needs more than {RENDER_BYTES / 2**30:g} GiB of memory"
-    except Exception as error:  # a template is a program of its own: it may refuse roles, or fail in any way
+    except Exception as error:  # a template may refuse roles, or fail in any other way
         return str(error) or type(error).__name__
     if len(rendered.text) > RENDER_CHARACTERS:
         return f"it writes {len(rendered.text):,} characters, more than the {RENDER_CHARACTERS:,} that are taken"

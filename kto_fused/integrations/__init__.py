@@ -1,1 +1,1 @@
-"""Other projects' trainers, run through this package."""
+"""Trainers of other projects, run through this package's losses."""

@@ -61,14 +61,14 @@ def test_a_file_that_changes_between_hash_and_reading_is_refused_and_not_cached(
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
     path = write(tmp_path / "data.jsonl", UNPAIRED)
-    checked = records._checked
+    checked = records.checked_record
 
     def check_and_append(record, *rest):
         with path.open("a") as file:
             file.write(json.dumps(UNPAIRED[0])[:-1])  # a line that its writer has not finished
         return checked(record, *rest)
 
-    monkeypatch.setattr(records, "_checked", check_and_append)
+    monkeypatch.setattr(records, "checked_record", check_and_append)
     with pytest.raises(DataError, match=r"data\.jsonl: changed while it was read"):
         load(path)
 
@@ -149,7 +149,7 @@ def test_records_read_before_the_damage_was_found_stay_readable(tmp_path):
 
 def _load_once(path, cache_folder, made):
     datasets.config.HF_DATASETS_CACHE = cache_folder
-    checked = records._checked
+    checked = records.checked_record
 
     def slow(record, *rest):
         if record["prompt"] == UNPAIRED[0]["prompt"]:
@@ -157,7 +157,7 @@ def _load_once(path, cache_folder, made):
             time.sleep(0.5)
         return checked(record, *rest)
 
-    records._checked = slow
+    records.checked_record = slow
     assert load(path).to_list() == UNPAIRED
 
 
@@ -231,7 +231,7 @@ def test_a_whole_entry_of_a_read_only_cache_is_used(tmp_path, monkeypatch, caplo
         raise PermissionError("read-only")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    monkeypatch.setattr(records, "_checked", None)
+    monkeypatch.setattr(records, "checked_record", None)
     assert load(path).to_list() == UNPAIRED
     assert not caplog.messages
 
@@ -277,8 +277,8 @@ def test_whole_entries_are_used_whatever_the_number_of_processes(tmp_path, monke
     source = write(tmp_path / "data.jsonl", PAIRED * 2)
     tokenizer = one_token_a_word()
     expected = prepare_unpaired(source, tokenizer, num_proc=num_proc).dataset
-    monkeypatch.setattr(records, "_checked", lambda *_: pytest.fail("not from the cache"))
-    monkeypatch.setattr(tokens, "_token_rows", lambda *_, **__: pytest.fail("not from the cache"))
+    monkeypatch.setattr(records, "checked_record", lambda *_: pytest.fail("not from the cache"))
+    monkeypatch.setattr(tokens, "token_rows", lambda *_, **__: pytest.fail("not from the cache"))
     monkeypatch.setattr(tokens, "_partner_rows", lambda *_, **__: pytest.fail("not from the cache"))
     for again in (None, 2, 3):
         found = prepare_unpaired(source, tokenizer, num_proc=again).dataset

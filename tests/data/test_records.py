@@ -17,6 +17,7 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed: th
 from data_cases import FORMS, PAIRED, UNPAIRED, conversation, write
 from datasets import Dataset, DatasetDict
 
+from kto_fused.data import form as form_module
 from kto_fused.data import records
 from kto_fused.preference_data import BUNDLED, DataError, load
 
@@ -348,7 +349,7 @@ def test_a_completion_that_repeats_the_prompt_is_refused(role):
         ("data.jsonl", b"", "holds no records"),
         ("data.jsonl", b"\n \r\n", "holds no records"),
         ("data.jsonl", b"{}\n{", r"line 1, field 'prompt': missing"),
-        ("data.json", b"[\n{}]", "line 1: expected one record in JSON, got a JSON array: write one record a line"),
+        ("data.json", b"[\n{}]", "line 1: expected one record in JSON, got a JSON array: write one record per line"),
         ("data.jsonl", b"[]", "line 1: expected one record in JSON, got a JSON array"),
         ("data.jsonl", b"\xef\xbb\xbf [" + b"0," * 2**24, "line 1: expected one record in JSON, got a JSON array"),
         ("data.json", b'{\n  "prompt": "a"\n}\n', "line 1: .*an object that goes on after the line: .*jq -c"),
@@ -408,7 +409,7 @@ def test_an_unchanged_file_is_read_once(tmp_path, monkeypatch):
     path = write(tmp_path / "data.jsonl", UNPAIRED)
     load(path)
     write(tmp_path / "same.jsonl", UNPAIRED)
-    monkeypatch.setattr(records, "_checked", None)
+    monkeypatch.setattr(records, "checked_record", None)
     assert load(path).to_list() == load(tmp_path / "same.jsonl").to_list() == UNPAIRED
 
 
@@ -468,7 +469,7 @@ def test_a_gigantic_line_is_refused_at_once_by_its_number_and_the_limit(tmp_path
 @pytest.mark.parametrize("kind", ["dataset", "parquet"])
 @pytest.mark.parametrize("form", ["unpaired", "paired conversations"])
 def test_a_gigantic_row_is_refused_by_its_number_and_the_limit(tmp_path, monkeypatch, kind, form):
-    monkeypatch.setattr(records, "MAX_RECORD", 40)
+    monkeypatch.setattr(form_module, "MAX_RECORD", 40)
     first = FORMS[form][0]
     last = next(iter(reversed(first))) if form != "unpaired" else "completion"
     big = first | {last: "x" * 41 if form == "unpaired" else [{"role": "assistant", "content": "x" * 41}]}
@@ -482,7 +483,8 @@ def test_a_gigantic_row_is_refused_by_its_number_and_the_limit(tmp_path, monkeyp
 
 def test_records_at_the_limit_are_read(tmp_path, monkeypatch):
     line = json.dumps(UNPAIRED[0])
-    monkeypatch.setattr(records, "MAX_RECORD", len(line))
+    for module in (records, form_module):
+        monkeypatch.setattr(module, "MAX_RECORD", len(line))
     path = tmp_path / "data.jsonl"
     for end in ("", "\n", "\r\n"):
         path.write_bytes(f"{line}\n{line}{end}".encode())

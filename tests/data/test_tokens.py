@@ -27,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def test_tokens_are_made_once_for_one_file_tokenizer_and_length(tmp_path, monkeypatch, caplog):
     path = write(tmp_path / "data.jsonl", UNPAIRED)
     first = prepare_unpaired(path, one_token_a_word(), max_length=3)
-    made = tokens._token_rows
-    monkeypatch.setattr(tokens, "_token_rows", lambda *_, **__: pytest.fail("not from the cache"))
+    made = tokens.token_rows
+    monkeypatch.setattr(tokens, "token_rows", lambda *_, **__: pytest.fail("not from the cache"))
     monkeypatch.setattr(tokens, "_partner_rows", lambda *_, **__: pytest.fail("not from the cache"))
     caplog.clear()
     again = prepare_unpaired(path, one_token_a_word(), max_length=3)
@@ -38,7 +38,7 @@ def test_tokens_are_made_once_for_one_file_tokenizer_and_length(tmp_path, monkey
 
     calls = []
     monkeypatch.setattr(tokens, "_partner_rows", lambda prompts, *_, **__: {"kl_completion_ids": prompts})
-    monkeypatch.setattr(tokens, "_token_rows", lambda *a, **k: calls.append(1) or made(*a, **k))
+    monkeypatch.setattr(tokens, "token_rows", lambda *a, **k: calls.append(1) or made(*a, **k))
     for changed in (
         lambda: prepare_unpaired(path, one_token_a_word(), max_length=4),
         lambda: prepare_unpaired(path, one_token_a_word(), max_length=None),
@@ -394,7 +394,7 @@ def test_every_row_is_checked_and_a_run_from_the_cache_says_the_same(tmp_path, m
         message.startswith("train data: in 5 of 210 examples (first: row 200) the tokenizer") for message in said
     )
     caplog.clear()
-    monkeypatch.setattr(tokens, "_token_rows", lambda *_, **__: pytest.fail("not from the cache"))
+    monkeypatch.setattr(tokens, "token_rows", lambda *_, **__: pytest.fail("not from the cache"))
     again = prepare_unpaired(path, one_token_a_word(), num_proc=num_proc, mismatch=False)
     assert again[1:] == first[1:]
     assert [record.message for record in caplog.records] == said

@@ -1,0 +1,32 @@
+"""Counts of the functions that a fused TRL trainer calls."""
+
+import pytest
+
+
+@pytest.fixture
+def calls(monkeypatch) -> dict[str, int]:
+    """Count the calls of this package's functions by a fused trainer, and of TRL's own LM head ("own")."""
+    from trl.trainer import utils as trl_utils
+
+    from kto_fused.integrations import trl, trl_model
+
+    counted = {
+        "linear_token_logps": trl_model,
+        "linear_sequence_logps": trl,
+        "fused_linear_kto_loss": trl,
+        "fused_linear_dpo_loss": trl,
+    }
+    counts = dict.fromkeys((*counted, "own"), 0)
+
+    def count(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name, module in counted.items():
+        monkeypatch.setattr(module, name, count(name, getattr(module, name)))
+    own = trl_utils._ChunkedLogProbFunction
+    monkeypatch.setattr(own, "apply", count("own", own.apply))
+    return counts
