@@ -1,4 +1,4 @@
-"""Records, and tokenizers that turn a word into a token, for the tests of `kto_fused.data`."""
+"""Records and tokenizers for the tests of ``kto_fused.data``."""
 
 import json
 
@@ -15,6 +15,7 @@ WORDS = ["<unk>", "</s>", "<user>", "<assistant>", "red", "green", "blue", "one"
 
 
 def one_token_a_word(vocabulary=tuple(WORDS), **settings) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that turns every word of ``vocabulary`` into one token."""
     ids = {word: number for number, word in enumerate(vocabulary)}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -23,7 +24,7 @@ def one_token_a_word(vocabulary=tuple(WORDS), **settings) -> PreTrainedTokenizer
 
 
 def byte_pair_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama's: merges of bytes, and a token that begins every text."""
+    """Return a tokenizer like Llama's: it merges bytes, and begins every text with a token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<s>", "</s>", "<user>", "<assistant>"]
@@ -43,7 +44,7 @@ def ids(text: str) -> list[int]:
 
 
 def conversation(record: dict) -> dict:
-    """The same record as a conversation."""
+    """Return the same record as a conversation."""
     roles = dict.fromkeys(record, "assistant") | {"prompt": "user"}
     return {
         field: value if field == "label" else [{"role": roles[field], "content": value}]
@@ -71,6 +72,3 @@ FORMS = {
 def write(path, records):
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
-
-
-# reading

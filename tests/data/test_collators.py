@@ -1,6 +1,6 @@
-"""Batches."""
+"""Collators pad tokenized examples to batches, and give labels to the trained tokens alone."""
 
-# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+# ruff: noqa: E402 (the imports below need datasets)
 
 import pytest
 import torch
@@ -9,11 +9,10 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed: th
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-
 from kto_fused.preference_data import BUNDLED, PairedCollator, UnpairedCollator, load, prepare_unpaired
 
 
-def test_unpaired_batch():
+def test_unpaired_examples_are_padded_with_their_mismatched_completions():
     examples = [
         {"prompt_ids": [5, 6], "completion_ids": [7], "kl_completion_ids": [8, 9], "label": True, "length": 3},
         {"prompt_ids": [4], "completion_ids": [3, 2, 1], "kl_completion_ids": [], "label": False, "length": 4},
@@ -33,7 +32,7 @@ def test_unpaired_batch():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_unpaired_batch_with_reference_and_without_mismatched():
+def test_reference_log_probabilities_stay_float64_in_an_unpaired_batch():
     example = {"prompt_ids": [5], "completion_ids": [7], "label": 1, "ref_logps": -1.5, "ref_kl_logps": -2.0}
     batch = UnpairedCollator(pad_token_id=3, pad_to_multiple_of=8)([example, example])
     assert batch.keys() == {"input_ids", "attention_mask", "labels", "desirable", "ref_logps", "ref_kl_logps"}
@@ -44,7 +43,7 @@ def test_unpaired_batch_with_reference_and_without_mismatched():
         assert batch[name].tolist() == [value, value]
 
 
-def test_paired_batch():
+def test_pairs_are_padded_with_chosen_before_rejected():
     examples = [
         {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "length": 4},
         {"prompt_ids": [4], "chosen_ids": [3], "rejected_ids": [2], "length": 2},
@@ -88,7 +87,7 @@ def test_tokens_that_a_mask_leaves_out_have_no_label():
         ({"pad_token_id": 0, "pad_to_multiple_of": True}, "pad_to_multiple_of must be an int, got bool"),
     ],
 )
-def test_a_padding_that_is_none_is_refused(collator, arguments, message):
+def test_a_bad_padding_option_is_refused(collator, arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         collator(**arguments)
 

@@ -1,6 +1,6 @@
-"""The cache of prepared data: what is damaged is made again, what is whole is used, nothing else stays behind."""
+"""The cache of prepared data: damaged entries are made again, whole ones are used, and nothing else stays on disk."""
 
-# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+# ruff: noqa: E402 (the imports below need datasets)
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ def files(tmp_path, pattern="*/*.arrow"):
     return sorted((tmp_path / "cache" / "kto_fused").glob(pattern))
 
 
-# the content that is read is the content that names the entry
+# ---- the bytes that are read are the bytes whose checksum is the key ------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -56,7 +56,7 @@ def test_a_file_that_changes_between_hash_and_reading_is_refused_and_not_cached(
     monkeypatch.setattr(cache, "checksum", plain)
     assert entries(tmp_path) == []
     save(UNPAIRED)
-    assert load(path).to_list() == UNPAIRED  # not the reversed records under this content's key
+    assert load(path).to_list() == UNPAIRED  # and not the reversed records under the same key
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
     def check_and_append(record, *rest):
         with path.open("a") as file:
-            file.write(json.dumps(UNPAIRED[0])[:-1])  # a line that its writer has not finished
+            file.write(json.dumps(UNPAIRED[0])[:-1])  # a half-written line
         return checked(record, *rest)
 
     monkeypatch.setattr(records, "checked_record", check_and_append)
@@ -73,7 +73,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
         load(path)
 
 
-# damaged entries
+# ---- damaged entries ------------------------------------------------------------------------------------------------
 
 
 def truncate(file):
@@ -117,7 +117,7 @@ def test_each_damaged_file_is_found_and_made_again(tmp_path, caplog, prepare, da
         caplog.clear()
         assert prepared().dataset.to_list() == expected
         assert [m for m in caplog.messages if "is damaged, and is made again" in m and str(file.parent) in m]
-        assert len(entries(tmp_path)) == steps  # nothing else stays behind
+        assert len(entries(tmp_path)) == steps  # nothing else is left
         for other in kept:
             assert cache._intact(other.parent) is not None
     caplog.clear()
@@ -144,7 +144,7 @@ def test_records_read_before_the_damage_was_found_stay_readable(tmp_path):
     assert before.to_list() == UNPAIRED
 
 
-# processes
+# ---- several processes ----------------------------------------------------------------------------------------------
 
 
 def _load_once(path, cache_folder, made):
@@ -174,7 +174,7 @@ def _started(tmp_path, path, number):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_processes_that_prepare_the_same_data_at_once_leave_one_whole_entry(tmp_path, monkeypatch, locks):
-    if not locks:  # as on a file system that has none
+    if not locks:  # as on a file system without locks
 
         def no_lock(*_, **__):
             raise OSError("Function not implemented")
@@ -193,7 +193,7 @@ def test_processes_that_prepare_the_same_data_at_once_leave_one_whole_entry(tmp_
     assert cache._intact(entry).dataset.to_list() == UNPAIRED
 
 
-def test_a_killed_writer_leaves_no_entry_and_is_cleared_away(tmp_path):
+def test_a_killed_writer_leaves_no_entry_and_its_folder_is_removed_later(tmp_path):
     path = write(tmp_path / "data.jsonl", UNPAIRED)
     (process,), made = _started(tmp_path, path, 1)
     made.get()
@@ -202,7 +202,7 @@ def test_a_killed_writer_leaves_no_entry_and_is_cleared_away(tmp_path):
     (abandoned,) = entries(tmp_path)
     assert abandoned.name.endswith(cache.UNFINISHED)
     assert load(path).to_list() == UNPAIRED
-    assert abandoned in entries(tmp_path)  # a live writer's would look the same
+    assert abandoned in entries(tmp_path)  # the folder of a live writer looks the same
     for part in (*abandoned.iterdir(), abandoned):
         os.utime(part, (1, 1))
     load(write(tmp_path / "other.jsonl", PAIRED))
@@ -210,10 +210,10 @@ def test_a_killed_writer_leaves_no_entry_and_is_cleared_away(tmp_path):
     assert len(entries(tmp_path)) == 2
 
 
-# folders that cannot be written
+# ---- folders that cannot be written ---------------------------------------------------------------------------------
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, caplog):
+def test_data_are_prepared_with_a_warning_if_the_cache_cannot_be_written(tmp_path, caplog):
     path = write(tmp_path / "data.jsonl", PAIRED)
     (tmp_path / "cache").write_text("a file where the folder should be")
     for _ in range(2):
@@ -246,7 +246,7 @@ def test_disabled_caching_keeps_nothing(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_full_disk_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_that_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(cache.errno.ENOSPC, "No space left on device")
 
@@ -258,7 +258,7 @@ def test_a_full_disk_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
     assert entries(tmp_path) == []
 
 
-def test_other_users_may_read_what_the_umask_lets_them(tmp_path):
+def test_files_of_an_entry_have_the_mode_that_the_umask_leaves(tmp_path):
     before = os.umask(0o022)
     try:
         load(write(tmp_path / "data.jsonl", UNPAIRED))
@@ -269,11 +269,11 @@ def test_other_users_may_read_what_the_umask_lets_them(tmp_path):
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in entry.iterdir())
 
 
-# whole entries
+# ---- whole entries --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_whole_entries_are_used_whatever_the_number_of_processes(tmp_path, monkeypatch, num_proc):
+def test_whole_entries_are_used_for_any_number_of_processes(tmp_path, monkeypatch, num_proc):
     source = write(tmp_path / "data.jsonl", PAIRED * 2)
     tokenizer = one_token_a_word()
     expected = prepare_unpaired(source, tokenizer, num_proc=num_proc).dataset
@@ -287,7 +287,7 @@ def test_whole_entries_are_used_whatever_the_number_of_processes(tmp_path, monke
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_data_of_which_nothing_is_left_are_refused_each_time(tmp_path, num_proc):
+def test_data_whose_examples_are_all_dropped_are_refused_each_time(tmp_path, num_proc):
     source = write(tmp_path / "data.jsonl", [PAIRED[1]] * 4)
     for _ in range(2):
         with pytest.raises(
@@ -312,7 +312,7 @@ def test_no_copy_of_a_parquet_file_stays(tmp_path):
 
 
 def test_a_saved_dataset_that_was_changed_is_prepared_again(tmp_path):
-    """Its fingerprint stays the one that was saved."""
+    """``load_from_disk`` returns the saved fingerprint, although the files changed."""
     tokenizer = one_token_a_word()
     rows = [record | {"label": int(record["label"])} for record in UNPAIRED]
     for changed in (rows, [record | {"prompt": "blue"} for record in rows]):

@@ -1,6 +1,6 @@
-"""Mismatched partners."""
+"""Mismatched partners have other prompts and completions of similar length, and no example is used twice."""
 
-# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+# ruff: noqa: E402 (the imports below need datasets)
 
 from collections import Counter
 
@@ -19,9 +19,9 @@ examples = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), min_size=1,
 
 
 @given(examples=examples, seed=st.integers(0, 3), common=st.floats(0, 1), neighbours=st.sampled_from([1, 2, 5, 64]))
-def test_partners_have_other_prompts_and_as_many_as_can_have_one(examples, seed, common, neighbours):
+def test_partners_have_other_prompts_and_as_many_examples_as_possible_have_one(examples, seed, common, neighbours):
     prompts, lengths = np.array(examples).T
-    prompts[: int(common * len(prompts))] = 7  # one prompt for many
+    prompts[: int(common * len(prompts))] = 7  # many examples share this prompt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partners_module, "NEIGHBOURS", neighbours)
         partners = mismatched_partners(prompts, lengths, seed)
@@ -33,13 +33,13 @@ def test_partners_have_other_prompts_and_as_many_as_can_have_one(examples, seed,
     assert matched.sum() == len(prompts) - max(0, 2 * most - len(prompts))
 
 
-def test_partners_are_about_as_long_as_each_other():
+def test_partners_have_about_the_same_length():
     random = np.random.default_rng(0)
     lengths = random.integers(1, 1000, 20000)
     prompts = np.repeat(np.arange(10000), 2)
     partners = mismatched_partners(prompts, lengths)
     apart = np.abs(lengths[partners] - lengths)
-    assert apart.max() < 25  # drawn at random they would be 333 apart on average
+    assert apart.max() < 25  # partners drawn at random would be 333 apart on average
 
 
 @pytest.mark.parametrize("length", ["shortest", "any"])

@@ -1,6 +1,6 @@
-"""Files and datasets of records: what is read, and what is refused by the place where it stands."""
+"""Files and datasets of records are read, and errors name the file, the line or row, and the field."""
 
-# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+# ruff: noqa: E402 (the imports below need datasets)
 
 import gzip
 import json
@@ -68,7 +68,7 @@ def test_only_a_line_break_ends_a_line(tmp_path):
     assert load(raw).to_list() == [record, record]
 
 
-def test_rows_of_a_shuffled_dataset_are_looked_at_in_its_order():
+def test_rows_of_a_shuffled_dataset_are_checked_in_its_order():
     dataset = Dataset.from_list([*UNPAIRED, UNPAIRED[0] | {"completion": ""}]).select([3, 0, 1, 2])
     with pytest.raises(DataError, match=r"^dataset, row 0, field 'completion': expected text"):
         load(dataset)
@@ -79,7 +79,7 @@ UNSUPPORTED = ["tools", "chat_template_kwargs", "image", "images", "audio", "aud
 
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet"])
 @pytest.mark.parametrize("field", UNSUPPORTED)
-def test_what_a_model_would_be_given_too_is_refused_unless_it_is_empty(tmp_path, kind, field):
+def test_unsupported_fields_are_refused_unless_they_are_empty(tmp_path, kind, field):
     def source(*held):
         records = [PAIRED[0] | {field: value} for value in held]
         if kind == "jsonl":
@@ -98,7 +98,7 @@ def test_what_a_model_would_be_given_too_is_refused_unless_it_is_empty(tmp_path,
             load(source(empty, None, full))
 
 
-def test_rows_of_a_selection_are_looked_at_for_what_is_not_supported():
+def test_rows_of_a_selection_are_checked_for_unsupported_fields():
     records = [UNPAIRED[0] | {"tools": None}, UNPAIRED[1] | {"tools": {"name": "search"}}]
     dataset = Dataset.from_list(records)
     for chosen, row in ((dataset, 1), (dataset.select([1, 0]), 0), (dataset.select([1, 1, 0]).select([2, 0]), 1)):
@@ -116,16 +116,14 @@ def test_images_are_refused_without_decoding_them():
 
 @pytest.fixture
 def as_a_new_process():
-    """Forgets which warnings this process has given, as another process would not know them."""
+    """Forget which warnings this process has given, as a new process would not know them."""
     records._warn_of_ignored.cache_clear()
     return records._warn_of_ignored.cache_clear
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet"])
-def test_ignored_columns_are_named_once_also_when_the_cache_has_the_records(
-    tmp_path, caplog, as_a_new_process, kind, form
-):
+def test_ignored_columns_are_named_once_per_process_even_from_the_cache(tmp_path, caplog, as_a_new_process, kind, form):
     wide = [record | {"weight": 2.0} for record in FORMS[form]]
     wide[-1] = wide[-1] | {"system": "Be kind.", "input_ids": [1]}
     source = write(tmp_path / "data.jsonl", wide) if kind == "jsonl" else Dataset.from_list(wide)
@@ -142,7 +140,7 @@ def test_ignored_columns_are_named_once_also_when_the_cache_has_the_records(
         assert all(f"'{name}'" in message for name in ("weight", "system", "input_ids"))
         if kind != "dataset":
             load(source)
-            assert len(caplog.messages) == 1  # once in a process: the command reads its files twice
+            assert len(caplog.messages) == 1  # once per process, though the command reads its files twice
         as_a_new_process()
 
 
@@ -152,7 +150,7 @@ def test_records_without_other_columns_give_no_warning(tmp_path, caplog):
     assert not caplog.messages
 
 
-def test_a_transform_is_refused_not_left_out():
+def test_a_transform_is_refused_and_not_silently_left_out():
     dataset = Dataset.from_list(UNPAIRED)
     dataset.set_transform(lambda batch: batch | {"label": [not label for label in batch["label"]]})
     with pytest.raises(DataError, match=r"^dataset: has a transform of its own \(set_transform\)"):
@@ -160,7 +158,7 @@ def test_a_transform_is_refused_not_left_out():
 
 
 @pytest.mark.parametrize("through", ["dataset", "parquet"])
-def test_classes_are_labels_only_where_their_names_say_so(tmp_path, through):
+def test_classes_are_labels_only_if_they_are_named_false_and_true(tmp_path, through):
     def loaded(names):
         records = [record | {"label": names[record["label"]]} for record in UNPAIRED]
         dataset = Dataset.from_list(records).class_encode_column("label")
@@ -172,12 +170,12 @@ def test_classes_are_labels_only_where_their_names_say_so(tmp_path, through):
 
     assert loaded(["False", "True"])["label"] == [record["label"] for record in UNPAIRED]
     message = r"field 'label': expected true or false, .* got the classes \['desirable', 'undesirable'\]"
-    with pytest.raises(DataError, match=message):  # in the order of their letters: desirable would be 0
+    with pytest.raises(DataError, match=message):  # classes are numbered in alphabetical order, so desirable would be 0
         loaded(["undesirable", "desirable"])
 
 
 @pytest.mark.parametrize("through", ["dataset", "parquet"])
-def test_a_label_beside_pairs_is_another_column(tmp_path, through):
+def test_a_label_column_beside_pairs_is_ignored(tmp_path, through):
     records = [record | {"label": kind} for record, kind in zip(PAIRED, ("math", "chat"), strict=False)]
     dataset = Dataset.from_list(records).class_encode_column("label")
     if through == "parquet":
@@ -189,7 +187,7 @@ def test_a_label_beside_pairs_is_another_column(tmp_path, through):
 @pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no type of its own for JSON")
 @pytest.mark.parametrize("through", ["dataset", "parquet"])
 @pytest.mark.parametrize("form", ["paired conversations", "unpaired conversations"])
-def test_columns_of_json_are_read_as_what_they_hold(tmp_path, form, through):
+def test_json_columns_are_read_as_their_values(tmp_path, form, through):
     plain = Dataset.from_list(FORMS[form])
     text = {name: datasets.Json() for name in plain.column_names if name != "label"}
     dataset = Dataset.from_list(FORMS[form], features=datasets.Features({**plain.features, **text}))
@@ -199,7 +197,7 @@ def test_columns_of_json_are_read_as_what_they_hold(tmp_path, form, through):
     assert again.to_list() == load(plain).to_list()
 
 
-def test_types_that_datasets_has_no_name_for_are_said_with_their_file(tmp_path):
+def test_types_that_datasets_does_not_know_are_an_error_that_names_the_file(tmp_path):
     columns = {name: [record[name] for record in UNPAIRED] for name in UNPAIRED[0] if name != "prompt"}
     maps = pa.array(
         [[[("role", "user"), ("content", "q")]]] * len(UNPAIRED), pa.list_(pa.map_(pa.string(), pa.string()))
@@ -209,7 +207,7 @@ def test_types_that_datasets_has_no_name_for_are_said_with_their_file(tmp_path):
         load(tmp_path / "maps.parquet")
 
 
-def test_null_columns_of_messages_are_dropped():
+def test_null_keys_of_messages_are_dropped():
     records = FORMS["unpaired conversations"]
     wider = [record | {"prompt": [{**m, "tool_calls": None} for m in record["prompt"]]} for record in records]
     assert load(Dataset.from_list(wider)).to_list() == records
@@ -247,7 +245,7 @@ def test_a_bad_line_is_named(tmp_path, record, message):
     path = tmp_path / "data.jsonl"
     line = record if isinstance(record, str) else json.dumps(record)
     path.write_text(f"{json.dumps(UNPAIRED[0])}\n\n{line}\n{json.dumps(UNPAIRED[1])}\n")
-    for _ in range(2):  # the first time leaves nothing behind that the second would find
+    for _ in range(2):  # the first call must leave nothing in the cache
         with pytest.raises(DataError, match=message) as caught:
             load(path)
         assert str(caught.value).startswith(f"{path}, line 3")
@@ -267,7 +265,7 @@ def test_a_bad_line_is_named(tmp_path, record, message):
     ],
 )
 @pytest.mark.parametrize("kind", ["dataset", "jsonl"])
-def test_a_prompt_of_one_kind_with_an_answer_of_the_other_says_the_way_out(tmp_path, kind, record, message):
+def test_a_text_prompt_with_an_answer_of_messages_says_what_to_do(tmp_path, kind, record, message):
     message = message.replace("'assistant'", '"assistant"')
     with pytest.raises(DataError, match=message):
         load(Dataset.from_list([record]) if kind == "dataset" else write(tmp_path / "data.jsonl", [record]))
@@ -297,7 +295,7 @@ def test_a_bad_message_is_named(tmp_path, prompt, message):
     assert str(caught.value).startswith(f"{path}, line 2, field 'prompt'")
 
 
-def test_a_conversation_without_a_word_of_completion_is_refused(tmp_path):
+def test_a_conversation_with_an_empty_completion_is_refused(tmp_path):
     good = conversation(UNPAIRED[0])
     path = write(tmp_path / "data.jsonl", [good, good | {"completion": [{"role": "assistant", "content": ""}]}])
     with pytest.raises(DataError, match=r"line 2, field 'completion': expected text"):
@@ -402,7 +400,7 @@ def test_a_source_of_another_kind_is_refused(make, message):
         load(make())
 
 
-# caches
+# ---- the cache ------------------------------------------------------------------------------------------------------
 
 
 def test_an_unchanged_file_is_read_once(tmp_path, monkeypatch):
@@ -422,17 +420,17 @@ def test_an_edited_file_is_read_again(tmp_path, kind):
 
     for chosen in (UNPAIRED, UNPAIRED[:2], UNPAIRED[::-1]):
         save(chosen)
-        os.utime(path, (1, 1))  # as a copy that keeps the time
+        os.utime(path, (1, 1))  # like a copy that keeps the time
         assert load(path).to_list() == chosen
 
 
-def test_a_files_name_is_no_pattern(tmp_path):
+def test_a_file_name_is_not_a_glob_pattern(tmp_path):
     Dataset.from_list(UNPAIRED[:2]).to_parquet(tmp_path / "data[1].parquet")
     Dataset.from_list(UNPAIRED[2:]).to_parquet(tmp_path / "data1.parquet")
     assert load(tmp_path / "data[1].parquet").to_list() == UNPAIRED[:2]
 
 
-def test_other_columns_of_a_table_are_not_read(tmp_path):
+def test_ignored_columns_of_a_table_are_not_read(tmp_path):
     table = pa.table({name: [record[name] for record in UNPAIRED] for name in UNPAIRED[0]})
     table = table.append_column("hash", pa.array([2**64 - 1] * len(UNPAIRED), pa.uint64()))
     table = table.append_column("counts", pa.array([[("a", 1)]] * len(UNPAIRED), pa.map_("str", "int8")))
@@ -446,11 +444,11 @@ def test_an_empty_table_holds_no_records(tmp_path):
         load(tmp_path / "data.parquet")
 
 
-# hostile input
+# ---- hostile input --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line", ["record", "text", "list", "other column"])
-def test_a_gigantic_line_is_refused_at_once_by_its_number_and_the_limit(tmp_path, line):
+def test_a_gigantic_line_is_refused_quickly_with_its_number_and_the_limit(tmp_path, line):
     size = 100_000_000 if line == "record" else 17 * 2**20
     content = {
         "record": json.dumps(UNPAIRED[1] | {"completion": "x" * size}),
@@ -468,7 +466,7 @@ def test_a_gigantic_line_is_refused_at_once_by_its_number_and_the_limit(tmp_path
 
 @pytest.mark.parametrize("kind", ["dataset", "parquet"])
 @pytest.mark.parametrize("form", ["unpaired", "paired conversations"])
-def test_a_gigantic_row_is_refused_by_its_number_and_the_limit(tmp_path, monkeypatch, kind, form):
+def test_a_gigantic_row_is_refused_with_its_number_and_the_limit(tmp_path, monkeypatch, kind, form):
     monkeypatch.setattr(form_module, "MAX_RECORD", 40)
     first = FORMS[form][0]
     last = next(iter(reversed(first))) if form != "unpaired" else "completion"
@@ -512,25 +510,25 @@ def numbered_labels(path, metadata):
         '{"info": {"features": {"label": {"_type": "ClassLabel", "names": 2}}}}',
     ],
 )
-def test_metadata_that_hides_what_numbered_labels_mean_is_refused(tmp_path, metadata):
+def test_unreadable_metadata_of_numbered_labels_is_refused(tmp_path, metadata):
     with pytest.raises(DataError, match=r"data\.parquet, field 'label': holds numbers, and the metadata"):
         load(numbered_labels(tmp_path / "data.parquet", metadata))
 
 
 @pytest.mark.parametrize("metadata", ["{}", '{"info": {}}', '{"info": {"features": {"prompt": 3, "label": {}}}}'])
-def test_metadata_that_says_nothing_of_labels_is_ignored(tmp_path, metadata):
+def test_metadata_without_label_classes_is_ignored(tmp_path, metadata):
     assert load(numbered_labels(tmp_path / "data.parquet", metadata))["label"] == [True, False]
 
 
 @pytest.mark.parametrize("metadata", [b"\xff", "null", '{"info": []}'])
-def test_metadata_is_ignored_where_labels_are_no_numbers(tmp_path, metadata):
+def test_metadata_is_ignored_if_labels_are_not_numbers(tmp_path, metadata):
     table = pa.table({name: [record[name] for record in UNPAIRED] for name in UNPAIRED[0]})
     pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "data.parquet")
     assert load(tmp_path / "data.parquet").to_list() == UNPAIRED
 
 
 @pytest.mark.parametrize("name", ["label", "prompt", "source"])
-def test_two_columns_of_one_name_are_refused(tmp_path, name):
+def test_two_columns_of_the_same_name_are_refused(tmp_path, name):
     names = [*UNPAIRED[0], "source", name]
     columns = [pa.array([(UNPAIRED[0] | {"source": "forum"})[column]]) for column in names]
     pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "data.parquet")
@@ -538,7 +536,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path, name):
         load(tmp_path / "data.parquet")
 
 
-def test_categories_of_pandas_are_read_as_their_values(tmp_path):
+def test_pandas_categories_are_read_as_their_values(tmp_path):
     table = pa.table({name: [record[name] for record in UNPAIRED] for name in UNPAIRED[0]})
     table = table.set_column(0, "prompt", table["prompt"].dictionary_encode())
     pq.write_table(table, tmp_path / "data.parquet")
@@ -546,7 +544,7 @@ def test_categories_of_pandas_are_read_as_their_values(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_file_with_random_faults_is_read_or_refused_by_name(tmp_path, kind):
+def test_a_file_with_random_faults_is_read_or_refused_with_its_name(tmp_path, kind):
     random = Random(0)
     path = tmp_path / f"data.{kind}"
     write(path, UNPAIRED) if kind == "jsonl" else Dataset.from_list(UNPAIRED).to_parquet(path)

@@ -1,6 +1,6 @@
-"""Chat templates that run away."""
+"""A chat template that exceeds a limit of time, memory or output is an error that names the row."""
 
-# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+# ruff: noqa: E402 (the imports below need datasets)
 
 import os
 import time
@@ -17,7 +17,7 @@ from kto_fused.preference_data import DataError, prepare_paired, prepare_unpaire
 
 pytestmark = [
     pytest.mark.usefixtures("own_cache"),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork, which no GPU machine lacks, nothing is limited"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="limits need fork, which every GPU machine has"),
 ]
 LOOP, END = "{% for i in range(99999) %}", "{% endfor %}"
 FOR_EVER = 3 * LOOP + 3 * END
@@ -81,14 +81,14 @@ def test_a_rendering_process_that_dies_is_an_error(monkeypatch):
 
 
 def test_a_long_honest_conversation_is_rendered():
-    """Two million characters in 2,000 messages."""
+    """It has two million characters in 2,000 messages."""
     messages = [{"role": ("user", "assistant")[turn % 2], "content": "red " * 250} for turn in range(2000)]
     with rendering.Renderer(one_token_a_word(), "train") as render:
         assert len(render(0, messages).text) > 2_000_000
 
 
 def test_records_that_are_sent_together_keep_their_order_and_name_the_one_that_fails():
-    """More records than one part holds, one of them longer than a part's characters."""
+    """There are more records than are sent at once, and one of them is longer than all that is sent at once."""
     template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
     conversations = [[{"role": "user", "content": f"record {row}"}] for row in range(250)]
     conversations[120][0]["content"] = "x" * 1_100_000
@@ -98,5 +98,5 @@ def test_records_that_are_sent_together_keep_their_order_and_name_the_one_that_f
         conversations[207][0]["content"] = "bad"
         with pytest.raises(DataError, match=r"^train data, row 1207: the chat template does not render it: no$"):
             render.all(range(1000, 1250), conversations)
-        assert render(0, conversations[3]).text == "record 3"  # not an answer that was still to be read
+        assert render(0, conversations[3]).text == "record 3"  # not a result that was left in the pipe
         assert render.all([], []) == []

@@ -1,6 +1,6 @@
-"""Records to tokens: templates, ends of text, lengths, mismatched completions."""
+"""Records become tokens: ends of text, chat templates, lengths, masks and mismatched completions."""
 
-# ruff: noqa: E402 (where datasets is missing, its absence comes before the imports that need it)
+# ruff: noqa: E402 (the imports below need datasets)
 
 import copy
 import logging
@@ -58,7 +58,7 @@ def test_another_seed_gives_other_partners_and_not_the_cached_ones(tmp_path):
     assert runs[0] == runs[2] != runs[1]
 
 
-def test_the_fingerprint_is_what_decides_the_tokens(tmp_path):
+def test_the_fingerprint_changes_with_everything_that_decides_the_tokens(tmp_path):
     tokenizer = one_token_a_word()
     before = fingerprint(tokenizer)
     tokenizer(["red", "red green"], padding=True, truncation=True, max_length=1)
@@ -76,7 +76,7 @@ def test_the_fingerprint_is_what_decides_the_tokens(tmp_path):
     assert len({before, *map(fingerprint, [*others, lowercase])}) == 6
 
 
-def test_the_fingerprint_knows_tokenizers_written_in_python():
+def test_the_fingerprint_tells_tokenizers_without_a_rust_backend_apart():
     tokenizers = [ByT5Tokenizer(), ByT5Tokenizer(), ByT5Tokenizer(eos_token="<pad>"), ByT5Tokenizer(extra_ids=3)]
     prints = [fingerprint(tokenizer) for tokenizer in tokenizers]
     assert prints[0] == prints[1]
@@ -85,10 +85,10 @@ def test_the_fingerprint_knows_tokenizers_written_in_python():
     assert bytes(token - 3 for token in row["completion_ids"][:-1]) == b" one two"
 
 
-# tokens
+# ---- texts ----------------------------------------------------------------------------------------------------------
 
 
-def test_unpaired_tokens():
+def test_unpaired_records_become_prompt_and_completion_tokens():
     prepared = prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(), mismatch=False)
     assert prepared.dataset.to_list() == [
         {"prompt_ids": ids("red"), "completion_ids": ids("one two </s>"), "label": True, "length": 4},
@@ -98,7 +98,7 @@ def test_unpaired_tokens():
     assert (prepared.truncated, prepared.dropped) == (0, 0)
 
 
-def test_paired_tokens():
+def test_pairs_become_prompt_chosen_and_rejected_tokens():
     dataset = prepare_paired(Dataset.from_list(PAIRED), one_token_a_word()).dataset
     assert dataset.to_list() == [
         {
@@ -116,7 +116,7 @@ def test_paired_tokens():
     ]
 
 
-def test_a_pair_is_two_examples_of_feedback():
+def test_a_pair_gives_two_unpaired_examples():
     dataset = prepare_unpaired(Dataset.from_list(PAIRED), one_token_a_word(), mismatch=False).dataset
     found = [(row["prompt_ids"], row["completion_ids"], row["label"]) for row in dataset]
     assert found == [
@@ -151,41 +151,41 @@ def test_an_end_of_text_that_the_tokenizer_adds_is_the_only_one(completion, spli
     assert not caplog.records
 
 
-def test_a_beginning_of_text_that_is_the_end_of_text_too_ends_none(caplog):
+def test_an_end_of_text_token_at_the_beginning_ends_no_text(caplog):
     tokenizer = one_token_a_word()
     begins = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
-    tokenizer.backend_tokenizer.post_processor = begins  # as OPT's: of an empty text it is the last token
+    tokenizer.backend_tokenizer.post_processor = begins  # as OPT's: it is the last token of an empty text
     row = prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizer, mismatch=False).dataset[0]
     assert (row["prompt_ids"], row["completion_ids"]) == (ids("</s> red"), ids("one two </s>"))
-    unknown = one_token_a_word(eos_token="<unk>")  # of a word that it does not know it is the last token
+    unknown = one_token_a_word(eos_token="<unk>")  # it is the last token of an unknown word
     row = prepare_unpaired(Dataset.from_list(UNPAIRED), unknown, mismatch=False).dataset[0]
     assert (row["prompt_ids"], row["completion_ids"]) == (ids("red"), ids("one two <unk>"))
 
 
-def test_texts_that_nothing_ends_are_said_once(caplog):
+def test_texts_without_an_end_token_are_reported_once(caplog):
     prepare_paired(Dataset.from_list(PAIRED), one_token_a_word(eos_token=None, pad_token="four"))
     (said,) = caplog.records
     assert said.message.startswith("train data: in 2 of 2 examples (first: row 0) no end-of-text or end-of-turn token")
     assert "The tokenizer has no eos_token: set it" in said.message
     caplog.clear()
     prepare_paired(Dataset.from_list(FORMS["paired conversations"]), one_token_a_word(eos_token=None))
-    assert not caplog.records  # a template ends them
+    assert not caplog.records  # the chat template ends them
 
 
-def test_an_end_of_text_that_is_read_as_text_is_said_once(caplog):
+def test_an_end_of_text_that_is_read_as_text_is_reported_once(caplog):
     split = one_token_a_word(split_special_tokens=True)
     assert prepare_unpaired(Dataset.from_list(UNPAIRED), split).found == {"no_end": 3, "unknown": 3}
     said = next(said for said in caplog.records if "end-of-turn" in said.message)
     assert "The tokenizer does not read its eos_token </s> as a token (with split" in said.message
     caplog.clear()
     unknown = one_token_a_word()
-    unknown.eos_token = "<end>"  # whose id is that of what is unknown
+    unknown.eos_token = "<end>"  # it gets the unknown token's id
     assert prepare_paired(Dataset.from_list(PAIRED), unknown).found == {"no_end": 2, "unknown": 2}
     said = next(said for said in caplog.records if "end-of-turn" in said.message)
     assert "The tokenizer does not read its eos_token <end> as a token" in said.message
 
 
-def test_texts_that_begin_twice_are_said_once(caplog):
+def test_texts_with_two_beginning_tokens_are_reported_once(caplog):
     tokenizer = one_token_a_word(bos_token="one")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="one $0", special_tokens=[("one", tokenizer.convert_tokens_to_ids("one"))]
@@ -193,7 +193,7 @@ def test_texts_that_begin_twice_are_said_once(caplog):
     prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizer)
     assert not caplog.records
     records = [record | {"prompt": f"one {record['prompt']}"} if row else record for row, record in enumerate(UNPAIRED)]
-    assert prepare_unpaired(Dataset.from_list(records), tokenizer).found == {"double_bos": 2}  # not in the first row
+    assert prepare_unpaired(Dataset.from_list(records), tokenizer).found == {"double_bos": 2}  # the first row has one
     (said,) = caplog.records
     assert said.message.startswith("train data: in 2 of 3 examples (first: row 1) the tokens begin with two beginning-")
 
@@ -202,7 +202,8 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
     return one_token_a_word([*WORDS, "<old>", "<think>"], chat_template=template)
 
 
-# the system's words before the last user's, as in Mistral's, and turns before the last one as "old"
+# One template writes the system message into the last user message, as Mistral's does. The other one calls all turns
+# before the last one "old".
 LAST_USER = (
     "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'user' %}<user> "
     "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }} {% endif %}"
@@ -225,7 +226,7 @@ def test_a_template_that_moves_a_message_into_the_completion_is_refused(prepare,
     question = {"role": "user", "content": "red green"}
     records = [record({"role": "system", "content": system}, question) if system else record(question)] * 2
     if system:
-        records[0] = record(question)  # which the template renders alike
+        records[0] = record(question)  # the template renders this one alike
     row = 1 if system else 0
     with pytest.raises(DataError) as caught:
         prepare(Dataset.from_list(records), with_template(template), name="eval")
@@ -235,8 +236,8 @@ def test_a_template_that_moves_a_message_into_the_completion_is_refused(prepare,
     assert "use another one, or give prompt and completions as text" in message
 
 
-def test_the_words_that_ask_for_an_answer_may_change(caplog):
-    """As those of models that think before an answer, but are not shown what they thought."""
+def test_the_text_that_asks_for_an_answer_may_change(caplog):
+    """Templates of models that think before an answer ask for a thought, and leave it out of a finished answer."""
     asking = TEMPLATE.replace("<assistant>{% endif %}", "<assistant> <think> <think> <think> {% endif %}")
     row = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), with_template(asking)).dataset[0]
     assert (row["prompt_ids"], row["chosen_ids"]) == (ids("<user> red </s> <assistant>"), ids("one two </s>"))
@@ -253,8 +254,8 @@ def test_conversations_are_rendered_by_the_chat_template():
 
 
 @pytest.mark.parametrize("prepare", [prepare_unpaired, prepare_paired])
-def test_a_template_that_leaves_out_part_of_an_answer_is_said_once(prepare, caplog):
-    """As those do that show a model none of what it thought."""
+def test_a_template_that_leaves_out_part_of_an_answer_is_reported_once(prepare, caplog):
+    """Templates that hide a model's own thoughts do this."""
     forgetting = TEMPLATE.replace("message['content']", "message['content'].split('<think>')[-1]")
     records = copy.deepcopy(FORMS["paired conversations"])
     prepare(Dataset.from_list(records), with_template(forgetting), name="eval")
@@ -280,7 +281,7 @@ def test_a_conversation_that_the_template_refuses_is_named():
         prepare_unpaired(dataset, one_token_a_word(chat_template=refusing), name="test")
 
 
-def test_what_is_too_long_is_cut_dropped_counted_and_said_once(caplog):
+def test_long_examples_are_cut_or_dropped_and_reported_once(caplog):
     records = [
         {"prompt": "red", "completion": " one two three four", "label": True},
         {"prompt": "red green", "completion": " one", "label": False},
@@ -314,7 +315,7 @@ def test_pairs_are_cut_and_dropped_whole(caplog):
     assert "of 4 examples, 1 had a completion cut and 2 were dropped" in caplog.text
 
 
-def test_nothing_is_said_of_what_fits(caplog):
+def test_nothing_is_reported_of_examples_that_fit(caplog):
     prepared = prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(), max_length=None)
     assert (len(prepared.dataset), prepared.truncated, prepared.dropped) == (3, 0, 0)
     assert not caplog.records
@@ -340,12 +341,12 @@ def test_feedback_without_pairs_is_refused_for_dpo():
 
 
 @pytest.mark.parametrize("max_length", [0, -1, 1.5, True, "8"])
-def test_a_length_that_is_none_is_refused(max_length):
+def test_a_bad_length_is_refused(max_length):
     with pytest.raises((TypeError, ValueError), match=r"max_length must be (at least 1|an int), got"):
         prepare_unpaired(Dataset.from_list(UNPAIRED), one_token_a_word(), max_length=max_length)
 
 
-def test_what_is_no_tokenizer_is_refused():
+def test_an_object_that_is_no_tokenizer_is_refused():
     with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer, got str"):
         prepare_unpaired(Dataset.from_list(UNPAIRED), "gpt2")
 
@@ -366,7 +367,7 @@ def test_a_completion_starts_where_the_prompts_tokens_change(byte_pairs, caplog)
     assert "2 of 2 examples (first: row 0) have the tokens of an example with the other label" in said[1]
 
 
-def test_processes_share_the_work_and_change_nothing(tmp_path):
+def test_the_number_of_processes_changes_no_row(tmp_path):
     path = write(tmp_path / "data.jsonl", [{"prompt": w, "completion": f" {w}", "label": w == "red"} for w in WORDS])
     rows = [
         prepare_unpaired(source, one_token_a_word(), max_length=4, num_proc=processes).dataset.to_list()
@@ -375,12 +376,12 @@ def test_processes_share_the_work_and_change_nothing(tmp_path):
     assert rows[0] == rows[1]
 
 
-# what is counted over all rows
+# ---- reports on all rows --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_every_row_is_checked_and_a_run_from_the_cache_says_the_same(tmp_path, monkeypatch, caplog, num_proc):
-    """The fault stands in rows 200 to 204 alone, behind whatever a sample of the first rows would show."""
+def test_every_row_is_checked_and_a_run_from_the_cache_reports_the_same(tmp_path, monkeypatch, caplog, num_proc):
+    """Only rows 200 to 204 have the fault, so a sample of the first rows would not show it."""
     records = [
         {"prompt": f"red {'green ' * (row % 7)}", "completion": " one two", "label": row % 2 == 0} for row in range(210)
     ]
@@ -400,7 +401,7 @@ def test_every_row_is_checked_and_a_run_from_the_cache_says_the_same(tmp_path, m
     assert [record.message for record in caplog.records] == said
 
 
-# templates that end an answer, some with a line break behind the end, and some that do not
+# One template does not end an answer. The other one ends it with a token and a line break.
 ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TURNS = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <|im_end|>\n{% endfor %}"
@@ -409,7 +410,7 @@ TURNS = (
 
 
 @pytest.mark.parametrize(("template", "count"), [(ENDLESS, 2), (TURNS, 0), (TEMPLATE, 0)])
-def test_an_answer_that_a_template_does_not_end_is_said(template, count, caplog):
+def test_an_answer_that_a_template_does_not_end_is_reported(template, count, caplog):
     tokenizer = with_template(template)
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     prepared = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), tokenizer)
@@ -417,7 +418,7 @@ def test_an_answer_that_a_template_does_not_end_is_said(template, count, caplog)
     assert ("The chat template writes none after an answer" in caplog.text) == bool(count)
 
 
-def test_an_end_in_the_answers_own_text_or_cut_off_is_no_end_of_the_template():
+def test_an_end_token_in_the_answers_own_text_does_not_count_as_the_templates():
     tokenizer = with_template(ENDLESS)
     records = copy.deepcopy(FORMS["paired conversations"])
     records[0]["chosen"][0]["content"] = "one </s>"
@@ -426,8 +427,8 @@ def test_an_end_in_the_answers_own_text_or_cut_off_is_no_end_of_the_template():
     assert (cut.truncated, cut.dropped, cut.found) == (1, 1, {})
 
 
-def test_an_answer_that_ends_twice_is_said():
-    """Its text holds an end token, and the template writes another."""
+def test_an_answer_with_two_end_tokens_is_reported():
+    """Its text has an end token, and the template writes another."""
     records = copy.deepcopy(FORMS["paired conversations"])
     records[1]["rejected"][0]["content"] = "one </s>"
     assert prepare_paired(Dataset.from_list(records), one_token_a_word()).found == {"double_end": 1}
@@ -435,8 +436,8 @@ def test_an_answer_that_ends_twice_is_said():
     assert prepare_unpaired(Dataset.from_list(texts), one_token_a_word()).found == {"double_end": 1}
 
 
-def test_text_that_a_template_adds_to_an_answer_is_said(caplog):
-    """As an empty thought that Qwen3's template writes before an answer, though nobody asks for it."""
+def test_text_that_a_template_adds_to_an_answer_is_reported(caplog):
+    """Qwen3's template, for example, writes an empty thought before an answer."""
     thought = "{{ '<think> ' if loop.last and message['role'] == 'assistant' }}"
     thinking = TEMPLATE.replace("{{ message['content'] }}", thought + "{{ message['content'] }}")
     prepared = prepare_paired(Dataset.from_list(FORMS["paired conversations"]), with_template(thinking))
@@ -445,7 +446,7 @@ def test_text_that_a_template_adds_to_an_answer_is_said(caplog):
     assert "in 2 of 2 examples (first: row 0) the chat template adds text to the answer" in caplog.text
 
 
-# pairs and examples that teach nothing
+# ---- examples that teach nothing ------------------------------------------------------------------------------------
 
 
 def test_pairs_that_a_cut_makes_equal_are_dropped_and_counted(byte_pairs, caplog):
@@ -468,7 +469,7 @@ def test_pairs_that_a_cut_makes_equal_are_dropped_and_counted(byte_pairs, caplog
 
 @pytest.mark.parametrize("prepare", [prepare_paired, prepare_unpaired])
 def test_pairs_whose_difference_gets_no_token_are_dropped(prepare):
-    """Words that the tokenizer does not know, the same text twice, and a template that leaves the difference out."""
+    """The pairs differ in unknown words, not at all, or in text that the chat template leaves out."""
     pairs = [*PAIRED, {"prompt": "red", "chosen": " mauve", "rejected": " taupe"}]
     pairs.append({"prompt": "red", "chosen": " one", "rejected": " one"})
     a_pair = {prepare_paired: 1, prepare_unpaired: 2}[prepare]
@@ -489,7 +490,7 @@ def test_feedback_of_both_labels_on_the_same_tokens_is_counted_and_kept(caplog):
     assert "2 of 4 examples (first: row 1) have the tokens of an example with the other label" in caplog.text
 
 
-# answers of several messages
+# ---- answers of several messages ------------------------------------------------------------------------------------
 
 TURN_WORDS = [*WORDS, "<tool>", "<think>", "SECRET"]
 GENERATION = (
@@ -497,7 +498,7 @@ GENERATION = (
     "{% endgeneration %}{% else %}<{{ m.role }}> {{ m.content }} </s> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# an empty thought before the last answer, as Qwen3's: an answer that is not the last is rendered otherwise
+# As in Qwen3's template, an empty thought stands before the last answer, and earlier answers have none.
 THINKING = (
     "{% for m in messages %}<{{ m.role }}> {% if m.role == 'assistant' and loop.last %}<think> {% endif %}"
     "{{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -505,7 +506,7 @@ THINKING = (
 
 
 def turns(*messages: str) -> list[dict]:
-    """ "assistant one" is a message of the role and the content."""
+    """Return messages; "assistant one" has the role assistant and the content one."""
     return [dict(zip(("role", "content"), message.split(maxsplit=1), strict=True)) for message in messages]
 
 
@@ -540,7 +541,7 @@ def test_only_the_assistants_messages_of_an_answer_are_trained(template, thought
     assert tokenizer.decode(first["chosen_ids"]) == f"one </s> <user> SECRET </s> <assistant> {thought}two </s>"
     assert trained_words(tokenizer, first["chosen_ids"], first["chosen_mask"]) == f"one </s> {thought}two </s>"
     assert first["rejected_mask"] == [True] * len(first["rejected_ids"])
-    # the user's turn at the end of the second answer is left out
+    # the second answer ends with a user's turn, which is left out
     assert tokenizer.decode(second["chosen_ids"]) == "four </s> <tool> SECRET </s> <assistant> one </s>"
     assert trained_words(tokenizer, second["chosen_ids"], second["chosen_mask"]) == "four </s> one </s>"
     assert first["length"] == len(first["prompt_ids"]) + len(first["chosen_ids"])
@@ -553,7 +554,7 @@ def test_only_the_assistants_messages_of_an_answer_are_trained(template, thought
     "name", ["qwen3", "qwen3_training", "llama3", "gemma3", "deepseekv3", "gptoss", "gptoss_training"]
 )
 def test_models_own_templates_train_no_message_of_the_users(name, byte_pairs):
-    """With the templates that TRL keeps of them. GPT-OSS's ends only a last answer with <|return|>: it is refused."""
+    """The templates are those in TRL. GPT-OSS's ends only the last answer with <|return|>, so it is refused."""
     trl = pytest.importorskip("trl", reason="TRL is not installed: it brings the templates")
     path = Path(trl.__file__).with_name("chat_templates") / f"{name}.jinja"
     tokenizer = copy.deepcopy(byte_pairs)
@@ -571,7 +572,7 @@ def test_models_own_templates_train_no_message_of_the_users(name, byte_pairs):
     assert ["one" in pieces[0], "two" in pieces[-1]] == [True, True]
 
 
-def test_a_mismatched_completion_brings_its_mask():
+def test_a_mismatched_completion_has_its_mask():
     tokenizer = one_token_a_word(TURN_WORDS)
     rows = prepare_unpaired(Dataset.from_list(several_messages()), tokenizer, max_length=12).dataset.to_list()
     masks = {tuple(row["completion_ids"]): row["completion_mask"] for row in rows}
@@ -586,7 +587,7 @@ def test_a_mismatched_completion_brings_its_mask():
         assert not (batch[f"{prefix}labels"] == secret).any()
 
 
-def test_data_without_such_answers_has_no_masks():
+def test_data_without_answers_of_several_messages_has_no_masks():
     for form in FORMS:
         prepared = prepare_unpaired(Dataset.from_list(FORMS[form]), one_token_a_word())
         assert not [column for column in prepared.dataset.column_names if "mask" in column]
@@ -608,7 +609,7 @@ def test_pairs_that_differ_after_the_last_message_of_the_assistants_alone_are_dr
 
 
 @pytest.mark.parametrize("prepare", [prepare_paired, prepare_unpaired])
-def test_messages_that_cannot_be_told_apart_are_refused_with_their_row(prepare):
+def test_messages_that_cannot_be_told_apart_are_an_error_with_their_row(prepare):
     records = [*FORMS["paired conversations"], *several_messages()]
     numbered = TEMPLATE.replace("</s>", "{{ messages | length if message['role'] == 'assistant' }} </s>")
     with pytest.raises(DataError, match=r"^train data, row 2: the answer has several messages.* renders message 0 of"):
@@ -624,7 +625,7 @@ def test_messages_that_cannot_be_told_apart_are_refused_with_their_row(prepare):
             prepare(Dataset.from_list(records), one_token_a_word(TURN_WORDS))
 
 
-# the same tokens as TRL
+# ---- the same tokens as TRL -----------------------------------------------------------------------------------------
 
 
 def trl_trainer(tokenizer) -> SimpleNamespace:
@@ -646,7 +647,7 @@ def test_kto_tokens_are_those_of_trl(form, byte_pairs):
     )
     ours = prepare_unpaired(Dataset.from_list(records), byte_pairs, mismatch=False).dataset
 
-    def rows(dataset):  # a pair's sides stand in another order
+    def rows(dataset):  # sorted, because TRL orders a pair's sides differently
         return sorted((row["prompt_ids"], row["completion_ids"], row["label"]) for row in dataset)
 
     assert rows(ours) == rows(theirs)
@@ -663,7 +664,7 @@ def test_dpo_tokens_are_those_of_trl(form, byte_pairs):
     assert ours.select_columns(columns).to_list() == theirs.select_columns(columns).to_list()
 
 
-# mismatched partners
+# ---- mismatched completions -----------------------------------------------------------------------------------------
 
 
 def test_mismatched_completions_are_those_of_other_prompts_cut_to_what_fits():
@@ -701,7 +702,7 @@ def test_examples_of_one_prompt_have_no_mismatched_completion(caplog):
 
 
 def test_prompts_that_lose_tokens_to_their_completions_are_still_the_same(byte_pairs):
-    # th|e merges and th|at does not: the prompts' tokens that remain differ, the prompt does not
+    # "th" and "e" merge to one token, "th" and "5" do not: the remaining prompt tokens differ, the prompts do not
     records = [
         {"prompt": "What is th", "completion": "e answer", "label": True},
         {"prompt": "What is th", "completion": "5", "label": False},
@@ -711,9 +712,9 @@ def test_prompts_that_lose_tokens_to_their_completions_are_still_the_same(byte_p
     assert dataset["kl_completion_ids"][:] == [[], []]
 
 
-# batches
+# ---- imports --------------------------------------------------------------------------------------------------------
 
 
-def test_it_needs_neither_trl_nor_peft():
+def test_preference_data_needs_neither_trl_nor_peft():
     code = "import sys; sys.modules['trl'] = sys.modules['peft'] = None; import kto_fused.preference_data"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,6 @@
-"""Policy and reference of equal weights: log-ratios are exactly 0, and what precomputing changes is bounded."""
+"""Equal weights of policy and reference give log-ratios of exactly 0 in this package's trainers, and a bound on the
+rounding that precomputing changes.
+"""
 
 import copy
 import math
@@ -17,7 +19,7 @@ PRECISIONS = {  # (bf16 of the configuration, dtype of the weights)
     "fp16-weights": (False, torch.float16),
 }
 SCORES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "kl")
-FIRST_LOSS = {"kto": 0.5, "dpo": math.log(2)}  # of log-ratios that are 0
+FIRST_LOSS = {"kto": 0.5, "dpo": math.log(2)}  # if all log-ratios are 0
 kinds = pytest.mark.parametrize("kind", ["kto", "dpo"])
 pytestmark = pytest.mark.usefixtures("small_machine")
 
@@ -37,7 +39,7 @@ def equal_trainer(kind: str, folder: Path, precision: str, *, own_reference: boo
 
 
 def long_data(kind: str, rows: int):
-    """Completions of up to 200 tokens and 1,000 nats: sums of log-probabilities in which a rounding shows."""
+    """Return completions of up to 200 tokens and 1,000 nats: their sums are large enough for a rounding to show."""
 
     def longer(record):
         names = ("completion",) if kind == "kto" else ("chosen", "rejected")
@@ -82,8 +84,8 @@ def test_equal_weights_give_log_ratios_of_exactly_0(tmp_path, kind, precision, l
     ("precision", "nats"), [("float32", 1e-4), ("bf16-autocast", 0.25), ("bf16-weights", 0.25), ("fp16-weights", 0.05)]
 )
 def test_precomputed_references_differ_from_live_ones_by_rounding_alone(tmp_path, kind, precision, nats):
-    """Precomputing pads other rows together. That changes the shapes, and with them the rounding, of matrix products
-    and attention, and no more: what a batch holds is float64, as are the sums.
+    """Precomputing pads other rows together. That changes the shapes of matrix products and attention, and with them
+    the rounding. It changes nothing else: a batch's values and the sums are float64.
     """
     trainer = equal_trainer(
         kind,
@@ -94,7 +96,7 @@ def test_precomputed_references_differ_from_live_ones_by_rounding_alone(tmp_path
         precompute_ref_batch_size=5,
         ref_cache_dir=str(tmp_path),
     )
-    policy = trainer.accelerator.prepare_model(trainer.model)  # as training has it
+    policy = trainer.accelerator.prepare_model(trainer.model)  # as in training
     differences = []
     for batch in trainer.get_train_dataloader():
         kept = {name: batch.pop(name) for name in ("ref_logps", "ref_kl_logps") if name in batch}

@@ -1,4 +1,4 @@
-"""TRL 1.16's own loss code, run on the same log-probabilities, gives the same losses and logged metrics."""
+"""TRL 1.16's own loss code, run on the same log-probabilities, gives the same losses and the same logged values."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -17,12 +17,12 @@ B, T, V = 6, 9, 50
 
 
 class Model:
-    """Answers as a model under TRL's fused LM head does, from logits at hand."""
+    """Stands for a model with TRL's fused LM head: it returns the values of given logits."""
 
     training = True
 
     def __init__(self, logits: dict[int, torch.Tensor]):
-        self.logits = logits  # by the id of the labels' first token: the completions, or the mismatched pairs
+        self.logits = logits  # by a batch's first token: 0 for the completions, 1 for the mismatched pairs
 
     def __call__(self, input_ids, labels, **_):
         logps, entropy, mean_logits, is_top1, _ = reference._tokens("logits", self.logits[int(input_ids[0, 0])], labels)
@@ -54,7 +54,7 @@ def trl_trainer(**settings) -> SimpleNamespace:
 def case():
     case = make_case(batch=B, seq_len=T, vocab=V, seed=3)
     case.labels = torch.randint(1, V, (B, T))
-    case.labels[:, -1] = case.logits[:, -2].argmax(-1)  # some of the greedy choices
+    case.labels[:, -1] = case.logits[:, -2].argmax(-1)  # so that some labels are the greedy choice
     case.labels[:, : T // 2] = -100
     case.labels[2, -2:] = -100
     return case
@@ -78,7 +78,7 @@ def assert_logged_alike(trainer, metrics, names) -> None:
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.33, 0.7)])
-def test_kto(case, loss_type, weights):
+def test_kto_losses_and_metrics_equal_trls(case, loss_type, weights):
     from trl import KTOTrainer
 
     kl_logits = torch.randn(B, T, V) * 3
@@ -116,7 +116,7 @@ def test_kto(case, loss_type, weights):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down"])
-def test_dpo(case, loss_type):
+def test_dpo_losses_and_metrics_equal_trls(case, loss_type):
     from trl import DPOTrainer
 
     smoothing = 0.1 if loss_type == "robust" else 0.0
