@@ -37,8 +37,8 @@ DROPPED = {
 # What is reported of examples that are kept: the keys of ``Prepared.found``, each a column of the rows. The texts
 # complete "in 3 of 10 examples".
 FOUND = {
-    "merged": "the prompt's last tokens differ once a completion follows; the completion then starts at the first that "
-    "does, and is trained with what it holds of the prompt",
+    "merged": "the prompt's last tokens differ once a completion follows; the completion then starts at the first "
+    "token that differs, and the text of the prompt in it is trained too",
     "double_bos": "the tokens begin with two beginning-of-text tokens: the tokenizer adds one, so take the other out "
     "of the texts or the chat template",
     "double_end": "a completion ends with the same end token twice: the tokenizer or the chat template adds one, so "

@@ -126,7 +126,7 @@ def prepare_unpaired(
         found["both_labels"] = int(disputed.sum())
         logger.warning(
             f"{name} data: {disputed.sum()} of {len(tokens)} examples (first: row {rows[disputed][0]}) have the tokens "
-            "of an example with the other label. They are trained as they are, and pull the model both ways."
+            "of an example with the other label. They are kept, although their gradients work against each other."
         )
     if mismatch:
         tokens = _with_partners(tokens, prompts, max_length, seed, num_proc, name)

@@ -184,7 +184,7 @@ def attach(model: nn.Module) -> None:
         return
     if not inner.config.return_dict:
         raise UnsupportedModelError(
-            "model.config.return_dict is False, under which transformers' own models fail to run: set it to True"
+            "model.config.return_dict is False, with which transformers' own models fail to run: set it to True"
         )
     # An instance's own forward is somebody else's patch, which ``detach`` restores. Ours is a bound method, so that a
     # deep copy of the model calls the copy's weights.

@@ -222,7 +222,10 @@ def _why_trl_keeps_the_loss(trainer: Trainer) -> str | None:
             return "a class weight is negative"
         return None
     if trainer.loss_types == ["ipo"] and trainer.precompute_ref_logps:
-        return "with loss_type=['ipo'] some batches need TRL's loss, whose sums round otherwise than precomputed ones"
+        return (
+            "loss_type=['ipo'] needs TRL's loss for batches with an empty prompt, and its sums round differently from "
+            "the precomputed ones"
+        )
     if len(trainer.loss_types) != 1 or trainer.loss_types[0] not in DPO_LOSS_TYPES:
         return f"loss_type={trainer.loss_types} is not one of {list(DPO_LOSS_TYPES)}"
     if trainer.loss_weights != [1.0]:

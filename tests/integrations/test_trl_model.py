@@ -75,6 +75,9 @@ def test_without_fused_lm_head_the_model_is_what_it_was(tmp_path):
     assert trainer.model.generate(inputs["input_ids"], max_new_tokens=2, pad_token_id=1).shape == (3, 11)
 
 
+# ---- costs ----------------------------------------------------------------------------------------------------------
+
+
 def lm_head_gemms(folder: Path, kind: type, **arguments) -> float:
     """Return how many GEMMs of 2 N H V operations a policy's forward and backward take: the part that grows with V."""
     operations = []
@@ -151,7 +154,7 @@ def test_attention_gets_no_mask_for_the_padding_of_trls_collators(tmp_path, kind
         subclass = type("MyTrainer", (kind,), {batches: lambda self, *args: getattr(kind, batches)(self, *args)})
     trainer = fuse(make_trainer(kind, tmp_path, max_steps=1, subclass=subclass))
     collator = trainer.data_collator
-    if batches == "of another collator":  # which may pad on the left
+    if batches == "of another collator":  # it may pad on the left
 
         class Collator(type(collator)):
             pass

@@ -116,6 +116,9 @@ def test_the_whole_loss_is_one_call_and_trls_head_never_runs(tmp_path, calls):
     only(calls, fused_linear_dpo_loss=STEPS, linear_sequence_logps=STEPS)
 
 
+# ---- features of TRL's trainers -------------------------------------------------------------------------------------
+
+
 @both_trainers
 @pytest.mark.parametrize(
     "case", ["accumulation", "checkpointing", "reentrant-checkpointing", "experts", "experts-precomputed", "adapter"]
