@@ -151,7 +151,7 @@ def forward_of(module: nn.Module) -> Callable:
 def is_loss(result: Any) -> bool:
     """Return whether a function's result is a loss, to which a router's loss is added.
 
-    A tuple without ``TokenMetrics`` is: a loss comes first in it. Log-probabilities, alone or with metrics, are not.
+    A tuple without ``TokenMetrics`` is: its first item is the loss. Log-probabilities, alone or with metrics, are not.
     """
     return isinstance(result, tuple) and not any(isinstance(part, TokenMetrics) for part in result)
 
@@ -172,7 +172,7 @@ def _router_loss(
 
 
 def unknown_router_loss(model: PreTrainedModel) -> UnsupportedModelError:
-    """Return the error for a mixture of experts whose auxiliary loss has another function or weight than Mixtral's."""
+    """Return the error for a mixture of experts whose auxiliary loss this package cannot call or has no weight for."""
     return UnsupportedModelError(
         f"{type(model).__name__}'s router loss is not a known one: train without it "
         "(model.config.output_router_logits = False), or add it yourself to a loss of the model's logits"

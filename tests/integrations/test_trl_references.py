@@ -69,11 +69,11 @@ def test_equal_weights_give_log_ratios_of_exactly_0(tmp_path, kind, precision, r
         )
     )
     evaluations = [trainer.evaluate(), trainer.evaluate(long_data(kind, rows=3))]
-    losses, logs = steps(trainer)[:2]
+    run = steps(trainer)
     for log in evaluations:
         assert_no_log_ratio(log, "eval_")
-    assert_no_log_ratio(logs[0])
-    losses += [evaluations[0]["eval_all_loss"], evaluations[1]["eval_loss"]]
+    assert_no_log_ratio(run.logs[0])
+    losses = [*run.losses, evaluations[0]["eval_all_loss"], evaluations[1]["eval_loss"]]
     assert losses == pytest.approx([FIRST_LOSS[kind]] * 3, abs=1e-7)
 
 
@@ -200,15 +200,15 @@ def test_a_resumed_run_keeps_the_reference_that_it_began_with(tmp_path, kind):
         return fuse(equal_trainer(kind, tmp_path / name, train_dataset=rows, **settings))
 
     whole = make("whole", save_strategy="steps", save_steps=2)
-    logs, parameters = steps(whole)[1:]
+    run = steps(whole)
     resumed = make("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     log_history = [timeless(log) for log in resumed.state.log_history]
-    for log in (*log_history, *logs):
+    for log in (*log_history, *run.logs):
         log.pop("num_tokens", None)  # TRL counts it anew
-    assert_same_logs(log_history[2:4], logs[2:4])
+    assert_same_logs(log_history[2:4], run.logs[2:4])
     for name, parameter in resumed.model.named_parameters():
-        torch.testing.assert_close(parameter, parameters[name])
+        torch.testing.assert_close(parameter, run.parameters[name])
 
 
 @both_trainers
