@@ -1,6 +1,7 @@
-"""Draw engines.svg: how logits, and how hidden states, become a loss and its gradient.
+"""Draw `engines.svg`, the picture of docs/engines.md: `python docs/draw.py`.
 
-Run `python docs/draw.py` after a change; the picture is committed beside this file.
+The picture shows how the two engines turn logits, or hidden states, into a loss and its gradient. It is committed
+beside this file.
 """
 
 from pathlib import Path
@@ -11,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 DATA, KERNEL, GEMM = "#eef2f7", "#cfe3f7", "#fbe0c3"
-# (x, y, text, colour); boxes are WIDTH wide and HEIGHT high, in units of the axes
+# size of every box, in units of the axes
 WIDTH, HEIGHT = 2.3, 0.72
+# boxes: (left edge x, centre y, text, colour)
 LOGITS = [
     (0, 3, "logits [B, T, V]\nlabels [B, T]", DATA),
     (3, 3, "row kernel\neach logit read once", KERNEL),
@@ -35,6 +37,7 @@ HIDDEN = [
 
 
 def boxes(axes, drawn: list[tuple], arrows: list[tuple[int, int]]) -> None:
+    """Draw boxes, and arrows given as pairs of box numbers."""
     for x, y, text, color in drawn:
         corner = (x, y - HEIGHT / 2)
         axes.add_patch(
@@ -52,7 +55,7 @@ def boxes(axes, drawn: list[tuple], arrows: list[tuple[int, int]]) -> None:
 
 
 def main() -> None:
-    matplotlib.rcParams.update({"svg.hashsalt": "kto-fused", "svg.fonttype": "none"})  # the same bytes each time
+    matplotlib.rcParams.update({"svg.hashsalt": "kto-fused", "svg.fonttype": "none"})  # always the same file
     figure = Figure(figsize=(11.5, 5.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlim=(-0.2, 11.6), ylim=(-1.0, 4.0))
