@@ -29,10 +29,11 @@ HIDDEN = [
     (0, 0.6, "chunk of completion\ntokens [n, H]", DATA),
     (3, 0.6, "GEMM\nfloat32 logits", GEMM),
     (6, 0.6, "row kernels\nlog-probabilities", KERNEL),
-    (9, 0.6, "loss kernel\nd loss / d log-prob", KERNEL),
-    (6, -0.4, "logits become\ntheir own gradient", KERNEL),
-    (3, -0.4, "2 GEMMs", GEMM),
-    (0, -0.4, "d hidden [n, H]\nd weight [V, H], float32", DATA),
+    (9, 0.6, "loss kernel\nloss, d loss / d log-prob", KERNEL),
+    (9, -0.4, "logits become\ntheir own gradient", KERNEL),
+    (6, -0.4, "2 GEMMs", GEMM),
+    (3, -0.4, "d hidden [n, H]; sum of\nd weight [V, H] in float32", DATA),
+    (0, -0.4, "next chunk", DATA),
 ]
 
 
@@ -49,8 +50,8 @@ def boxes(axes, drawn: list[tuple], arrows: list[tuple[int, int]]) -> None:
         if y0 == y1:
             here, there = (x0 + WIDTH * (x1 > x0), y0), (x1 + WIDTH * (x1 < x0), y1)
         else:
-            down = HEIGHT / 2 if y1 < y0 else -HEIGHT / 2
-            here, there = (x0 + WIDTH / 2, y0 - down), (x1 + WIDTH / 2, y1 + down)
+            half = HEIGHT / 2 if y1 > y0 else -HEIGHT / 2
+            here, there = (x0 + WIDTH / 2, y0 + half), (x1 + WIDTH / 2, y1 - half)
         axes.add_patch(FancyArrowPatch(here, there, arrowstyle="-|>", mutation_scale=12, color="#44546a", lw=1.2))
 
 
@@ -60,10 +61,10 @@ def main() -> None:
     axes = figure.add_subplot()
     axes.set(xlim=(-0.2, 11.6), ylim=(-1.0, 4.0))
     axes.axis("off")
-    for y, title in ((3.62, "From logits: forward, then backward"), (1.22, "From hidden states: a chunk at a time")):
-        axes.text(0, y, title, fontsize=11, weight="bold")
+    axes.text(0, 3.62, "From logits: forward, then backward", fontsize=11, weight="bold")
+    axes.text(0, 1.22, "From hidden states: one chunk of completion tokens at a time", fontsize=11, weight="bold")
     boxes(axes, LOGITS, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)])
-    boxes(axes, HIDDEN, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)])
+    boxes(axes, HIDDEN, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 0)])
     FigureCanvasSVG(figure).print_svg(Path(__file__).with_name("engines.svg"), metadata={"Date": None})
 
 

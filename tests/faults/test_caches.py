@@ -501,7 +501,7 @@ def test_only_old_drafts_are_removed(folder):
 
 
 def test_a_trainer_precomputes_where_nothing_can_be_kept(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(reference_cache, "_prepare_folder", lambda *_, **__: True)  # the folder then vanishes
+    monkeypatch.setattr(reference_cache, "_prepare_folder", lambda *_, **__: True)  # the folder is lost while computing
     passes = []
     monkeypatch.setattr(FusedTrainer, "_reference", spied(FusedTrainer._reference, passes))
     trainer = make_trainer(

@@ -481,7 +481,7 @@ CHANGES_THE_CURVE = {
 @pytest.mark.parametrize("config_class", [FusedKTOConfig, FusedDPOConfig])
 def test_every_option_changes_the_curve_or_is_listed_as_one_that_does_not(tmp_path, config_class):
     names = {option.name for option in fields(config_class)}
-    assert names - checkpoints.CURVE_NEUTRAL <= CHANGES_THE_CURVE, "add the new options to one of the two sets"
+    assert names - checkpoints.CURVE_NEUTRAL <= CHANGES_THE_CURVE, "sort the new options"
     assert not CHANGES_THE_CURVE & checkpoints.CURVE_NEUTRAL
     settings = {"model": model(), "reference": None, "tokenizer": tokenizer(), "columns": ()}
     settings |= {"train_dataset": None, "eval_dataset": None}
@@ -605,8 +605,8 @@ def test_a_folder_that_cannot_be_locked_gives_a_warning(tmp_path, monkeypatch, c
     assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
 
 
-def test_the_systems_reason_is_found_behind_torchs_error(tmp_path, file_limit):
-    """torch wraps the system's error when a file cannot be written."""
+def test_torch_says_nothing_of_a_full_disk_that_is_not_passed_on(tmp_path, file_limit):
+    """The reason in the sentence is the system's, however deep it lies."""
     from kto_fused.trainers import _reason
 
     file_limit(100)

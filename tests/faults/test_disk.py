@@ -193,17 +193,17 @@ def test_a_disk_that_fills_while_precomputing_loses_no_run(files, tmp_path, disk
 
 
 @pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), RuntimeError("No space left on device")])
-def test_a_full_disk_is_recognised_by_the_cause_of_an_error(kind):
+def test_a_full_disk_is_known_by_what_caused_an_error(kind):
     with pytest.raises(CommandError, match=r"the disk is full\. Prepared data is kept in"), train.setting_up():
         raise ValueError("data cannot be read") from kind
 
 
-def test_other_errors_do_not_name_the_cache():
+def test_another_error_names_no_cache():
     with pytest.raises(CommandError, match=r"^bad data$"), train.setting_up():
         raise ValueError("bad data")
 
 
-def test_the_draft_of_a_killed_run_is_removed(tmp_path):
+def test_what_a_killed_run_left_in_its_draft_is_removed(tmp_path):
     (tmp_path / train.DRAFT).mkdir()
     (tmp_path / train.DRAFT / "model.safetensors").write_bytes(b"half")
     train.write(tmp_path, {"steps": [], "evaluations": []})
