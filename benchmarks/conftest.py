@@ -1,3 +1,5 @@
+"""The device of the benchmarks, which the header of a run names."""
+
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

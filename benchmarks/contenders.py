@@ -1,4 +1,4 @@
-"""What contenders from logits and from hidden states share: the loss by hand, and who can run where."""
+"""Shared by the contenders from logits and from hidden states: a hand-written loss, and checks of what can run here."""
 
 import importlib.util
 import shutil
@@ -10,7 +10,10 @@ BETA = 0.1
 
 
 def by_hand(loss: str, logps: torch.Tensor, ref_logps: torch.Tensor, desirable: torch.Tensor) -> torch.Tensor:
-    """KTO with reference point 0, or sigmoid DPO, as most training loops have it."""
+    """Return the loss as most training loops write it: KTO with reference point 0, or sigmoid DPO.
+
+    The log-probabilities are [B]; a DPO batch holds the chosen completions first, then the rejected ones.
+    """
     ratios = logps - ref_logps.to(logps.dtype)
     if loss == "kto":
         sign = torch.where(desirable, 1.0, -1.0)
@@ -20,6 +23,7 @@ def by_hand(loss: str, logps: torch.Tensor, ref_logps: torch.Tensor, desirable: 
 
 
 def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` works here. On a CPU it needs a C++ compiler."""
     return device.type != "cpu" or bool(shutil.which("g++") or shutil.which("clang++"))
 
 

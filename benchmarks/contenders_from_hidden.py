@@ -1,7 +1,9 @@
-"""From hidden states, the same step by everyone: the policy's loss and gradients, and the reference's forward.
+"""The contenders that start from hidden states: this package, eager PyTorch, TRL, Liger and cut-cross-entropy.
 
-A contender maps a problem to (loss, sequence log-probabilities); the loss's ``backward`` leaves the gradients in
-``problem.hidden.grad`` and, where the head is trained, ``problem.weight.grad``.
+Each does the same step: the policy's loss and gradients, and the reference model's forward pass. A contender maps a
+`Problem` to (loss, log-probabilities of the sequences [B]). The log-probabilities are None where a library does not
+return them. The loss's `backward` leaves the gradients in `problem.hidden.grad` and, if the LM head is trained, in
+`problem.weight.grad`.
 """
 
 from collections.abc import Callable
@@ -17,15 +19,18 @@ import kto_fused
 
 @dataclass
 class Problem:
-    """Hidden states of B sequences whose first half is prompt, an LM head, and a reference model near both."""
+    """Hidden states of B sequences, an LM head, and those of a reference model, which differ from them by 3 %.
 
-    loss: str
+    The first half of each sequence is prompt.
+    """
+
+    loss: str  # "kto" or "dpo"
     hidden: torch.Tensor  # [B, T, H], a leaf
     weight: torch.Tensor  # [V, H], a leaf
-    ref_hidden: torch.Tensor
-    ref_weight: torch.Tensor
+    ref_hidden: torch.Tensor  # [B, T, H]
+    ref_weight: torch.Tensor  # [V, H]
     labels: torch.Tensor  # [B, T]
-    desirable: torch.Tensor  # [B]
+    desirable: torch.Tensor  # [B], bool
     softcap: float | None
 
     @property
@@ -33,7 +38,7 @@ class Problem:
         return self.weight.requires_grad
 
     def posed(self, loss: str, is_trained: bool) -> "Problem":
-        """Another question about the same tensors, without gradients so far."""
+        """Return a problem on the same tensors with another loss, a trained or frozen head, and no gradients yet."""
         return replace(
             self,
             loss=loss,
@@ -55,7 +60,7 @@ def make_problem(
     device: torch.device,
     seed: int = 0,
 ) -> Problem:
-    """KTO with a trained head; logits of standard deviation 3, log-ratios of some nats."""
+    """Return a KTO problem with a trained head. Its logits have standard deviation 3, its log-ratios a few nats."""
     torch.manual_seed(seed)
 
     def near(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,7 +90,7 @@ def fused(problem: Problem, **options):
 
 
 def from_sequence_logps(sequence_logps: Callable[..., torch.Tensor]) -> Contender:
-    """The loss by hand, from a function of (hidden, weight, problem) that gives log-probabilities [B]."""
+    """Return a contender that computes the loss by hand from `sequence_logps(hidden, weight, problem)` [B]."""
 
     def contender(problem: Problem):
         with torch.no_grad():
@@ -97,7 +102,7 @@ def from_sequence_logps(sequence_logps: Callable[..., torch.Tensor]) -> Contende
 
 
 def eager(hidden: torch.Tensor, weight: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """Logits of every position, log_softmax, gather, mask."""
+    """Return the log-probabilities [B] by log_softmax, gather and mask, from the logits of every position."""
     targets = problem.labels[:, 1:]
     logits = F.linear(hidden, weight)[:, :-1].float()
     if problem.softcap is not None:
@@ -106,7 +111,8 @@ def eager(hidden: torch.Tensor, weight: torch.Tensor, problem: Problem) -> torch
     return (token_logps * (targets != -100)).sum(-1)
 
 
-# What TRL's trainers have its kernel compute beside the log-probabilities, for their metrics; nothing of the reference.
+# The outputs that TRL's trainers ask of its kernel for their metrics. For the reference model they ask for
+# log-probabilities alone.
 TRL_OUTPUTS = {
     "kto": ("log_probs", "entropy", "mean_logits"),
     "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
@@ -114,7 +120,10 @@ TRL_OUTPUTS = {
 
 
 def trl(hidden: torch.Tensor, weight: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """As the fused LM head of TRL's trainers calls it: completion tokens where it has Triton, else every position."""
+    """Return the log-probabilities [B] by TRL's kernel, called as TRL's trainers do.
+
+    On a GPU they pass completion tokens only, on a CPU every position.
+    """
     from trl.kernels import ChunkedLogProbFunction
 
     hidden, targets = hidden[:, :-1], problem.labels[:, 1:]
@@ -137,7 +146,7 @@ def trl(hidden: torch.Tensor, weight: torch.Tensor, problem: Problem) -> torch.T
 
 
 def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """Its cross-entropy of each token, 0 where ignored, is the negative log-probability."""
+    """Return the log-probabilities [B]: the library's cross-entropy of a token is its negative log-probability."""
     from cut_cross_entropy import linear_cross_entropy
 
     targets = F.pad(problem.labels[:, 1:], (0, 1), value=-100)
@@ -146,6 +155,7 @@ def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, problem: Probl
 
 
 def liger(compiled: bool) -> Contender:
+    """Return Liger's fused linear losses as a contender. Without `kl` its KTO has reference point 0."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearKTOLoss
 
     options = {"beta": BETA, "compiled": compiled, "use_ref_model": True}
@@ -156,7 +166,7 @@ def liger(compiled: bool) -> Contender:
         ref = {"ref_input": problem.ref_hidden[:, :-1], "ref_weight": problem.ref_weight}
         if problem.loss == "kto":
             loss, _ = kto_loss(hidden, problem.weight, targets, preference_labels=problem.desirable, **ref)
-            return loss, None  # it returns their sums over the batch only
+            return loss, None  # Liger's KTO returns only the batch's sums of log-probabilities
         loss, (chosen_logps, rejected_logps, *_) = dpo_loss(problem.weight, hidden, targets, **ref)
         return loss, torch.cat([chosen_logps, rejected_logps])
 
@@ -164,7 +174,10 @@ def liger(compiled: bool) -> Contender:
 
 
 def contenders(device: torch.device, softcap: float | None = None, compiled: bool = True) -> dict[str, Contender]:
-    """Who can run on this device, with this soft cap; ``compiled`` adds those that take long to compile."""
+    """Return the contenders that run on this device with this soft cap, by name.
+
+    `compiled` adds the contenders that take long to compile.
+    """
     compiled = compiled and can_compile(device)
     found: dict[str, Contender] = {"kto-fused": fused, "eager": from_sequence_logps(eager)}
     if device.type == "cuda":
@@ -184,12 +197,13 @@ def contenders(device: torch.device, softcap: float | None = None, compiled: boo
 
 
 class GEMMs:
-    """The floor: a step's matrix products on completion tokens alone, into buffers that exist already.
+    """The lower bound on time: a step's matrix products alone, on completion tokens, into buffers allocated before.
 
-    One for the reference's logits, one for the policy's, one for d hidden, one for d weight where the head is trained.
+    They are the reference model's logits, the policy's logits, the gradient of the hidden states and, if the head is
+    trained, the gradient of the weight.
     """
 
-    LOGIT_BYTES = 2**33  # tokens go through in pieces of equal size where their logits would take more
+    LOGIT_BYTES = 2**33  # larger logits are computed in equal pieces of tokens
 
     def __init__(self, problem: Problem):
         is_completion = problem.labels[:, 1:] != -100

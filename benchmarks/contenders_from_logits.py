@@ -1,4 +1,7 @@
-"""From logits, the same loss by everyone: this package, its plain twin, what users write by hand, and TRL's kernel."""
+"""The contenders that start from logits: this package, its plain PyTorch twin, eager PyTorch and TRL's kernel.
+
+Each computes the same loss. A contender maps (logits, problem) to (loss, log-probabilities of the sequences [B]).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,23 +15,24 @@ from kto_fused import reference
 
 @dataclass
 class Problem:
-    """Policy logits of B sequences whose first half is prompt, and the reference's log-probabilities."""
+    """Policy logits of B sequences, whose first half is prompt, and the reference model's log-probabilities."""
 
-    loss: str
-    logits: torch.Tensor
-    labels: torch.Tensor
-    desirable: torch.Tensor
-    ref_logps: torch.Tensor
+    loss: str  # "kto" or "dpo"
+    logits: torch.Tensor  # [B, T, V]
+    labels: torch.Tensor  # [B, T]
+    desirable: torch.Tensor  # [B], bool
+    ref_logps: torch.Tensor  # [B]
 
     @property
     def completion_logits(self) -> int:
-        """How many logits any exact implementation must read."""
+        """The number of logits that any exact implementation must read."""
         return int((self.labels[:, 1:] != -100).sum()) * self.logits.shape[-1]
 
 
 def make_problem(
     loss: str, batch: int, seq_len: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Problem:
+    """Return a problem whose logits have standard deviation 3 and whose log-ratios lie between -5 and 5 nats."""
     torch.manual_seed(seed)
     logits = (torch.randn(batch, seq_len, vocab, device=device, dtype=dtype)).mul_(3)
     labels = torch.randint(vocab, (batch, seq_len), device=device)
@@ -39,17 +43,19 @@ def make_problem(
 
 
 def policy_logits(problem: Problem, name: str) -> torch.Tensor:
-    """Logits that need a gradient; not a leaf where the contender's gradient overwrites them."""
+    """Return fresh logits that require a gradient.
+
+    A contender that writes the gradient over the logits gets a copy, so that the problem stays as it is.
+    """
     logits = problem.logits.detach().requires_grad_()
     return logits.clone() if "in place" in name else logits
 
 
-# A contender maps (logits, problem) to (loss, sequence log-probabilities).
 Contender = Callable[[torch.Tensor, Problem], tuple[torch.Tensor, torch.Tensor]]
 
 
-def calling(kto_loss: Callable, dpo_loss: Callable, **options: object) -> Contender:
-    """The package's functions, or their twins."""
+def package_loss(kto_loss: Callable, dpo_loss: Callable, **options: object) -> Contender:
+    """Return a contender that calls this package's functions, or their twins in `kto_fused.reference`."""
 
     def contender(logits: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         arguments = {"ref_logps": problem.ref_logps, "beta": BETA, **options}
@@ -63,12 +69,13 @@ def calling(kto_loss: Callable, dpo_loss: Callable, **options: object) -> Conten
 
 
 def from_token_logps(token_logps: torch.Tensor, mask: torch.Tensor, problem: Problem):
+    """Return the loss by hand and the log-probabilities [B], from those of the tokens [B, T]."""
     logps = (token_logps * mask).sum(-1)
     return by_hand(problem.loss, logps, problem.ref_logps, problem.desirable), logps
 
 
 def eager(logits: torch.Tensor, problem: Problem):
-    """log_softmax, gather, mask: the loss as most training loops have it."""
+    """The loss as most training loops write it: log_softmax, gather, mask."""
     targets = problem.labels[:, 1:]
     mask = targets != -100
     log_p = logits[:, :-1].float().log_softmax(-1)
@@ -77,6 +84,7 @@ def eager(logits: torch.Tensor, problem: Problem):
 
 
 def trl_kernel(logits: torch.Tensor, problem: Problem):
+    """The loss from the token log-probabilities of TRL's Triton kernel, called as TRL's trainers do."""
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
     targets = problem.labels[:, 1:]
@@ -86,12 +94,12 @@ def trl_kernel(logits: torch.Tensor, problem: Problem):
 
 
 def contenders(device: torch.device) -> dict[str, Contender]:
-    """Who can run on this device."""
+    """Return the contenders that run on this device, by name."""
     fused = (kto_fused.fused_kto_loss, kto_fused.fused_dpo_loss)
     found: dict[str, Contender] = {
-        "kto-fused": calling(*fused),
-        "kto-fused, in place": calling(*fused, inplace_backward=True),
-        "reference": calling(reference.kto_loss, reference.dpo_loss),
+        "kto-fused": package_loss(*fused),
+        "kto-fused, in place": package_loss(*fused, inplace_backward=True),
+        "reference": package_loss(reference.kto_loss, reference.dpo_loss),
         "eager log_softmax": eager,
     }
     if can_compile(device):

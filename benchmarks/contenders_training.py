@@ -1,4 +1,8 @@
-"""A training step of a real architecture with random weights: this package's trainers and TRL's, on equal batches."""
+"""The contenders for a whole training step: this package's trainers, TRL's, and TRL's with `fuse`.
+
+They train a real architecture with random weights on equal batches. A contender maps a `Problem` to a `Training`,
+whose `step` does what the trainer does for one batch.
+"""
 
 import copy
 import tempfile
@@ -22,7 +26,7 @@ from transformers import (
 from kto_fused.integrations.trl import fuse
 from kto_fused.trainers import FusedDPOConfig, FusedDPOTrainer, FusedKTOConfig, FusedKTOTrainer
 
-# attention heads of 64 throughout, as in the models themselves
+# every attention head is 64 wide, as in the published models
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Llama 20M": LlamaConfig(
         vocab_size=32000,
@@ -59,7 +63,7 @@ LEARNING_RATE = 1e-6
 
 @dataclass(frozen=True)
 class Problem:
-    """A model with its reference, and one batch: half of each sequence is prompt."""
+    """A model, its reference model, and one batch. Half of each sequence is prompt."""
 
     loss: str  # kto or dpo
     model: PreTrainedModel
@@ -70,18 +74,20 @@ class Problem:
 
     @property
     def rows(self) -> int:
-        """Examples of the batch: sequences, or pairs."""
+        """The number of examples in the batch: sequences for KTO, pairs for DPO."""
         return self.sequences if self.loss == "kto" else self.sequences // 2
 
     def with_own_models(self) -> "Problem":
-        """The same for another contender, with equal weights."""
+        """Return the problem with copies of both models, so that each contender trains its own."""
         return replace(self, model=copy.deepcopy(self.model), ref_model=copy.deepcopy(self.ref_model))
 
 
 def make_problem(loss: str, architecture: str, sequences: int, seq_len: int, device: torch.device) -> Problem:
+    """Return a problem of `sequences` sequences (half as many pairs) of `seq_len` tokens each."""
     config = ARCHITECTURES[architecture]
     torch.manual_seed(0)
-    # where it stays: a CPU draws half a billion numbers in half a minute; in the dtype that all of them load weights in
+    # create the weights on their device: a CPU draws half a billion numbers in half a minute. float32 is the dtype in
+    # which all trainers here load weights
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -94,18 +100,18 @@ def make_problem(loss: str, architecture: str, sequences: int, seq_len: int, dev
     records = []
     for row in range(sequences if loss == "kto" else sequences // 2):
         prompt, first, second = (text(kind[row]) for kind in words)
-        # the space that ends the prompt is no token; the last word gives its place to the end of text
+        # the leading space adds no token; <eos> replaces the last word, which keeps the length
         first, second = (" " + completion.rsplit(" ", 1)[0] + " <eos>" for completion in (first, second))
         if loss == "kto":
             records.append({"prompt": prompt, "completion": first, "label": row % 2 == 0})
         else:
             records.append({"prompt": prompt, "chosen": first, "rejected": second})
-    ref_model = copy.deepcopy(model).eval()  # as one that was loaded is
+    ref_model = copy.deepcopy(model).eval()  # from_pretrained returns a model in eval mode too
     return Problem(loss, model, ref_model, tokenizer, Dataset.from_list(records), sequences)
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A token per word: texts of exactly the wanted length."""
+    """Return a tokenizer with one token per word, so that a text has exactly the wanted length."""
     vocabulary = {"<eos>": 0} | {f"w{i}": i for i in range(1, vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -113,7 +119,7 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 class Training:
-    """A trainer on the one batch, taken out of its loop: ``step`` is what it does for every batch."""
+    """A trainer outside its loop: `step` does what the trainer does for one batch, always on the same batch."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -142,7 +148,7 @@ def _arguments(problem: Problem, folder: str) -> dict[str, Any]:
         "output_dir": folder,
         "per_device_train_batch_size": problem.rows,
         "learning_rate": LEARNING_RATE,
-        "gradient_checkpointing": False,  # a Trainer turns it on when its loop starts; make_problem already has
+        "gradient_checkpointing": False,  # make_problem turned it on; a Trainer would do so when its loop starts
         "bf16": problem.model.device.type != "cpu",
         "use_cpu": problem.model.device.type == "cpu",
         "max_length": None,
@@ -177,7 +183,7 @@ def fused_trl(problem: Problem) -> Training:
 
 
 def _trl_trainer(problem: Problem) -> Trainer:
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # here: seconds to import
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # imported here because it takes seconds
 
     kinds = {"kto": (KTOTrainer, KTOConfig), "dpo": (DPOTrainer, DPOConfig)}
     return _training(*kinds[problem.loss], problem)

@@ -1,8 +1,8 @@
-"""All of it side by side in one run: ``python benchmarks/report.py``.
+"""Measure every contender side by side on this machine: `python benchmarks/report.py`.
 
-Writes under ``benchmarks/results/`` for the device it ran on: ``<device>.json`` with every number from logits,
-``<device>.md`` with the tables, plots of time and memory; the same from hidden states as ``<device>-hidden``; and whole
-training steps, end to end, as ``<device>-training``.
+The report has three parts: losses from logits (`<device>`), losses from hidden states (`<device>-hidden`) and whole
+training steps (`<device>-training`). Each part writes to `benchmarks/results/`: a `.json` file with every number, an
+`.md` file with the tables, and pictures of time and memory.
 """
 
 import argparse
@@ -19,7 +19,7 @@ KINDS = {"logits": report_from_logits, "hidden": report_from_hidden, "training":
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=KINDS, help="one part of it; all if not given")
+    parser.add_argument("--only", choices=KINDS, help="measure this part only; without it all parts")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

@@ -1,23 +1,39 @@
-"""From hidden states: the policy's loss and gradients and the reference's forward, against their GEMMs alone."""
+"""The report from hidden states: time, memory and errors of a KTO or DPO step with a trained or frozen LM head.
+
+A step is the policy's loss and gradients and the reference model's forward pass. Times are compared with those of the
+step's matrix products alone.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pictures
 import torch
 from contenders import BETA
 from contenders_from_hidden import Contender, GEMMs, Problem, contenders, make_problem
-from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_of, plot, settled, take_turns, write
+from side_by_side import (
+    Turn,
+    free,
+    how_timed,
+    left_out_line,
+    machine_line,
+    new_report,
+    path_of,
+    settled,
+    take_turns,
+    write,
+)
 
 from kto_fused import reference
 
 FLOOR = "GEMMs alone"
-# of the weight's gradient, how many rows are compared with float64
+# the number of rows of the weight's gradient that are compared with float64
 SAMPLED_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Size:
-    """An LM head and a batch for it."""
+    """An LM head (hidden size H, vocabulary size V) and a batch for it."""
 
     head: str
     hidden: int
@@ -35,24 +51,26 @@ class Size:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is measured at a size."""
+    """The cases that are measured at one size."""
 
     size: Size
-    cases: tuple[str, ...] = ("kto trained",)  # loss, and whether the head is trained or frozen
-    compiled: bool = False  # peers that take long to compile, too
+    cases: tuple[str, ...] = ("kto trained",)  # the loss, and "trained" or "frozen" for the head
+    compiled: bool = False  # also measure the peers that take long to compile
 
 
 @dataclass(frozen=True)
 class Plan:
+    """The measurements for one kind of device."""
+
     entries: tuple[Entry, ...]
-    picture: Size  # time and memory against its length
+    picture: Size  # the head whose time and memory are drawn against the sequence length
     lengths: tuple[int, ...]
     rounds: int
-    settling: float = 0.0  # seconds
+    settling: float = 0.0  # seconds of load in each turn
 
     @property
     def all_entries(self) -> list[Entry]:
-        """With those that only the picture needs."""
+        """The entries, and those that only the picture's lines need."""
         known = [entry.size for entry in self.entries]
         return [*self.entries, *(Entry(size) for size in self.picture_sizes if size not in known)]
 
@@ -98,7 +116,7 @@ PLANS = {
 
 @dataclass
 class Row:
-    """One contender on one problem: the median of a whole step, and its extra peak with the gradients in it."""
+    """One contender on one problem: the median time of a step and the peak memory that it allocates."""
 
     case: str
     size: str
@@ -106,7 +124,7 @@ class Row:
     contender: str
     ms: float
     times_gemms: float
-    peak_mib: float | None
+    peak_mib: float | None  # the gradients included, the inputs not; None for the GEMMs alone
     gradient_mib: float
     logp_error: float | None = None
     hidden_gradient_error: float | None = None
@@ -115,15 +133,18 @@ class Row:
 
 @dataclass
 class Truth:
-    """In float64, of each sequence's log-probability; any loss's gradients follow from its own by these."""
+    """Each sequence's log-probability and its derivatives in float64.
+
+    The gradients of any loss follow from these by the chain rule.
+    """
 
     logps: torch.Tensor  # [B]
     ref_logps: torch.Tensor  # [B]
-    by_last_hidden: torch.Tensor  # [T, H], of the last sequence
-    by_weight: torch.Tensor  # [B, SAMPLED_ROWS, H]
+    by_last_hidden: torch.Tensor  # [T, H], d log-probability / d hidden states of the last sequence
+    by_weight: torch.Tensor  # [B, SAMPLED_ROWS, H], d log-probability / d sampled rows of the weight
 
     def gradients(self, loss: str, desirable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """d loss / d the last sequence's hidden states, and by the sampled rows of the weight."""
+        """Return the loss's gradients w.r.t. the last sequence's hidden states and the weight's sampled rows."""
         logps = self.logps.clone().requires_grad_()
         if loss == "kto":
             value, _ = reference.kto_loss_from_logps(logps, self.ref_logps, desirable, reference_point=0.0, beta=BETA)
@@ -134,19 +155,23 @@ class Truth:
 
 
 def sampled_rows(problem: Problem) -> torch.Tensor:
+    """Return the indices of `SAMPLED_ROWS` rows of the weight, evenly spaced over the vocabulary."""
     vocab = len(problem.weight)
     return torch.arange(0, vocab, max(1, vocab // SAMPLED_ROWS), device=problem.weight.device)[:SAMPLED_ROWS]
 
 
 def exact(problem: Problem) -> Truth:
-    """By the plain twin, one sequence at a time, from the last prompt position on."""
+    """Compute the truth with `kto_fused.reference`, one sequence at a time, from the last prompt position on.
+
+    One sequence at a time bounds the memory of float64 logits. Earlier positions predict only prompt tokens.
+    """
     labels, rows = problem.labels, sampled_rows(problem)
     start = labels.shape[1] // 2 - 1
     weight, ref_weight = (x.detach().double() for x in (problem.weight, problem.ref_weight))
     weight.requires_grad_()
     logps, ref_logps, by_weight = [], [], []
-    for s in range(len(labels)):
-        here = slice(s, s + 1), slice(start, None)
+    for sequence in range(len(labels)):
+        here = slice(sequence, sequence + 1), slice(start, None)
         options = {"labels": labels[here], "logit_softcap": problem.softcap}
         with torch.no_grad():
             ref_logps.append(reference.linear_sequence_logps(problem.ref_hidden[here].double(), ref_weight, **options))
@@ -165,7 +190,7 @@ def relative(difference: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 class HiddenTurn(Turn):
-    """A whole step: reference forward, policy forward and backward."""
+    """A contender's whole step: the reference model's forward pass, the policy's forward and backward pass."""
 
     def __init__(self, name: str, contender: Contender, problem: Problem, truth: Truth):
         super().__init__(name)
@@ -198,6 +223,8 @@ class HiddenTurn(Turn):
 
 
 class FloorTurn(Turn):
+    """The step's matrix products alone."""
+
     def __init__(self, problem: Problem):
         super().__init__(FLOOR)
         self.gemms = GEMMs(problem)
@@ -219,6 +246,7 @@ def measure(
     plan: Plan,
     left_out: list[dict],
 ) -> list[Row]:
+    """Measure all contenders and the GEMMs on one problem; a failed contender is appended to `left_out`."""
     turns = [*(HiddenTurn(name, contender, problem, truth) for name, contender in found.items()), FloorTurn(problem)]
     device = problem.hidden.device
     turns = take_turns(turns, plan.rounds, title(case, size), left_out, device, plan.settling)
@@ -250,16 +278,17 @@ def cell(value: float | None, form: str) -> str:
 
 
 def tables(report: dict) -> str:
+    """Return the report's Markdown."""
     lines = [
         f"# From hidden states, {report['device']}",
         "",
-        f"{report['machine']}; torch {report['torch']}. A step is the policy's forward and backward and the "
-        f"reference's forward; half of each sequence is prompt. Medians of {report['rounds']} rounds in which all took "
-        f"turns{settled(report['settling'])}. {how_timed(report['device'])} "
-        f"{FLOOR}: the same matrix products on completion tokens, in the input dtype, into buffers that exist "
-        "already. Peak memory is everything a step allocates beside its inputs, the gradients included. Errors are "
-        "against float64 on the same inputs: the worst sequence's log-probability in nats; the gradient by the last "
-        f"sequence's hidden states, and by {SAMPLED_ROWS} rows of the head, relative to their norms. Liger's KTO does "
+        f"{machine_line(report)} A step is the policy's forward and backward pass and the reference model's forward "
+        f"pass; half of each sequence is prompt. Times are medians of {report['rounds']} rounds in which the "
+        f"contenders took turns{settled(report['settling'])}. {how_timed(report['device'])} {FLOOR}: the same matrix "
+        "products on completion tokens, in the input dtype, into buffers allocated before. Peak memory is all that a "
+        "step allocates beside its inputs, the gradients included. Errors are differences from float64 on the same "
+        "inputs: the largest of a sequence's log-probability, in nats; that of the gradient w.r.t. the last sequence's "
+        f"hidden states and w.r.t. {SAMPLED_ROWS} rows of the head, relative to the gradient's norm. Liger's KTO does "
         "not return log-probabilities.",
     ]
     for case, size in dict.fromkeys((row["case"], row["size"]) for row in report["rows"]):
@@ -284,13 +313,13 @@ def tables(report: dict) -> str:
 
 
 def run(device: torch.device, plan: Plan, out: Path) -> None:
+    """Measure the plan and write JSON, tables and picture to `out`."""
     report = new_report(device, plan.rounds) | {"settling": plan.settling}
-    of_picture = {str(size) for size in plan.picture_sizes}
     for entry in plan.all_entries:
         size = entry.size
         free(device)
         if entry.compiled:
-            torch.compiler.reset()  # each compiles for this size: no dynamic shapes, no limit on recompilation
+            torch.compiler.reset()  # compile for this size alone: no dynamic shapes, and no recompilation limit reached
         found = contenders(device, size.softcap, entry.compiled)
         inputs = make_problem(size.batch, size.seq_len, size.hidden, size.vocab, size.dtype, size.softcap, device)
         truth = exact(inputs)
@@ -302,7 +331,6 @@ def run(device: torch.device, plan: Plan, out: Path) -> None:
                 print(f"{title(case, size)}: {row.contender:24} {row.ms:9.2f} ms {row.times_gemms:6.2f} x", flush=True)
             report["rows"] += [asdict(row) for row in rows]
             write(report, tables, out, "-hidden")
-    rows = [row for row in report["rows"] if row["size"] in of_picture and row["case"] == "kto trained"]
-    points = [(row["contender"], row["seq_len"], row["ms"], row["peak_mib"]) for row in rows]
-    plot(points, f"KTO step, {plan.picture.head}", "sequence length T", path_of(report, out, "-hidden.png"))
-    print(f"wrote {path_of(report, out, '-hidden.json')}, .md and a plot")
+    results = path_of(report, out, "-hidden.json")
+    for path in (results, results.with_suffix(".md"), *pictures.redraw(results)):
+        print(f"wrote {path}")

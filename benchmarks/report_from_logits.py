@@ -1,19 +1,35 @@
-"""From logits: forward and backward apart, at each vocabulary and length, against the bandwidth of a large copy."""
+"""The report from logits: time, bandwidth, memory and errors of KTO and DPO at several vocabularies and lengths.
+
+Forward and backward are timed apart. Bandwidths are compared with that of a large copy on the same device.
+"""
 
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pictures
 import torch
 from contenders import BETA
 from contenders_from_logits import Contender, Problem, contenders, make_problem, policy_logits
-from side_by_side import Turn, how_timed, left_out_line, new_report, path_of, plot, step_seconds, take_turns, write
+from side_by_side import (
+    Turn,
+    how_timed,
+    left_out_line,
+    machine_line,
+    new_report,
+    path_of,
+    step_seconds,
+    take_turns,
+    write,
+)
 
 from kto_fused import reference
 
 
 @dataclass(frozen=True)
 class Size:
+    """The shape [B, T, V] and dtype of the logits."""
+
     batch: int
     seq_len: int
     vocab: int
@@ -25,7 +41,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured on a kind of device."""
+    """The measurements for one kind of device: `base` in each dtype, then other vocabularies and lengths."""
 
     base: Size
     dtypes: tuple[torch.dtype, ...]
@@ -57,7 +73,7 @@ PLANS = {
 
 @dataclass
 class Row:
-    """One contender on one problem: medians in milliseconds, bandwidths over necessary bytes in GB/s."""
+    """One contender on one problem: median times in milliseconds, bandwidths over the necessary bytes in GB/s."""
 
     loss: str
     size: str
@@ -74,7 +90,7 @@ class Row:
 
 
 def copy_bandwidth(size: int, device: torch.device) -> float:
-    """GB/s of a large copy on the device, bytes read and written counted."""
+    """Return the bandwidth in GB/s of a copy of `size` bytes; bytes read and bytes written both count."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -83,7 +99,7 @@ def copy_bandwidth(size: int, device: torch.device) -> float:
 
 
 class LogitsTurn(Turn):
-    """Forward, then backward, with fresh logits at each turn."""
+    """A contender's forward and backward pass as two timed steps, with fresh logits at each turn."""
 
     def __init__(self, name: str, contender: Contender, problem: Problem, truth: tuple[torch.Tensor, torch.Tensor]):
         super().__init__(name)
@@ -113,7 +129,10 @@ class LogitsTurn(Turn):
 
 
 def exact(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, and the last sequence's gradient, of the plain twin in float64; one sequence at a time."""
+    """Return the log-probabilities [B] and the gradient of the last sequence's logits [1, T, V] in float64.
+
+    Computed with `kto_fused.reference`, one sequence at a time to bound memory.
+    """
     sequences = zip(problem.logits, problem.labels, strict=True)
     logps = torch.cat([reference.sequence_logps(x[None].double(), y[None]) for x, y in sequences]).requires_grad_()
     if problem.loss == "kto":
@@ -122,13 +141,14 @@ def exact(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         )
     else:
         loss, _ = reference.dpo_loss_from_logps(logps, problem.ref_logps, beta=BETA)
-    (of_sequences,) = torch.autograd.grad(loss, logps)
+    (by_logps,) = torch.autograd.grad(loss, logps)
     last = problem.logits[-1:].double().requires_grad_()
-    (of_logits,) = torch.autograd.grad(reference.sequence_logps(last, problem.labels[-1:]).sum(), last)
-    return logps.detach(), of_logits * of_sequences[-1]
+    (by_last_logits,) = torch.autograd.grad(reference.sequence_logps(last, problem.labels[-1:]).sum(), last)
+    return logps.detach(), by_last_logits * by_logps[-1]
 
 
 def measure(problem: Problem, size: Size, found: dict[str, Contender], rounds: int, left_out: list[dict]) -> list[Row]:
+    """Measure all contenders on one problem; a failed one is appended to `left_out`."""
     truth = exact(problem)
     turns = [LogitsTurn(name, contender, problem, truth) for name, contender in found.items()]
     itemsize = problem.logits.element_size()
@@ -159,15 +179,16 @@ def case_name(loss: str, size: Size | str) -> str:
 
 
 def tables(report: dict) -> str:
+    """Return the report's Markdown."""
     lines = [
         f"# From logits, {report['device']}",
         "",
-        f"{report['machine']}; torch {report['torch']}. Half of each sequence is prompt. Medians of {report['rounds']} "
-        f"rounds in which all took turns. {how_timed(report['device'])} "
-        "Peak memory is everything a forward and backward allocates, the gradient "
-        "included. Bandwidth counts necessary bytes only: completion logits read once, gradients written once; a "
-        f"large copy reached {report['copy_gb_s']:.1f} GB/s in the same run. Errors are against float64 on the same "
-        "inputs: the worst sequence's log-probability in nats, and the last sequence's gradient relative to its norm.",
+        f"{machine_line(report)} Half of each sequence is prompt. Times are medians of {report['rounds']} rounds in "
+        f"which the contenders took turns. {how_timed(report['device'])} Peak memory is all that a forward and "
+        "backward pass allocates, the gradient included. Bandwidths count the necessary bytes only: completion logits "
+        f"read once per pass, gradients written once. A large copy reached {report['copy_gb_s']:.1f} GB/s in the same "
+        "run. Errors are differences from float64 on the same inputs: the largest of a sequence's log-probability, in "
+        "nats, and that of the last sequence's gradient, relative to its norm.",
     ]
     for size, loss in dict.fromkeys((row["size"], row["loss"]) for row in report["rows"]):
         lines += [
@@ -191,27 +212,20 @@ def tables(report: dict) -> str:
 
 
 def run(device: torch.device, plan: Plan, out: Path) -> None:
+    """Measure the plan and write JSON, tables and pictures to `out`."""
     found = contenders(device)
     base = plan.base
-    sizes = {
-        "base": [Size(base.batch, base.seq_len, base.vocab, dtype) for dtype in plan.dtypes],
-        "vocab": [Size(base.batch, base.seq_len, vocab, base.dtype) for vocab in plan.vocabularies],
-        "tokens": [Size(base.batch, length, base.vocab, base.dtype) for length in plan.lengths],
-    }
+    base_sizes = [Size(base.batch, base.seq_len, base.vocab, dtype) for dtype in plan.dtypes]
+    other_sizes = [Size(base.batch, base.seq_len, vocab, base.dtype) for vocab in plan.vocabularies]
+    other_sizes += [Size(base.batch, length, base.vocab, base.dtype) for length in plan.lengths]
+    cases = [(loss, size) for size in base_sizes for loss in ("kto", "dpo")]
+    cases += [("kto", size) for size in other_sizes]
     report = new_report(device, plan.rounds)
     report["copy_gb_s"] = copy_bandwidth(plan.copy_bytes, device)
-    measured: dict[tuple[str, Size], list[Row]] = {}
-    for kind in sizes:
-        for size in sizes[kind]:
-            for loss in ("kto", "dpo") if kind == "base" else ("kto",):
-                if (loss, size) not in measured:
-                    problem = make_problem(loss, size.batch, size.seq_len, size.vocab, size.dtype, device)
-                    measured[loss, size] = measure(problem, size, found, plan.rounds, report["left_out"])
-                    report["rows"] += [asdict(row) for row in measured[loss, size]]
-                    write(report, tables, out)
-    for kind, label in {"vocab": "vocabulary V", "tokens": "positions B T"}.items():
-        rows = [row for size in sizes[kind] for row in measured["kto", size]]
-        points = [(row.contender, getattr(row, kind), row.forward_ms + row.backward_ms, row.peak_mib) for row in rows]
-        name = {"vocab": "vocabulary", "tokens": "tokens"}[kind]
-        plot(points, "KTO forward and backward", label, path_of(report, out, f"-{name}.png"))
-    print(f"wrote {path_of(report, out, '.json')}, .md and two plots")
+    for loss, size in dict.fromkeys(cases):  # each once
+        problem = make_problem(loss, size.batch, size.seq_len, size.vocab, size.dtype, device)
+        report["rows"] += map(asdict, measure(problem, size, found, plan.rounds, report["left_out"]))
+        write(report, tables, out)
+    results = path_of(report, out, ".json")
+    for path in (results, results.with_suffix(".md"), *pictures.redraw(results)):
+        print(f"wrote {path}")

@@ -1,11 +1,26 @@
-"""A training step end to end: this package's trainers, TRL's, and TRL's with the loss taken over."""
+"""The report on whole training steps: this package's trainers, TRL's trainers, and TRL's with `fuse`.
+
+It measures time and peak memory of a step, and on a CPU the longest sequences that fit a memory budget.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pictures
 import torch
 from contenders_training import CONTENDERS, Contender, Problem, Training, make_problem
-from side_by_side import Turn, free, how_timed, left_out_line, new_report, path_of, settled, take_turns, write
+from side_by_side import (
+    Turn,
+    free,
+    how_timed,
+    left_out_line,
+    machine_line,
+    new_report,
+    path_of,
+    settled,
+    take_turns,
+    write,
+)
 
 from kto_fused.measure import peak_bytes
 
@@ -15,6 +30,8 @@ SHORTEST = 64
 
 @dataclass(frozen=True)
 class Size:
+    """A model and a batch for it."""
+
     architecture: str
     sequences: int
     seq_len: int
@@ -25,14 +42,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
+    """The measurements for one kind of device."""
+
     sizes: tuple[Size, ...]
     rounds: int
-    settling: float = 0.0  # seconds
-    # where the search for the longest sequence begins; it goes down to SHORTEST, up to ``longest``. None on a GPU: with
-    # checkpointing, what ends there first is the patience for attention
+    settling: float = 0.0  # seconds of load in each turn
+    # the size where the search for the longest sequence starts; it tries lengths from SHORTEST to `longest`. None on a
+    # GPU: with gradient checkpointing, attention takes too long there before memory ends
     search: Size | None = None
     longest: int = 0
-    budget: int = 0  # bytes a step may allocate beside weights, optimizer and batch
+    budget: int = 0  # bytes that a step may allocate beside weights, optimizer and batch
     losses: tuple[str, ...] = LOSSES
 
 
@@ -50,7 +69,7 @@ PLANS = {
 
 @dataclass
 class Row:
-    """One trainer on one batch: the median of a step, and what it allocates at most, its gradients included."""
+    """One trainer on one batch: the median time and the peak memory of a step, its gradients included."""
 
     loss: str
     size: str
@@ -61,7 +80,7 @@ class Row:
 
 @dataclass
 class Longest:
-    """The longest sequences a step went through with, of those tried: powers of two and the halves between."""
+    """The longest sequences, of the lengths tried, with which a step stays within the memory budget."""
 
     loss: str
     size: str
@@ -70,6 +89,8 @@ class Longest:
 
 
 class TrainingTurn(Turn):
+    """A trainer's step on its batch."""
+
     def __init__(self, name: str, contender: Contender, problem: Problem):
         super().__init__(name)
         self.contender, self.problem = contender, problem
@@ -77,7 +98,7 @@ class TrainingTurn(Turn):
 
     def warm_up(self, device: torch.device) -> None:
         self.training = self.contender(self.problem)
-        self.training.step()  # the optimizer's states are there before memory is looked at
+        self.training.step()  # allocate the optimizer's state before memory is measured
         super().warm_up(device)
 
     def fresh(self) -> None:
@@ -92,7 +113,7 @@ class TrainingTurn(Turn):
 
 
 def fits(contender: Contender, loss: str, size: Size, budget: int, device: torch.device) -> bool:
-    """Whether a step goes through within the budget."""
+    """Return whether a step stays within `budget` bytes."""
     free(device)
     training = contender(make_problem(loss, size.architecture, size.sequences, size.seq_len, device))
     try:
@@ -104,7 +125,10 @@ def fits(contender: Contender, loss: str, size: Size, budget: int, device: torch
 
 
 def longest(contender: Contender, loss: str, plan: Plan, device: torch.device) -> int:
-    """Twice as long until it no longer fits, or half as long until it fits, then once between; 0 if nothing fits."""
+    """Return the longest sequence that fits, in tokens; 0 if none does.
+
+    The length doubles until it no longer fits, or halves until it fits. Then one length between the last two is tried.
+    """
 
     def tried(length: int) -> bool:
         size = replace(plan.search, seq_len=length)
@@ -126,19 +150,21 @@ def title(loss: str, size: Size | str) -> str:
 
 
 def found_length(seq_len: int | None, tried: int) -> str:
+    """Return the table's cell for a length; the longest length tried is a lower bound."""
     return "-" if seq_len is None else f"at least {seq_len}" if seq_len == tried else str(seq_len)
 
 
 def tables(report: dict) -> str:
+    """Return the report's Markdown."""
     precision = "" if report["device"] == "CPU" else " and bfloat16 autocast"
     lines = [
         f"# A training step, {report['device']}",
         "",
-        f"{report['machine']}; torch {report['torch']}. Random float32 weights{precision}, gradient checkpointing, "
-        "AdamW; a step is what a trainer does for one batch: reference and mismatched passes, policy forward and "
-        f"backward, optimizer. Half of each sequence is prompt. Medians of {report['rounds']} rounds in which all took "
-        f"turns{settled(report['settling'])}. {how_timed(report['device'])} Peak memory is what a step allocates at "
-        "most, the gradients included, beside weights, optimizer and batch.",
+        f"{machine_line(report)} Random float32 weights{precision}, gradient checkpointing, AdamW. A step is all that "
+        "a trainer does for one batch: passes of the reference model and on mismatched pairs, the policy's forward and "
+        f"backward pass, the optimizer. Half of each sequence is prompt. Times are medians of {report['rounds']} "
+        f"rounds in which the contenders took turns{settled(report['settling'])}. {how_timed(report['device'])} Peak "
+        "memory is what a step allocates beside weights, optimizer and batch, the gradients included.",
     ]
     for loss, size in dict.fromkeys((row["loss"], row["size"]) for row in report["rows"]):
         lines += ["", f"## {title(loss, size)}", "", "| | ms | peak MiB |", "|---|---:|---:|"]
@@ -151,8 +177,8 @@ def tables(report: dict) -> str:
             "",
             f"## The longest sequences within {report['budget_mib']:.0f} MiB",
             "",
-            f"{report['longest'][0]['size']}; tried were lengths twice or half as long, and once between the last two, "
-            f"up to {report['longest_tried']} tokens.",
+            f"{report['longest'][0]['size']}. The search doubled or halved the length, then tried one length between "
+            f"the last two. It ended at {report['longest_tried']} tokens.",
             "",
             "| | " + " | ".join(LOSSES).upper() + " |",
             "|---|---:|---:|",
@@ -165,7 +191,7 @@ def tables(report: dict) -> str:
 
 
 def measure(loss: str, size: Size, plan: Plan, left_out: list[dict], device: torch.device) -> list[Row]:
-    """Of all contenders, whose models are let go of when it returns."""
+    """Measure all contenders on one size; their models are freed when this returns."""
     problem = make_problem(loss, size.architecture, size.sequences, size.seq_len, device)
     turns = [TrainingTurn(name, contender, problem.with_own_models()) for name, contender in CONTENDERS.items()]
     del problem
@@ -174,6 +200,7 @@ def measure(loss: str, size: Size, plan: Plan, left_out: list[dict], device: tor
 
 
 def run(device: torch.device, plan: Plan, out: Path) -> None:
+    """Measure the plan and write JSON, tables and picture to `out`."""
     report = new_report(device, plan.rounds) | {
         "settling": plan.settling,
         "longest": [],
@@ -194,4 +221,6 @@ def run(device: torch.device, plan: Plan, out: Path) -> None:
             print(f"{loss.upper()}, {searched}: {name:20} up to {seq_len} tokens", flush=True)
             report["longest"].append(asdict(Longest(loss, searched, name, seq_len)))
             write(report, tables, out, "-training")
-    print(f"wrote {path_of(report, out, '-training.json')} and .md")
+    results = path_of(report, out, "-training.json")
+    for path in (results, results.with_suffix(".md"), *pictures.redraw(results)):
+        print(f"wrote {path}")

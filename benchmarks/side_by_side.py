@@ -1,9 +1,10 @@
-"""How contenders are compared, whatever they start from.
+"""How contenders are compared, whether they start from logits, hidden states or a whole training step.
 
-They take turns within each round, so that a drift of the machine's speed meets them all; medians are reported. Who runs
-out of memory, or fails, is left out and named.
+The contenders take turns within each round, so that a drift of the machine's speed affects all of them alike. Reports
+show the medians. A contender that runs out of memory or fails is left out, and the report names it.
 """
 
+import datetime
 import gc
 import json
 import platform
@@ -15,17 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from kto_fused.measure import peak_bytes, seconds
 
-# What the device does first when a step is timed: it outlasts the host's way to the step's first kernel.
+# GPU clock cycles that the device sleeps before a timed step: longer than the host needs to launch the first kernel.
 QUEUED_CYCLES = 4_000_000
 
 
 def step_seconds(step: Callable[[], object], device: torch.device) -> float:
-    """Wall time on a CPU. On a GPU the device's own, behind other work, the step's own waits for the host included."""
+    """Return the seconds of one step: wall time on a CPU, time between two events on a GPU.
+
+    The GPU is kept busy before the step, so that the launch of the first kernel does not count. Times when the device
+    waits for the host within the step do count.
+    """
     if device.type != "cuda":
         return seconds(step, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -38,23 +41,25 @@ def step_seconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def how_timed(device_name: str) -> str:
+    """Return the sentence on timing for the head of a report."""
     if device_name == "CPU":
-        return "Wall time."
-    return "Time on the device, behind other work, a step's own waits for the host included."
+        return "Times are wall time."
+    return "Times are those of the device, kept busy before each step; a step's own waits for the host count."
 
 
 def settled(settling: float) -> str:
-    return f", each of {settling:g} s, the last step of which counts" if settling else ""
+    """Return the half sentence on the length of a turn for the head of a report."""
+    return f" of {settling:g} s each, whose last step counts" if settling else ""
 
 
 class Turn(ABC):
-    """One contender on one problem: what it does between fresh inputs and dropping them."""
+    """One contender on one problem. `fresh` makes its inputs, `steps` are timed, `drop` frees all that they hold."""
 
     def __init__(self, name: str):
         self.name = name
         self.errors: dict[str, float | None] = {}
         self.peak_mib = 0.0
-        self.rounds: list[list[float]] = []  # seconds of each step
+        self.rounds: list[list[float]] = []  # one list per round: seconds of each step
 
     @abstractmethod
     def fresh(self) -> None: ...
@@ -66,7 +71,7 @@ class Turn(ABC):
     def drop(self) -> None: ...
 
     def measure_errors(self) -> dict[str, float | None]:
-        """Of what the steps have just computed."""
+        """Return the errors of the results that the steps have just computed, by the name of their column."""
         return {}
 
     def all_steps(self) -> None:
@@ -74,7 +79,7 @@ class Turn(ABC):
             step()
 
     def warm_up(self, device: torch.device) -> None:
-        """Compile, measure errors, then memory."""
+        """Run twice: once to compile and to measure errors, once to measure peak memory."""
         self.fresh()
         self.all_steps()
         self.errors = self.measure_errors()
@@ -84,7 +89,7 @@ class Turn(ABC):
         self.drop()
 
     def take(self, device: torch.device, settling: float) -> None:
-        """Again and again for ``settling`` seconds; the last counts."""
+        """Repeat the steps for `settling` seconds; keep the times of the last repetition."""
         end = time.perf_counter() + settling
         while True:
             self.fresh()
@@ -96,28 +101,28 @@ class Turn(ABC):
 
     @property
     def milliseconds(self) -> list[float]:
-        """Median of each step."""
+        """The median of each step, in milliseconds."""
         return [statistics.median(times) * 1e3 for times in zip(*self.rounds, strict=True)]
 
 
 def take_turns(
     turns: list[Turn], rounds: int, case: str, left_out: list[dict], device: torch.device, settling: float = 0.0
 ) -> list[Turn]:
-    """Measure them all; returns those that went through, ``left_out`` gains the others.
+    """Measure all turns. Returns the turns that ran; the failed ones are appended to `left_out` with the reason.
 
-    A GPU at rest starts on clocks that it cannot keep up under load: ``settling`` seconds of each turn bring it to
-    those of a training run.
+    A GPU at rest starts with clock rates that it cannot keep under load. `settling` seconds of load in each turn bring
+    it to the clock rates of a training run.
     """
     running = []
     for turn in turns:
         free(device)
-        why = failure(turn, device)
-        if why is None:
+        reason = failure(turn, device)
+        if reason is None:
             running.append(turn)
         else:
             turn.drop()
-            left_out.append({"case": case, "contender": turn.name, "why": why})
-            print(f"{case}: {turn.name} left out, {why}", flush=True)
+            left_out.append({"case": case, "contender": turn.name, "why": reason})
+            print(f"{case}: {turn.name} left out, {reason}", flush=True)
     for _ in range(rounds):
         for turn in running:
             turn.take(device, settling)
@@ -125,13 +130,16 @@ def take_turns(
 
 
 def failure(turn: Turn, device: torch.device) -> str | None:
-    """Why it cannot run here. A peer may fail in any way of its own; this package only for lack of memory."""
+    """Return why a turn cannot run here, or None if it can.
+
+    A peer may fail with any error. An error of this package other than lack of memory is raised.
+    """
     try:
         turn.warm_up(device)
     except torch.OutOfMemoryError:
         return "out of memory"
     except Exception as error:
-        if "fused" in turn.name:  # "TRL 1.16, fused" too
+        if "fused" in turn.name:  # kto-fused, and "TRL 1.16, fused"
             raise
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
@@ -144,15 +152,18 @@ def free(device: torch.device) -> None:
 
 
 def left_out_line(report: dict, case: str) -> list[str]:
+    """Return the lines that name the contenders left out of a case; none if all ran."""
     names = [f"{entry['contender']} ({entry['why']})" for entry in report["left_out"] if entry["case"] == case]
     return ["", f"Left out: {', '.join(names)}."] if names else []
 
 
 def new_report(device: torch.device, rounds: int) -> dict:
+    """Return a report without rows: the machine, the versions and today's date."""
     return {
         "device": "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "machine": machine(device),
         "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
         "rounds": rounds,
         "rows": [],
         "left_out": [],
@@ -160,6 +171,7 @@ def new_report(device: torch.device, rounds: int) -> dict:
 
 
 def machine(device: torch.device) -> str:
+    """Return the GPU's name, or the CPU's model and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -168,34 +180,20 @@ def machine(device: torch.device) -> str:
 
 
 def path_of(report: dict, out: Path, ending: str) -> Path:
-    """<out>/<device><ending>"""
+    """Return the path of a report's file: <out>/<device><ending>."""
     return out / (re.sub(r"[^a-z0-9]+", "-", report["device"].lower()) + ending)
 
 
+def machine_line(report: dict) -> str:
+    """Return the first sentence of a report's tables: machine, PyTorch version and date."""
+    return f"{report['machine']}; torch {report['torch']}; measured {report['date']}."
+
+
 def write(report: dict, tables: Callable[[dict], str], out: Path, kind: str = "") -> None:
-    """Numbers as JSON and tables in Markdown; again after each size, so that a run cut short keeps what it had."""
+    """Write the numbers as JSON and the tables as Markdown.
+
+    The reports call this after each size, so that an interrupted run keeps the sizes that it finished.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path_of(report, out, f"{kind}.json").write_text(json.dumps(report, indent=1) + "\n")
     path_of(report, out, f"{kind}.md").write_text(tables(report))
-
-
-def plot(points: list[tuple[str, int, float, float | None]], title: str, label: str, path: Path) -> None:
-    """Time and memory, a line per contender: points are (contender, x, ms, peak MiB)."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    time_axes, memory_axes = figure.subplots(1, 2)
-    for name in dict.fromkeys(point[0] for point in points):
-        _, x, ms, peak_mib = zip(*sorted(point for point in points if point[0] == name), strict=True)
-        time_axes.plot(x, ms, marker="o", label=name)
-        if None not in peak_mib:
-            memory_axes.plot(x, peak_mib, marker="o", label=name)
-    time_axes.set(title=title, ylabel="ms")
-    memory_axes.set(title="peak memory, gradients included", ylabel="MiB")
-    ticks = sorted({point[1] for point in points})
-    for axes in (time_axes, memory_axes):
-        axes.set(xlabel=label, xscale="log", yscale="log")
-        axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    time_axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120, format="png")

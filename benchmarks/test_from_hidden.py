@@ -1,4 +1,4 @@
-"""KTO and DPO from hidden states, the head trained or frozen, a whole step: ``pytest benchmarks/``."""
+"""Time a KTO or DPO step from hidden states, with a trained or frozen LM head: `pytest benchmarks/`."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from contenders_from_hidden import GEMMs, contenders, make_problem
 
 from kto_fused.measure import synchronize
 
-# (B, T, H, V, dtype): a CPU run of everything ends within five minutes
+# (B, T, H, V, dtype); on a CPU all benchmarks end within five minutes
 SIZE = (8, 2048, 896, 151936, torch.bfloat16) if DEVICE.type == "cuda" else (4, 64, 256, 32000, torch.float32)
 CONTENDERS = contenders(DEVICE)
 ROUNDS = {"rounds": 5, "warmup_rounds": 2}

@@ -1,4 +1,4 @@
-"""KTO and DPO from logits, forward, backward and both: ``pytest benchmarks/``."""
+"""Time KTO and DPO from logits, forward, backward and both: `pytest benchmarks/`."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from contenders_from_logits import contenders, make_problem, policy_logits
 
 from kto_fused.measure import synchronize
 
-# (B, T, V, dtype): a CPU run of everything ends within five minutes
+# (B, T, V, dtype); on a CPU all benchmarks end within five minutes
 SIZE = (8, 2048, 128256, torch.bfloat16) if DEVICE.type == "cuda" else (4, 128, 32000, torch.float32)
 CONTENDERS = contenders(DEVICE)
 ROUNDS = {"rounds": 5, "warmup_rounds": 1}

@@ -1,4 +1,4 @@
-"""KTO and DPO, a whole training step of a small architecture: ``pytest benchmarks/``."""
+"""Time a whole KTO or DPO training step of a small model: `pytest benchmarks/`."""
 
 import pytest
 import report_training
@@ -8,7 +8,7 @@ from contenders_training import CONTENDERS, make_problem
 
 from kto_fused.measure import synchronize
 
-# architecture, sequences, tokens: a CPU run of everything ends within five minutes
+# (architecture, sequences, tokens); on a CPU all benchmarks end within five minutes
 SIZE = ("Qwen2.5-0.5B", 8, 2048) if DEVICE.type == "cuda" else ("Llama 20M", 4, 64)
 ROUNDS = {"rounds": 3, "warmup_rounds": 1}
 
@@ -28,7 +28,7 @@ def test_training_step(benchmark, loss, name):
     training.clear_gradients()
 
 
-def test_contenders_begin_with_equal_weights_of_their_own():
+def test_each_contender_gets_its_own_copy_of_equal_weights():
     problem = make_problem("kto", "Llama 20M", 2, 64, DEVICE)
     other = problem.with_own_models()
     for weights in zip(*(x.parameters() for x in (problem.model, problem.ref_model, other.model)), strict=True):

@@ -1,4 +1,4 @@
-"""A renamed constant is missed here, not on a GPU."""
+"""The sweeps of `tune.py` can be built. Without this test a renamed constant would be noticed only on a GPU."""
 
 import pytest
 import tune

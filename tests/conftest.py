@@ -1,4 +1,7 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which must be chosen before Triton is imported."""
+"""Settings and fixtures of all tests.
+
+Without a GPU the Triton kernels run under Triton's interpreter. It must be switched on before Triton is imported.
+"""
 
 import gc
 import os
@@ -10,7 +13,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# processes that run tests side by side share the cores
+# the workers of pytest-xdist share the cores
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 import pytest
@@ -21,22 +24,23 @@ from triton.runtime import interpreter
 settings.register_profile("kto-fused", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("kto-fused")
 
-# (backend, device): both engines on this machine, and on its GPU where there is one
+# (backend, device) pairs that run on this machine
 ENGINES = (
     [("torch", "cpu"), ("triton", "cuda"), ("torch", "cuda")] if HAS_GPU else [("torch", "cpu"), ("triton", "cpu")]
 )
 
 
 def patch_language_once_a_launch() -> None:
-    """The interpreter patches ``triton.language`` for a kernel's launch, and again at each call of another function
-    within it, which would be half of the time that these tests take.
+    """Make the interpreter patch `triton.language` once per launch.
+
+    It would patch it again at each call of a function within the kernel, which takes half of the tests' time.
     """
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(function):
         modules = frozenset(value for value in function.__globals__.values() if value is tl or value is tl.core)
         if modules in patched:
-            return None  # which only a launch would look at
+            return None  # only a launch uses the returned value
         scope = patch(function)
         patched.add(modules)
         restore = scope.restore
@@ -56,8 +60,10 @@ if not HAS_GPU:
 
 
 def skipped_for_its_device(report: pytest.CollectReport | pytest.TestReport):
-    """In CI, where every peer is installed, a skip for any other reason fails: it would be a test lost unseen. pytest
-    reports a failure that was expected as a skip as well, with no reason of that kind.
+    """Turn a skip for any reason but the device into a failure, if the environment asks for that.
+
+    CI asks for it, because it installs every package that tests need: another skip there is a test lost unnoticed.
+    pytest reports expected failures as skips too, without such a reason; they stay as they are.
     """
     if "KTO_FUSED_SKIP_FOR_DEVICE_ONLY" in os.environ and report.skipped and not hasattr(report, "wasxfail"):
         *_, reason = report.longrepr
@@ -77,11 +83,11 @@ def pytest_runtest_makereport():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="every kill, corruption and case, where CI runs a slice")
+    parser.addoption("--full", action="store_true", help="run every kill, corruption and fuzzed case; CI runs a slice")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: a repetition of other tests on another path, run only with --full")
+    config.addinivalue_line("markers", "full: repeats other tests on another path; runs only with --full")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -94,7 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def full(request) -> bool:
-    """Whether ``--full`` asks for the whole of a test that otherwise runs a slice."""
+    """Whether `--full` asks for all cases of a test that otherwise runs a slice of them."""
     return request.config.getoption("--full")
 
 
@@ -105,7 +111,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """New memory holds NaN, so an output that a kernel forgets to write is seen; nondeterministic operators raise."""
+    """Fill new memory with NaN, so that a kernel's forgotten outputs show. Nondeterministic operators raise."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
@@ -114,8 +120,10 @@ def poisoned_memory():
 
 @pytest.fixture(scope="module")
 def small_machine():
-    """For tests that train: one thread for tiny tensors, quiet libraries, and what was imported is no garbage, which
-    every train() searches for.
+    """Settings for tests that train: one thread, quiet libraries, and no search for garbage in imported modules.
+
+    The tensors are tiny, so more threads slow them down. Every `train()` runs the garbage collector, which skips frozen
+    objects.
     """
     import datasets
     import transformers
@@ -133,7 +141,7 @@ def small_machine():
 
 @pytest.fixture
 def attention_masks(monkeypatch) -> list[torch.Tensor | None]:
-    """The masks that PyTorch's attention is given; where there is none, it is told that it is causal."""
+    """The masks that PyTorch's attention receives. A call without a mask must be causal."""
     masks, attention = [], torch.nn.functional.scaled_dot_product_attention
 
     def seen_attention(*args, attn_mask=None, is_causal=False, **options):
@@ -147,7 +155,7 @@ def attention_masks(monkeypatch) -> list[torch.Tensor | None]:
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """A cache of ``datasets`` for this test alone."""
+    """A separate cache of `datasets` for this test."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -155,7 +163,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def byte_pairs():
-    """A tokenizer that merges letters."""
+    """A tokenizer whose tokens are merged letters."""
     from data_cases import byte_pair_tokenizer
 
     return byte_pair_tokenizer()
@@ -163,7 +171,7 @@ def byte_pairs():
 
 @pytest.fixture(scope="module")
 def on_one(request, tmp_path_factory):
-    """The result of one of the module's ``CASES`` in this process, alone."""
+    """A function that runs one of the module's `CASES` in this process alone and returns its result."""
     import datasets
 
     with pytest.MonkeyPatch.context() as patch:

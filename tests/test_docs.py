@@ -1,5 +1,9 @@
-"""The examples in docstrings and in the pages run as shown; what the pages say of package and measurements holds."""
+"""The documentation is true: its examples run, and its lists, messages and figures are those of the package.
 
+It covers the docstrings, the README and the pages in docs/.
+"""
+
+import ast
 import doctest
 import importlib
 import json
@@ -53,10 +57,10 @@ def test_help_has_each_losss_formula_and_source(function, formulas, loss_types):
 
 @pytest.fixture
 def users_folder(tmp_path, monkeypatch) -> Path:
-    """A folder that holds what the pages name: a model and two files of feedback."""
+    """The current folder, with the files that the pages name: a model and two files of feedback."""
     for package in ("accelerate", "datasets", "trl"):
         pytest.importorskip(package, reason=f"the pages' code needs {package}")
-    import tiny_training  # needs them
+    import tiny_training  # imports these packages
 
     tiny_training.tokenizer().save_pretrained(tmp_path / "my-model")
     tiny_training.model(vocab_size=1000).save_pretrained(tmp_path / "my-model")
@@ -69,7 +73,7 @@ def users_folder(tmp_path, monkeypatch) -> Path:
 
 
 def run_blocks(text: str, name: str) -> int:
-    """Run a text's Python blocks in one namespace; returns how many there are."""
+    """Run a text's Python blocks in one namespace; returns the number of blocks."""
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     namespace: dict = {}
     for block in blocks:
@@ -78,13 +82,46 @@ def run_blocks(text: str, name: str) -> int:
 
 
 def test_the_readmes_code_runs(users_folder):
-    """Each section by itself."""
+    """Each section runs by itself."""
     assert sum(run_blocks(section, "README.md") for section in README.split("\n## ")) >= 3
 
 
 @pytest.mark.parametrize("name", [name for name, text in PAGES.items() if "```python" in text])
 def test_a_pages_code_runs(users_folder, name):
     assert run_blocks(PAGES[name], name) >= 1
+
+
+def test_the_json_records_of_the_data_page_are_read(tmp_path):
+    preference_data = pytest.importorskip("kto_fused.preference_data", reason="reading records needs datasets")
+    records = re.findall(r"```json\n(.*?)```", PAGES["data.md"], re.DOTALL)
+    assert len(records) == 3
+    for number, record in enumerate(records):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(record)
+        assert len(preference_data.load(str(path))) == 1
+
+
+def strings(tree: ast.AST) -> list[str]:
+    """The string literals of a module; ``...`` stands for each value that is formatted into one."""
+
+    def content(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(content, node.values))
+        if isinstance(node, ast.BinOp):
+            return content(node.left) + content(node.right)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "..."
+
+    return [content(node) for node in ast.walk(tree) if isinstance(node, (ast.BinOp, ast.Constant, ast.JoinedStr))]
+
+
+def test_the_messages_of_the_troubleshooting_page_are_the_packages():
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "kto_fused").rglob("*.py"))
+    messages = "\n".join(string for source in sources for string in strings(ast.parse(source)))
+    symptoms = [row.split(" | ")[0] for row in PAGES["troubleshooting.md"].splitlines() if row.startswith("| `")]
+    quoted = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+)`", symptom) if " " in quote]
+    assert len(quoted) > 20
+    missing = [quote for quote in quoted if any(part not in messages for part in quote.split("..."))]
+    assert not missing
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
@@ -97,9 +134,9 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
 
 
 def table_of(text: str, header: str) -> list[str]:
-    """The rows of a text's table."""
+    """The rows of the table with this header."""
     table = text.split(f"\n{header}\n")[1].split("\n\n")[0]
-    return table.splitlines()[1:]  # without the line under the header
+    return table.splitlines()[1:]  # the first line separates header and rows
 
 
 def test_the_readmes_table_has_the_public_names_and_no_others():
@@ -115,7 +152,7 @@ def test_the_readme_lists_the_loss_types():
     assert tuple(re.findall(r"`(\w+)`", dpo)) == losses.DPO_LOSS_TYPES
 
 
-# ---- what was measured: tables, header first ------------------------------------------------------------------------
+# ---- tables of measurements; the functions return the header first --------------------------------------------------
 
 
 def results(name: str) -> dict:
@@ -165,7 +202,7 @@ def training_steps_on_a_cpu() -> list[str]:
 
 
 def from_logits_on_a_gpu() -> list[str]:
-    """A line per vocabulary; `reference` and in place, as fast as out of place, are left to the results."""
+    """A line per vocabulary. The page leaves out `reference`, and in place, which is as fast as out of place."""
     rows = results("nvidia-h200.json")["rows"]
     rows = [row for row in rows if row["loss"] == "kto" and "T=2048" in row["size"] and "bf" in row["size"]]
     lines = ["| V | forward GB/s | backward GB/s | kto-fused ms | eager ms | torch.compile ms | TRL kernel ms |"]
@@ -179,22 +216,24 @@ def from_logits_on_a_gpu() -> list[str]:
 
 
 def one_digit_less(cell: str) -> str:
-    """Of each decimal fraction."""
+    """Round each decimal fraction in a cell to one digit less."""
     return re.sub(r"\d+\.\d+", lambda x: str(Decimal(x[0]).quantize(Decimal(x[0][:-1]), ROUND_HALF_UP)), cell)
 
 
 def from_hidden_states_in_turns_on_a_gpu() -> list[str]:
-    """A line per LM head and length, by the default `chunk_bytes`. For the narrowest head at T=2048 that gives the
-    chunks that half of it gave when this was measured, and double gives those that the default gave.
+    """A line per LM head and length, with the default `chunk_bytes`.
+
+    At H=896 and T=2048 the default now makes the chunks that half of it made when this was measured, and twice the
+    default makes the chunks that the default made. The lines follow the chunks.
     """
     case = r"kto (trained|frozen), (.+): B=8 T=(\d+) H=(\d+) V=(\d+) bfloat16(.*)"
     step = r"([\d.]+ \([\d.]+\) \| \d+)"
     text = (RESULTS / "nvidia-h200-tune.md").read_text(encoding="utf-8")
-    trained, frozen = {}, {}  # by case: GEMMs alone, 1 GiB chunks, 512 MiB chunks
+    trained, frozen = {}, {}  # by size: cells of GEMMs alone, of 1 GiB chunks, of 512 MiB chunks
     for head, *size, gemms, whole, half in re.findall(rf"^\| {case} \| ([\d.]+) \| {step} \| {step} \|$", text, re.M):
         by_size = trained if head == "trained" else frozen
         by_size[tuple(size)] = [one_digit_less(cell) for cell in (gemms, whole, half)]
-    assert len(trained) + len(frozen) == text.count("\n| kto ")  # none is overlooked
+    assert len(trained) + len(frozen) == text.count("\n| kto ")  # every row was matched
 
     lines = []
     for size in sorted(trained, key=lambda size: (int(size[1]), int(size[2]), int(size[3]), size[4])):
@@ -219,13 +258,13 @@ def from_hidden_states_in_turns_on_a_gpu() -> list[str]:
 
 
 def of_one_case(size: str, case: str = "kto trained") -> dict[str, dict]:
-    """By contender."""
+    """The rows of one case, by contender."""
     rows = results("nvidia-h200-hidden.json")["rows"]
     return {row["contender"]: row for row in rows if (row["case"], row["size"]) == (case, size)}
 
 
 def from_hidden_states_on_a_gpu() -> list[str]:
-    """A line per LM head; what was compiled, of two heads alone, is left to the results."""
+    """A line per LM head. Compiled contenders, measured for two heads only, are left out."""
     rows = [row for row in results("nvidia-h200-hidden.json")["rows"] if "T=2048" in row["size"]]
     names = ("kto-fused", "TRL", "cut-cross-entropy", "Liger", "eager")
     lines = [
@@ -266,7 +305,7 @@ def test_the_readmes_tables_are_the_measured_ones(table):
     assert table_of(README, header) == rows
 
 
-# ---- what was measured or counted: sentences ------------------------------------------------------------------------
+# ---- sentences with measured or counted figures ---------------------------------------------------------------------
 
 NARROW, WIDE, LONG = (
     f"{name}: B=8 T={seq_len} H={hidden} V=151936 bfloat16"
@@ -287,7 +326,7 @@ def the_size_at_which_trl_was_faster() -> str:
     return f"slower than TRL at T=8192 ({row['kto-fused']['ms']:.0f} ms and {row['TRL']['ms']:.0f})"
 
 
-def what_trl_took() -> str:
+def the_memory_that_trl_took() -> str:
     narrow, wide = (of_one_case(size, "kto frozen")["TRL"]["peak_mib"] for size in (NARROW, WIDE))
     long = of_one_case(LONG)["TRL"]["peak_mib"]
     return (
@@ -296,8 +335,8 @@ def what_trl_took() -> str:
     )
 
 
-def what_a_small_budget_comes_to() -> str:
-    """The counted bytes are test_what_a_step_takes' to hold."""
+def the_memory_of_a_small_budget() -> str:
+    """The counted bytes are those of `ON_HOPPER`, which a test of the engine's costs checks."""
     (default, _, _, least, _), (wide_default, _, _, wide_least, _) = (
         ON_HOPPER[hidden, 151936, 2048] for hidden in (896, 4096)
     )
@@ -313,8 +352,8 @@ SENTENCES = [
     the_largest_copy,
     the_longest_sequences_budget,
     the_size_at_which_trl_was_faster,
-    what_trl_took,
-    what_a_small_budget_comes_to,
+    the_memory_that_trl_took,
+    the_memory_of_a_small_budget,
 ]
 
 

@@ -1,4 +1,4 @@
-"""Liger-kernel 0.8.5 and TRL 1.16, from the same hidden states in float32, give the same losses and gradients."""
+"""Liger-kernel 0.8.5 and TRL 1.16 compute the same losses and gradients from the same hidden states in float32."""
 
 import importlib.metadata
 
@@ -13,6 +13,7 @@ POINT = 0.4
 
 
 def skip_unless(package: str, version: str) -> None:
+    """Skip the test unless this version of a package is installed."""
     pytest.importorskip(package.replace("-", "_"), reason=f"{package} is not installed: nothing to compare with")
     found = importlib.metadata.version(package)
     if not found.startswith(version):
@@ -21,7 +22,7 @@ def skip_unless(package: str, version: str) -> None:
 
 @pytest.fixture
 def case():
-    """No position masked: Liger counts a masked one as token 0 in its logged values, and takes no shift."""
+    """A batch without masked positions or shift: Liger logs a masked position as token 0 and does not shift labels."""
     case = make_hidden_case(batch=B, seq_len=T, vocab=V, hidden_size=H, bias=True, std=2.0, shift=False, seed=4)
     case.labels = torch.randint(V, (B, T))
     case.hidden, case.ref_hidden = torch.randn(2, B, T, H)
@@ -33,7 +34,7 @@ def leaves(case) -> list[torch.Tensor]:
 
 
 def compare(actual, expected) -> None:
-    """(loss, inputs) after their backward."""
+    """Compare two (loss, inputs) pairs after their backward pass: the losses, and the gradients of the inputs."""
     (loss, inputs), (expected_loss, expected_inputs) = actual, expected
     assert_close(loss, expected_loss, 2e-6, "loss")
     for x, y in zip(inputs, expected_inputs, strict=True):
@@ -41,7 +42,7 @@ def compare(actual, expected) -> None:
 
 
 @pytest.mark.parametrize("average_log_prob", [False, True])
-def test_liger_kto(case, average_log_prob):
+def test_kto_equals_ligers(case, average_log_prob):
     skip_unless("liger-kernel", "0.8.5")
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
 
@@ -77,7 +78,7 @@ def test_liger_kto(case, average_log_prob):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "hinge", "apo_zero", "apo_down"])
-def test_liger_dpo(case, loss_type):
+def test_dpo_equals_ligers(case, loss_type):
     skip_unless("liger-kernel", "0.8.5")
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -97,7 +98,7 @@ def test_liger_dpo(case, loss_type):
 
 
 @pytest.mark.parametrize("transform", [{}, {"temperature": 0.8, "logit_scale": 1.5, "logit_softcap": 6.0}], ids=str)
-def test_trl_log_probabilities(case, transform):
+def test_log_probabilities_equal_trls(case, transform):
     skip_unless("trl", "1.16.")
     from trl.kernels import ChunkedLogProbFunction
 

@@ -1,4 +1,7 @@
-"""A tiny run in a process of its own, forked from a server that has imported everything: ready in milliseconds."""
+"""Tiny training runs in processes of their own, for `test_kills.py` to kill.
+
+The processes are forked from a server that has imported everything, so each starts within milliseconds.
+"""
 
 import gc
 import json
@@ -18,17 +21,17 @@ from tqdm import tqdm
 
 IS_SERVER = "KILLED_RUNS_SERVER"
 STEPS, SAVE_EVERY = 12, 2
-# What a save does to the disk from Python; torch and safetensors write by themselves.
+# audit events of changes to files from Python; torch and safetensors write without them
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
-# Of this process alone: tqdm's own is a semaphore that forked processes share, and one that is killed while it holds
-# the semaphore would stop all others.
+# Replace tqdm's lock, a semaphore that forked processes share: a process that is killed while it holds the semaphore
+# would stop all others.
 tqdm.set_lock(threading.RLock())
-tqdm.monitor_interval = 0  # no thread, which might hold the lock while a process is forked
+tqdm.monitor_interval = 0  # no monitor thread: it might hold the lock while a process is forked
 
 
 def context() -> ForkServerContext:
-    """Its server is started anew, with this process's path: the tests' modules are imported by plain name."""
+    """Start a new server with this process's `sys.path`, because tests import their helper modules by plain name."""
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     context = get_context("forkserver")
     context.set_forkserver_preload(["killed_runs"])
@@ -40,9 +43,9 @@ def context() -> ForkServerContext:
 
 
 def train(kind: str, folder: str, resume: bool, kill_at_event: int | None = None) -> None:
-    """Trains ``kind`` in ``folder`` and writes ``outcome.json``: all that was logged, the weights and its seconds.
+    """Train `kind` ("kto" or "dpo") in `folder` and write `outcome.json`: the logs, the weights and the seconds.
 
-    With ``kill_at_event`` the process kills itself before the so many-th change to a file of ``folder``.
+    With `kill_at_event` = n the process kills itself just before its n-th change to a file in `folder`.
     """
     began = time.monotonic()
     tqdm.set_lock(threading.RLock())
@@ -74,6 +77,7 @@ def train(kind: str, folder: str, resume: bool, kill_at_event: int | None = None
 
 
 def die_at(event_number: int, folder: str) -> None:
+    """Kill this process just before its `event_number`-th change to a file in `folder`."""
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -87,7 +91,7 @@ def die_at(event_number: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
-if IS_SERVER in os.environ:  # what a first run imports and makes is there for all
+if IS_SERVER in os.environ:  # in the server: run once, so that forked runs find all imports done
     del os.environ[IS_SERVER]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
-"""KTO and DPO losses in NumPy and float64, with gradients written out by hand from the papers' formulas.
+"""KTO and DPO losses in NumPy and float64, with gradients derived by hand from the papers' formulas.
 
-Nothing here imports ``kto_fused`` or uses autograd, so that no mistake can be in both.
+`test_fuzz.py` compares the package with them. Nothing here imports `kto_fused` or uses autograd, so that the package
+and this file cannot share a mistake.
 """
 
 from itertools import pairwise
@@ -12,25 +13,25 @@ import numpy as np
 class Tokens(NamedTuple):
     """The completion tokens of a batch, in any order."""
 
-    sequences: np.ndarray  # [n] which sequence each belongs to
-    rows: np.ndarray  # [n] which row of the logits, flattened to [rows, V], predicts it
+    sequences: np.ndarray  # [n] the sequence that each token belongs to
+    rows: np.ndarray  # [n] the row of the logits [rows, V] that predicts it
     targets: np.ndarray  # [n] its token id
 
 
 class Scored(NamedTuple):
-    """What logits [n, V] say of n tokens."""
+    """Values computed from the logits [n, V] of n tokens, and bounds for their rounding errors."""
 
     logps: np.ndarray  # [n] in nats
     entropy: np.ndarray  # [n]
     mean_logit: np.ndarray  # [n]
-    lead: np.ndarray  # [n] of the target's logit before the largest other one; negative where it is behind
+    lead: np.ndarray  # [n] the target's logit minus the largest other logit
     jacobian: np.ndarray  # [n, V] d logp / d logit
-    bound: np.ndarray  # [n, V] the same with all terms positive and no soft cap: what rounding errors are a share of
-    margin: np.ndarray  # [n] of logps, in units of the compute dtype's eps
+    bound: np.ndarray  # [n, V] the same with all terms positive and no soft cap; rounding errors are proportional to it
+    margin: np.ndarray  # [n] possible error of logps, in units of the compute dtype's eps
 
 
 class Loss(NamedTuple):
-    """Losses of sequences (KTO) or pairs (DPO), before any reduction, and what they are functions of."""
+    """Losses of sequences (KTO) or pairs (DPO) before any reduction, their gradients, and the rewards."""
 
     losses: np.ndarray  # [B] or [B/2]
     grads: np.ndarray  # [B] d (sum of losses) / d (log-probability of each sequence)
@@ -39,7 +40,7 @@ class Loss(NamedTuple):
 
 
 def find_tokens(labels: np.ndarray, offsets: list[int] | None, ignore_index: int, shift: bool) -> Tokens:
-    """Labels [B, T], or [N] cut by ``offsets``."""
+    """Find the completion tokens of labels [B, T], or of packed labels [N] whose sequences `offsets` separates."""
     if offsets is None:
         width = labels.shape[1]
         sequences = [(row * width, list(row_labels)) for row, row_labels in enumerate(labels)]
@@ -64,16 +65,17 @@ def score(
     temperature: float,
     size: np.ndarray,
 ) -> Scored:
-    """z = softcap tanh(scale x / softcap) / temperature of logits x [n, V], without a soft cap scale x / temperature.
+    """Score logits x [n, V] after z = softcap tanh(scale x / softcap) / temperature.
 
-    ``size`` [n] is the largest number that took part in a row's logits, by which they may be off in units of eps.
+    Without a soft cap z = scale x / temperature. `size` [n] is the largest number that was added up in a row's logits:
+    the logits may be off by that number times eps.
     """
     z, slope = scale * logits, np.ones_like(logits)
     if softcap is not None:
         slope = 1 / np.cosh(np.clip(z / softcap, -300, 300)) ** 2
         z = softcap * np.tanh(z / softcap)
     z = z / temperature
-    below = z - z.max(1, keepdims=True)  # of large logits the differences alone are exact
+    below = z - z.max(1, keepdims=True)  # differences are exact even for large logits
     log_sum = np.log(np.exp(below).sum(1, keepdims=True))
     p = np.exp(below - log_sum)
     with np.errstate(invalid="ignore"):
@@ -96,7 +98,7 @@ def score(
 
 
 def sequence_sums(values: np.ndarray, tokens: Tokens, num_sequences: int, average: bool) -> np.ndarray:
-    """[n] of tokens -> [B]; 0 for a sequence without tokens."""
+    """Sum (or average) values of tokens [n] per sequence [B]; 0 for a sequence without tokens."""
     sums = np.zeros(num_sequences)
     np.add.at(sums, tokens.sequences, values)
     return sums / np.maximum(counts(tokens, num_sequences), 1) if average else sums
@@ -125,6 +127,7 @@ def kto(
     undesirable_weight: float,
     reference_point: float | str,
 ) -> Loss:
+    """The KTO losses of sequences (arXiv 2402.01306; `apo_zero_unpaired` is from 2408.06266)."""
     ratios = logps - ref_logps
     z0 = ratios.mean() if isinstance(reference_point, str) else reference_point
     if loss_type == "apo_zero_unpaired":
@@ -149,7 +152,10 @@ def dpo(
     gamma: float,
     is_averaged: bool,
 ) -> Loss:
-    """Chosen in the first half, rejected in the second; ``is_averaged``: log-probabilities are means already."""
+    """The DPO losses of pairs: chosen sequences in the first half, rejected ones in the second.
+
+    `is_averaged` says that the log-probabilities are means over tokens already.
+    """
     ratios = logps if ref_logps is None else logps - ref_logps
     divisor = np.ones_like(ratios)
     if loss_type in ("ipo", "simpo") and not is_averaged:

@@ -1,4 +1,7 @@
-"""The cache of reference log-probabilities: damaged, foreign, shared and unwritable files."""
+"""The cache of the reference model's log-probabilities survives damaged, foreign, shared and unwritable files.
+
+A file that is not intact is computed again; a folder that cannot be written costs only the cache, never the run.
+"""
 
 import errno
 import logging
@@ -26,7 +29,7 @@ VALUES = {"ref_logps": [-1.5, -2.25, -3.0, -0.0, -9.0], "ref_kl_logps": [-7.0, -
 
 
 class Reference:
-    """Counts how often it computes, and gives each row its value of ``VALUES``."""
+    """A stand-in for the reference model: returns each row's value of `VALUES` and counts its passes."""
 
     def __init__(self, values=VALUES):
         self.values, self.passes = values, 0
@@ -39,7 +42,7 @@ class Reference:
 
 
 def add(folder, reference: Reference, **changes) -> dict[str, list[float]]:
-    """The added columns."""
+    """Add the reference's columns to a small dataset; returns the added columns."""
     lengths = changes.pop("lengths", LENGTHS)
     dataset = Dataset.from_dict({"row": list(range(len(lengths))), "length": lengths})
     settings = {"depends_on": ("weights", "bf16"), **changes}
@@ -56,7 +59,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def kept(folder) -> Path:
-    """The file of an intact cache."""
+    """The file of an intact cache entry."""
     add(folder, Reference())
     (path,) = folder.iterdir()
     return path
@@ -67,7 +70,7 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-# damage
+# ---- damage
 
 
 def test_values_are_kept_and_read_again_to_the_bit(folder, kept):
@@ -77,7 +80,7 @@ def test_values_are_kept_and_read_again_to_the_bit(folder, kept):
 
 
 def test_any_damaged_byte_of_a_file_is_found(kept, full):
-    """Each byte in turn is changed (three ways with --full); a byte that changes no value may be overlooked."""
+    """Change each byte in turn (in three ways with --full). Only changes that alter no value may be overlooked."""
     content, length = kept.read_bytes(), len(LENGTHS)
     fingerprint = kept.stem
     truth = reference_cache._intact_values(kept, fingerprint, COLUMNS, length)
@@ -90,12 +93,12 @@ def test_any_damaged_byte_of_a_file_is_found(kept, full):
             tried += 1
             try:
                 values = reference_cache._intact_values(kept, fingerprint, COLUMNS, length)
-            except Exception:  # what ``_read`` takes as a reason to compute again
+            except Exception:  # the cache then computes the values again
                 continue
             overlooked.append(position)
             assert all(values[name].numpy().tobytes() == truth[name].numpy().tobytes() for name in COLUMNS)
     assert tried >= len(content) > 300
-    assert len(overlooked) < 8  # of JSON's spaces
+    assert len(overlooked) < 8  # spaces in the file's JSON header
 
 
 def test_a_file_cut_off_anywhere_is_found(kept):
@@ -107,7 +110,7 @@ def test_a_file_cut_off_anywhere_is_found(kept):
 
 
 def rewrite(path: Path, values: dict[str, torch.Tensor]) -> None:
-    """With a checksum that fits, as a writer with an error would."""
+    """Write values with a matching checksum, as a faulty writer would."""
     save_file(values, path, {reference_cache.DESCRIBED: f"{path.stem} {reference_cache._checksum(values)}"})
 
 
@@ -153,7 +156,7 @@ def other_columns(path):
 
 
 def another_data_sets_rows(path):
-    """A file of as many rows, moved to this one's name."""
+    """Replace the file by that of another dataset with as many rows."""
     other = path.parent / "other"
     add(other, Reference(), lengths=[9, 9, 9, 9, 9])
     (foreign,) = other.iterdir()
@@ -197,7 +200,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES.items(), ids=lambda case: getattr(case, "__name__", ""))
-def test_what_is_not_intact_is_computed_again_replaced_and_said(folder, kept, damage, reason, caplog):
+def test_a_file_that_is_not_intact_is_computed_again_and_replaced_with_a_warning(folder, kept, damage, reason, caplog):
     content = kept.read_bytes()
     damage(kept)
     reference = Reference()
@@ -212,14 +215,14 @@ def test_what_is_not_intact_is_computed_again_replaced_and_said(folder, kept, da
     assert reference.passes == 1
 
 
-def test_training_does_not_see_what_happens_to_the_file_later(folder, kept):
+def test_changes_to_the_file_after_it_was_read_do_not_reach_training(folder, kept):
     values = reference_cache._intact_values(kept, kept.stem, COLUMNS, len(LENGTHS))
     with kept.open("r+b") as file:
         file.write(b"\0" * kept.stat().st_size)
     assert {name: column.tolist() for name, column in values.items()} == VALUES
 
 
-def test_a_trainer_of_a_cache_with_zeros_trains_as_with_an_intact_one(tmp_path):
+def test_a_trainer_trains_alike_with_a_cache_of_zeros_and_an_intact_one(tmp_path):
     def curve():
         settings = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache"), "max_steps": 2}
         trainer = make_trainer("dpo", tmp_path / "out", ref_model=model(seed=1), train=8, **settings)
@@ -232,7 +235,7 @@ def test_a_trainer_of_a_cache_with_zeros_trains_as_with_an_intact_one(tmp_path):
     assert curve() == expected
 
 
-# values that are not finite
+# ---- values that are not finite
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -256,7 +259,7 @@ def test_a_reference_that_gives_nan_is_refused_before_training(tmp_path, kind):
     assert list((tmp_path / "c").iterdir()) == []
 
 
-# folders of several users, and folders that cannot be written
+# ---- folders of several users, and folders that cannot be written
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
@@ -271,7 +274,7 @@ def test_files_get_the_mode_that_the_umask_leaves(folder, umask):
 
 
 def as_another_user(task):
-    """What ``task()`` returns in a child process, as user 12345 where this process may become one (root)."""
+    """Return the result of `task()` from a child process, which runs as user 12345 if this process is root's."""
     receive, send = multiprocessing.Pipe(duplex=False)
     child = os.fork()
     if child == 0:
@@ -293,7 +296,7 @@ def as_another_user(task):
 
 
 class Said(logging.Handler):
-    """The messages of ``reference_cache``, in a child process too."""
+    """Collects the messages of `reference_cache`; works in a child process too."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +309,7 @@ class Said(logging.Handler):
 
 @pytest.fixture
 def open_path(tmp_path):
-    """A folder that other users reach; pytest's are this user's alone."""
+    """A folder that other users can reach. pytest's temporary folders are closed to them."""
     changed = [path for path in (tmp_path, *tmp_path.parents) if path.exists() and path.stat().st_uid == os.getuid()]
     modes = [(path, stat.S_IMODE(path.stat().st_mode)) for path in changed if path != Path("/")]
     for path, mode in modes:
@@ -317,7 +320,10 @@ def open_path(tmp_path):
 
 
 def deny_replacing(monkeypatch, path: Path) -> None:
-    """As a sticky folder denies it to a user who owns neither the file nor the folder; root is exempt from that."""
+    """Deny replacing `path`, as a sticky folder does for users who own neither the file nor the folder.
+
+    A real sticky folder would not deny it to root, which may run the tests.
+    """
     replace = os.replace
 
     def denied(source, target):
@@ -335,7 +341,7 @@ def test_an_intact_file_of_another_user_is_used(folder, kept, monkeypatch, open_
     assert as_another_user(lambda: (add(folder, reference), reference.passes)) == (VALUES, 0)
 
 
-def test_a_file_of_another_user_that_cannot_be_replaced_gets_one_beside_it(folder, kept, monkeypatch, open_path):
+def test_a_second_file_is_kept_beside_one_that_cannot_be_replaced(folder, kept, monkeypatch, open_path):
     folder.chmod(0o1777)
     zeros(kept)
     damaged = kept.read_bytes()
@@ -356,7 +362,7 @@ def test_a_file_of_another_user_that_cannot_be_replaced_gets_one_beside_it(folde
     assert str(beside) in said[1]
     assert beside.stat().st_uid == (12345 if os.getuid() == 0 else os.getuid())
     third = Reference()
-    assert add(folder, third) == VALUES  # and the first user reads it too
+    assert add(folder, third) == VALUES  # the first user reads it too
     assert third.passes == 0
 
 
@@ -373,7 +379,7 @@ def test_a_file_that_its_owner_alone_may_read_does_not_stop_another_user(folder,
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given folder", "default folder"])
-def test_a_folder_that_cannot_be_written_is_said_once_and_loses_nothing(
+def test_an_unwritable_folder_gives_one_warning_and_the_same_values(
     folder, kept, given, monkeypatch, open_path, caplog
 ):
     monkeypatch.setattr(reference_cache.huggingface_hub.constants, "HF_HOME", folder.parent)
@@ -412,12 +418,12 @@ def test_values_that_cannot_be_moved_into_place_are_used_from_memory(folder, mon
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_ends_half_way_leaves_nothing(folder, monkeypatch, caplog, error):
+def test_an_interrupted_write_leaves_no_file(folder, monkeypatch, caplog, error):
     opened = Path.open
 
     def half_open(path, mode):
         file = opened(path, mode)
-        is_draft = path.name.startswith(name)  # not the trial file
+        is_draft = path.name.startswith(name)  # the file that tries whether the folder can be written is left alone
 
         class Half:
             def __enter__(self):
@@ -451,7 +457,7 @@ def test_a_write_that_ends_half_way_leaves_nothing(folder, monkeypatch, caplog, 
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_in_the_files_place_loses_nothing(folder, kept, caplog):
+def test_a_folder_in_the_place_of_the_file_does_not_stop_the_cache(folder, kept, caplog):
     kept.unlink()
     kept.mkdir()
     reference = Reference()
@@ -469,7 +475,7 @@ def test_a_given_folder_that_cannot_be_created_is_refused_before_computing(tmp_p
     assert reference.passes == 0
 
 
-def test_a_default_folder_that_cannot_be_created_loses_nothing(tmp_path, monkeypatch, caplog):
+def test_a_default_folder_that_cannot_be_created_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(reference_cache.huggingface_hub.constants, "HF_HOME", tmp_path / "file")
     reference = Reference()
@@ -478,10 +484,10 @@ def test_a_default_folder_that_cannot_be_created_loses_nothing(tmp_path, monkeyp
     assert f"cannot be kept in {tmp_path / 'file' / 'kto_fused'} (Not a directory)" in said
 
 
-# what killed processes leave
+# ---- files that killed processes leave
 
 
-def test_old_drafts_are_removed_and_nothing_else_is(folder):
+def test_only_old_drafts_are_removed(folder):
     folder.mkdir()
     name = xxhash.xxh3_128_hexdigest(b"a fingerprint")
     names = {"old": f"{name}.{name}.part", "young": f"{name}.{name[::-1]}.part", "foreign": "film.mkv.part"}

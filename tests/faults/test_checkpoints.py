@@ -1,5 +1,7 @@
-"""Checkpoints that are damaged, cut short, of another run, or saved onto a disk that fills: refused by name or passed
-over for an older complete one, and never used.
+"""A checkpoint that is damaged, incomplete or of another run is never used.
+
+If it is named, it is refused with an error that says what is wrong. If the newest checkpoint is asked for, an older
+complete one is taken. The same holds for checkpoints that were saved onto a full disk.
 """
 
 import json
@@ -58,7 +60,7 @@ KINDS = {"cut": cut, "empty": empty, "flip": flip, "delete": Path.unlink}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """The folder of a run of 4 steps: checkpoints after 2 and 4."""
+    """The folder of a run of 4 steps, with checkpoints after steps 2 and 4."""
     folder = tmp_path_factory.mktemp("saved")
     make_trainer("kto", folder, **SAVING).train()
     assert [path.name for path in sorted(folder.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
@@ -67,7 +69,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(saved, tmp_path) -> Path:
-    """A copy of it."""
+    """A copy of the `saved` folder."""
     return shutil.copytree(saved, tmp_path / "run")
 
 
@@ -78,7 +80,7 @@ def whole(tmp_path_factory) -> tuple:
 
 
 def outcome(trainer, resume: str | bool | None = None) -> tuple:
-    """What must not depend on kills: everything logged, and the weights."""
+    """Train; returns all that must not depend on interruptions: everything logged, and the weights."""
     trainer.train(resume_from_checkpoint=resume)
     return history(trainer), {name: tensor.tolist() for name, tensor in weights(trainer).items()}
 
@@ -109,7 +111,10 @@ def test_each_damaged_file_is_named_and_its_checkpoint_passed_over(saved, tmp_pa
 
 
 def test_training_never_uses_a_damaged_checkpoint(saved, tmp_path, whole, full):
-    """Resuming with True ends as a run that was never stopped; naming the damaged one is an error before training."""
+    """Naming a damaged checkpoint is an error before training.
+
+    Resuming from the newest complete one ends like a run that was never stopped.
+    """
     cases = [(name, kind) for name in files_of(saved / "checkpoint-4") for kind in KINDS]
     for number, (name, kind) in enumerate(cases if full else random.Random(4).sample(cases, 4)):
         run = shutil.copytree(saved, tmp_path / str(number))
@@ -123,7 +128,7 @@ def test_training_never_uses_a_damaged_checkpoint(saved, tmp_path, whole, full):
 
 
 def test_files_in_folders_of_a_checkpoint_count_too(tmp_path):
-    """As DeepSpeed, FSDP and sharded models have them."""
+    """DeepSpeed, FSDP and sharded models write such folders."""
     shard = tmp_path / "checkpoint-1" / "global_step1" / "mp_rank_00_model_states.pt"
     shard.parent.mkdir(parents=True)
     shard.write_bytes(b"weights")
@@ -176,11 +181,11 @@ def test_a_checkpoint_without_a_manifest_is_taken_only_when_asked_for(run, tmp_p
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "delete"])
 @pytest.mark.parametrize("name", [checkpoints.STATE, *checkpoints.ESSENTIAL, "model.safetensors"])
-def test_what_cannot_be_read_is_refused_even_then(run, name, kind):
+def test_resume_anyway_still_refuses_files_that_cannot_be_read(run, name, kind):
     checkpoint = run / "checkpoint-4"
     (checkpoint / MANIFEST).unlink()
     KINDS[kind](checkpoint / name)
-    if (name, kind) == ("model.safetensors", "delete"):  # weights have many names: the trainer misses them
+    if (name, kind) == ("model.safetensors", "delete"):  # weights may have other file names, so the trainer notices it
         with pytest.raises(ValueError, match="checkpoint-4"):
             make_trainer("kto", run, resume_anyway=True, **SAVING).train(resume_from_checkpoint=str(checkpoint))
         return
@@ -208,7 +213,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("checkpoint-*")}
 
 
-def test_rotation_goes_by_step_where_the_clock_was_set_back(tmp_path):
+def test_rotation_goes_by_step_not_by_time(tmp_path):
     class SetBack(StopAt):
         def on_save(self, args, state, control, **_):
             if state.global_step < self.step:
@@ -223,7 +228,7 @@ def test_torn_checkpoints_are_not_counted_as_kept(tmp_path):
     first, torn, current = complete(tmp_path, 1), complete(tmp_path, 2), complete(tmp_path, 3)
     (torn / "model.safetensors").unlink()
     checkpoints.rotate(tmp_path, 3, current, None)
-    assert names_in(tmp_path) == {first.name, torn.name, current.name}  # too few complete ones to remove anything
+    assert names_in(tmp_path) == {first.name, torn.name, current.name}  # too few complete ones to remove any
     checkpoints.rotate(tmp_path, 2, current, None)
     assert names_in(tmp_path) == {first.name, current.name}
 
@@ -247,8 +252,8 @@ def test_a_complete_checkpoint_stays_until_the_one_that_replaces_it_is_complete(
     assert checkpoints.choose(True, str(tmp_path)) == str(checkpoint)
     checkpoints.begin(checkpoint)
     checkpoint.mkdir()
-    assert checkpoints.is_complete(checkpoint.with_name(checkpoint.name + PREVIOUS))  # as after a kill
-    assert checkpoints.choose(True, str(tmp_path)) == str(checkpoint), "it is put back in its place"
+    assert checkpoints.is_complete(checkpoint.with_name(checkpoint.name + PREVIOUS))  # the state that a kill leaves
+    assert checkpoints.choose(True, str(tmp_path)) == str(checkpoint), "the earlier checkpoint was not put back"
     checkpoints.verify(checkpoint)
     checkpoints.begin(checkpoint)
     checkpoint.mkdir()
@@ -274,14 +279,16 @@ def test_a_complete_checkpoint_that_cannot_be_set_aside_stays(tmp_path, monkeypa
 
 @pytest.fixture
 def file_limit():
-    """Sets the largest size that a file may be written to, in bytes: writing more fails as on a full disk. Meanwhile
-    nothing is printed, for stdout may be a larger file. A test lifts the limit before it ends, for pytest's report.
+    """A function that limits the size of files, in bytes. Writing more fails as on a full disk.
+
+    Under a limit nothing is printed, because stdout may be a larger file. A test lifts the limit before it ends, so
+    that pytest can report.
     """
     before, streams = resource.getrlimit(resource.RLIMIT_FSIZE), [os.dup(1), os.dup(2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
 
     def limit(size: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)  # what is buffered may be more than the last limit
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)  # flush buffered output first, which may exceed the new limit
         sys.stdout.flush()
         for number, stream in enumerate(streams, 1):
             os.dup2(stream if size == resource.RLIM_INFINITY else nowhere, number)
@@ -294,7 +301,7 @@ def file_limit():
 
 
 class FillDisk(StopAt):
-    """The disk is full after step ``step``."""
+    """Fills the disk after step `step`."""
 
     def __init__(self, step: int, fill):
         super().__init__(step)
@@ -309,7 +316,7 @@ class FillDisk(StopAt):
     "too_large",
     ["model.safetensors", MANIFEST, *(pytest.param(name, marks=pytest.mark.full) for name in TORCH_FILES)],
 )
-def test_a_failed_save_is_one_sentence_and_leaves_the_older_checkpoint(saved, tmp_path, file_limit, too_large, whole):
+def test_a_failed_save_ends_in_one_sentence_and_keeps_the_older_one(saved, tmp_path, file_limit, too_large, whole):
     sizes = sorted({path.stat().st_size for path in (saved / "checkpoint-2").iterdir()})
     size = (saved / "checkpoint-2" / too_large).stat().st_size
     fill = FillDisk(3, lambda: file_limit(max([other for other in sizes if other < size], default=size - 1)))
@@ -360,7 +367,7 @@ def test_the_command_ends_with_one_sentence_where_the_disk_is_full(tmp_path, mon
 
 
 def other_tokens() -> dict:
-    """The same words under other numbers."""
+    """A tokenizer that gives the same words other token ids."""
     return {"words": WORDS[::-1]}
 
 
@@ -400,17 +407,17 @@ def test_all_differences_are_listed_and_resume_anyway_goes_on(run, caplog):
     assert "belongs to another run, and resume_anyway goes on with it: beta: 0.1 in" in caplog.text
 
 
-def test_what_does_not_change_the_curve_may_differ(run, whole, caplog):
+def test_options_that_do_not_change_the_curve_may_differ(run, whole, caplog):
     changes = {"logging_strategy": "steps", "save_steps": 3, "chunk_bytes": 1 << 22, "backend": "torch"}
     changes |= {"evaluation": 4, "eval_strategy": "epoch", "dataloader_num_workers": 1, "run_name": "again"}
     trainer = make_trainer("kto", run, **{**SAVING, "num_train_epochs": 2, **changes})
     steps, trained = outcome(trainer, resume=True)
     assert [entry for entry in steps if "loss" in entry] == [entry for entry in whole[0] if "loss" in entry]
     assert trained == whole[1]
-    assert "another curve" not in caplog.text  # a constant rate
+    assert "another curve" not in caplog.text  # the learning rate is constant
 
 
-def test_another_number_of_steps_is_said_where_the_schedule_depends_on_it(tmp_path, caplog):
+def test_another_number_of_steps_is_logged_if_the_schedule_depends_on_it(tmp_path, caplog):
     settings = {**SAVING, "lr_scheduler_type": "linear"}
     make_trainer("kto", tmp_path, max_steps=2, **settings).train()
     make_trainer("kto", tmp_path, max_steps=3, **settings).train(resume_from_checkpoint=True)
@@ -429,7 +436,7 @@ def test_an_adapter_and_the_weights_below_it_belong_to_the_run(tmp_path):
         trainer(rank=4).train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match=r"model.frozen_weights: "):
         trainer(seed=1).train(resume_from_checkpoint=True)
-    trainer(max_steps=3).train(resume_from_checkpoint=True)  # another random start of the adapter does not matter
+    trainer(max_steps=3).train(resume_from_checkpoint=True)  # the adapter's random start may differ
 
 
 @pytest.mark.parametrize("precompute", [False, True])
@@ -455,8 +462,8 @@ def test_evaluation_data_count_where_they_choose_the_best_model(tmp_path):
             again.train(resume_from_checkpoint=True)
 
 
-# Those of transformers and of these trainers that change the curve: a new field is sorted by adding it here or to
-# ``CURVE_NEUTRAL``.
+# The options of transformers and of these trainers that change the training curve. A new option belongs here or in
+# `CURVE_NEUTRAL`.
 CHANGES_THE_CURVE = {
     *("accelerator_config", "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size", "average_log_prob"),
     *("average_tokens_across_devices", "beta", "bf16", "bf16_full_eval", "data_seed", "dataloader_drop_last"),
@@ -486,13 +493,13 @@ def test_every_option_changes_the_curve_or_is_listed_as_one_that_does_not(tmp_pa
         return checkpoints.describe_run(args, **settings)
 
     plain = described()
-    for name in names - {"parallelism_config"}:  # which asks its value to describe itself
+    for name in names - {"parallelism_config"}:  # its value must be an object that describes itself
         is_counted = described(**{name: 0.123}).get(name) != plain.get(name)
         assert is_counted == (name not in checkpoints.CURVE_NEUTRAL), name
 
 
 def test_parts_of_a_model_are_described_without_what_loading_sets(tmp_path):
-    """A text and a vision model have configurations of their own, in which loading writes the dtype."""
+    """Loading writes the dtype into the configurations of a model's text part and vision part."""
     built = vision_language_model()
     built.save_pretrained(tmp_path)
     loaded = type(built).from_pretrained(tmp_path)
@@ -521,8 +528,8 @@ def test_a_later_versions_option_at_its_default_is_no_difference(run):
             trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
-def test_the_hash_of_data_is_of_its_values_alone(tmp_path):
-    """Not of the cache, the file or the transforms that they came through."""
+def test_the_hash_of_data_depends_on_its_values_only(tmp_path):
+    """The cache, file and transforms that the data came through do not count."""
     data("kto", 8).to_json(tmp_path / "data.jsonl")
     sources = [data("kto", 8), str(tmp_path / "data.jsonl")]
     trainers = [make_trainer("kto", tmp_path, train=source) for source in sources]
@@ -536,13 +543,14 @@ def test_the_hash_of_data_is_of_its_values_alone(tmp_path):
 
 
 def hold(folder: Path, is_held) -> None:
+    """Hold the lock of a folder until this process is killed."""
     lock = checkpoints._acquire(folder)
     is_held.set()
     while lock.is_locked:
         signal.pause()
 
 
-def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_killed_one_blocks_none(tmp_path, caplog):
+def test_a_second_run_is_refused_with_the_first_ones_process_and_a_killed_one_blocks_none(tmp_path, caplog):
     context = multiprocessing.get_context("fork")
     is_held = context.Event()
     first = context.Process(target=hold, args=(tmp_path, is_held))
@@ -559,7 +567,7 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_killed_one_block
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_too_full_for_the_note_of_a_lock_is_said(tmp_path, monkeypatch, caplog):
+def test_a_disk_too_full_for_the_locks_note_gives_a_warning(tmp_path, monkeypatch, caplog):
     write_text = Path.write_text
 
     def full(path, *arguments, **named):
@@ -588,7 +596,7 @@ def test_the_lock_is_released_by_an_error_too(tmp_path):
     make_trainer("kto", tmp_path, max_steps=1).train()
 
 
-def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch, caplog):
+def test_a_folder_that_cannot_be_locked_gives_a_warning(tmp_path, monkeypatch, caplog):
     def no_locks(self, **_):
         raise OSError(37, "No locks available")
 

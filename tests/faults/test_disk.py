@@ -1,4 +1,4 @@
-"""Disks that fill up, and damaged files of a model: one sentence that names the file, and nothing half-written."""
+"""Full disks and damaged model files end the command with one sentence that names the file, and leave no half file."""
 
 import json
 import os
@@ -29,7 +29,7 @@ FAST = ["--use_cpu", "--learning_rate", "0.01", "--per_device_train_batch_size",
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A model in one file and one in several, and pairs."""
+    """A folder with a model in one file, a model in several files, and a file of pairs."""
     folder = tmp_path_factory.mktemp("files")
     for name, size in (("model", "1GB"), ("sharded", "10KB")):
         tiny_training.model().save_pretrained(folder / name, max_shard_size=size)
@@ -39,22 +39,23 @@ def files(tmp_path_factory) -> Path:
 
 
 def command(files: Path, out: Path, *more: str) -> list[str]:
+    """The arguments of a DPO run of two steps that writes to `out`."""
     given = ["--model", str(files / "model"), "--data", str(files / "pairs.jsonl"), "--output_dir", str(out)]
     return ["train", "--loss", "dpo", *given, *FAST, "--logging_steps", "1", *more]
 
 
-# full disks
+# ---- full disks
 
-LIMIT = 4000
+LIMIT = 4000  # bytes that a file may have; the messages of the command are shorter
 
 
 def no_large_files(folder: Path) -> None:
-    """The kernel refuses to let a file grow, as a quota does: EFBIG. What the command says is shorter."""
+    """Let the kernel refuse files larger than `LIMIT` bytes with EFBIG, as a quota does."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def no_space(folder: Path) -> None:
-    """Fill the file system of ``folder``, which should be small: ENOSPC."""
+    """Fill the file system of `folder`, so that writes fail with ENOSPC. The file system should be small."""
     with (folder / "filler").open("wb", buffering=0) as file:
         for size in (2**16, 2**12, 1):
             try:
@@ -66,7 +67,7 @@ def no_space(folder: Path) -> None:
 
 @pytest.fixture(params=["limit", pytest.param("tmpfs", marks=pytest.mark.full)])
 def disk(request, tmp_path):
-    """A folder, and what fills its disk up: with --full a small file system too."""
+    """A folder, and a function that fills its disk. With --full also a small file system that is really filled."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -80,7 +81,7 @@ def disk(request, tmp_path):
 
 
 def filling(fill: Callable[[Path], None], folder: Path, function: Callable) -> Callable:
-    """``function``, once the disk is full."""
+    """Return `function` with a disk that is filled just before the call."""
 
     def full(*arguments, **named):
         fill(folder)
@@ -104,14 +105,14 @@ def names(folder: Path) -> set[str]:
         ),
     ],
 )
-def test_results_that_do_not_fit_are_one_sentence_and_leave_nothing_half(files, tmp_path, disk, place, kept):
+def test_results_that_do_not_fit_end_in_one_sentence_and_leave_no_half_results(files, tmp_path, disk, place, kept):
     folder, fill = disk
     out = folder / "out"
 
     def before():
         owner = FusedDPOTrainer if place == "save_model" else train
         setattr(owner, place, filling(fill, folder, getattr(owner, place)))
-        if place == "save_model":  # checkpoints are saved by it too
+        if place == "save_model":  # it saves checkpoints too, which must still fit
             saved = FusedDPOTrainer.save_model
             original = train.FusedTrainer.save_model
 
@@ -209,7 +210,7 @@ def test_what_a_killed_run_left_in_its_draft_is_removed(tmp_path):
     assert names(tmp_path) == {"metrics.json", "curves.png"}
 
 
-# damaged files of a model
+# ---- damaged model files
 
 DAMAGES = {
     "empty": lambda content: b"",
@@ -253,7 +254,7 @@ def test_a_damaged_model_ends_the_command_before_anything_is_written(files, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_a_checkpoint_lacks_are_not_made_up(files, tmp_path):
+def test_a_model_file_that_lacks_weights_is_refused(files, tmp_path):
     shutil.copytree(files / "model", tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     values = load_file(path)
@@ -262,11 +263,11 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(files, tmp_path):
     message = r"lack 1 of the weights of LlamaForCausalLM \(model.layers.1.mlp.down_proj.weight among them\)"
     with pytest.raises(CommandError, match=message):
         train.load(str(tmp_path / "model"), "float32")
-    with pytest.raises(ValueError, match=message):  # from Python too
+    with pytest.raises(ValueError, match=message):  # the trainers refuse it too
         tiny_training.make_trainer("dpo", tmp_path / "out", policy=str(tmp_path / "model"))
 
 
-def test_a_shard_that_the_index_does_not_name_is_missed(files, tmp_path):
+def test_an_index_that_lacks_a_shard_is_refused(files, tmp_path):
     shutil.copytree(files / "sharded", tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -277,14 +278,14 @@ def test_a_shard_that_the_index_does_not_name_is_missed(files, tmp_path):
         train.load(str(tmp_path / "model"), "float32")
 
 
-def test_a_pointer_of_git_lfs_is_told_from_damage(files, tmp_path):
+def test_a_git_lfs_pointer_is_named_as_such(files, tmp_path):
     shutil.copytree(files / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid")
     with pytest.raises(CommandError, match=r"model.safetensors is a Git LFS pointer.*git lfs pull"):
         train.load(str(tmp_path / "model"), "float32")
 
 
-def test_weights_of_torch_that_end_early_are_named(files, tmp_path):
+def test_truncated_pytorch_weights_are_named(files, tmp_path):
     shutil.copytree(files / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -298,7 +299,7 @@ def test_weights_of_torch_that_end_early_are_named(files, tmp_path):
             train.load(str(tmp_path / "model"), "float32")
 
 
-def test_a_damaged_model_is_named_from_python_too(files, tmp_path):
+def test_the_trainers_name_a_damaged_model_file_too(files, tmp_path):
     shutil.copytree(files / "model", tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     os.truncate(path, path.stat().st_size // 2)
@@ -306,6 +307,6 @@ def test_a_damaged_model_is_named_from_python_too(files, tmp_path):
         tiny_training.make_trainer("dpo", tmp_path / "out", policy=str(tmp_path / "model"))
 
 
-def test_whole_models_and_unknown_names_have_no_damage(files):
+def test_whole_models_and_unknown_names_are_not_damaged(files):
     for name in (str(files / "model"), str(files / "sharded"), "no/such", "not a name of the Hub!"):
         assert model_files.damaged_file(name) is None

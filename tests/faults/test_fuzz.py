@@ -1,4 +1,7 @@
-"""Random calls of every loss and log-probability against ``loss_oracle``: values, metrics and gradients."""
+"""Random calls of every loss and log-probability function agree with `loss_oracle`: values, metrics and gradients.
+
+A case is made from its seed alone, so that a failure can be repeated.
+"""
 
 import math
 import random
@@ -12,10 +15,11 @@ from conftest import ENGINES
 
 import kto_fused
 
+# the number of cases with and without --full, and the number of tests that share them
 CASES, SLICE, GROUPS = 3000, 200, 10
 
-# The distance from 1 to the next number. A result may be off by ``ROUNDINGS`` of the dtype that it is computed in, as a
-# share of the numbers that it is computed from, and by ``STORED`` of the dtype that it is stored in.
+# EPS is the distance from 1 to the next number. A result may be off by `ROUNDINGS` eps of the dtype that it is computed
+# in, relative to the numbers that it is computed from, and by `STORED` eps of the dtype that it is stored in.
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 SMALLEST = {torch.float64: 1e-300, torch.float32: 1e-37, torch.bfloat16: 1e-37, torch.float16: 2.0**-24}
 ROUNDINGS, STORED = 8, 3
@@ -30,11 +34,11 @@ SMOOTHED = ("sigmoid", "robust", "simpo")
 
 
 class Source(NamedTuple):
-    """Where logits come from: given, or hidden states and an LM head."""
+    """Logits, and the tensors that they come from: themselves, or hidden states and an LM head."""
 
     tensors: dict[str, torch.Tensor]  # logits; or hidden, weight and perhaps bias
     logits: np.ndarray  # [rows, V]
-    size: np.ndarray  # [rows] the largest number that took part in a row's logits
+    size: np.ndarray  # [rows] the largest number that was added up in a row's logits
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,6 +47,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def to_numpy(values: torch.Tensor) -> np.ndarray:
     return values.detach().double().cpu().numpy()
+
+
+class CheckedLoss(NamedTuple):
+    """A compared loss, and the gradient to expect from its backward pass."""
+
+    loss: torch.Tensor
+    incoming: torch.Tensor  # the gradient that flows into the loss
+    grads: np.ndarray  # [B] d loss / d log-probability of each sequence, times incoming
+    tolerance: np.ndarray  # [B] possible error of grads
 
 
 class Fuzz:
@@ -69,7 +82,10 @@ class Fuzz:
     # ---- inputs -----------------------------------------------------------------------------------------------------
 
     def strided(self, values: torch.Tensor, *, last_too: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The same values under other strides, in the case's dtype and on its device."""
+        """Return the same values with random strides, in the case's dtype and on its device.
+
+        `last_too` allows a stride other than 1 in the last dimension.
+        """
         kind = self.pick("contiguous", "contiguous", "transposed", "padded", "every second", *["columns"] * last_too)
         values = values.to(self.device, dtype or self.dtype)
         shape = values.shape
@@ -86,7 +102,7 @@ class Fuzz:
         return holder.copy_(values)
 
     def make_labels(self) -> None:
-        """Labels, their dtype, and offsets where sequences are packed; completions may be empty, or all of them."""
+        """Draw labels, their dtype, and offsets if sequences are packed. Some or all completions may be empty."""
         self.vocab = self.pick(1, 2, 3, 5, 17, 33, 64, 100, 127, 130, 257, 500)
         seq_len = self.pick(1, 2, 3, 5, 8, 9)
         ignore_index = self.pick(-100, -100, -100, -1, 0)
@@ -134,7 +150,7 @@ class Fuzz:
         if extreme == "large":
             where = torch.rand(values.shape, generator=self.generator) < 0.1
             values[where] = 1e4 * values[where].sign()
-        elif extreme == "banned":  # tokens that may not be said, but for those that were
+        elif extreme == "banned":  # forbidden tokens have logit -inf, but never the targets
             where = torch.rand(values.shape, generator=self.generator) < 0.3
             where[self.tokens.rows, self.tokens.targets] = False
             values[where] = -math.inf
@@ -143,7 +159,7 @@ class Fuzz:
         return Source({"logits": logits}, seen, np.zeros(num_rows))
 
     def make_hidden(self, dtype: torch.dtype, head: Source | None = None) -> Source:
-        """With a head of its own, or that of another source."""
+        """Draw hidden states, with the LM head of `head` or with a new one."""
         num_rows = math.prod(self.rows_shape)
         hidden_size = head.tensors["weight"].shape[1] if head else self.pick(1, 2, 3, 8, 16, 33)
         hidden = self.randn(num_rows, hidden_size) * self.pick(0.3, 1.0, 1.0, 20.0)
@@ -196,6 +212,7 @@ class Fuzz:
     # ---- the comparison ---------------------------------------------------------------------------------------------
 
     def compare(self, name: str, got: Any, want: Any, tolerance: Any) -> None:
+        """Note a mismatch if `got` differs from `want` by more than `tolerance`."""
         got = to_numpy(got) if isinstance(got, torch.Tensor) else np.asarray(got)
         want, tolerance = np.asarray(want), np.broadcast_to(np.asarray(tolerance, dtype=float), np.shape(want))
         if got.shape != want.shape:
@@ -222,8 +239,11 @@ class Fuzz:
         errors: np.ndarray,
         ref_errors: np.ndarray,
         lengths: np.ndarray,
-    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the loss, the gradient that it gets, d loss / d logps [B], and how far that may be off."""
+    ) -> CheckedLoss:
+        """Compare a loss and its metrics with the oracle.
+
+        `errors` and `ref_errors` [B] bound the errors of the log-probabilities.
+        """
         loss, metrics = result
         want = self.loss_of(logps, ref_logps, lengths)
         loss_off, grad_off = np.zeros_like(want.losses), np.zeros_like(want.grads)
@@ -236,11 +256,11 @@ class Fuzz:
             near = self.loss_of(logps + sign * apart, ref_logps, lengths)
             loss_off = np.maximum(loss_off, 2 * np.abs(near.losses - want.losses))
             grad_off = np.maximum(grad_off, 2 * np.abs(near.grads - want.grads))
-        if not self.is_dpo and isinstance(self.loss_options["reference_point"], str):  # which moves with all of them
+        if not self.is_dpo and isinstance(self.loss_options["reference_point"], str):  # z0 depends on all sequences
             steepest = beta * max(self.loss_options["desirable_weight"], self.loss_options["undesirable_weight"])
             loss_off = loss_off + steepest * (apart + apart.mean())
             grad_off = grad_off + steepest * beta * (apart + apart.mean())
-        # sigma'(x) = sigma(x) (1 - sigma(x)) has the rounding of 1 - sigma(x), however small it is itself
+        # sigma'(x) = sigma(x) (1 - sigma(x)) carries the rounding error of 1 - sigma(x), however small it is itself
         grad_off = grad_off + scale * beta * max(self.options.get("desirable_weight", 1.0), 1.0)
         eps = EPS[loss.dtype]
         average = len(want.losses) if self.reduction == "mean" else 1
@@ -263,7 +283,7 @@ class Fuzz:
             self.compare("metrics.ref_logps", metrics.ref_logps, ref_logps, ref_errors + scale * np.abs(ref_logps))
         by_sequence = np.resize(to_numpy(incoming), len(logps)) / average
         grads = want.grads * by_sequence
-        return loss, incoming, grads, grad_off * np.abs(by_sequence) + STORED * eps * np.abs(grads)
+        return CheckedLoss(loss, incoming, grads, grad_off * np.abs(by_sequence) + STORED * eps * np.abs(grads))
 
     def check_sequences(self, metrics: Any, logps: np.ndarray, errors: np.ndarray) -> None:
         self.compare("metrics.logps", metrics.logps, logps, errors + EPS[torch.float64] * ROUNDINGS * np.abs(logps))
@@ -279,18 +299,19 @@ class Fuzz:
             "metrics.entropy", metrics.entropy, means(scored.entropy), means(errors * (2 + math.log(self.vocab)))
         )
         self.compare("metrics.mean_logits", metrics.mean_logits, means(scored.mean_logit), means(errors))
-        # given logits keep their order, ties included; computed ones may change places with their neighbours
+        # given logits keep their order, ties included; rounding may swap computed logits that are nearly equal
         is_given = self.function in FROM_LOGITS and self.transform["softcap"] is None
         apart = np.zeros_like(errors) if is_given else 2 * errors
         least, most = means(scored.lead >= apart), means(scored.lead >= -apart)
         self.compare("metrics.token_accuracy", metrics.token_accuracy, (least + most) / 2, (most - least) / 2 + 1e-6)
 
     def run(self) -> "Fuzz":
+        """Make the call and compare its results; mismatches are collected in `mismatches`."""
         self.run_logps() if self.function in FROM_LOGPS else self.run_tokens()
         return self
 
     def run_logps(self) -> None:
-        """A loss of log-probabilities that are at hand."""
+        """Run a loss that takes log-probabilities."""
         self.make_loss_options()
         self.average = self.pick(False, True)
         given = (-self.randn(self.batch).abs() * self.pick(1.0, 30.0, 1000.0)).to(self.device, self.dtype)
@@ -318,6 +339,7 @@ class Fuzz:
         self.compare("grad of policy_logps", grad, grads, off)
 
     def run_tokens(self) -> None:
+        """Run a function that takes logits or hidden states."""
         self.make_labels()
         from_hidden = self.function in FROM_HIDDEN
         policy = self.make_hidden(self.dtype) if from_hidden else self.make_logits(self.dtype)
@@ -347,8 +369,7 @@ class Fuzz:
         ref_logps, ref_errors = self.add_reference(policy, from_hidden, logps)
         result = getattr(kto_fused, self.function)(*arguments, **self.options)
         self.check_tokens(result[1], scored, errors)
-        checked = self.check_loss(result, logps, ref_logps, sequence_errors, ref_errors, lengths)
-        loss, incoming, grads, off = checked
+        loss, incoming, grads, off = self.check_loss(result, logps, ref_logps, sequence_errors, ref_errors, lengths)
         if self.average:
             grads, off = grads / np.maximum(lengths, 1), off / np.maximum(lengths, 1)
         sequences = self.tokens.sequences
@@ -357,7 +378,7 @@ class Fuzz:
     def add_reference(
         self, policy: Source, from_hidden: bool, logps: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray]:
-        """Adds the reference to the options; returns its log-probabilities, and how far they may be off."""
+        """Add a reference to the call's options; returns its log-probabilities and their possible errors."""
         if not self.has_reference:
             return None, np.zeros(self.batch)
         if self.pick(True, False):
@@ -379,7 +400,7 @@ class Fuzz:
         return self.sums(scored.logps), self.sums(ROUNDINGS * EPS[compute_dtype(dtype)] * scored.margin)
 
     def finish_logps(self, arguments, needed, policy, scored, errors, logps, sequence_errors) -> None:
-        """Log-probabilities of sequences or of tokens, and any gradient by them."""
+        """Run a function that returns log-probabilities of sequences or tokens, with a random incoming gradient."""
         got = getattr(kto_fused, self.function)(*arguments, **self.options)
         num_rows, sequences, rows = math.prod(self.rows_shape), self.tokens.sequences, self.tokens.rows
         if "token" in self.function:
@@ -397,6 +418,7 @@ class Fuzz:
         self.check_gradients(got, incoming, needed, policy, scored, errors, token_grads, off)
 
     def check_gradients(self, result, incoming, needed, policy, scored, errors, token_grads, token_off) -> None:
+        """Compare the gradients of the tensors in `needed` with those that follow from the tokens' gradients."""
         if not needed:
             assert not result.requires_grad
             return

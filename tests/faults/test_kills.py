@@ -1,4 +1,4 @@
-"""Runs that are killed at random points and resumed end bit for bit as one that was never stopped."""
+"""Runs that are killed at random points and resumed end bit for bit like a run that was never stopped."""
 
 import functools
 import json
@@ -12,15 +12,15 @@ from killed_runs import STEPS, context, train
 
 from kto_fused.trainers import checkpoints
 
-# how many kills, and after how many the run of them may end
+# the number of kills without and with --full, and the number of kills after which a run may end
 SLICE, FULL, KILLS_OF_A_RUN = 10, 80, 5
-# changes to files that a run of 12 steps and 6 checkpoints makes from Python are some 100
+# a run of 12 steps and 6 checkpoints changes files about 100 times from Python
 LAST_EVENT = 80
 
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts ``killed_runs.train`` in a process of its own."""
+    """A function that starts `killed_runs.train` in a process of its own and returns the process."""
     processes = context()
 
     def start(*arguments):
@@ -32,7 +32,7 @@ def start():
 
 
 def finish(start, kind: str, folder: Path, resume: bool) -> tuple[dict, float]:
-    """The outcome of a run that is left alone, and its seconds."""
+    """Let a run end by itself; returns its outcome and its seconds."""
     process = start(kind, str(folder), resume)
     assert ended(process) == 0, log_of(folder)
     outcome = json.loads((folder / "outcome.json").read_text())
@@ -40,7 +40,7 @@ def finish(start, kind: str, folder: Path, resume: bool) -> tuple[dict, float]:
 
 
 def ended(process) -> int:
-    """Its exit code; none of these runs takes long."""
+    """Wait for a process, at most 120 seconds; returns its exit code."""
     process.join(120)
     if process.is_alive():
         process.kill()
@@ -53,7 +53,7 @@ def log_of(folder: Path) -> str:
 
 
 def newest_complete(folder: Path) -> int:
-    """Its step; 0 where there is none."""
+    """Return the step of the newest complete checkpoint; 0 if there is none."""
     return max(
         (one.step for one in checkpoints.found_in(folder) if checkpoints._problem(one.folder) is None), default=0
     )
@@ -61,8 +61,9 @@ def newest_complete(folder: Path) -> int:
 
 @pytest.fixture
 def in_memory(tmp_path):
-    """A folder in a file system of its own where there is one: a kill loses nothing that the system holds, so waiting
-    for a disk would prove nothing.
+    """A folder in memory, if the system has one.
+
+    A kill loses nothing that the operating system has received, so waiting for a disk would prove nothing.
     """
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
@@ -71,7 +72,7 @@ def in_memory(tmp_path):
         yield Path(folder)
 
 
-def test_killed_runs_end_as_one_that_was_not(start, in_memory, full):
+def test_killed_and_resumed_runs_end_like_one_that_was_never_stopped(start, in_memory, full):
     @functools.cache
     def whole(kind: str) -> tuple[dict, float]:
         return finish(start, kind, in_memory / kind, False)
@@ -84,9 +85,9 @@ def test_killed_runs_end_as_one_that_was_not(start, in_memory, full):
         runs += 1
         newest = 0
         for _ in range(KILLS_OF_A_RUN):
-            if draw.random() < 0.5:  # at a change to a file: as a checkpoint is saved, rotated or cleaned up
+            if draw.random() < 0.5:  # at a change to a file, while a checkpoint is saved, rotated or cleaned up
                 process = start(kind, str(folder), newest > 0, draw.randint(1, LAST_EVENT))
-            else:  # at any time: within what torch and safetensors write too
+            else:  # at any time, also while torch and safetensors write
                 process = start(kind, str(folder), newest > 0)
                 process.join(draw.uniform(0.1, 1.0) * seconds * (1 - newest / STEPS))
                 process.kill()
@@ -94,11 +95,11 @@ def test_killed_runs_end_as_one_that_was_not(start, in_memory, full):
             assert code in (0, -9), log_of(folder)
             kills += code != 0
             before, newest = newest, newest_complete(folder)
-            assert newest >= before, f"run {runs}: a kill left less than before"
+            assert newest >= before, f"run {runs}: a kill lost a complete checkpoint"
             torn += any(not checkpoints.is_complete(one.folder) for one in checkpoints.found_in(folder))
             if newest == STEPS:
                 break
         outcome, _ = finish(start, kind, folder, newest > 0)
-        assert outcome == expected, f"run {runs} ended otherwise"
+        assert outcome == expected, f"run {runs} ended with another outcome"
     print(f"{kills} kills of {runs} runs, {torn} of them left a torn checkpoint")
     assert torn, "no kill came while a checkpoint was saved"
