@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import fingerprints
+from .configs import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,6 @@ CONFIG_NEUTRAL = frozenset(
 ADAPTER_NEUTRAL = frozenset(
     ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
 )
-# schedules that step by the loss of evaluations, and those that do not depend on how many steps a run has
-BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
-WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", *BY_EVALUATION)
 
 
 class CheckpointError(ValueError):
@@ -315,6 +313,22 @@ def _put_back(folder: Path) -> None:
         previous.rename(folder)
 
 
+def reason_of(error: Exception) -> str:
+    """Return why saving failed: the operating system's reason, however deep it lies in the error's causes.
+
+    ``torch.save`` may be the first to notice that less was written than it asked for, as on a full disk. Its error then
+    only names a line of its source and two positions.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    if "unexpected pos" in str(error):
+        return "a file could not be written to its end"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def remove(folder: Path) -> None:
     """The manifest first, so that what is left of a removal that was killed is not complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -370,7 +384,7 @@ def describe_run(
     if isinstance(args.deepspeed, str) and Path(args.deepspeed).is_file():
         entries["deepspeed"] = json.loads(Path(args.deepspeed).read_bytes())
     entries["train_data"] = _describe_data(train_dataset, columns)
-    if args.metric_for_best_model is not None or _schedule(args) in BY_EVALUATION:
+    if args.metric_for_best_model is not None or args.lr_scheduler_type in SCHEDULES_BY_EVALUATION:
         entries["eval_data"] = _describe_data(eval_dataset, columns)
     vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
     entries["tokenizer"] = f"{len(tokenizer)} tokens, {fingerprints.hash_json(_plain(vocabulary))}"
@@ -432,16 +446,13 @@ def _shortened(value: Any) -> str:
 
 def warn_of_another_end(before: int, now: int, args: TrainingArguments) -> None:
     """Say that the learning rate goes on along another curve, where the schedule depends on the number of steps."""
-    depends = _schedule(args) not in WITHOUT_END or 0 < args.warmup_steps < 1
+    depends = args.lr_scheduler_type not in SCHEDULES_WITHOUT_END or 0 < args.warmup_steps < 1
     if before != now and depends:
         logger.warning(
             f"the checkpoint's run was to end after {before} steps, this one after {now}: "
-            f"lr_scheduler_type={_schedule(args)!r} depends on that, so the learning rate goes on along another curve"
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r} depends on that, so the learning rate goes on along "
+            "another curve"
         )
-
-
-def _schedule(args: TrainingArguments) -> str:
-    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
 
 
 def _describe_data(data: Dataset | dict[str, Dataset] | None, columns: Iterable[str]) -> Any:

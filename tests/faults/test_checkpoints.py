@@ -599,10 +599,8 @@ def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch, caplog):
 
 def test_torch_says_nothing_of_a_full_disk_that_is_not_passed_on(tmp_path, file_limit):
     """The reason in the sentence is the system's, however deep it lies."""
-    from kto_fused.trainers import _reason
-
     file_limit(100)
     with pytest.raises((OSError, RuntimeError)) as raised:
         torch.save({"values": torch.zeros(1000)}, tmp_path / "file.pt")
     file_limit(resource.RLIM_INFINITY)
-    assert _reason(raised.value)
+    assert checkpoints.reason_of(raised.value)

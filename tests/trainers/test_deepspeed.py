@@ -1,16 +1,12 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3 on two processes (CPUs, gloo) train as one process does without it."""
 
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
-
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 
 from tiny_training import assert_near, assert_same_run, model, run_on_two
 from train_deepspeed import KINDS, cases

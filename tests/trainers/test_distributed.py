@@ -1,12 +1,8 @@
 """Two processes on CPUs (gloo), under DistributedDataParallel or sharded by FSDP2, train as one on the same batches."""
 
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
-
 import pytest
 import torch
 
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this PyTorch has no gloo: no processes to train in", allow_module_level=True)
 

@@ -1,21 +1,10 @@
 """Unbalanced labels: the weights that the KTO paper advises are said, with the flag."""
 
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
-
 import pytest
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
-
 from datasets import Dataset
 from tiny_training import data, make_trainer
 
-pytestmark = pytest.mark.usefixtures("small_machine")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def feedback(desirable: int, undesirable: int) -> Dataset:

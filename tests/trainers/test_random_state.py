@@ -1,28 +1,15 @@
 """What prepares a run, and what looks at it, leaves alone the random state that its dropout draws from."""
 
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
-
 import random
 
 import numpy as np
 import pytest
 import torch
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
-
-from tiny_training import data, history, make_trainer, model
+from tiny_training import by_kind, data, history, make_trainer, model
 from transformers import set_seed
 
-KINDS = ["kto", "dpo"]
 SEED = 7
-by_kind = pytest.mark.parametrize("kind", KINDS)
-pytestmark = pytest.mark.usefixtures("small_machine")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def state() -> tuple:

@@ -1,30 +1,17 @@
 """Parameters that text never reaches: frozen where that is sure, left alone where it depends on the tokens."""
 
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
-
 import logging
 
 import pytest
 import torch
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
-
-from tiny_training import WORDS, history, make_trainer, model, vision_language_model
+from tiny_training import WORDS, by_kind, history, make_trainer, model, vision_language_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from kto_fused.huggingface.inspect import unreached_by_text
 
-KINDS = ["kto", "dpo"]
 TOWERS = ("model.vision_tower.", "model.multi_modal_projector.")
-by_kind = pytest.mark.parametrize("kind", KINDS)
-pytestmark = pytest.mark.usefixtures("small_machine")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def messages(caplog, word: str) -> list[str]:

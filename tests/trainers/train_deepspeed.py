@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_training import CLOCK, history, make_trainer, model, run_cases, stop_and_resume
+from tiny_training import CLOCK, counting_reference_passes, history, make_trainer, model, run_cases, stop_and_resume
 
 from kto_fused import huggingface
 from kto_fused.trainers import FusedTrainer
@@ -144,30 +144,21 @@ def evaluate(folder: Path, kind: str, stage: int):
 
 def precompute(folder: Path, kind: str, stage: int, is_on_disk: bool = False, **settings: Any):
     """Twice: the second time they are found on the disk."""
-    runs, passes = [], FusedTrainer._reference
+    runs = []
     for _ in range(2):
-        count = 0
-
-        def counted(self, *args):
-            nonlocal count
-            count += 1
-            return passes(self, *args)
-
-        FusedTrainer._reference = counted
         if is_on_disk:
             settings["policy"] = on_disk(folder, 0)
         cache = str(folder / f"cache_of_{PROCESSES}")
-        try:
+        with counting_reference_passes() as counter:
             trainer = make(
                 kind, stage, folder, train=12, precompute_ref_log_probs=True, ref_cache_dir=cache, **settings
             )
             trainer.train()
-        finally:
-            FusedTrainer._reference = passes
         batch = next(iter(trainer.get_train_dataloader()))
         is_unrounded = trainer._prepare_inputs(batch)["ref_logps"].equal(batch["ref_logps"])
         fingerprints = sorted(os.listdir(cache))
-        runs.append({"passes": count, "is_unrounded": is_unrounded, "fingerprints": fingerprints, **outcome(trainer)})
+        passes = counter["passes"]
+        runs.append({"passes": passes, "is_unrounded": is_unrounded, "fingerprints": fingerprints, **outcome(trainer)})
     return runs
 
 

@@ -18,6 +18,7 @@ from datasets import concatenate_datasets
 from filelock import FileLock
 from tiny_training import (
     CLOCK,
+    counting_reference_passes,
     data,
     history,
     make_trainer,
@@ -178,15 +179,7 @@ def evaluate(folder: Path, kind: str, wrapper: str):
 
 
 def precompute_once(kind: str, wrapper: str, folder: Path, cache: Path, **settings: Any):
-    passes, count = FusedTrainer._reference, 0
-
-    def counted(self, *args):
-        nonlocal count
-        count += 1
-        return passes(self, *args)
-
-    FusedTrainer._reference = counted
-    try:
+    with counting_reference_passes() as counter:
         trainer = make(
             kind,
             wrapper,
@@ -200,9 +193,7 @@ def precompute_once(kind: str, wrapper: str, folder: Path, cache: Path, **settin
             **settings,
         )
         trainer.train()
-    finally:
-        FusedTrainer._reference = passes
-    return {"passes": count, **outcome(trainer)}
+    return {"passes": counter["passes"], **outcome(trainer)}
 
 
 def precompute(folder: Path, kind: str, wrapper: str):

@@ -1,21 +1,16 @@
 """The reference of a model with adapters: the policy as it was before training, and what says so."""
 
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
-
 import logging
 import re
 
 import pytest
 import torch
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
-peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
-
 from safetensors.torch import load_file
 from tiny_training import StopAt, history, make_trainer, model
 
 from kto_fused.trainers import adapters
+
+peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
 
 LN_2 = 0.693147
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
@@ -36,12 +31,7 @@ ADAPTERS = {
     "LoHa": lambda: peft.LoHaConfig(r=2, **LAYERS),
     "VeRA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
 }
-pytestmark = pytest.mark.usefixtures("small_machine")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def disturb(policy, adapter: str | None = None, seed: int = 3):
@@ -90,7 +80,7 @@ def test_training_starts_at_the_reference_whatever_the_adapter_holds(tmp_path, k
         assert first["loss"] == 0.5
         assert first["kl"] == 0
     assert first["rewards/chosen"] == first.get("rewards/rejected", 0) == 0
-    assert trainer._ref_adapters == trainer._ref_copies == ("ref",)
+    assert trainer._reference.adapters.names == trainer._reference.adapters.copies == ("ref",)
     changed = {name for name, tensor in policy.state_dict().items() if not tensor.equal(start[name])}
     assert changed
     assert not any("ref" in name.split(".") for name in changed)
@@ -143,7 +133,7 @@ def test_of_several_active_adapters_what_is_trained_is_copied(tmp_path):
         return made
 
     own = train("kto", tmp_path, policy(), train=8)
-    assert own._ref_adapters == ("default", "ref")
+    assert own._reference.adapters.names == ("default", "ref")
     assert own.model.active_adapters == ["default", "second", "fresh"]
     assert history(own)[0]["rewards/chosen"] == 0
     given = train("kto", tmp_path, policy(), ref_model=policy(), train=8)
@@ -274,7 +264,7 @@ def test_a_copy_that_the_user_replaced_is_the_users(tmp_path):
         first.evaluate()
     policy.add_adapter("ref", ADAPTERS["LoRA"]())
     second = make_trainer("dpo", tmp_path, policy=policy, train=4)
-    assert (second._ref_adapters, second._ref_copies) == (("ref",), ())
+    assert (second._reference.adapters.names, second._reference.adapters.copies) == (("ref",), ())
 
 
 def test_dropping_copies_leaves_the_model_as_it_was():
@@ -313,7 +303,7 @@ def test_a_trained_adapter_of_that_name_is_the_policy(tmp_path):
     torch.manual_seed(5)
     policy = disturb(peft.get_peft_model(model(), ADAPTERS["LoRA"](), adapter_name="ref"))
     trainer = train("dpo", tmp_path, policy)
-    assert trainer._ref_adapters == ("reference",)
+    assert trainer._reference.adapters.names == ("reference",)
     assert history(trainer)[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
 
 
