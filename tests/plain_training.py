@@ -1,4 +1,4 @@
-"""Plain training loops in float64, as the truth that trainers are compared with."""
+"""Training loops in plain PyTorch and float64: the truth that the trainers are compared with."""
 
 import copy
 
@@ -63,13 +63,13 @@ PLAIN = {"kto": plain_kto, "dpo": plain_dpo}
 
 
 def in_order(trainer, rows, batch_size):
-    """The batches of a sequential sampler."""
+    """Yield the batches of a sequential sampler."""
     for start in range(0, len(rows), batch_size):
         yield trainer.data_collator([rows[row] for row in range(start, min(start + batch_size, len(rows)))])
 
 
 def plain_training(kind, policy, ref, trainer):
-    """(log history, policy) of a loop by hand, in float64."""
+    """Train a copy of ``policy`` in float64, and return the log entries and that copy."""
     policy, args = copy.deepcopy(policy).double(), trainer.args
     ref = None if ref is None else copy.deepcopy(ref).double()
     optimizer = torch.optim.SGD(policy.parameters(), lr=args.learning_rate)
@@ -86,9 +86,9 @@ def plain_training(kind, policy, ref, trainer):
 
 
 def assert_same_steps(actual, expected, start, tolerance=1e-4):
-    """The same way from ``start``, relative to its length, and to the rounding of what it ends at."""
+    """Compare the changes from ``start``: relative to the change's norm, plus the rounding of the weights."""
     for name, target in expected.items():
-        way, rounding = target.double() - start[name], 2e-7 * target.norm()
-        assert way.norm() > 100 * rounding, f"{name} has not moved"
+        change, rounding = target.double() - start[name], 2e-7 * target.norm()
+        assert change.norm() > 100 * rounding, f"{name} has not moved"
         error = (actual[name].double() - target).norm()
-        assert error <= tolerance * way.norm() + rounding, f"{name}: {error:.1e} of {way.norm():.1e}"
+        assert error <= tolerance * change.norm() + rounding, f"{name}: {error:.1e} of {change.norm():.1e}"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def plain_evaluation(kind, policy, ref, trainer, rows, batch_size):
-    """Loss and metrics of a whole dataset: KTO's z0 is a batch's, everything else a mean over sequences or tokens."""
+    """Return loss and metrics of a whole dataset: z0 is estimated per batch, all else is a mean over the dataset."""
     totals = Totals()
     with torch.no_grad():
         for batch in in_order(trainer, rows, batch_size):
@@ -29,7 +29,7 @@ def plain_evaluation(kind, policy, ref, trainer, rows, batch_size):
 @by_kind
 @pytest.mark.parametrize("loss_from", ["hidden", "logits"])
 def test_evaluation_is_that_of_the_whole_dataset(tmp_path, kind, loss_from):
-    """9 rows in batches of 4: the last one weighs a quarter."""
+    """9 rows in batches of 4: the last batch has one row and weighs a quarter of the others."""
     policy, ref = model(), model(seed=1)
     trainer = make_trainer(
         kind,
@@ -106,7 +106,7 @@ def test_evaluation_data_may_be_of_one_label(tmp_path):
 
 
 @by_kind
-def test_another_trainers_reference_is_not_used(tmp_path, kind):
+def test_reference_columns_of_another_trainer_are_not_used(tmp_path, kind):
     settings = {"evaluation": 5, "per_device_eval_batch_size": 5}
     others = run_precomputed(kind, tmp_path / "other", ref_model=model(seed=2), **settings)
     trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), **settings)
@@ -114,7 +114,7 @@ def test_another_trainers_reference_is_not_used(tmp_path, kind):
     assert of_others["eval_loss"] == given["eval_loss"] != others.evaluate()["eval_loss"]
 
 
-def test_autocast_stands_around_the_model_once_however_often_it_is_evaluated(tmp_path):
+def test_autocast_wraps_the_model_once_however_often_it_is_evaluated(tmp_path):
     trainer = make_trainer("dpo", tmp_path, evaluation=4, bf16=True)
     forward = trainer.model.forward
     for _ in range(3):
@@ -127,7 +127,7 @@ def test_autocast_stands_around_the_model_once_however_often_it_is_evaluated(tmp
 
 
 @by_kind
-def test_workers_that_stay_evaluate_what_they_are_given(tmp_path, kind):
+def test_persistent_workers_evaluate_the_dataset_they_are_given(tmp_path, kind):
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     trainer = make_trainer(kind, tmp_path, evaluation=4, **workers)
     of_old, of_new, of_old_again = trainer.evaluate(), trainer.evaluate(data(kind, 4, seed=5)), trainer.evaluate()
@@ -136,8 +136,8 @@ def test_workers_that_stay_evaluate_what_they_are_given(tmp_path, kind):
     assert of_old_again["eval_logps/chosen"] == of_old["eval_logps/chosen"]
 
 
-def test_workers_that_stay_draw_the_same_batches_at_each_evaluation(tmp_path):
-    """z0 is of a batch: in other batches the loss is another."""
+def test_persistent_workers_draw_the_same_batches_at_each_evaluation(tmp_path):
+    """z0 is estimated per batch, so other batches would give another loss."""
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     trainer = make_trainer("kto", tmp_path, ref_model=model(seed=1), evaluation=20, **workers)
     first, second = trainer.evaluate(), trainer.evaluate()
@@ -154,8 +154,8 @@ def test_training_data_is_one_dataset_and_evaluation_data_may_be_several(tmp_pat
         assert {"eval_a_loss", "eval_b_loss"} <= metrics.keys()
 
 
-def test_the_best_checkpoint_by_a_metric_of_ours_is_kept_and_stops_the_run(tmp_path):
-    """The pairs of evaluation are those of training the wrong way round: each step makes their margin worse."""
+def test_a_logged_metric_chooses_the_best_checkpoint_and_stops_the_run(tmp_path):
+    """Evaluation swaps the sides of the training pairs, so each step makes the evaluated margin worse."""
     pairs = data("dpo", 8)
     swapped = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
     after_the_first_step = {}

@@ -1,4 +1,4 @@
-"""Unbalanced labels: the weights that the KTO paper advises are said, with the flag."""
+"""Unbalanced labels: a hint names the weight that the KTO paper advises, with its flag."""
 
 import pytest
 from datasets import Dataset
@@ -29,7 +29,7 @@ def hints(tmp_path, caplog, train, **settings) -> list[str]:
         (7, 5, "1.4", "undesirable_weight", "1.05"),
     ],
 )
-def test_the_advised_weight_is_said_and_satisfies(tmp_path, caplog, desirable, undesirable, ratio, name, weight):
+def test_the_hint_names_a_weight_in_the_papers_range(tmp_path, caplog, desirable, undesirable, ratio, name, weight):
     (hint,) = hints(tmp_path, caplog, feedback(desirable, undesirable))
     assert hint == (
         f"Hint: {desirable} desirable and {undesirable} undesirable examples, a ratio of {ratio}. The KTO paper "
@@ -41,17 +41,17 @@ def test_the_advised_weight_is_said_and_satisfies(tmp_path, caplog, desirable, u
     assert 1 <= balance <= 4 / 3
 
 
-def test_nothing_is_said_where_labels_are_balanced_or_weights_chosen(tmp_path, caplog):
+def test_there_is_no_hint_where_labels_are_balanced_or_weights_chosen(tmp_path, caplog):
     for train, settings in (
         (feedback(5, 5), {}),
         (feedback(8, 6), {}),  # 4/3
-        (data("dpo", 4), {}),  # pairs are one of each
+        (data("dpo", 4), {}),  # a pair has one of each
         (feedback(1, 19), {"desirable_weight": 2.0}),
         (feedback(1, 19), {"undesirable_weight": 0.5}),
-        (feedback(1, 19), {"loss_type": "apo_zero_unpaired"}),  # the advice is of another loss
+        (feedback(1, 19), {"loss_type": "apo_zero_unpaired"}),  # the paper's advice is for the kto loss
     ):
         assert hints(tmp_path, caplog, train, **settings) == []
 
 
-def test_evaluation_data_are_weighted_as_they_are(tmp_path, caplog):
+def test_there_is_no_hint_about_evaluation_data(tmp_path, caplog):
     assert hints(tmp_path, caplog, feedback(5, 5), evaluation=feedback(1, 19)) == []

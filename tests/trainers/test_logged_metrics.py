@@ -22,7 +22,7 @@ RUN = {"loss", "grad_norm", "learning_rate", "num_tokens", "epoch", "step"}
 
 
 class Log(TrainerCallback):
-    """What a reporting integration sees."""
+    """Collects the entries that a reporting integration gets."""
 
     def __init__(self):
         self.entries = []
@@ -32,7 +32,7 @@ class Log(TrainerCallback):
 
 
 @by_kind
-def test_the_names_that_are_logged(tmp_path, kind):
+def test_each_loss_logs_its_names(tmp_path, kind):
     log = Log()
     trainer = make_trainer(
         kind, tmp_path, train=8, per_device_train_batch_size=8, evaluation=4, eval_strategy="epoch", callbacks=[log]
@@ -51,7 +51,7 @@ def test_the_names_that_are_logged(tmp_path, kind):
 
 @by_kind
 def test_a_log_entry_is_the_mean_over_its_steps(tmp_path, kind):
-    """Sequences and tokens weigh the same, whichever step they came in; the last steps of 4 are never logged."""
+    """Every sequence and token weighs the same, whichever step it came in. No entry is due for the last steps."""
     settings = {
         "train": 27,
         "per_device_train_batch_size": 6,
@@ -146,7 +146,7 @@ def test_the_summary_holds_the_steps_after_the_last_log(tmp_path, kind, every, l
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU, by name."""
+    """Counts, by name, the operators that would make the host wait for a GPU."""
 
     OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
 
@@ -165,7 +165,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name.startswith("index"):  # by a mask: as many rows as it holds ones
+        if name.startswith("index"):  # indexing by a mask waits for the number of its ones
             indices = [index for index in args[1] if index is not None] if isinstance(args[1], (list, tuple)) else []
             self.counts[f"{name} by mask"] += any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         self.counts[name] += name in self.OPERATORS
@@ -183,7 +183,7 @@ def count_waits(kind, folder, monkeypatch, steps, **settings):
 @pytest.mark.parametrize("loss_from", ["hidden", "logits"])
 def test_metrics_are_recorded_without_waiting_for_the_device(tmp_path, kind, loss_from, monkeypatch):
     settings = {"gradient_accumulation_steps": 2, "loss_from": loss_from}
-    monkeypatch.setattr(FusedTrainer, "log", Trainer.log)  # which reads them, at the end of training too
+    monkeypatch.setattr(FusedTrainer, "log", Trainer.log)  # ours reads the metrics, also at the end of training
     recorded, trainer = count_waits(kind, tmp_path, monkeypatch, 3, **settings)
     assert trainer._train_totals.values
     monkeypatch.setattr(Totals, "add", lambda self, totals: None)
@@ -191,7 +191,7 @@ def test_metrics_are_recorded_without_waiting_for_the_device(tmp_path, kind, los
     unrecorded, trainer = count_waits(kind, tmp_path, monkeypatch, 3, **settings)
     assert not trainer._train_totals.values
     assert recorded == unrecorded
-    assert sum(recorded.values()) > 0  # what a forward pass waits for: the number of completion tokens
+    assert sum(recorded.values()) > 0  # a forward pass waits for the number of completion tokens
 
 
 def test_the_reference_point_waits_for_nothing_but_its_forward_passes(tmp_path, monkeypatch):
@@ -228,11 +228,12 @@ def test_nan_losses_are_left_out_of_the_logged_mean_only_if_asked(tmp_path, kind
     assert calls == {True: 3, False: 2}
 
 
-def test_a_second_training_counts_anew(tmp_path):
+def test_a_second_training_starts_its_sums_at_zero(tmp_path):
     trainer = make_trainer("dpo", tmp_path, max_steps=1, learning_rate=0.0)
     trainer.train()
     first = trainer.state.log_history[0]
-    trainer._train_totals.add({"loss": (torch.tensor(99.0).double(), torch.tensor(1.0).double())})  # of a step cut off
+    left_by_a_cut_off_step = {"loss": (torch.tensor(99.0).double(), torch.tensor(1.0).double())}
+    trainer._train_totals.add(left_by_a_cut_off_step)
     trainer.train()
     second = trainer.state.log_history[0]
     assert (second["num_tokens"], second["loss"]) == (first["num_tokens"], first["loss"])

@@ -27,7 +27,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS) + 3, n_embd=16, n_layer=1, n_head=2, n_positions=8))
 
 
-def test_adapters_from_a_path_leave_it_its_own_dtype_and_are_float32(tmp_path):
+def test_a_model_loaded_for_adapters_keeps_its_dtype_and_adapters_are_float32(tmp_path):
     model().bfloat16().save_pretrained(tmp_path / "model")
     whole = make_trainer("kto", tmp_path, policy=str(tmp_path / "model"), evaluation=2)
     assert {weight.dtype for weight in whole.model.parameters()} == {torch.float32}
@@ -39,14 +39,14 @@ def test_adapters_from_a_path_leave_it_its_own_dtype_and_are_float32(tmp_path):
 @by_kind
 @pytest.mark.parametrize("make", [lambda: model(max_position_embeddings=8), tiny_gpt2], ids=["llama", "gpt2"])
 def test_no_sequence_is_longer_than_the_models_positions(tmp_path, kind, make):
-    """GPT-2 would fail on an index in the middle of training, and Llama train on positions that it never saw."""
+    """Otherwise GPT-2 would fail on an index during training, and Llama would train on positions it has never seen."""
     for settings in ({}, {"max_length": None}, {"max_length": "8"}, {"max_length": 5}):
         trainer = make_trainer(kind, tmp_path, policy=make(), evaluation=4, **settings)
         assert trainer.max_length == (5 if settings.get("max_length") == 5 else 8)
         assert trainer.max_length == max(trainer.train_dataset["length"])
         trainer.train()
         counts = dict(trainer.data_counts)
-        trainer.evaluate(data(kind, 5, seed=5))  # prepared only now
+        trainer.evaluate(data(kind, 5, seed=5))  # new data, prepared in this call
         assert trainer.data_counts == counts
         assert counts["eval"]["truncated"]
     for settings in ({"policy": make()}, {"ref_model": make()}):
@@ -67,7 +67,7 @@ def test_batches_are_padded_within_the_models_positions(tmp_path):
 
 
 def test_max_length_where_the_model_has_more_positions_or_no_limit(tmp_path):
-    # XLNet's configuration says -1
+    # -1 stands for no limit, as in XLNet's configuration
     for limit, expected in ((2048, {"auto": 1024, None: 2048, 1500: 1500}), (-1, {"auto": 1024, None: None, 9: 9})):
         policy = model()
         policy.config.max_position_embeddings = limit
@@ -108,8 +108,8 @@ def test_a_model_with_nothing_to_train_is_refused_but_evaluated(tmp_path, kind):
 
 
 @by_kind
-def test_tokens_that_a_model_has_no_embeddings_of_are_refused(tmp_path, kind):
-    """A word of the data, or the pad token alone, that the tokenizer was given after the model."""
+def test_tokens_without_an_embedding_are_refused(tmp_path, kind):
+    """The tokenizer has a word of the data, or the pad token, that was added after the model was made."""
     more_words = [*WORDS, "new"]
     records = data(kind, 8)
     column = "completion" if kind == "kto" else "rejected"
@@ -172,7 +172,7 @@ def test_a_term_that_peft_adds_to_a_models_own_loss_is_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("made_of", ["another model", "the weights under an adapter"])
-def test_an_optimizer_of_nothing_that_is_trained_is_refused(tmp_path, made_of):
+def test_an_optimizer_without_any_trained_weight_is_refused(tmp_path, made_of):
     policy, settings = model(), {}
     if made_of != "another model":
         pytest.importorskip("peft", reason="peft is not installed: no adapters")
@@ -193,7 +193,7 @@ def test_an_encoder_decoder_is_refused_from_logits_too(tmp_path):
         make_trainer("dpo", tmp_path, policy=policy, loss_from="logits")
 
 
-def test_a_model_that_sees_what_it_is_asked_for_is_refused_from_logits_too(tmp_path):
+def test_a_model_whose_positions_see_later_tokens_is_refused_from_logits_too(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     configs = [BertConfig(vocab_size=64, is_decoder=is_decoder, **sizes) for is_decoder in (False, True)]
     policy, decoder = (BertLMHeadModel(config) for config in configs)
@@ -206,7 +206,7 @@ def test_a_model_that_sees_what_it_is_asked_for_is_refused_from_logits_too(tmp_p
 
 @pytest.mark.parametrize("loss_from", ["hidden", "logits"])
 def test_models_are_checked_on_the_device_alone(tmp_path, monkeypatch, loss_from):
-    """Layers may have kernels that run nowhere else, as Liger's do."""
+    """Layers may have kernels that run only there, as Liger's do."""
     moved, move = [], Trainer._move_model_to_device
 
     def noted(self, model, device):
@@ -226,7 +226,7 @@ def test_models_are_checked_on_the_device_alone(tmp_path, monkeypatch, loss_from
 
 
 @by_kind
-def test_adapters_that_cannot_be_are_refused(tmp_path, kind):
+def test_adapters_that_cannot_be_trained_are_refused(tmp_path, kind):
     peft = pytest.importorskip("peft")
     with pytest.raises(TypeError, match=r"peft_config must be a peft\.PeftConfig, got dict"):
         make_trainer(kind, tmp_path, peft_config={"r": 2})

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def spied(function: Callable, calls: list[dict[str, Any]], **replaced: Any) -> Callable:
-    """``function``, whose named arguments are kept in ``calls``."""
+    """Return ``function`` with ``replaced`` arguments; its named arguments are appended to ``calls``."""
 
     def spying(*args, **named):
         calls.append(named)
@@ -29,41 +29,41 @@ def spied_functions(functions: Functions, calls: list[dict[str, Any]]) -> Functi
     return Functions(*(spied(function, calls) for function in functions))
 
 
-OF_ANY_LOSS = {"beta": 0.3, "backend": "torch"}
-OF_KTO = {"desirable_weight": 1.5, "undesirable_weight": 0.5, "reference_point": 0.2, "average_log_prob": True}
-OF_DPO = {"loss_type": "simpo", "label_smoothing": 0.1, "gamma": 0.7}
+LOSS_OPTIONS = {"beta": 0.3, "backend": "torch"}
+KTO_OPTIONS = {"desirable_weight": 1.5, "undesirable_weight": 0.5, "reference_point": 0.2, "average_log_prob": True}
+DPO_OPTIONS = {"loss_type": "simpo", "label_smoothing": 0.1, "gamma": 0.7}
 
 
 @pytest.mark.parametrize("loss_from", ["hidden", "logits"])
 @pytest.mark.parametrize(
-    ("kind", "options"), [("kto", {"loss_type": "kto_squared", **OF_KTO}), ("dpo", OF_DPO)], ids=KINDS
+    ("kind", "options"), [("kto", {"loss_type": "kto_squared", **KTO_OPTIONS}), ("dpo", DPO_OPTIONS)], ids=KINDS
 )
 def test_every_option_of_a_loss_reaches_it(tmp_path, kind, options, loss_from, monkeypatch):
-    options = {**OF_ANY_LOSS, **options, **({"chunk_bytes": 2**20} if loss_from == "hidden" else {})}
-    of_engine = {"inplace_backward": True} if loss_from == "logits" else {}
+    options = {**LOSS_OPTIONS, **options, **({"chunk_bytes": 2**20} if loss_from == "hidden" else {})}
+    engine_options = {"inplace_backward": True} if loss_from == "logits" else {}
     calls = []
     trainer = make_trainer(kind, tmp_path, train=4, loss_from=loss_from, **options)
     monkeypatch.setattr(trainer, "loss_functions", spied_functions(trainer.loss_functions, calls))
     trainer.train()
     assert len(calls) == 1
-    assert {**options, **of_engine}.items() <= calls[0].items()
+    assert {**options, **engine_options}.items() <= calls[0].items()
 
 
 @by_kind
 def test_logits_without_a_backward_are_not_written_over(tmp_path, kind, monkeypatch):
-    """A reference's may be no memory of their own."""
-    of_loss, of_logps = [], []
+    """A reference's logits may share memory with something else."""
+    loss_calls, logps_calls = [], []
     trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), train=4, evaluation=4, loss_from="logits")
-    for name, calls in (("loss_functions", of_loss), ("logps_functions", of_logps)):
+    for name, calls in (("loss_functions", loss_calls), ("logps_functions", logps_calls)):
         monkeypatch.setattr(trainer, name, spied_functions(getattr(trainer, name), calls))
     trainer.train()
     trainer.evaluate()
-    assert [call["inplace_backward"] for call in of_loss] == [True, False]
-    assert {call["inplace_backward"] for call in of_logps} == {False}
+    assert [call["inplace_backward"] for call in loss_calls] == [True, False]
+    assert {call["inplace_backward"] for call in logps_calls} == {False}
 
 
 @pytest.mark.parametrize(("kind", "prepare"), [("kto", "prepare_unpaired"), ("dpo", "prepare_paired")])
-def test_what_the_data_are_prepared_by_reaches_them(tmp_path, kind, prepare, monkeypatch):
+def test_options_of_the_data_reach_their_preparation(tmp_path, kind, prepare, monkeypatch):
     calls = []
     monkeypatch.setattr(preference_data, prepare, spied(getattr(preference_data, prepare), calls, num_proc=None))
     make_trainer(kind, tmp_path, train=4, dataset_num_proc=3, max_length=12, seed=5)
@@ -124,7 +124,7 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
         ("use_liger_kernel", True, "fused_linear_cross_entropy"),
     ],
 )
-def test_arguments_that_would_change_nothing_are_refused(tmp_path, monkeypatch, kind, option, value, why):
+def test_options_that_would_be_ignored_are_refused(tmp_path, monkeypatch, kind, option, value, why):
     monkeypatch.setattr("transformers.training_args.is_liger_kernel_available", lambda: True, raising=False)
     with pytest.raises(ValueError, match=f"{option}.*{why}"):
         CONFIGS[kind](output_dir=str(tmp_path), use_cpu=True, **{option: value})
@@ -157,13 +157,13 @@ def test_options_without_what_they_belong_to_are_refused(tmp_path, kind, needed,
     CONFIGS[kind](output_dir=str(tmp_path), use_cpu=True, **{**options, name: nothing})
 
 
-def test_precomputing_what_there_is_not_is_refused(tmp_path):
+def test_precomputing_is_refused_for_a_loss_without_a_reference(tmp_path):
     with pytest.raises(ValueError, match="precompute_ref_log_probs=True has no meaning without a loss_type that"):
         CONFIGS["dpo"](output_dir=str(tmp_path), use_cpu=True, loss_type="simpo", precompute_ref_log_probs=True)
 
 
 @pytest.mark.parametrize(("given", "expected"), [([], "auto"), (["--max_length", "64"], 64)])
-def test_transformers_own_parser_reads_max_length(tmp_path, given, expected):
+def test_the_parser_of_transformers_reads_max_length(tmp_path, given, expected):
     parser = HfArgumentParser(CONFIGS["kto"])
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *given])
     assert args.max_length == expected

@@ -26,9 +26,12 @@ pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 @by_kind
 @pytest.mark.parametrize("source", ["given", "copy", "adapters off", "copied adapter"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_precomputed_is_live_to_the_bit(tmp_path, kind, source, bf16, ref_passes):
+def test_precomputed_log_probabilities_equal_live_ones_to_the_bit(tmp_path, kind, source, bf16, ref_passes):
     settings = {"train": 6, "evaluation": 3, "eval_strategy": "epoch", "bf16": bf16}
-    settings |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}  # padding rounds otherwise
+    settings |= {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+    }  # no padding, which rounds
     if "adapter" in source:
         settings["peft_config"] = lora_config(init_lora_weights=source == "adapters off")
     ref = model(seed=1) if source == "given" else None
@@ -46,14 +49,14 @@ def test_precomputed_is_live_to_the_bit(tmp_path, kind, source, bf16, ref_passes
 
 
 @by_kind
-def test_precomputed_in_other_batches_is_live_to_rounding(tmp_path, kind, ref_passes):
+def test_precomputed_in_other_batches_they_equal_live_ones_to_rounding(tmp_path, kind, ref_passes):
     live = make_trainer(kind, tmp_path, ref_model=model(seed=1), train=11)
     live.train()
     ref_passes()
     for size, batches in {None: 3, 2: 6}.items():
         settings = {"ref_model": model(seed=1), "train": 11, "precompute_ref_batch_size": size}
         precomputed = run_precomputed(kind, tmp_path / str(size), **settings)
-        assert ref_passes() == batches * (2 if kind == "kto" else 1)  # KTO's mismatched pairs too
+        assert ref_passes() == batches * (2 if kind == "kto" else 1)  # KTO scores mismatched pairs too
         assert_near(history(precomputed), history(live))
 
 
@@ -123,7 +126,7 @@ def test_a_killed_write_leaves_nothing(tmp_path, monkeypatch, ref_passes):
     assert ref_passes() > 0
 
 
-def test_what_could_not_be_kept_is_not_computed(tmp_path, ref_passes):
+def test_nothing_is_computed_where_the_given_cache_folder_cannot_be_created(tmp_path, ref_passes):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(FileExistsError, match="cache"):
         run_precomputed("dpo", tmp_path, ref_model=model(seed=1), train=8)
@@ -132,7 +135,7 @@ def test_what_could_not_be_kept_is_not_computed(tmp_path, ref_passes):
 
 @by_kind
 def test_new_data_is_refused_once_the_reference_is_gone(tmp_path, kind):
-    """Not scored by the policy in its place; where adapters can be taken off, the reference is still there."""
+    """The policy must not score it instead. Where switching adapters off makes the reference, it is still there."""
     settings = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache"), "evaluation": 5}
     new, prepared = data(kind, 5, seed=7), make_trainer(kind, tmp_path, evaluation=data(kind, 5, seed=7)).eval_dataset
     given = make_trainer(kind, tmp_path, ref_model=model(seed=1), **settings)

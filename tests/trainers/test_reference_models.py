@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 @by_kind
 def test_frozen_weights_of_an_adapter_stay_frozen_whatever_the_reference_is(tmp_path, kind):
-    """As with a reference of its own, also where it was evaluated or precomputed before the first step."""
+    """As with a reference model of its own, also after an evaluation or precomputing before the first step."""
     peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
     precomputed = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
     histories = []
@@ -24,7 +24,8 @@ def test_frozen_weights_of_an_adapter_stay_frozen_whatever_the_reference_is(tmp_
             parameter.requires_grad_("lora_B" in name)
         return policy
 
-    for settings in ({"ref_model": adapted()}, {}, {"evaluation": 4}, precomputed, precomputed):  # computed, then read
+    # the first run with precomputed values computes them, the second reads them
+    for settings in ({"ref_model": adapted()}, {}, {"evaluation": 4}, precomputed, precomputed):
         policy = adapted()
         trainer = make_trainer(kind, tmp_path, policy=policy, **settings)
         if "evaluation" in settings:
@@ -36,13 +37,14 @@ def test_frozen_weights_of_an_adapter_stay_frozen_whatever_the_reference_is(tmp_
         assert changed == with_gradient == {name for name in start if "lora_B.default" in name}
         histories.append([entry for entry in history(trainer) if "loss" in entry])
     for entries in histories[1:]:
-        assert_near(entries, histories[0], but=("rewards/accuracies",))  # margins at first are precomputing's rounding
+        # precomputing rounds differently, so the first margins are not 0, and their signs are noise
+        assert_near(entries, histories[0], but=("rewards/accuracies",))
 
 
 @by_kind
 @pytest.mark.parametrize("lora", [None, "peft_config", "PeftModel"])
 def test_without_a_reference_model_it_is_the_model_before_its_first_step(tmp_path, kind, lora):
-    """A copy that stays; with new adapters the model without them, also where they and dropout are at work."""
+    """Without adapters it is a frozen copy; with new adapters the model without them, also with dropout in them."""
     peft = pytest.importorskip("peft") if lora else None
 
     def run(ref_model):
@@ -87,8 +89,8 @@ def test_simpo_has_no_reference(tmp_path, ref_passes):
 @by_kind
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 def test_the_base_under_adapters_that_replaced_its_weights_is_no_reference(tmp_path, kind, init):
-    """Without them it is another model than the one that they were made for; what policy and reference are at first
-    agrees with that one to rounding, whether it is given or left out.
+    """With its adapters off, such a model is not the original one. The default reference equals the policy at first;
+    the original model, given as ref_model, does so to rounding.
     """
     pytest.importorskip("peft", reason="peft is not installed: no adapters")
     adapters = {"peft_config": lora_config(init_lora_weights=init)}
@@ -119,7 +121,7 @@ def test_a_reference_that_shares_what_is_trained_is_refused(tmp_path, kind, part
         make_trainer(kind, tmp_path, policy=policy, ref_model=reference)
 
 
-def test_a_base_that_an_adapter_was_put_into_is_no_reference(tmp_path):
+def test_the_base_that_peft_put_an_adapter_into_is_no_reference(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
     base = model()
     with pytest.raises(ValueError, match=r"ref_model holds weights that are to be trained.*lora_A"):
@@ -143,12 +145,12 @@ def test_weights_trained_beside_adapters_need_a_reference_of_their_own(tmp_path,
     with pytest.raises(ValueError, match=r"model trains weights beside its adapters \(\d+, base_.*: pass ref_model"):
         run(None)
     assert math.isfinite(history(run(model(attention_bias=True)))[-1]["loss"])
-    whole = lora_config(modules_to_save=["embed_tokens"])  # which PEFT takes off with the adapters
+    whole = lora_config(modules_to_save=["embed_tokens"])  # PEFT switches these off together with the adapters
     assert make_trainer(kind, tmp_path, peft_config=whole).ref_model is None
 
 
-def test_a_reference_that_was_placed_stays_there(tmp_path, monkeypatch):
-    """As quantized ones do, which cannot be moved."""
+def test_a_reference_model_with_a_device_map_is_not_moved(tmp_path, monkeypatch):
+    """Quantized models have one, and cannot be moved."""
     ref_model = model(seed=1)
     ref_model.hf_device_map = {"": "cpu"}
     moved = []

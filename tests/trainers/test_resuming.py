@@ -9,7 +9,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 @pytest.mark.parametrize("sampling", ["group_by_length", "random"])
 @by_kind
 def test_a_run_stopped_at_any_step_ends_as_one_that_was_not(tmp_path, kind, sampling):
-    """Two epochs of 4 steps; the last of an epoch has 2 + 1 examples, the others 2 + 2; every third step is logged."""
+    """Two epochs of 4 steps, of 2 + 2 examples each and 2 + 1 in the last step; every third step is logged."""
 
     def run(folder, stop_at=None, resume_from=None, **settings):
         trainer = make_trainer(
@@ -68,7 +68,7 @@ def test_a_run_is_not_resumed_with_its_own_checkpoint_for_the_reference(tmp_path
         assert trainer.state.global_step == 3
 
 
-def test_epochs_of_similar_lengths_are_in_an_order_of_their_own(tmp_path):
+def test_batches_of_similar_lengths_come_in_another_order_each_epoch(tmp_path):
     trainer = make_trainer("dpo", tmp_path, train=32, num_train_epochs=3)
     compute_loss, batches = trainer.compute_loss, []
 
@@ -89,7 +89,7 @@ def test_epochs_of_similar_lengths_are_in_an_order_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("sampling", ["group_by_length", "batch_rebalance", "random"])
-def test_the_order_is_the_seeds(tmp_path, sampling):
+def test_the_order_of_examples_is_drawn_from_the_seed(tmp_path, sampling):
     def widths(**settings):
         trainer = make_trainer("dpo", tmp_path, train=32, train_sampling_strategy=sampling, **settings)
         return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]

@@ -72,13 +72,13 @@ def test_attention_gets_no_mask_for_padding(tmp_path, kind, attention_masks):
     trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1))
     batch = next(iter(trainer.get_train_dataloader()))
     assert not batch["attention_mask"].all()
-    attention_masks.clear()  # of the checks that came before
+    attention_masks.clear()  # drop the masks of the checks at construction
     trainer.train()
     assert set(attention_masks) == {None}
 
 
 @pytest.mark.parametrize(("options", "expected"), [({}, "no"), ({"bf16": True}, "bf16")])
-def test_the_mask_is_left_out_by_what_attention_computes_in(tmp_path, options, expected, monkeypatch):
+def test_leaving_out_the_mask_depends_on_the_precision_of_attention(tmp_path, options, expected, monkeypatch):
     seen, leave_out = [], without_padding_mask
 
     def seen_precision(model, inputs, mixed_precision):
@@ -98,7 +98,9 @@ def test_the_mask_is_left_out_by_what_attention_computes_in(tmp_path, options, e
     ids=["kto", "kto-logits", "dpo", "ipo"],
 )
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, kind, settings, rows):
-    """The last step's are whole (24 rows), end with a part (22), are fewer and a part (19), or a single row (17)."""
+    """The last step's batches are full (24 rows), the last of them is not (22), there are fewer of them too (19), or
+    there is a single row (17).
+    """
     runs = {}
     for size, number in ((8, 1), (4, 2), (2, 4)):
         trainer = make_trainer(
@@ -148,7 +150,7 @@ def test_a_model_in_bf16_stays_near_float32(tmp_path, kind):
 @pytest.mark.skipif(not HAS_GPU, reason="fp16 needs a GPU")
 @by_kind
 def test_fp16_starts_near_float32_and_stays_finite(tmp_path, kind):
-    """Later steps may be left out until the gradients' scale fits."""
+    """Only the first step is compared: the gradient scaler may skip later steps until its scale fits."""
     runs = {}
     for fp16 in (False, True):
         trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), fp16=fp16, use_cpu=False, num_train_epochs=8)
@@ -162,7 +164,7 @@ def test_fp16_starts_near_float32_and_stays_finite(tmp_path, kind):
 @by_kind
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_before_the_first_step_policy_and_reference_agree_to_the_bit(tmp_path, kind, bf16):
-    """In training, and in an evaluation before it, whatever the precision."""
+    """This holds in training and in an evaluation before it, in every precision."""
     trainer = make_trainer(kind, tmp_path, evaluation=5, bf16=bf16)
     evaluated = trainer.evaluate()
     assert evaluated["eval_rewards/chosen"] == evaluated["eval_rewards/rejected"] == 0
@@ -242,8 +244,8 @@ def test_max_grad_norm_clips_the_gradient_of_the_whole_step(tmp_path, kind):
 
 @by_kind
 def test_trains_compiled(tmp_path, kind):
-    """Forward and backward traced, and run by PyTorch's own operators: compiling them takes a minute or two."""
-    torch.use_deterministic_algorithms(False)  # which torch.compile guards on
+    """Forward and backward are traced and run by PyTorch's operators; Inductor would take a minute or two."""
+    torch.use_deterministic_algorithms(False)  # torch.compile guards on this flag
     runs = {}
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         torch._dynamo.reset()
@@ -253,7 +255,7 @@ def test_trains_compiled(tmp_path, kind):
             policy=model(num_hidden_layers=1),
             ref_model=model(seed=1, num_hidden_layers=1),
             train=8,
-            pad_to_multiple_of=32,  # one shape, traced once
+            pad_to_multiple_of=32,  # one shape, so that it is traced once
             **settings,
         )
         trainer.train()
@@ -274,7 +276,7 @@ def test_prompts_may_be_empty_where_no_completion_has_a_mismatched_one(tmp_path,
 
 
 def test_a_loss_asked_for_by_hand_has_a_reference_point_of_its_own(tmp_path):
-    """Not the last step's, nor that of the batch before."""
+    """It uses neither the last step's z0 nor that of the batch before."""
     settings = {"ref_model": model(seed=1), "gradient_accumulation_steps": 4}
     trained = make_trainer("kto", tmp_path, max_steps=1, **settings)
     trained.train()
