@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..huggingface.inspect import keeping_trainable
 from ..metrics import Totals
-from . import adapters, checkpoints, fingerprints, models
+from . import adapters, checkpoints, fingerprints, models, runs
 from .reference import Reference
 
 
@@ -56,7 +56,7 @@ class ResumableTrainer(Trainer):
                 checkpoint = checkpoints.agreed(
                     args, lambda: checkpoints.choose(wanted, args.output_dir, args.resume_anyway)
                 )
-            self._run = checkpoints.describe_run(
+            self._run = runs.describe_run(
                 args,
                 model=self.unwrapped(self.model),
                 reference=self._reference_fingerprint(),
@@ -66,7 +66,7 @@ class ResumableTrainer(Trainer):
                 columns=[*self.columns, *self.mask_columns],
             )
             if checkpoint is not None:
-                checkpoints.agreed(args, lambda: checkpoints.check_same_run(checkpoint, self._run, args))
+                checkpoints.agreed(args, lambda: runs.check_same_run(checkpoint, self._run, args))
             return super().train(checkpoint, *arguments, **options)
 
     def _reference_fingerprint(self) -> str | None:
@@ -79,7 +79,7 @@ class ResumableTrainer(Trainer):
         checkpoint = rest[0]
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, checkpoints.STATE))
-            checkpoints.warn_of_another_end(state.max_steps, max_steps, self.args)
+            runs.warn_of_another_end(state.max_steps, max_steps, self.args)
         start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
         if self.state.global_step < max_steps:
             if checkpoint is not None and holds_model_alone(checkpoint):
