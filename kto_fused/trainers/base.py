@@ -23,11 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
 
-from .. import huggingface, log, preference_data
+from .. import huggingface, log
+from ..data.collators import PairedCollator, UnpairedCollator
+from ..data.records import Source
+from ..data.tokens import Prepared
 from ..functional import linear_sequence_logps, sequence_logps
 from ..huggingface.config import without_padding_mask
 from ..metrics import LossMetrics, Totals
-from ..preference_data import PairedCollator, Prepared, UnpairedCollator
 from . import adapters, fingerprints, models
 from .configs import FusedPreferenceConfig
 from .reference import make_reference, precompute
@@ -56,7 +58,7 @@ class FusedTrainer(ResumableTrainer):
     mask_columns: tuple[str, ...]  # further ones, of a dataset whose answers have several messages
     ref_columns: tuple[str, ...]  # further ones, of a dataset with precomputed reference log-probabilities
 
-    def _tokenize(self, source: preference_data.Source, args: FusedPreferenceConfig, name: str) -> Prepared:
+    def _tokenize(self, source: Source, args: FusedPreferenceConfig, name: str) -> Prepared:
         """Return the records of ``source`` as a dataset with ``columns``."""
         raise NotImplementedError
 

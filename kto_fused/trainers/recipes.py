@@ -9,7 +9,10 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from .. import preference_data
+from ..data import tokens
+from ..data.collators import IGNORE_INDEX, PairedCollator, UnpairedCollator
+from ..data.records import Source
+from ..data.tokens import Prepared
 from ..functional import (
     fused_dpo_loss,
     fused_kto_loss,
@@ -18,7 +21,6 @@ from ..functional import (
     kto_class_weights,
 )
 from ..metrics import LossMetrics
-from ..preference_data import PairedCollator, Prepared, UnpairedCollator
 from .base import Functions, FusedTrainer
 from .configs import FusedDPOConfig, FusedKTOConfig
 
@@ -86,8 +88,8 @@ class FusedKTOTrainer(FusedTrainer):
     def ref_columns(self) -> tuple[str, ...]:
         return ("ref_logps", "ref_kl_logps") if self.args.needs_mismatched else ("ref_logps",)
 
-    def _tokenize(self, source: preference_data.Source, args: FusedKTOConfig, name: str) -> Prepared:
-        prepared = preference_data.prepare_unpaired(
+    def _tokenize(self, source: Source, args: FusedKTOConfig, name: str) -> Prepared:
+        prepared = tokens.prepare_unpaired(
             source,
             self._tokenizer,
             max_length=self.max_length,
@@ -159,7 +161,7 @@ class FusedKTOTrainer(FusedTrainer):
             policy_logps, ref_logps = self._logps(model, inputs, "kl_"), self._ref_logps(model, inputs, "kl_")
             log_ratios.append(policy_logps.double() - ref_logps.double())
             # a prompt may have no other prompt's completion to be paired with
-            is_pair.append((inputs["kl_labels"] != preference_data.IGNORE_INDEX).any(1))
+            is_pair.append((inputs["kl_labels"] != IGNORE_INDEX).any(1))
         sums = torch.stack([torch.cat(log_ratios), torch.cat(is_pair).double()], 1)  # [pairs, 2]; 0, 0 for no pair
         if self.model.training:
             total, count = self.accelerator.reduce(sums.sum(0))
@@ -187,8 +189,8 @@ class FusedDPOTrainer(FusedTrainer):
     mask_columns = ("chosen_mask", "rejected_mask")
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
-    def _tokenize(self, source: preference_data.Source, args: FusedDPOConfig, name: str) -> Prepared:
-        return preference_data.prepare_paired(
+    def _tokenize(self, source: Source, args: FusedDPOConfig, name: str) -> Prepared:
+        return tokens.prepare_paired(
             source, self._tokenizer, max_length=self.max_length, num_proc=args.dataset_num_proc, name=name
         )
 

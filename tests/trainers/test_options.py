@@ -8,7 +8,7 @@ import pytest
 from tiny_training import CONFIGS, KINDS, by_kind, make_trainer, model
 from transformers import HfArgumentParser
 
-from kto_fused import preference_data
+from kto_fused.data import tokens
 from kto_fused.trainers.base import Functions
 from kto_fused.trainers.configs import AT_LEAST
 
@@ -65,7 +65,7 @@ def test_logits_without_a_backward_are_not_written_over(tmp_path, kind, monkeypa
 @pytest.mark.parametrize(("kind", "prepare"), [("kto", "prepare_unpaired"), ("dpo", "prepare_paired")])
 def test_options_of_the_data_reach_their_preparation(tmp_path, kind, prepare, monkeypatch):
     calls = []
-    monkeypatch.setattr(preference_data, prepare, spied(getattr(preference_data, prepare), calls, num_proc=None))
+    monkeypatch.setattr(tokens, prepare, spied(getattr(tokens, prepare), calls, num_proc=None))
     make_trainer(kind, tmp_path, train=4, dataset_num_proc=3, max_length=12, seed=5)
     expected = {"max_length": 12, "num_proc": 3, **({"seed": 5, "mismatch": True} if kind == "kto" else {})}
     assert len(calls) == 1
