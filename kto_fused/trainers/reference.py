@@ -69,7 +69,7 @@ class Reference:
     description: str  # for the log
     model: nn.Module | None = None  # frozen and prepared for the devices
     adapters: AdapterReference | None = None
-    fingerprint: str | None = None  # by which a resumed run recognises it; of a model: once it is gone
+    fingerprint: str | None = None  # identifies it to a resumed run; a model's is set as the model is dropped
     is_policy_at_start: bool = False  # whether it is the whole policy as it was before training
 
     @contextmanager
