@@ -7,7 +7,7 @@ from the fields. ``__post_init__`` refuses values with which a run would not be 
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -148,6 +148,7 @@ class FusedPreferenceConfig(TrainingArguments):
     def _check_types(self) -> None:
         """Check the options declared in this file by their choices and types, which ``TrainingArguments`` does not."""
         inherited = TrainingArguments.__dataclass_fields__
+        types = get_type_hints(type(self))  # HfArgumentParser changes the types that the fields hold
         for option in fields(self):
             if option is inherited.get(option.name):
                 continue
@@ -155,9 +156,9 @@ class FusedPreferenceConfig(TrainingArguments):
             if "choices" in option.metadata:
                 or_none = (None,) if option.default is None else ()
                 checks.choice(name, value, (*option.metadata["choices"], *or_none))
-            elif option.type is bool:
+            elif types[name] is bool:
                 checks.flag(name, value)
-            elif option.type == int | None and not _is_count(value):
+            elif types[name] == int | None and not _is_count(value):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
 
     def _check_numbers(self) -> None:
@@ -179,6 +180,8 @@ class FusedPreferenceConfig(TrainingArguments):
 
     def _check_can_be_honoured(self) -> None:
         """Refuse options that would be ignored, alone or together with others."""
+        if self.fp16 and self.device.type == "cpu":  # accelerate would go on in float32, without a word
+            raise ValueError("fp16=True has no effect on a CPU, which computes in float32: use bf16=True or neither")
         for name, (value, why) in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {value!r}, got {getattr(self, name)!r}: {why}")

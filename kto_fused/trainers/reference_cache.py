@@ -165,7 +165,7 @@ def _prepare_folder(folder: Path, is_given: bool) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if is_given:
-            problem = f"ref_cache_dir cannot be created ({error.strerror}): name another folder"
+            problem = f"ref_cache_dir cannot be created ({error.strerror}), name another folder"
             raise OSError(error.errno, problem, str(folder)) from error
         _warn_not_kept(folder, error)
         return False

@@ -835,7 +835,7 @@ def refusal(capsys, arguments: list[str]) -> str:
         (["--max_steps", "0"], "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
         (["--logging_steps", "nan"], "logging_steps must be a finite number of at least 0, got nan"),
         (["--enable_jit_checkpoint"], "--enable_jit_checkpoint is not a flag"),
-        (["--fp16"], "fp16 mixed precision requires a device in"),
+        (["--fp16"], "fp16=True has no effect on a CPU"),
         (["--accelerator_config", "missing.json"], "No such file or directory: missing.json"),
     ],
 )

@@ -82,6 +82,7 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
 
     refused("loss_type.*'kto_squared'.*apo_zero_unpaired|loss_type.*'sigmoid'.*'apo_down'", loss_type="squared")
     refused("loss_from.*'hidden'.*'logits'.*'text'", loss_from="text")
+    refused("train_sampling_strategy must be one of", train_sampling_strategy="by_length")
     refused("beta", beta=0.0)
     refused("max_steps must be at least 1, or -1 for num_train_epochs, got 0", max_steps=0)
     refused("num_train_epochs must be more than 0, or max_steps given", num_train_epochs=0)
@@ -89,6 +90,7 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
     for name, least in AT_LEAST.items():
         said = f"{name} must be a finite number of at least {least}, got {least - 1}"
         refused(said, **{"dataloader_num_workers": 1, name: least - 1})
+    refused("fp16=True has no effect on a CPU", fp16=True)
     refused("save_strategy='best' needs evaluations", save_strategy="best", metric_for_best_model="loss")
     for rubbish in (0, -3, 2.5, "-64", "long", True):
         refused(f"max_length must be a positive integer, 'auto' or None, got {rubbish!r}", max_length=rubbish)
@@ -97,7 +99,12 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
         refused(f"{name} must be a positive integer or None, got 0", **{name: 0})
     refused("chunk_bytes", chunk_bytes=-1)
     refused(r"backend must be one of \['triton', 'torch', None\], got 'cuda'", backend="cuda")
-    for name in ("precompute_ref_log_probs", "disable_dropout", *(["average_log_prob"] if kind == "kto" else [])):
+    for name in (
+        "precompute_ref_log_probs",
+        "disable_dropout",
+        "trust_remote_code",
+        *(["average_log_prob"] if kind == "kto" else []),
+    ):
         for rubbish in ("no", "false", 1, None):
             refused(f"{name} must be True or False, got {rubbish!r}", **{name: rubbish})
     if kind == "dpo":
@@ -167,6 +174,8 @@ def test_the_parser_of_transformers_reads_max_length(tmp_path, given, expected):
     parser = HfArgumentParser(CONFIGS["kto"])
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *given])
     assert args.max_length == expected
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be a positive integer or None, got 0"):
+        CONFIGS["kto"](str(tmp_path), use_cpu=True, pad_to_multiple_of=0)  # the parser changes the types of the fields
 
 
 def test_batch_mean_is_refused_where_a_batch_lies_in_parts(tmp_path):
