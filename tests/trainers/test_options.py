@@ -99,12 +99,8 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
         refused(f"{name} must be a positive integer or None, got 0", **{name: 0})
     refused("chunk_bytes", chunk_bytes=-1)
     refused(r"backend must be one of \['triton', 'torch', None\], got 'cuda'", backend="cuda")
-    for name in (
-        "precompute_ref_log_probs",
-        "disable_dropout",
-        "trust_remote_code",
-        *(["average_log_prob"] if kind == "kto" else []),
-    ):
+    flags = ["precompute_ref_log_probs", "disable_dropout", "trust_remote_code"]
+    for name in [*flags, *(["average_log_prob"] if kind == "kto" else [])]:
         for rubbish in ("no", "false", 1, None):
             refused(f"{name} must be True or False, got {rubbish!r}", **{name: rubbish})
     if kind == "dpo":
