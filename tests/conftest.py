@@ -161,6 +161,15 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.fixture
+def ref_passes():
+    """Returns, at each call, the number of the reference's forward passes since the last call."""
+    from tiny_training import counting_reference_passes
+
+    with counting_reference_passes() as counter:
+        yield lambda: counter.pop("passes", 0)
+
+
 @pytest.fixture(scope="module")
 def byte_pairs():
     """A tokenizer whose tokens are merged letters."""

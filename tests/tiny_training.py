@@ -1,4 +1,8 @@
-"""A trainer in a second: a Llama of a few thousand parameters, a tokenizer of whole words, feedback on random ones."""
+"""Trainers that run in a second, for the tests of training: models of a few thousand parameters, a tokenizer of whole
+words, feedback of random words, and helpers that compare runs.
+
+A test module that imports this one is skipped where the trainers' libraries are missing.
+"""
 
 import gc
 import json
@@ -7,9 +11,16 @@ import random
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
+pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 
 import datasets
 import torch
@@ -27,7 +38,15 @@ from transformers import (
 
 from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
 from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
+from kto_fused.trainers.reference import Reference
 
+KINDS = ["kto", "dpo"]
+by_kind = pytest.mark.parametrize("kind", KINDS)
+SIDES = {f"{value}/{side}" for value in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
+LOGGED = {  # the names that each trainer logs beside those of ``Trainer``
+    "kto": SIDES | {"rewards/margins", "kl", "entropy"},
+    "dpo": SIDES | {"rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy"},
+}
 WORDS = [f"w{number}" for number in range(61)]
 TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
@@ -44,7 +63,7 @@ def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
 
 
 def model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
-    """Weights are large, so that log-ratios are too."""
+    """Return a Llama with large weights, so that log-ratios are large too."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": len(WORDS) + 3,
@@ -61,7 +80,7 @@ def model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
 
 
 def vision_language_model(seed: int = 0) -> Gemma3ForConditionalGeneration:
-    """Of the same size as ``model``, with a vision tower."""
+    """Return a model of the size of ``model`` with a vision tower."""
     torch.manual_seed(seed)
     text = {
         "vocab_size": len(WORDS) + 3,
@@ -88,7 +107,7 @@ def vision_language_model(seed: int = 0) -> Gemma3ForConditionalGeneration:
 
 
 def data(kind: str, rows: int, seed: int = 0) -> Dataset:
-    """Unpaired feedback for "kto", pairs for "dpo"."""
+    """Return unpaired feedback for "kto", pairs for "dpo", of random words."""
     draw = random.Random(seed)
 
     def text(longest: int) -> str:
@@ -118,8 +137,9 @@ def make_trainer(
     words: list[str] = WORDS,
     **settings: Any,
 ) -> FusedTrainer:
-    """``train`` and ``evaluation`` are data, or how many rows of it. The optimizer is SGD, at a constant rate: Adam
-    divides a gradient's rounding by the gradient.
+    """Return a trainer. ``train`` and ``evaluation`` are data, or a number of rows.
+
+    The optimizer is SGD at a constant rate: Adam would divide a gradient's rounding by the gradient.
     """
     defaults = {
         "output_dir": str(folder),
@@ -150,7 +170,7 @@ def make_trainer(
 
 
 def history(trainer: FusedTrainer) -> list[dict[str, float]]:
-    """What was logged, without times and the summary at the end."""
+    """Return the log entries, without times and without the summary at the end."""
     return [
         {name: value for name, value in entry.items() if not name.endswith(CLOCK)}
         for entry in trainer.state.log_history
@@ -165,12 +185,43 @@ def weights(trainer: FusedTrainer) -> dict[str, torch.Tensor]:
 def assert_near(
     actual: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float = 2e-5, but: tuple = ()
 ) -> None:
-    """The entries of ``expected`` within ``tolerance``, relative where they are larger than 1."""
+    """Compare the entries of ``expected``; ``tolerance`` is relative where an entry is larger than 1."""
     assert len(actual) == len(expected)
     for step, (entry, truth) in enumerate(zip(actual, expected, strict=True)):
         for name in truth.keys() - set(but):
             error = abs(entry[name] - truth[name])
             assert error <= tolerance * max(1, abs(truth[name])), f"{step}, {name}: {entry[name]} for {truth[name]}"
+
+
+def lora_config(**options: Any) -> Any:
+    """Return a configuration of adapters that are not zero at the start."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options})
+
+
+@contextmanager
+def counting_reference_passes() -> Iterator[Counter]:
+    """Count, under "passes", the forward passes of every trainer's reference."""
+    counter, active = Counter(), Reference.active
+
+    def counted(self, policy):
+        counter["passes"] += 1
+        return active(self, policy)
+
+    Reference.active = counted
+    try:
+        yield counter
+    finally:
+        Reference.active = active
+
+
+def run_precomputed(kind: str, folder: Path, **settings: Any) -> FusedTrainer:
+    """Train with precomputed reference log-probabilities, which are kept in ``folder / "cache"``."""
+    trainer = make_trainer(
+        kind, folder / "out", precompute_ref_log_probs=True, ref_cache_dir=str(folder / "cache"), **settings
+    )
+    trainer.train()
+    return trainer
 
 
 class StopAt(TrainerCallback):
@@ -185,7 +236,10 @@ class StopAt(TrainerCallback):
 
 
 def run_on_two(script: str, folder: Path, **environment: str) -> dict[str, Any]:
-    """What a script in ``trainers/`` writes into ``folder / "results.json"`` when torchrun starts it twice on CPUs."""
+    """Start a script of ``trainers/`` on two CPU processes with torchrun, and return what it wrote.
+
+    The script writes its results into ``folder / "results.json"``.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launch = subprocess.run(
         [sys.executable, *launcher, Path(__file__).with_name("trainers") / script, folder],
@@ -193,7 +247,7 @@ def run_on_two(script: str, folder: Path, **environment: str) -> dict[str, Any]:
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent),  # of the helpers, this file among them
+            "PYTHONPATH": str(Path(__file__).parent),  # for the helper modules, this file among them
             "CUDA_VISIBLE_DEVICES": "",
             "HF_DATASETS_CACHE": str(folder / "datasets"),
             **environment,
@@ -207,11 +261,14 @@ def run_on_two(script: str, folder: Path, **environment: str) -> dict[str, Any]:
 
 
 def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
-    """In a process that ``run_on_two`` started: each case in a folder of its own, and what it returned or raised."""
+    """Run each case in a folder of its own and write its result or its traceback.
+
+    Called in the processes that ``run_on_two`` starts.
+    """
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    gc.freeze()  # every train() looks through all that is not
+    gc.freeze()  # every train() collects garbage, which takes time for each object that is not frozen
     results = {}
     for name, case in cases.items():
         try:
@@ -225,7 +282,10 @@ def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
 
 
 def stop_and_resume(folder: Path, make: Callable[..., FusedTrainer], outcome: Callable[[FusedTrainer], Any]) -> dict:
-    """A whole run, and one that was stopped between two log entries of its second epoch, with dropout at work."""
+    """Return the outcomes of a whole run and of one that was stopped and resumed, with dropout at work.
+
+    The second run is stopped in its second epoch, between two log entries.
+    """
 
     def run(name: str, stop_at: int | None = None, resume_from: Path | None = None):
         trainer = make(
@@ -249,7 +309,7 @@ def stop_and_resume(folder: Path, make: Callable[..., FusedTrainer], outcome: Ca
 
 
 def assert_same_run(actual: dict, expected: dict, tolerance: float = 2e-5, but: tuple[str, ...] = ()) -> None:
-    """Of two outcomes: their histories, without the entries ``but``, and their weights."""
+    """Compare two outcomes: their weights, and their histories without the entries ``but``."""
     assert_near(actual["history"], expected["history"], tolerance, but)
     assert actual["weights"].keys() == expected["weights"].keys()
     for name, values in expected["weights"].items():

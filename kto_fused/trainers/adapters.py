@@ -1,5 +1,9 @@
-"""PEFT adapters as the reference of a run: finding them, copying them, switching to them, and keeping the copies to
-ourselves.
+"""PEFT adapters as the reference of a run.
+
+A model with adapters needs no second model as its reference: the same weights with other adapters active, or with
+none, compute the reference's log-probabilities. This module finds an adapter that is meant as the reference, copies the
+trained adapter where its start is the reference, switches to the reference's adapters and back, and keeps the copies
+out of saved models. ``reference`` decides which of these a run needs.
 """
 
 import copy
@@ -14,15 +18,14 @@ from torch import nn
 
 from . import fingerprints
 
-REFERENCE_NAMES = ("ref", "reference")  # adapters of these names are the reference, where they are not trained
+REFERENCE_NAMES = ("ref", "reference")  # an adapter of one of these names is the reference, unless it is trained
 COPIES = "_kto_fused_copies"  # attribute of a PeftModel: {name: configuration} of the copies that a trainer made
-PLAIN = (bool, int, float, str, type(None))
-# what nn.Module keeps under the names of a module's own parts, which are no adapters' names
-OF_MODULES = ("_parameters", "_buffers", "_modules")
+PLAIN = (bool, int, float, str, type(None))  # values that are hashed by what they print as
+MODULE_DICTS = ("_parameters", "_buffers", "_modules")  # dicts of nn.Module whose keys are not names of adapters
 
 
 def named_reference(model: nn.Module) -> str | None:
-    """The adapter that is meant as the reference by its name. None: there is none, or it is the policy's own."""
+    """Return the adapter whose name makes it the reference; None if there is none, or the policy uses it itself."""
     ours = copies(model)
     return next(
         (
@@ -35,20 +38,21 @@ def named_reference(model: nn.Module) -> str | None:
 
 
 def is_trained(model: nn.Module, adapter: str) -> bool:
-    """Whether a weight of the adapter asks for a gradient."""
+    """Whether a weight of the adapter requires a gradient."""
     return any(parameter.requires_grad for parameter in parameters_of(model, adapter))
 
 
 def freeze(model: nn.Module, adapter: str) -> None:
+    """Let no weight of the adapter require a gradient."""
     for parameter in parameters_of(model, adapter):
         parameter.requires_grad_(False)
 
 
 def changes_nothing(model: nn.Module, adapter: str) -> bool:
-    """Whether the model with ``adapter`` is exactly the model without it. False where that is not proved.
+    """Whether the model with ``adapter`` is exactly the model without it. False where that cannot be shown.
 
-    LoRA and AdaLoRA add a product, which is 0 where one factor is. DoRA and other variants round on their way, and
-    other methods are not looked into.
+    LoRA and AdaLoRA add a product, which is 0 if one factor is 0. DoRA and other variants round on the way, and
+    other methods are not examined.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -84,7 +88,7 @@ def _adds_zero(layer: nn.Module, adapter: str) -> bool:
     if adapter in getattr(layer, "lora_variant", {}) or layer.use_dora.get(adapter):
         return False
     containers = (getattr(layer, name, {}) for name in ("lora_E", "lora_B", "lora_embedding_A", "lora_embedding_B"))
-    factors = [_parameters(held[adapter]) for held in containers if adapter in held]  # a bias is among lora_B's
+    factors = [_parameters(held[adapter]) for held in containers if adapter in held]  # lora_B's may hold a bias
     return any(not any(parameter.detach().any() for parameter in factor) for factor in factors)
 
 
@@ -92,25 +96,26 @@ def _adds_zero(layer: nn.Module, adapter: str) -> bool:
 
 
 def copy_adapters(model: nn.Module, adapters: list[str]) -> dict[str, str]:
-    """Keep a frozen copy of each adapter as it is now, as another adapter of the model that is not active.
+    """Add a frozen, inactive copy of each adapter, as it is now, to the model.
 
-    Copies go entry by entry, whatever the method, so that nothing is drawn, initialised or cast: PEFT's own
-    ``add_adapter`` would draw from the random state, and rewrite the base's weights again where ``init_lora_weights``
-    does (PiSSA).
+    Entries are copied one by one, whatever the method, so nothing is drawn, initialised or cast. PEFT's own
+    ``add_adapter`` would draw from the random state, and with some ``init_lora_weights`` (PiSSA) it would rewrite the
+    base weights again.
 
     Returns:
-        {adapter: the name of its copy}
+        The name of each adapter's copy, by the adapter's name.
     """
     names: dict[str, str] = {}
     for adapter in adapters:
         taken = {*model.peft_config, *names.values()}
         numbered = (f"ref_{number}" for number in range(2, len(taken) + 3))
         names[adapter] = next(name for name in (*REFERENCE_NAMES, *numbered) if name not in taken)
-    memo: dict[int, Any] = {}  # one for all: what shares weights shares them in the copy
+    memo: dict[int, Any] = {}  # one memo for all copies, so that shared weights are shared in the copy too
     for module in _owners(model):
         for held in _containers(module):
             for adapter, name in names.items():
-                if adapter in held and name not in held:  # methods that share weights hold one container many times
+                # methods that share weights hold one container in many places, so it may have the copy already
+                if adapter in held and name not in held:
                     held[name] = _copied(held[adapter], memo)
         if isinstance(getattr(module, "_adapters", None), set):
             module._adapters |= {name for adapter, name in names.items() if adapter in module._adapters}
@@ -130,7 +135,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def drop_copies(model: nn.Module) -> None:
-    """Take the copies that an earlier trainer left in the model out of it: they are not of the policy as it is now."""
+    """Remove the copies that an earlier trainer left in the model: the policy has been trained since."""
     names = copies(model)
     for module in _owners(model):
         for held in _containers(module):
@@ -143,14 +148,14 @@ def drop_copies(model: nn.Module) -> None:
 
 
 def copies(model: nn.Module) -> set[str]:
-    """Names of the copies that the model holds. An adapter that the user has put under a copy's name is none."""
+    """Return the names of the copies in the model; an adapter that the user has put under such a name is no copy."""
     made = getattr(model, COPIES, {})
     return {name for name, config in made.items() if model.peft_config.get(name) is config}
 
 
 @contextmanager
 def saving_all_but(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    """While entered, the model's ``save_pretrained`` writes every adapter but ``names``."""
+    """While entered, let the model's ``save_pretrained`` write every adapter except ``names``."""
     selected = [name for name in model.peft_config if name not in names]
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=selected)
     try:
@@ -164,9 +169,9 @@ def saving_all_but(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 
 @contextmanager
 def switched_to(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    """The model with the adapters ``names`` active; with none: with its adapters off.
+    """While entered, make the adapters ``names`` the active ones, or with no names switch adapters off.
 
-    PEFT asks for gradients of what becomes active; see ``huggingface.keeping_trainable``.
+    PEFT lets the weights of an active adapter require gradients; ``huggingface.keeping_trainable`` undoes that.
     """
     before = model.base_model.active_adapter
     if not names:
@@ -183,7 +188,7 @@ def switched_to(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 
 
 def fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
-    """Of the adapters' weights and numbers (scale, rank), whatever the adapters are called."""
+    """Return a hash of the adapters' weights and numbers (scale, rank), whatever the adapters are called."""
     digest = xxhash.xxh3_128(str(len(names)).encode())
     for name in names:
         for path, module in model.named_modules():
@@ -219,10 +224,10 @@ def _owners(model: nn.Module) -> list[nn.Module]:
 
 
 def _named_containers(module: nn.Module) -> Iterator[tuple[str, MutableMapping]]:
-    """The module's mappings from adapters' names: of layers, parameters, buffers, numbers."""
+    """Yield the module's mappings from an adapter's name to a layer, parameter, buffer or number, by their names."""
     for key, value in {**vars(module), **module._modules}.items():
         is_mapping = isinstance(value, (dict, nn.ModuleDict, nn.ParameterDict)) or type(value).__name__ == "BufferDict"
-        if is_mapping and key not in OF_MODULES:
+        if is_mapping and key not in MODULE_DICTS:
             yield key, value
 
 
@@ -231,7 +236,7 @@ def _containers(module: nn.Module) -> list[MutableMapping]:
 
 
 def parameters_of(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """All weights of one adapter."""
+    """Yield all weights of one adapter."""
     for module in _owners(model):
         for held in _containers(module):
             if adapter in held:

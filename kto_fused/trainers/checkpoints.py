@@ -1,7 +1,8 @@
-"""Checkpoints that are complete or do not count, the run that they belong to, and the lock of a run's folder.
+"""Checkpoints on disk: whether one is complete, which to resume from, and that one run alone writes into a folder.
 
-``manifest.json`` is written last into a checkpoint. It holds the size and the XXH3 hash of every file, and the run: the
-options, data and weights that the training curve depends on. A checkpoint without a valid manifest is not complete.
+The trainer writes ``manifest.json`` last into a checkpoint. It holds the size and the XXH3 hash of every file, and a
+description of the run: the options, data and weights that the training curve depends on. A checkpoint without a valid
+manifest is not complete, and no run resumes from it. ``runs`` compares a manifest's run with the one that resumes.
 """
 
 import json
@@ -12,20 +13,16 @@ import shutil
 import socket
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 from accelerate.utils import gather_object
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import fingerprints
@@ -33,65 +30,16 @@ from . import fingerprints
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-PREVIOUS = ".previous"  # a complete checkpoint of this step, kept until the one that replaces it is complete
-LOCK, RUNNING = "_run.lock", "_run.json"  # transformers uploads no file that begins with "_"
-BLOCK_BYTES = 1 << 22
-REFERENCE = "reference_weights"  # name of the entry of a run that its reference is told by
-SHOWN = 60  # characters of a value that differs
+PREVIOUS = ".previous"  # suffix of a complete checkpoint that is kept until its replacement is complete
+LOCK, RUNNING = "_run.lock", "_run.json"  # transformers uploads no file whose name begins with "_"
+BLOCK_BYTES = 1 << 22  # read at a time for a hash
 ORPHANS_END_WITHIN = 30  # seconds: worker processes of a killed run hold its lock until they notice its death
-# What training cannot go on without. FSDP and DeepSpeed keep optimizer and weights in folders of other names.
+# The files that training needs to go on. FSDP and DeepSpeed keep optimizer and weights in folders of other names.
 STATE, ESSENTIAL = "trainer_state.json", ("optimizer.pt", "scheduler.pt", "metrics_0.pt")
-
-# The fields of ``TrainingArguments`` and of the trainers' configs that do not change the training curve. All others
-# do: a field that a later version adds counts until it is listed here.
-CURVE_NEUTRAL = frozenset(
-    (
-        # where to stop; ``Trainer`` says in the log where a learning-rate schedule depends on it
-        *("max_steps", "num_train_epochs"),
-        # names, logging, reports
-        *("output_dir", "run_name", "project", "logging_strategy", "logging_steps", "logging_first_step"),
-        *("log_on_each_node", "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level"),
-        *("log_level_replica", "disable_tqdm", "report_to", "trackio_space_id", "trackio_bucket_id"),
-        *("trackio_static_space_id", "debug", "skip_memory_metrics", "include_for_metrics"),
-        # saving and uploading
-        *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
-        *("enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
-        *("hub_always_push", "hub_revision", "resume_from_checkpoint", "resume_anyway"),
-        "restore_callback_states_from_checkpoint",
-        # evaluation; its data count where they choose the best model or move the learning rate (``describe_run``)
-        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
-        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
-        *("batch_eval_metrics", "load_best_model_at_end"),
-        # how work is done: the same formula, at most another rounding
-        *("use_cpu", "backend", "chunk_bytes", "use_cache", "torch_empty_cache_steps", "torch_compile"),
-        *("torch_compile_backend", "torch_compile_mode", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
-        *("activation_checkpointing", "activation_checkpointing_kwargs", "ddp_find_unused_parameters"),
-        *("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout"),
-        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
-        *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
-        *("precompute_ref_batch_size", "ref_cache_dir", "local_rank", "do_train", "do_eval", "do_predict"),
-        # what hashes of their effects say already: of the data's tokens, of the reference, of the model's weights
-        *("max_length", "remove_unused_columns", "label_names", "length_column_name", "reference"),
-        "trust_remote_code",
-    )
-)
-# entries of a model's configuration that training and saving set, or that name where it came from
-CONFIG_NEUTRAL = frozenset(
-    (
-        *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
-    )
-)
-ADAPTER_NEUTRAL = frozenset(
-    ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
-)
-# schedules that step by the loss of evaluations, and those that do not depend on how many steps a run has
-BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
-WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", *BY_EVALUATION)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged or of another run; the message names the file or the setting."""
+    """A checkpoint is incomplete, damaged or of another run; the message names the file or the option."""
 
 
 class FolderInUseError(ValueError):
@@ -102,7 +50,7 @@ class FolderInUseError(ValueError):
 
 
 def write_manifest(folder: Path, run: dict[str, Any]) -> None:
-    """Makes a checkpoint complete: every file reaches the disk, then the manifest does, whole or not at all."""
+    """Make a checkpoint complete: write every file through to the disk, then the manifest, whole or not at all."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         digest = _hash_file(path, to_disk=True)
@@ -119,17 +67,21 @@ def write_manifest(folder: Path, run: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ``CheckpointError`` if there is none, or not the one that was written."""
+    """Return a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not there")
+        raise CheckpointError(f"{folder} does not exist")
     try:
         manifest = json.loads(path.read_bytes())
         if manifest["xxh3_128"] != fingerprints.hash_json({"files": manifest["files"], "run": manifest["run"]}):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum differs")
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} is missing: the checkpoint was not saved to the end, or by a version without manifests"
+            f"{path} is missing: the checkpoint was not saved to its end, or by a version that wrote no manifests"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error or type(error).__name__})") from error
@@ -137,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Raises ``CheckpointError`` unless every file of the checkpoint is as it was saved."""
+    """Read every file of a checkpoint and raise ``CheckpointError`` unless each is as it was saved."""
     for name, expected in read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
@@ -150,11 +102,11 @@ def verify(folder: Path) -> None:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
         if not is_same:
-            raise CheckpointError(f"{path} is damaged: its bytes are not those that were saved")
+            raise CheckpointError(f"{path} is damaged: its bytes differ from those that were saved")
 
 
 def is_complete(folder: Path) -> bool:
-    """By names and sizes alone, without reading the files."""
+    """Whether all files have their names and sizes; their contents are not read."""
     try:
         files = read_manifest(folder)["files"]
         return all((folder / name).stat().st_size == file["size"] for name, file in files.items())
@@ -163,8 +115,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_readable(folder: Path) -> None:
-    """For a checkpoint without a manifest. Raises ``CheckpointError`` if a file that training needs is not there or if
-    a file cannot be parsed; that the bytes are those that were saved cannot be known.
+    """Check a checkpoint without a manifest as far as that goes: its bytes cannot be compared with those saved.
+
+    Raises:
+        CheckpointError: a file that training needs is missing, or a file cannot be parsed.
     """
     is_plain = not any(path.is_dir() for path in folder.iterdir())
     needed = (STATE, *ESSENTIAL) if is_plain and any(folder.glob("rng_state*.pth")) else (STATE,)
@@ -182,12 +136,13 @@ def check_readable(folder: Path) -> None:
                 with zipfile.ZipFile(path) as archive:
                     damaged = archive.testzip()
                 if damaged is not None:
-                    raise ValueError(f"the checksum of its part {damaged} is another")
-        except Exception as error:  # the parsers of files that may hold anything
+                    raise ValueError(f"the checksum of its part {damaged} differs")
+        except Exception as error:  # the files may hold anything, and the parsers raise anything
             raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())})") from error
 
 
 def _hash_file(path: Path, to_disk: bool = False) -> str:
+    """Return the file's XXH3 hash; ``to_disk`` first writes the file through to the disk."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         if to_disk:
@@ -199,23 +154,23 @@ def _hash_file(path: Path, to_disk: bool = False) -> str:
 
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems have no such thing
+    with suppress(OSError):  # some network file systems cannot sync a folder
         os.fsync(handle)
     os.close(handle)
 
 
-# ---- which one to go on from --------------------------------------------------------------------------------------
+# ---- choosing the checkpoint to resume from -----------------------------------------------------------------------
 
 
 class Found(NamedTuple):
-    """A checkpoint's folder in a run's, and its step."""
+    """A checkpoint in the folder of a run."""
 
     step: int
     folder: Path
 
 
 def found_in(output_dir: str | Path) -> list[Found]:
-    """Checkpoints by step, the last first, complete or not."""
+    """Return the checkpoints in a folder, complete or not, the latest step first."""
     if not Path(output_dir).is_dir():
         return []
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)(?:{re.escape(PREVIOUS)})?")
@@ -225,32 +180,42 @@ def found_in(output_dir: str | Path) -> list[Found]:
 
 
 def choose(wanted: str | bool, output_dir: str, anyway: bool = False) -> str:
-    """The checkpoint to resume from: the one ``wanted``, or for True the newest complete one in ``output_dir``. The log
-    says which newer ones were passed over, and why.
+    """Return the checkpoint to resume from: ``wanted``, or for True the newest complete one in ``output_dir``.
+
+    A warning lists the newer checkpoints that were passed over, and why.
+
+    Args:
+        wanted: a checkpoint's folder, or True.
+        output_dir: the run's folder.
+        anyway: also take a checkpoint without a manifest, if there is none with one.
 
     Raises:
-        CheckpointError: it is not complete, or none is. ``anyway`` takes one without a manifest.
+        CheckpointError: the wanted checkpoint is not complete, or no checkpoint is.
     """
     if wanted is not True:
         try:
             _verify_or_read(Path(wanted), anyway)
         except CheckpointError as error:
             others = (found.folder for found in found_in(Path(wanted).parent) if found.folder != Path(wanted))
-            other = next((folder for folder in others if _problem(folder) is None), None)
-            way_out = "resume from another checkpoint" if other is None else f"{other} is complete, resume from that"
-            raise CheckpointError(f"{error}; {way_out}{_anyway(str(error))}") from error
+            complete = next((folder for folder in others if _problem(folder) is None), None)
+            way_out = "resume from another checkpoint"
+            if complete is not None:
+                way_out = f"{complete} is complete, resume from that"
+            raise CheckpointError(f"{error}; {way_out}{_hint_at_resume_anyway(str(error))}") from error
         return str(wanted)
     found = found_in(output_dir)
     problems = {}
-    # without manifests only where no checkpoint has a valid one
-    for check in (verify, lambda folder: _verify_or_read(folder, True))[: 2 if anyway else 1]:
+    checks = [verify]
+    if anyway:  # checkpoints without a manifest only where none has a valid one
+        checks.append(lambda folder: _verify_or_read(folder, True))
+    for check in checks:
         for number, (_, folder) in enumerate(found):
             problems[folder] = _problem(folder, check)
             if problems[folder] is None:
                 passed_over = [problems[newer.folder] for newer in found[:number]]
                 if passed_over:
                     logger.warning(f"resuming from {folder}; passed over: {'; '.join(passed_over)}")
-                if folder.name.endswith(PREVIOUS):  # else the best checkpoint would not be found under its name
+                if folder.name.endswith(PREVIOUS):  # renamed, so that the best checkpoint is found under its name
                     folder = folder.with_name(folder.name.removesuffix(PREVIOUS))
                     _put_back(folder)
                 return str(folder)
@@ -258,11 +223,13 @@ def choose(wanted: str | bool, output_dir: str, anyway: bool = False) -> str:
         raise CheckpointError(f"there is no checkpoint in {output_dir}")
     reasons = "; ".join(problems.values())
     raise CheckpointError(
-        f"{output_dir} holds no complete checkpoint: {reasons}; start the run anew in another folder{_anyway(reasons)}"
+        f"{output_dir} holds no complete checkpoint: {reasons}; start a new run in another folder"
+        f"{_hint_at_resume_anyway(reasons)}"
     )
 
 
 def _problem(folder: Path, check: Callable[[Path], None] = verify) -> str | None:
+    """Return why the checkpoint cannot be used; None if it can."""
     try:
         check(folder)
     except CheckpointError as error:
@@ -277,17 +244,17 @@ def _verify_or_read(folder: Path, anyway: bool) -> None:
     logger.warning(f"{folder} has no {MANIFEST}: resume_anyway takes it, and nothing in it could be verified")
 
 
-def _anyway(problem: str) -> str:
+def _hint_at_resume_anyway(problem: str) -> str:
     if f"{MANIFEST} is missing" not in problem:
         return ""
-    return ", or take it unverified if you know that it was saved whole: resume_anyway=True (--resume_anyway)"
+    return ", or, if you know that it was saved whole, take it unverified: resume_anyway=True (--resume_anyway)"
 
 
 # ---- saving -------------------------------------------------------------------------------------------------------
 
 
 def begin(folder: Path) -> None:
-    """Makes room for a checkpoint. One that is complete is set aside until ``end``; of any other nothing is left."""
+    """Make room for a checkpoint: set a complete one aside until ``end``, and remove an incomplete one."""
     previous = folder.with_name(folder.name + PREVIOUS)
     if is_complete(folder):
         remove(previous)
@@ -297,35 +264,52 @@ def begin(folder: Path) -> None:
 
 
 def end(folder: Path, run: dict[str, Any]) -> None:
+    """Make the checkpoint complete, and remove the one that ``begin`` set aside."""
     write_manifest(folder, run)
     remove(folder.with_name(folder.name + PREVIOUS))
 
 
 def abandon(folder: Path) -> None:
-    """After a failure to save: removes what was begun, unless it is complete, and puts back what was set aside."""
+    """After a failure to save, put back the checkpoint that was set aside, unless the new one is complete."""
     if not is_complete(folder):
         _put_back(folder)
 
 
 def _put_back(folder: Path) -> None:
-    """Removes an incomplete checkpoint and puts the complete one that was set aside for it in its place."""
+    """Remove an incomplete checkpoint and put the complete one that was set aside in its place."""
     remove(folder)
     previous = folder.with_name(folder.name + PREVIOUS)
     if previous.exists() and not folder.exists():
         previous.rename(folder)
 
 
+def reason_of(error: Exception) -> str:
+    """Return why saving failed: the operating system's reason, however deep it lies in the error's causes.
+
+    ``torch.save`` may be the first to notice that less was written than it asked for, as on a full disk. Its error then
+    only names a line of its source and two positions.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    if "unexpected pos" in str(error):
+        return "a file could not be written to its end"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def remove(folder: Path) -> None:
-    """The manifest first, so that what is left of a removal that was killed is not complete."""
+    """Remove a checkpoint, its manifest first, so that the rest of a removal that is killed is not complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def rotate(output_dir: Path, limit: int | None, current: Path, best: str | None) -> None:
-    """Keeps ``limit`` complete checkpoints: ``current``, which was just saved, ``best``, and the last others by step.
+    """Keep ``limit`` complete checkpoints: ``current``, which was just saved, ``best``, and the latest others.
 
-    Those of later steps than ``current``'s are from before the run went back to an earlier one, and go first.
-    Incomplete ones do not count; they are removed once there are ``limit`` complete ones.
+    Checkpoints of later steps than ``current`` stem from before the run went back to an earlier step; they are removed
+    first. Incomplete ones do not count, and are removed once there are ``limit`` complete ones.
     """
     if limit is None or limit <= 0:
         return
@@ -344,137 +328,14 @@ def rotate(output_dir: Path, limit: int | None, current: Path, best: str | None)
         remove(folder)
 
 
-# ---- the run that a checkpoint belongs to -------------------------------------------------------------------------
-
-
-def describe_run(
-    args: TrainingArguments,
-    *,
-    model: nn.Module,
-    reference: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset | dict[str, Dataset] | None,
-    columns: Iterable[str],
-) -> dict[str, Any]:
-    """What the training curve depends on, as names with JSON values: options, or hashes of what is large.
-
-    Of the model's weights those are hashed that are not trained, for a checkpoint holds the others. Evaluation data
-    count where they choose the best model or move the learning rate.
-    """
-    entries = {"processes": args.world_size}
-    options = args.to_dict()
-    for option in fields(args):
-        if option.name not in CURVE_NEUTRAL:
-            entries[option.name] = options[option.name]
-    if isinstance(args.deepspeed, str) and Path(args.deepspeed).is_file():
-        entries["deepspeed"] = json.loads(Path(args.deepspeed).read_bytes())
-    entries["train_data"] = _describe_data(train_dataset, columns)
-    if args.metric_for_best_model is not None or _schedule(args) in BY_EVALUATION:
-        entries["eval_data"] = _describe_data(eval_dataset, columns)
-    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
-    entries["tokenizer"] = f"{len(tokenizer)} tokens, {fingerprints.hash_json(_plain(vocabulary))}"
-    config = getattr(model, "config", None)
-    if hasattr(config, "to_diff_dict"):
-        entries |= {f"model.{name}": value for name, value in _without_neutral(config.to_diff_dict()).items()}
-    entries["model.dtypes"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
-    entries["model.frozen_weights"] = fingerprints.hash_weights(model, lambda name, tensor: not tensor.requires_grad)
-    for adapter, peft_config in getattr(model, "peft_config", {}).items():
-        for option in fields(peft_config):
-            value = getattr(peft_config, option.name)
-            if option.name not in ADAPTER_NEUTRAL and value != _default(option):
-                entries[f"adapter.{adapter}.{option.name}"] = value
-    entries[REFERENCE] = reference
-    return _plain(entries)
-
-
-def _without_neutral(config: Any) -> Any:
-    """A model's configuration without the entries of ``CONFIG_NEUTRAL``, also of the text or vision model in it."""
-    if not isinstance(config, dict):
-        return config
-    return {name: _without_neutral(value) for name, value in config.items() if name not in CONFIG_NEUTRAL}
-
-
-def check_same_run(checkpoint: str, run: dict[str, Any], args: TrainingArguments) -> None:
-    """Raises ``CheckpointError`` that lists each difference, or logs them with ``args.resume_anyway``."""
-    if not (Path(checkpoint) / MANIFEST).exists():  # taken by resume_anyway
-        return logger.warning(f"{checkpoint} does not say which run it is of: data, model and options are not compared")
-    saved = read_manifest(Path(checkpoint))["run"]
-    defaults = _plain({option.name: _default(option) for option in fields(args)})
-    absent = "none or the default"
-    found = []
-    for name in sorted(saved.keys() | run.keys()):
-        # a field that a later version added: as if it had been there with its default
-        before = saved.get(name, defaults.get(name, absent) if name in run else absent)
-        now = run.get(name, absent)
-        if before != now:
-            found.append(f"{name}: {_shortened(before)} in the checkpoint, {_shortened(now)} now")
-    if not found:
-        return
-    differences = "; ".join(found)
-    if saved.get(REFERENCE) != run.get(REFERENCE):
-        differences += (
-            "; the reference is the policy as it was before the run began, unless ref_model is given: pass the model "
-            "that the run began with, as model or as ref_model, and not one of its checkpoints"
-        )
-    if not args.resume_anyway:
-        raise CheckpointError(
-            f"{checkpoint} belongs to another run ({differences}): resume with what it was made with, or go on all the "
-            "same with resume_anyway=True (--resume_anyway)"
-        )
-    logger.warning(f"{checkpoint} belongs to another run, and resume_anyway goes on with it: {differences}")
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
-
-
-def warn_of_another_end(before: int, now: int, args: TrainingArguments) -> None:
-    """Say that the learning rate goes on along another curve, where the schedule depends on the number of steps."""
-    depends = _schedule(args) not in WITHOUT_END or 0 < args.warmup_steps < 1
-    if before != now and depends:
-        logger.warning(
-            f"the checkpoint's run was to end after {before} steps, this one after {now}: "
-            f"lr_scheduler_type={_schedule(args)!r} depends on that, so the learning rate goes on along another curve"
-        )
-
-
-def _schedule(args: TrainingArguments) -> str:
-    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-
-
-def _describe_data(data: Dataset | dict[str, Dataset] | None, columns: Iterable[str]) -> Any:
-    if isinstance(data, dict):
-        return {name: _describe_data(dataset, columns) for name, dataset in data.items()}
-    if data is None:
-        return None
-    return f"{len(data)} examples, {fingerprints.hash_data(data, set(columns) & set(data.column_names))}"
-
-
-def _default(option: Any) -> Any:
-    return option.default_factory() if option.default_factory is not MISSING else option.default
-
-
-def _plain(value: Any) -> Any:
-    """As JSON holds it, so that a value compares equal to what was read back."""
-
-    def of_other_types(value: Any) -> Any:
-        if isinstance(value, (set, frozenset)):
-            return sorted(value, key=str)
-        return value.value if isinstance(value, Enum) else str(value)
-
-    return json.loads(json.dumps(value, default=of_other_types, sort_keys=True))
-
-
 # ---- several processes, several runs ------------------------------------------------------------------------------
 
 
 def agreed(args: TrainingArguments, work: Callable[[], Any]) -> Any:
-    """The result of ``work()`` on the processes that save, on all processes; or its error, on all of them.
+    """Do ``work`` on the processes that save, and return its result, or raise its error, on all processes.
 
     Raises:
-        CheckpointError: nodes that each save into folders of their own have different results.
+        CheckpointError: the results differ between nodes, which may each save into a folder of their own.
     """
     if args.world_size == 1:
         return work()
@@ -490,17 +351,20 @@ def agreed(args: TrainingArguments, work: Callable[[], Any]) -> Any:
             raise error
     results = [result for is_saving, result, _ in outcomes if is_saving]
     if any(other != results[0] for other in results):
-        raise CheckpointError(f"the nodes found different checkpoints to resume from: {results}")
+        raise CheckpointError(
+            f"the nodes found different checkpoints to resume from: {results}; name one that all of them have"
+        )
     return results[0]
 
 
 @contextmanager
 def only_run_in(args: TrainingArguments) -> Iterator[None]:
-    """Holds the lock of ``args.output_dir`` for this run. The operating system frees a killed run's. A folder that was
-    made for the lock and stayed empty is removed.
+    """Hold the lock of ``args.output_dir`` for this run.
+
+    The operating system frees the lock of a killed run. A folder that was made for the lock and stays empty is removed.
 
     Raises:
-        FolderInUseError: another run holds it, on all processes.
+        FolderInUseError: another run holds the lock; raised on all processes.
     """
     folder, held = Path(args.output_dir), []
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -515,7 +379,7 @@ def only_run_in(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         for lock in held:
-            if lock.lock_counter == 1:  # not held by a caller too
+            if lock.lock_counter == 1:  # no caller holds it as well
                 for name in (RUNNING, LOCK):
                     (folder / name).unlink(missing_ok=True)
                 with suppress(OSError):
@@ -548,12 +412,15 @@ def _acquire(folder: Path) -> FileLock | None:
         content = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
         try:
             (folder / RUNNING).write_text(json.dumps(content), encoding="utf-8")
-        except OSError as error:  # without it the lock holds too, but a second run cannot say who holds it
-            logger.warning(f"{folder / RUNNING} cannot be written ({error.strerror}), as this run's files may not be")
+        except OSError as error:  # the lock holds without this file, but a second run cannot say who holds it
+            logger.warning(
+                f"{folder / RUNNING} cannot be written ({error.strerror}), so this run's results may fail to be written"
+            )
     return lock
 
 
 def _running_in(folder: Path) -> dict[str, Any]:
+    """Return process, host and start of the run that holds the folder's lock, as far as they can be read."""
     try:
         return dict(json.loads((folder / RUNNING).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -561,13 +428,13 @@ def _running_in(folder: Path) -> dict[str, Any]:
 
 
 def _is_alive(run: dict[str, Any]) -> bool:
-    """Of another host's run nobody can tell: it counts as alive."""
+    """Whether the run's process exists. A run on another host cannot be looked up, and counts as alive."""
     if run.get("host") != socket.gethostname() or not isinstance(run.get("pid"), int):
         return True
     try:
         os.kill(run["pid"], 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # another user's process
         pass
     return True

@@ -1,8 +1,8 @@
-"""The reference model's log-probabilities of a dataset, computed once and kept on disk.
+"""The reference's log-probabilities of a dataset, computed once and kept on disk.
 
 A cache file is named by a fingerprint of everything its values depend on: the reference's weights, configuration and
 precision, the token ids (hence data and tokenizer), and the options of the log-probability. The file also holds this
-fingerprint and a checksum of its values, so a damaged, renamed or foreign file is found, and its values are computed
+fingerprint and a checksum of its values, so a damaged, renamed or foreign file is noticed, and its values are computed
 again. The checksum protects against damage, not against someone who writes wrong values on purpose.
 """
 
@@ -28,10 +28,11 @@ from . import fingerprints
 
 logger = logging.getLogger(__name__)
 
-# the entry of a file's metadata that holds fingerprint and checksum: one entry, because safetensors writes several in
-# random order, and equal values should give equal files
+# The entry of a file's metadata that holds fingerprint and checksum. They share one entry, because safetensors writes
+# several entries in random order, and equal values should give equal files.
 DESCRIBED = "kto_fused"
-# a cache file while it is being written: fingerprint and a random number. What a killed process left is removed later
+# The name of a cache file while it is being written: the fingerprint and a random number. Drafts of killed processes
+# are removed once they are SECONDS_UNTIL_ABANDONED old.
 DRAFT = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{32}\.part")
 SECONDS_UNTIL_ABANDONED = 24 * 3600
 
@@ -44,23 +45,23 @@ def add_ref_logps(
     depends_on: tuple[str, ...],
     on_every_rank: Callable[[bool], bool],
 ) -> Dataset:
-    """Returns ``dataset`` with the float64 columns ``columns``, read from disk or computed by ``batches``.
+    """Return ``dataset`` with the float64 columns ``columns``, read from disk or computed by ``batches``.
 
-    Computed values are used even where they cannot be kept on disk; a warning then names the folder and the error.
+    Computed values are used even if they cannot be kept on disk; a warning then names the folder and the error.
 
     Args:
         dataset: prepared examples with a ``length`` column, in tokens.
         columns: names of the columns to add.
         batches: ``batches(dataset)`` yields one [b] tensor per column for each batch, in the dataset's order, the same
-            on all processes. It is given the dataset longest first, so that batches pad little and the largest batch
-            comes first.
-        folder: where files are kept; None: ``kto_fused/`` in the Hugging Face cache.
-        depends_on: what else the values depend on, as texts.
+            on all processes. It gets the dataset sorted by length, longest first, so that batches pad little and the
+            largest batch, which needs the most memory, comes first.
+        folder: the folder of the files; None: ``kto_fused/`` in the Hugging Face cache.
+        depends_on: texts that describe what the values depend on beside the dataset and the columns.
         on_every_rank: says whether a flag is true on all processes, which compute together or not at all.
 
     Raises:
-        OSError: ``folder`` is given and cannot be created. Nothing has been computed then.
-        ValueError: a computed value is NaN or infinite. Nothing is kept then.
+        OSError: ``folder`` is given and cannot be created; raised before anything is computed.
+        ValueError: a computed value is NaN or infinite; nothing is kept.
     """
     tokens = fingerprints.hash_data(dataset, dataset.column_names)
     fingerprint = xxhash.xxh3_128_hexdigest("\n".join([tokens, *columns, *depends_on]).encode())
@@ -83,8 +84,13 @@ def add_ref_logps(
 
 
 def hash_model(model: PreTrainedModel, adapter_prefix: str | None = None) -> str:
-    """Of configuration and weights; without the adapters', whose names hold ``adapter_prefix``."""
-    irrelevant = ("_name_or_path", "use_cache")  # Trainer sets the latter, of the policy alone
+    """Return a hash of a model's configuration and weights, without adapters' weights.
+
+    Args:
+        model: the model.
+        adapter_prefix: part of the names of adapters' weights; None: the model has no adapters to leave out.
+    """
+    irrelevant = ("_name_or_path", "use_cache")  # Trainer sets use_cache, and only for the policy
     configuration = {key: value for key, value in model.config.to_diff_dict().items() if key not in irrelevant}
     weights = fingerprints.hash_weights(
         model, lambda name, tensor: adapter_prefix is None or adapter_prefix not in name
@@ -93,7 +99,7 @@ def hash_model(model: PreTrainedModel, adapter_prefix: str | None = None) -> str
 
 
 def _read(folder: Path, fingerprint: str, columns: tuple[str, ...], length: int) -> dict[str, torch.Tensor] | None:
-    """The values of the first intact file, or None. A warning gives the reason why a file is not used."""
+    """Return the values of the first intact file, or None. A warning says why a file is not used."""
     paths = [folder / f"{fingerprint}.safetensors"]
     with suppress(OSError):
         paths += sorted(folder.glob(f"{fingerprint}.*.safetensors"))
@@ -101,20 +107,20 @@ def _read(folder: Path, fingerprint: str, columns: tuple[str, ...], length: int)
         try:
             if not path.exists():
                 continue
-            if not path.is_file():  # opening a pipe would wait for ever
+            if not path.is_file():  # opening a pipe would wait forever
                 raise ValueError("it is not a regular file")
             return _intact_values(path, fingerprint, columns, length)
-        except Exception as error:  # the file may hold anything
+        except Exception as error:  # the file may hold anything, so reading it may raise anything
             reason = getattr(error, "strerror", None) or error
             logger.warning(f"the kept reference log-probabilities in {path} are not used: {reason}")
     return None
 
 
 def _intact_values(path: Path, fingerprint: str, columns: tuple[str, ...], length: int) -> dict[str, torch.Tensor]:
-    """Raises if the file is not what ``_keep`` writes for this fingerprint."""
+    """Return the file's values; raise an error unless the file is one that ``_keep`` writes for this fingerprint."""
     with safe_open(path, framework="pt") as file:
         written_for, _, checksum = (file.metadata() or {}).get(DESCRIBED, "").partition(" ")
-        # cloned: else the values stay mapped to the file, and a later damage of it would reach the training
+        # clone: uncloned values stay mapped to the file, and later damage to it would reach the training
         names = file.keys()
         values = {name: file.get_tensor(name).clone() for name in names}
     if written_for != fingerprint:
@@ -129,7 +135,7 @@ def _intact_values(path: Path, fingerprint: str, columns: tuple[str, ...], lengt
         if not column.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
     if checksum != _checksum(values):
-        raise ValueError("its values do not fit its checksum")
+        raise ValueError("its values do not match its checksum")
     return values
 
 
@@ -154,7 +160,7 @@ def _check_finite(values: dict[str, torch.Tensor]) -> None:
 
 
 def _prepare_folder(folder: Path, is_given: bool) -> bool:
-    """Creates the folder and removes drafts of killed processes. Returns whether a file can be made in it."""
+    """Create the folder, remove drafts of killed processes, and return whether a file can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -172,25 +178,27 @@ def _prepare_folder(folder: Path, is_given: bool) -> bool:
         return False
     now = time.time()
     for draft in folder.glob("*.part"):
-        with suppress(OSError):  # another user's, or removed meanwhile
+        with suppress(OSError):  # another user's draft, or one that was removed meanwhile
             if DRAFT.fullmatch(draft.name) and now - draft.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
                 draft.unlink()
     return True
 
 
 def _keep(values: dict[str, torch.Tensor], folder: Path, fingerprint: str) -> None:
-    """Writes the values into the folder, whole or not at all. Of several processes the last one wins, with the same
-    values. A failure is a warning, because the run can go on with the values in memory.
+    """Write the values into the folder, whole or not at all.
+
+    If several processes write, the last one wins, with the same values. A failure only warns, because the run can go on
+    with the values in memory.
     """
     path = folder / f"{fingerprint}.safetensors"
     draft = folder / f"{fingerprint}.{uuid.uuid4().hex}.part"
     content = save(values, {DESCRIBED: f"{fingerprint} {_checksum(values)}"})
     try:
-        with draft.open("xb") as file:  # the kernel applies the umask to a new file's mode, unlike mkstemp's 0600
+        with draft.open("xb") as file:  # opened so, the file's mode follows the umask; mkstemp's would be 0600
             file.write(content)
         try:
             os.replace(draft, path)
-        except OSError as error:  # in a sticky folder, another user's file may not be replaced
+        except OSError as error:  # in a sticky folder, another user's file cannot be replaced
             beside = folder / f"{fingerprint}.{draft.stat().st_uid}.safetensors"
             os.replace(draft, beside)
             logger.warning(

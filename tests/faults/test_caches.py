@@ -19,9 +19,9 @@ import xxhash
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_training import history, make_trainer, model
+from tiny_training import counting_reference_passes, history, make_trainer, model
 
-from kto_fused.trainers import FusedTrainer, reference_cache
+from kto_fused.trainers import reference_cache
 
 COLUMNS = ("ref_logps", "ref_kl_logps")
 LENGTHS = [3, 1, 4, 1, 5]
@@ -502,18 +502,17 @@ def test_only_old_drafts_are_removed(folder):
 
 def test_a_trainer_precomputes_where_nothing_can_be_kept(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(reference_cache, "_prepare_folder", lambda *_, **__: True)  # the folder is lost while computing
-    passes = []
-    monkeypatch.setattr(FusedTrainer, "_reference", spied(FusedTrainer._reference, passes))
-    trainer = make_trainer(
-        "kto",
-        tmp_path / "out",
-        ref_model=model(seed=1),
-        precompute_ref_log_probs=True,
-        ref_cache_dir="lost",
-        max_steps=1,
-    )
-    trainer.train()
-    assert passes
+    with counting_reference_passes() as counter:
+        trainer = make_trainer(
+            "kto",
+            tmp_path / "out",
+            ref_model=model(seed=1),
+            precompute_ref_log_probs=True,
+            ref_cache_dir="lost",
+            max_steps=1,
+        )
+        trainer.train()
+    assert counter["passes"]
     assert not Path("lost").exists()
     assert any("cannot be kept in lost (No such file or directory)" in said for said in caplog.messages)
 

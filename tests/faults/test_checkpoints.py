@@ -32,7 +32,7 @@ from tiny_training import (
 )
 
 from kto_fused.commands import cli
-from kto_fused.trainers import checkpoints, fingerprints
+from kto_fused.trainers import checkpoints, fingerprints, runs
 from kto_fused.trainers.checkpoints import MANIFEST, PREVIOUS, CheckpointError, FolderInUseError
 from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
 
@@ -322,7 +322,7 @@ def test_a_failed_save_ends_in_one_sentence_and_keeps_the_older_one(saved, tmp_p
     fill = FillDisk(3, lambda: file_limit(max([other for other in sizes if other < size], default=size - 1)))
     settings = {"num_train_epochs": 2, **SAVING}
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-4 could not be saved \(.+\): make room .* resume from the newest"
+        CheckpointError, match=r"checkpoint-4 could not be saved \(.+\): free space .* resume from the newest"
     ):
         make_trainer("kto", tmp_path / "run", callbacks=[fill], **settings).train()
     file_limit(resource.RLIM_INFINITY)
@@ -481,8 +481,8 @@ CHANGES_THE_CURVE = {
 @pytest.mark.parametrize("config_class", [FusedKTOConfig, FusedDPOConfig])
 def test_every_option_changes_the_curve_or_is_listed_as_one_that_does_not(tmp_path, config_class):
     names = {option.name for option in fields(config_class)}
-    assert names - checkpoints.CURVE_NEUTRAL <= CHANGES_THE_CURVE, "sort the new options"
-    assert not CHANGES_THE_CURVE & checkpoints.CURVE_NEUTRAL
+    assert names - runs.CURVE_NEUTRAL <= CHANGES_THE_CURVE, "sort the new options"
+    assert not CHANGES_THE_CURVE & runs.CURVE_NEUTRAL
     settings = {"model": model(), "reference": None, "tokenizer": tokenizer(), "columns": ()}
     settings |= {"train_dataset": None, "eval_dataset": None}
 
@@ -490,12 +490,12 @@ def test_every_option_changes_the_curve_or_is_listed_as_one_that_does_not(tmp_pa
         args = config_class(output_dir=str(tmp_path), use_cpu=True, report_to=[])
         for name, value in changes.items():
             setattr(args, name, value)
-        return checkpoints.describe_run(args, **settings)
+        return runs.describe_run(args, **settings)
 
     plain = described()
     for name in names - {"parallelism_config"}:  # its value must be an object that describes itself
         is_counted = described(**{name: 0.123}).get(name) != plain.get(name)
-        assert is_counted == (name not in checkpoints.CURVE_NEUTRAL), name
+        assert is_counted == (name not in runs.CURVE_NEUTRAL), name
 
 
 def test_parts_of_a_model_are_described_without_what_loading_sets(tmp_path):
@@ -506,7 +506,7 @@ def test_parts_of_a_model_are_described_without_what_loading_sets(tmp_path):
     assert loaded.config.text_config.to_dict()["dtype"] != built.config.text_config.to_dict()["dtype"]
     args = FusedKTOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     settings = {"reference": None, "tokenizer": tokenizer(), "columns": (), "train_dataset": None, "eval_dataset": None}
-    described = [checkpoints.describe_run(args, model=each, **settings) for each in (built, loaded)]
+    described = [runs.describe_run(args, model=each, **settings) for each in (built, loaded)]
     assert described[0] == described[1]
     assert described[0]["model.text_config"]["hidden_size"] == 16
 
@@ -534,9 +534,9 @@ def test_the_hash_of_data_depends_on_its_values_only(tmp_path):
     sources = [data("kto", 8), str(tmp_path / "data.jsonl")]
     trainers = [make_trainer("kto", tmp_path, train=source) for source in sources]
     trainers.append(make_trainer("kto", tmp_path, train=sources[1], policy=model(max_position_embeddings=128)))
-    assert len({checkpoints._describe_data(one.train_dataset, one.columns) for one in trainers}) == 1
+    assert len({runs._describe_data(one.train_dataset, one.columns) for one in trainers}) == 1
     fewer = trainers[0].train_dataset.select(range(7))
-    assert checkpoints._describe_data(fewer, trainers[0].columns).startswith("7 examples, ")
+    assert runs._describe_data(fewer, trainers[0].columns).startswith("7 examples, ")
 
 
 # ---- two runs in one folder ---------------------------------------------------------------------------------------
@@ -607,10 +607,8 @@ def test_a_folder_that_cannot_be_locked_gives_a_warning(tmp_path, monkeypatch, c
 
 def test_torch_says_nothing_of_a_full_disk_that_is_not_passed_on(tmp_path, file_limit):
     """The reason in the sentence is the system's, however deep it lies."""
-    from kto_fused.trainers import _reason
-
     file_limit(100)
     with pytest.raises((OSError, RuntimeError)) as raised:
         torch.save({"values": torch.zeros(1000)}, tmp_path / "file.pt")
     file_limit(resource.RLIM_INFINITY)
-    assert _reason(raised.value)
+    assert checkpoints.reason_of(raised.value)

@@ -1,6 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 on two processes (CPUs, gloo) train as one process does without it."""
-
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
+"""DeepSpeed's ZeRO-2 and ZeRO-3 on two CPU processes (gloo) train as one process does without DeepSpeed."""
 
 import os
 import sys
@@ -8,22 +6,20 @@ from pathlib import Path
 
 import pytest
 
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 
 from tiny_training import assert_near, assert_same_run, model, run_on_two
 from train_deepspeed import KINDS, cases
 
 pytestmark = pytest.mark.usefixtures("small_machine")
-CASES = cases()  # what on_one runs
+CASES = cases()  # for the fixture on_one
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    """A case's result on two processes, from the one launch in which all of them are run."""
-    ninja = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # builds DeepSpeed's operator
+    """Return a function from a case to its result on two processes; one launch runs all cases."""
+    ninja = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # to build its operator
     results = run_on_two("train_deepspeed.py", tmp_path_factory.mktemp("two"), DS_ACCELERATOR="cpu", PATH=ninja)
 
     def result(case):
@@ -36,7 +32,7 @@ def on_two(tmp_path_factory):
 @of_each_kind
 @pytest.mark.parametrize("head", ["untied", "tied"])
 def test_zero3_trains_as_one_process(on_one, on_two, kind, head):
-    """Losses, z0, gradient norms, metrics, token counts and weights."""
+    """Compares losses, z0, gradient norms, metrics, token counts and weights."""
     two, one = on_two(f"3-{kind}-{head}"), on_one(f"3-{kind}-{head}")
     assert two["policy"] == two["reference"] == {"stage": 3, "held": 0}
     assert one["policy"] is one["reference"] is None
@@ -56,13 +52,13 @@ def test_zero2_trains_as_one_process(on_one, on_two, kind):
 
 @pytest.mark.parametrize("case", ["2-dpo-accumulated", "3-dpo-accumulated", "3-kto-accumulated"])
 def test_accumulates_as_one_process(on_one, on_two, case):
-    """The last step has one batch instead of two."""
+    """The last step has one batch where the others have two."""
     assert_same_run(on_two(case), on_one(case))
 
 
 @of_each_kind
 def test_the_copy_that_is_the_reference_is_that_of_one_process(on_one, on_two, kind):
-    """Sizes of ZeRO's that are left to transformers ("auto") are found for the reference too."""
+    """Sizes of ZeRO that are left to transformers ("auto") are set for the reference too."""
     two = on_two(f"3-{kind}-copied reference")
     assert two["history"][0]["rewards/chosen"] == 0
     assert two["reference"]["stage"] == 3
@@ -79,7 +75,7 @@ def test_adapters_train_as_in_one_process(on_one, on_two, kind):
 
 @pytest.mark.parametrize("case", ["3-kto-own path", "3-dpo-same path"])
 def test_weights_partitioned_at_load_train_as_whole_ones(on_one, on_two, case):
-    """Policy and reference come from a path each, or from the same."""
+    """Policy and reference come from two paths, or both from one."""
     two = on_two(case)
     assert two["is_partitioned_at_load"]
     assert two["reference"] == {"stage": 3, "held": 0}
@@ -87,7 +83,7 @@ def test_weights_partitioned_at_load_train_as_whole_ones(on_one, on_two, case):
 
 
 def test_bf16_rounds_policy_and_reference_alike(on_one, on_two):
-    """DeepSpeed's weights are in bf16, autocast's are not."""
+    """DeepSpeed holds the weights in bf16, autocast does not, hence the tolerance."""
     two, one = on_two("3-dpo-bf16"), on_one("3-dpo-bf16")
     first = two["history"][0]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0
@@ -96,8 +92,8 @@ def test_bf16_rounds_policy_and_reference_alike(on_one, on_two):
 
 @pytest.mark.parametrize("case", ["3-kto-checkpointed", "3-dpo-logits", "3-dpo-clipped", "3-dpo-environment"])
 def test_other_settings_train_as_one_process(on_one, on_two, case):
-    """Checkpointed layers; the loss from logits; gradients clipped at max_grad_norm, which DeepSpeed's configuration
-    does not mention; a configuration in accelerate's environment.
+    """The cases: checkpointed layers; the loss from logits; gradients clipped at max_grad_norm, which DeepSpeed's
+    configuration does not mention; DeepSpeed configured through accelerate's environment variables.
     """
     two = on_two(case)
     assert two["policy"]["stage"] == two["reference"]["stage"] == 3
@@ -119,7 +115,7 @@ def test_a_stopped_run_resumes_to_the_bit(on_two):
 
 @pytest.mark.parametrize("case", ["2-kto-precomputed", "3-kto-precomputed"])
 def test_precomputed_references_are_those_of_one_process(on_one, on_two, case):
-    """And their fingerprint is that of the whole model, not of the parts that a process holds."""
+    """Their fingerprint is that of the whole model, not of the part that one process holds."""
     (computed, found), (on_its_own, _) = on_two(case), on_one(case)
     assert computed["passes"] == on_its_own["passes"] > 0
     assert found["passes"] == 0
@@ -140,7 +136,7 @@ def test_a_saved_model_is_whole(on_two):
     assert run["saved"] == run["weights"]
 
 
-def test_what_deepspeed_cannot_do_is_refused(on_two):
+def test_features_unsupported_under_deepspeed_are_refused(on_two):
     assert "precompute_ref_log_probs with adapters under DeepSpeed: leave it out" in on_two("adapters precomputed")
     assert "it counts 1, and 2 were started" in on_two("processes")
     assert "ref_model is missing, and model cannot be copied" in on_two("no reference")

@@ -1,12 +1,8 @@
-"""Two processes on CPUs (gloo), under DistributedDataParallel or sharded by FSDP2, train as one on the same batches."""
-
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
+"""Two CPU processes (gloo), under DistributedDataParallel or FSDP2, train as one process on the same global batches."""
 
 import pytest
 import torch
 
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this PyTorch has no gloo: no processes to train in", allow_module_level=True)
 
@@ -15,14 +11,14 @@ from tiny_training import assert_near, assert_same_run, run_on_two
 from train_distributed import KINDS, WRAPPERS, cases
 
 pytestmark = pytest.mark.usefixtures("small_machine")
-CASES = cases()  # what on_one runs
+CASES = cases()  # for the fixture on_one
 EVERYWHERE = [f"{wrapper}-{kind}" for wrapper in WRAPPERS for kind in KINDS]
 on_everything = pytest.mark.parametrize("name", EVERYWHERE)
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    """A case's result on two processes, from the one launch in which all of them are run."""
+    """Return a function from a case to its result on two processes; one launch runs all cases."""
     results = run_on_two("train_distributed.py", tmp_path_factory.mktemp("two"))
 
     def result(case):
@@ -39,7 +35,7 @@ def on_two(tmp_path_factory):
 @on_everything
 @pytest.mark.parametrize("head", ["untied", "tied"])
 def test_trains_as_one_process(on_one, on_two, name, head):
-    """Losses, z0, gradient norms, metrics, token counts and weights."""
+    """Compares losses, z0, gradient norms, metrics, token counts and weights."""
     two, one = on_two(f"{name}-{head}"), on_one(f"{name}-{head}")
     assert (two["is_ddp"], two["is_fsdp"]) == (name.startswith("ddp"), name.startswith("fsdp"))
     assert not one["is_ddp"]
@@ -52,7 +48,7 @@ def test_trains_as_one_process(on_one, on_two, name, head):
 
 @on_everything
 def test_accumulates_as_one_process(on_one, on_two, name):
-    """The last step has one batch instead of two."""
+    """The last step has one batch where the others have two."""
     assert_same_run(on_two(f"{name}-accumulated"), on_one(f"{name}-accumulated"))
 
 
@@ -66,7 +62,7 @@ def test_the_copy_that_is_the_reference_is_that_of_one_process(on_one, on_two, n
 @on_everything
 @pytest.mark.parametrize("reference", ["lora", "lora off"])
 def test_adapters_train_as_in_one_process(on_one, on_two, name, reference):
-    """With a copy of the adapter for the reference, which training starts at, and with adapters off."""
+    """The reference is a copy of the adapter, so that rewards start at 0, or the model with its adapters off."""
     pytest.importorskip("peft", reason="peft is not installed: no adapters")
     two = on_two(f"{name}-{reference}")
     assert (two["history"][0]["rewards/chosen"] == 0) == (reference == "lora")
@@ -84,11 +80,11 @@ def test_a_stopped_run_of_adapters_resumes_to_the_bit(on_two, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_that_sees_trains_on_text_as_in_one_process(on_one, on_two, kind):
-    two = on_two(f"ddp-{kind}-sees")
+def test_a_vision_language_model_trains_on_text_as_in_one_process(on_one, on_two, kind):
+    two = on_two(f"ddp-{kind}-vision")
     assert two["is_ddp"]
     assert len(two["history"]) == 4
-    assert_same_run(two, on_one(f"ddp-{kind}-sees"))
+    assert_same_run(two, on_one(f"ddp-{kind}-vision"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +111,7 @@ def test_bf16_rounds_policy_and_reference_alike(on_one, on_two, name):
     + ["ddp-kto-used"],
 )
 def test_other_settings_train_as_one_process(on_one, on_two, case):
-    """The loss from logits, a random order, no reference, checkpointed layers, no search for unused parameters."""
+    """The cases: loss from logits, random order, no reference, checkpointed layers, no search for unused parameters."""
     assert_same_run(on_two(case), on_one(case))
 
 
@@ -143,7 +139,7 @@ def test_all_processes_are_refused_a_folder_that_another_run_has_locked(on_two):
 
 @on_everything
 def test_an_evaluation_counts_no_row_twice(on_one, on_two, name):
-    """9 rows: of the last batches one is not full and one is empty, and accelerate fills them with other rows."""
+    """9 rows: one of the last batches is not full and one is empty; accelerate fills them with repeated rows."""
     assert_near(on_two(f"{name}-evaluated"), on_one(f"{name}-evaluated"))
 
 
@@ -164,7 +160,7 @@ def test_processes_compute_references_together_where_one_has_lost_them(on_two):
 
 
 def test_a_last_batch_too_small_for_all_processes_is_filled_with_the_first_rows(on_one, on_two):
-    """What accelerate does: of 14 rows in batches of 4 the last step takes rows 12, 13, 0 and 1."""
+    """accelerate does this: of 14 rows in batches of 4, the last step takes rows 12, 13, 0 and 1."""
     assert_same_run(on_two("ddp-dpo-repeated"), on_one("ddp-dpo-repeated"))
 
 

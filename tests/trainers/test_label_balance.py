@@ -1,21 +1,10 @@
-"""Unbalanced labels: the weights that the KTO paper advises are said, with the flag."""
-
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
+"""Unbalanced labels: a hint names the weight that the KTO paper advises, with its flag."""
 
 import pytest
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
-
 from datasets import Dataset
 from tiny_training import data, make_trainer
 
-pytestmark = pytest.mark.usefixtures("small_machine")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def feedback(desirable: int, undesirable: int) -> Dataset:
@@ -40,7 +29,7 @@ def hints(tmp_path, caplog, train, **settings) -> list[str]:
         (7, 5, "1.4", "undesirable_weight", "1.05"),
     ],
 )
-def test_the_advised_weight_is_said_and_satisfies(tmp_path, caplog, desirable, undesirable, ratio, name, weight):
+def test_the_hint_names_a_weight_in_the_papers_range(tmp_path, caplog, desirable, undesirable, ratio, name, weight):
     (hint,) = hints(tmp_path, caplog, feedback(desirable, undesirable))
     assert hint == (
         f"Hint: {desirable} desirable and {undesirable} undesirable examples, a ratio of {ratio}. The KTO paper "
@@ -52,17 +41,17 @@ def test_the_advised_weight_is_said_and_satisfies(tmp_path, caplog, desirable, u
     assert 1 <= balance <= 4 / 3
 
 
-def test_nothing_is_said_where_labels_are_balanced_or_weights_chosen(tmp_path, caplog):
+def test_there_is_no_hint_where_labels_are_balanced_or_weights_chosen(tmp_path, caplog):
     for train, settings in (
         (feedback(5, 5), {}),
         (feedback(8, 6), {}),  # 4/3
-        (data("dpo", 4), {}),  # pairs are one of each
+        (data("dpo", 4), {}),  # a pair has one of each
         (feedback(1, 19), {"desirable_weight": 2.0}),
         (feedback(1, 19), {"undesirable_weight": 0.5}),
-        (feedback(1, 19), {"loss_type": "apo_zero_unpaired"}),  # the advice is of another loss
+        (feedback(1, 19), {"loss_type": "apo_zero_unpaired"}),  # the paper's advice is for the kto loss
     ):
         assert hints(tmp_path, caplog, train, **settings) == []
 
 
-def test_evaluation_data_are_weighted_as_they_are(tmp_path, caplog):
+def test_there_is_no_hint_about_evaluation_data(tmp_path, caplog):
     assert hints(tmp_path, caplog, feedback(5, 5), evaluation=feedback(1, 19)) == []

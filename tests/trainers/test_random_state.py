@@ -1,37 +1,24 @@
-"""What prepares a run, and what looks at it, leaves alone the random state that its dropout draws from."""
-
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
+"""Preparing and evaluating a run do not change the random state from which training draws its dropout."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
-
-from tiny_training import data, history, make_trainer, model
+from tiny_training import by_kind, data, history, make_trainer, model
 from transformers import set_seed
 
-KINDS = ["kto", "dpo"]
 SEED = 7
-by_kind = pytest.mark.parametrize("kind", KINDS)
-pytestmark = pytest.mark.usefixtures("small_machine")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def state() -> tuple:
-    """Of Python, NumPy and torch: what each would draw next."""
+    """Return the random states of Python, NumPy and torch."""
     position = np.random.get_state()
     return random.getstate(), position[1].tolist(), position[2], torch.get_rng_state().tolist()
 
 
-def of_seed(seed: int) -> tuple:
+def state_after_seeding(seed: int) -> tuple:
     set_seed(seed)
     return state()
 
@@ -65,15 +52,15 @@ def saved(folder):
 
 @pytest.mark.parametrize("name", PREPARATIONS)
 def test_a_trainer_leaves_the_random_state_at_the_seed(tmp_path, name):
-    """With dropout and partners to draw, twice: a second one finds data and references in their caches."""
+    """There are dropout masks and mismatched partners to draw. The second trainer finds data and references cached."""
     for _ in range(2):
         settings = {"seed": SEED, "disable_dropout": False, "evaluation": 4, "train": 8}
         settings |= {"policy": model(attention_dropout=0.3), **PREPARATIONS[name](tmp_path)}
         trainer = make_trainer("kto", tmp_path, **settings)
         after = state()
-        assert after == of_seed(SEED)
-        trainer.evaluate()  # its DataLoader would draw a seed of its own
-        if name != "precomputed":  # which leaves no reference for new data
+        assert after == state_after_seeding(SEED)
+        trainer.evaluate()  # its DataLoader would draw a seed
+        if name != "precomputed":  # then no reference is left for new data
             trainer.evaluate(data("kto", 4, seed=5))
             trainer.predict(data("kto", 4, seed=5))
         assert state() == after
@@ -81,7 +68,7 @@ def test_a_trainer_leaves_the_random_state_at_the_seed(tmp_path, name):
 
 @by_kind
 def test_one_cache_and_one_seed_make_one_curve(tmp_path, kind):
-    """Computed, found, live, and evaluated between the steps or not: dropout draws the same masks."""
+    """Reference values computed, found or live, with evaluations or without: dropout draws the same masks."""
 
     def run(**settings):
         trainer = make_trainer(
@@ -89,7 +76,7 @@ def test_one_cache_and_one_seed_make_one_curve(tmp_path, kind):
             tmp_path / "out",
             policy=model(attention_dropout=0.3),
             disable_dropout=False,
-            per_device_train_batch_size=1,  # padding rounds otherwise
+            per_device_train_batch_size=1,  # other padding would round differently
             train=8,
             **settings,
         )

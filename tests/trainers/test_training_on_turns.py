@@ -1,4 +1,4 @@
-"""Training on what the data holds: answers of several messages, and pairs that teach nothing."""
+"""Answers of several messages are trained on the assistant's messages alone; pairs of equal sides are left out."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def records(kind: str) -> Dataset:
-    """Answers of three messages: the assistant's, the user's w7, and the assistant's w8 again."""
+    """Return records whose answers have three messages: the assistant's, the user's w7, and the assistant's w8."""
     rows = []
     for row in range(8):
         answers = [
@@ -70,14 +70,14 @@ def test_the_users_message_within_an_answer_gets_no_loss(tmp_path, kind, precomp
         logps = trainer.model(input_ids=rows).logits.double().log_softmax(-1)
     expected = [assistant_logps(row.tolist(), logps[number], words) for number, row in enumerate(rows)]
     torch.testing.assert_close(metrics.logps.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5)
-    # the first word and w8, each with the end of its message
+    # 4 tokens: the first word and w8, each with the end of its message
     assert metrics.token_counts.tolist() == [4] * len(rows)
     trainer.train()
     assert trainer.state.global_step == 1
 
 
 def assistant_logps(row: list[int], logps: torch.Tensor, words) -> float:
-    """The sum over what follows a w1 up to the end of that message."""
+    """Return the sum over the tokens after each w1, up to the end of that message."""
     header, end = words.convert_tokens_to_ids("w1"), words.eos_token_id
     total, is_assistant = 0.0, False
     for place, token in enumerate(row):
@@ -88,7 +88,7 @@ def assistant_logps(row: list[int], logps: torch.Tensor, words) -> float:
 
 
 @pytest.mark.parametrize("kind", ["kto", "dpo"])
-def test_pairs_that_teach_nothing_are_neither_trained_nor_scored(tmp_path, kind, capsys):
+def test_pairs_of_equal_sides_are_neither_trained_on_nor_scored(tmp_path, kind, capsys):
     pairs = data("dpo", 6).to_list()
     pairs[0]["rejected"] = pairs[0]["chosen"]
     pairs[3]["rejected"] = pairs[3]["chosen"]

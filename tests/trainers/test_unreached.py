@@ -1,30 +1,17 @@
-"""Parameters that text never reaches: frozen where that is sure, left alone where it depends on the tokens."""
-
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
+"""Parameters that text never reaches are frozen; parameters that only some tokens reach stay trainable."""
 
 import logging
 
 import pytest
 import torch
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
-
-from tiny_training import WORDS, history, make_trainer, model, vision_language_model
+from tiny_training import WORDS, by_kind, history, make_trainer, model, vision_language_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from kto_fused.huggingface.unreached import unreached_by_text
 
-KINDS = ["kto", "dpo"]
 TOWERS = ("model.vision_tower.", "model.multi_modal_projector.")
-by_kind = pytest.mark.parametrize("kind", KINDS)
-pytestmark = pytest.mark.usefixtures("small_machine")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def messages(caplog, word: str) -> list[str]:
@@ -32,8 +19,8 @@ def messages(caplog, word: str) -> list[str]:
 
 
 @by_kind
-def test_what_text_never_reaches_is_frozen_and_told(tmp_path, kind, caplog):
-    """A vision tower and its projector: no gradient, no optimizer state, no decay; all others are trained."""
+def test_parameters_that_text_never_reaches_are_frozen_and_logged(tmp_path, kind, caplog):
+    """A vision tower and its projector get no gradient, optimizer state or decay; all other weights are trained."""
     policy = vision_language_model()
     start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     trainer = make_trainer(kind, tmp_path, policy=policy, optim="adamw_torch", weight_decay=0.1, learning_rate=0.01)
@@ -61,8 +48,8 @@ def test_adapters_in_a_vision_tower_are_frozen_too(tmp_path, caplog):
             assert parameter.requires_grad == ("vision_tower" not in name), name
 
 
-def test_what_other_tokens_may_reach_is_not_frozen():
-    """Experts, whatever layers they are made of, and any other part of the language model."""
+def test_parameters_that_some_tokens_reach_are_not_frozen():
+    """Experts, whatever their layers, and any other part of the language model stay trainable."""
     policy = model()
     policy.model.layers[0].expert = nn.Linear(16, 16)
     policy.value_head = nn.Linear(16, 1)
@@ -86,8 +73,8 @@ def test_what_other_tokens_may_reach_is_not_frozen():
     assert unreached_by_text(model()) == ([], [])
 
 
-def test_looking_for_it_leaves_no_trace():
-    """No gradient, no mode, no random state."""
+def test_looking_for_unreached_parameters_leaves_no_trace():
+    """Gradients, modes and the random state are unchanged."""
     policy = model(attention_dropout=0.3).train()
     policy.model.layers[1].eval()
     modes, state = [module.training for module in policy.modules()], torch.get_rng_state()
@@ -106,7 +93,7 @@ def test_training_a_vision_tower_alone_is_refused(tmp_path):
 
 
 def test_the_flag_is_named_where_processes_would_wait_for_a_gradient(tmp_path, caplog, monkeypatch):
-    """Said before training, to processes whose DistributedDataParallel looks for no unused parameters."""
+    """The warning comes before training, if DistributedDataParallel does not look for unused parameters."""
     policy = model()
     policy.model.layers[0].expert = nn.Linear(16, 16)
     make_trainer("dpo", tmp_path, policy=policy, gradient_checkpointing=True)

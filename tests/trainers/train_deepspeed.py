@@ -1,5 +1,7 @@
-"""Training in this process alone without DeepSpeed, or with it as ``torchrun --nproc_per_node 2 train_deepspeed.py
-FOLDER``, which writes each case's results to ``FOLDER/results.json``. The global batches are the same.
+"""The cases of ``test_deepspeed``: on one process without DeepSpeed, or on two with it.
+
+The test imports them for one process. ``torchrun --nproc_per_node 2 train_deepspeed.py FOLDER`` runs them on two and
+writes each case's result into ``FOLDER/results.json``. Global batches are the same for one process and for two.
 """
 
 import functools
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_training import CLOCK, history, make_trainer, model, run_cases, stop_and_resume
+from tiny_training import CLOCK, counting_reference_passes, history, make_trainer, model, run_cases, stop_and_resume
 
 from kto_fused import huggingface
 from kto_fused.trainers import FusedTrainer
@@ -35,8 +37,9 @@ def make(
     zero: dict | None = None,
     **settings: Any,
 ) -> FusedTrainer:
-    """With a batch of 4 on all processes together. ``zero`` is more of ZeRO's settings; an ``optimizer`` of DeepSpeed's
-    takes the place of another.
+    """Return a trainer whose batch has 4 examples on all processes together.
+
+    ``zero`` adds settings of ZeRO. ``optimizer`` is DeepSpeed's description of its own optimizer, which is then used.
     """
     if PROCESSES > 1:
         persistence = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
@@ -75,7 +78,7 @@ def whole(parameter: torch.Tensor) -> list[float]:
 
 
 def wrapping(module: torch.nn.Module | None) -> dict[str, int] | None:
-    """The stage of ZeRO, and how many weights this process holds of it between steps."""
+    """Return the module's stage of ZeRO and the number of weights that this process holds between steps."""
     if not hasattr(module, "zero_optimization_stage"):
         return None
     held = sum(parameter.numel() for parameter in huggingface.unwrap(module).parameters())
@@ -109,7 +112,7 @@ def on_disk(folder: Path, seed: int) -> str:
 
 
 def from_path(folder: Path, kind: str, stage: int, *, own_reference: bool):
-    """Loaded while a configuration of DeepSpeed lives, so that ZeRO-3 partitions the weights at once."""
+    """Train models that ZeRO-3 partitions as they are loaded, because a configuration of DeepSpeed is alive."""
     policy, ref_model = on_disk(folder, 0), on_disk(folder, 1) if own_reference else None
     trainer = make(kind, stage, folder, policy=policy, ref_model=ref_model)
     is_partitioned = all(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
@@ -118,9 +121,9 @@ def from_path(folder: Path, kind: str, stage: int, *, own_reference: bool):
 
 
 def loaded_before(folder: Path, kind: str, stage: int):
-    """A model that is partitioned already, and no reference."""
+    """Return the refusal of a partitioned model without a reference."""
     path = on_disk(folder, 0)
-    config = make(kind, stage, folder, train=4).args  # kept while the model is loaded
+    config = make(kind, stage, folder, train=4).args  # kept alive while the model is loaded
     policy = transformers.AutoModelForCausalLM.from_pretrained(path)
     assert config.deepspeed
     return refusal(folder, make, kind=kind, stage=stage, policy=policy)
@@ -131,8 +134,9 @@ def resume(folder: Path, kind: str, stage: int):
 
 
 def evaluate(folder: Path, kind: str, stage: int):
-    """9 rows, of which the last fills a part of the processes' last batches; before training, and after it. DeepSpeed's
-    own optimizer, which it takes out to evaluate, must be there again to train.
+    """Evaluate 9 rows before and after training; the last row fills only part of the last batches.
+
+    Evaluation removes DeepSpeed's own optimizer from the configuration; training needs it back.
     """
     trainer = make(kind, stage, folder, ref_model=model(seed=1), evaluation=9, train=8, optimizer=SGD)
     entries = [trainer.evaluate()]
@@ -143,36 +147,27 @@ def evaluate(folder: Path, kind: str, stage: int):
 
 
 def precompute(folder: Path, kind: str, stage: int, is_on_disk: bool = False, **settings: Any):
-    """Twice: the second time they are found on the disk."""
-    runs, passes = [], FusedTrainer._reference
+    """Train twice with precomputed reference values; the second run finds them on disk."""
+    runs = []
     for _ in range(2):
-        count = 0
-
-        def counted(self, *args):
-            nonlocal count
-            count += 1
-            return passes(self, *args)
-
-        FusedTrainer._reference = counted
         if is_on_disk:
             settings["policy"] = on_disk(folder, 0)
         cache = str(folder / f"cache_of_{PROCESSES}")
-        try:
+        with counting_reference_passes() as counter:
             trainer = make(
                 kind, stage, folder, train=12, precompute_ref_log_probs=True, ref_cache_dir=cache, **settings
             )
             trainer.train()
-        finally:
-            FusedTrainer._reference = passes
         batch = next(iter(trainer.get_train_dataloader()))
         is_unrounded = trainer._prepare_inputs(batch)["ref_logps"].equal(batch["ref_logps"])
         fingerprints = sorted(os.listdir(cache))
-        runs.append({"passes": count, "is_unrounded": is_unrounded, "fingerprints": fingerprints, **outcome(trainer)})
+        passes = counter["passes"]
+        runs.append({"passes": passes, "is_unrounded": is_unrounded, "fingerprints": fingerprints, **outcome(trainer)})
     return runs
 
 
 def save(folder: Path, kind: str, stage: int):
-    """The model that is saved, as another process would load it."""
+    """Return the weights of the saved model, as another process would load them, beside those in memory."""
     trainer = make(kind, stage, folder, train=4)
     trainer.train()
     trainer.save_model()
@@ -181,7 +176,7 @@ def save(folder: Path, kind: str, stage: int):
 
 
 def through_the_environment(folder: Path, kind: str, stage: int):
-    """As ``accelerate launch --use_deepspeed`` asks for it, without a word in the trainer's configuration."""
+    """Train with DeepSpeed asked for as by ``accelerate launch --use_deepspeed``, not in the trainer's options."""
     if PROCESSES == 1:
         return train(folder, kind, stage)
     asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}

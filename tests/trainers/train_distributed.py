@@ -1,5 +1,7 @@
-"""Training in this process alone, or as ``torchrun --nproc_per_node 2 train_distributed.py FOLDER``, which writes each
-case's results to ``FOLDER/results.json``. The global batches are the same, whatever the number of processes.
+"""The cases of ``test_distributed``, for one process or two.
+
+The test imports them for one process. ``torchrun --nproc_per_node 2 train_distributed.py FOLDER`` runs them on two and
+writes each case's result into ``FOLDER/results.json``. Global batches are the same for one process and for two.
 """
 
 import faulthandler
@@ -18,6 +20,7 @@ from datasets import concatenate_datasets
 from filelock import FileLock
 from tiny_training import (
     CLOCK,
+    counting_reference_passes,
     data,
     history,
     make_trainer,
@@ -50,7 +53,7 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": Fal
 
 
 def shard_on_cpus() -> None:
-    """accelerate shards on accelerators alone; what it sets up for them, set up for CPUs too."""
+    """Let accelerate shard on CPUs too: set up for them what it sets up for accelerators only."""
     initialise = AcceleratorState.__init__
 
     @functools.wraps(initialise)
@@ -66,8 +69,8 @@ def shard_on_cpus() -> None:
 
 
 def make(kind: str, wrapper: str, folder: Path, *, batch: int = 4, lora: bool = False, **settings: Any) -> FusedTrainer:
-    """``batch`` is the number of examples on all processes together."""
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which accelerate sets, and keeps
+    """Return a trainer; ``batch`` is the number of examples on all processes together."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate sets it and leaves it set
     if wrapper == "fsdp" and PROCESSES > 1:
         settings |= FSDP
     if lora:
@@ -85,7 +88,7 @@ def make(kind: str, wrapper: str, folder: Path, *, batch: int = 4, lora: bool = 
 
 
 def outcome(trainer: FusedTrainer) -> dict[str, Any]:
-    """Log and weights; and a proof of what the model was wrapped in."""
+    """Return the log, the weights, and which wrapper the model was in."""
 
     def whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -107,14 +110,14 @@ def train(folder: Path, kind: str, wrapper: str, *, tied: bool = False, own_refe
 
 
 def train_on_text(folder: Path, kind: str):
-    """A model that sees, with checkpointed layers: DistributedDataParallel looks for no unused parameters."""
+    """Train a vision-language model with checkpointed layers, so that DDP does not look for unused parameters."""
     trainer = make(kind, "ddp", folder, policy=vision_language_model(), gradient_checkpointing=True)
     trainer.train()
     return outcome(trainer)
 
 
 def precompute_with_dropout(folder: Path, kind: str):
-    """The curves of a run that computes the reference's log-probabilities, one that finds them, and one without."""
+    """Return the logs of three runs: one that precomputes reference values, one that finds them, and a live one."""
     settings = {"disable_dropout": False, "train": 8, "batch": 2, "evaluation": 4, "eval_strategy": "steps"}
     curves = []
     for is_precomputed in (True, True, False):
@@ -131,8 +134,10 @@ def resume(folder: Path, kind: str, wrapper: str, lora: bool = False):
 
 
 def damage(folder: Path, wrapper: str):
-    """What each process says of a checkpoint that lacks the second one's file, the outcome of going on from the one
-    before it, and that of a run that was not stopped.
+    """Remove the second process's file from the newest checkpoint and resume.
+
+    Returns each process's error for that checkpoint, the outcome of resuming from the one before it, and the outcome of
+    a run that was not stopped.
     """
     train_again = functools.partial(make, "kto", wrapper, save_strategy="steps", save_steps=2, optim="adamw_torch")
     train_again(folder / "stopped", num_train_epochs=1).train()
@@ -154,7 +159,7 @@ def damage(folder: Path, wrapper: str):
 
 
 def lock(folder: Path):
-    """What each process says of a folder that another run has locked."""
+    """Return each process's error for a folder that another run has locked."""
     trainer = make("dpo", "ddp", folder)
     if trainer.is_world_process_zero():
         other = FileLock(folder / LOCK)
@@ -167,10 +172,10 @@ def lock(folder: Path):
 
 
 def evaluate(folder: Path, kind: str, wrapper: str):
-    """9 rows, of which the last fills a part of the processes' last batches; before training, and after it."""
+    """Return evaluations of 9 rows before and after training; the last row fills only part of the last batches."""
     trainer = make(kind, wrapper, folder, ref_model=model(seed=1), evaluation=9, train=4)
     entries = []
-    if wrapper == "ddp":  # accelerate shards a model with its optimizer, so not before training
+    if wrapper == "ddp":  # under FSDP accelerate shards a model together with its optimizer, so only after training
         entries.append(trainer.evaluate())
     trainer.train()
     entries.append(trainer.evaluate())
@@ -178,15 +183,7 @@ def evaluate(folder: Path, kind: str, wrapper: str):
 
 
 def precompute_once(kind: str, wrapper: str, folder: Path, cache: Path, **settings: Any):
-    passes, count = FusedTrainer._reference, 0
-
-    def counted(self, *args):
-        nonlocal count
-        count += 1
-        return passes(self, *args)
-
-    FusedTrainer._reference = counted
-    try:
+    with counting_reference_passes() as counter:
         trainer = make(
             kind,
             wrapper,
@@ -200,19 +197,17 @@ def precompute_once(kind: str, wrapper: str, folder: Path, cache: Path, **settin
             **settings,
         )
         trainer.train()
-    finally:
-        FusedTrainer._reference = passes
-    return {"passes": count, **outcome(trainer)}
+    return {"passes": counter["passes"], **outcome(trainer)}
 
 
 def precompute(folder: Path, kind: str, wrapper: str):
-    """A run that computes the reference's log-probabilities, one that finds them, and one without."""
+    """Return the outcomes of a run that precomputes reference values, one that finds them, and a live one."""
     runs = [precompute_once(kind, wrapper, folder, folder / f"cache_of_{PROCESSES}") for _ in range(2)]
     return [*runs, train(folder, kind, wrapper, train=12, evaluation=5, eval_strategy="epoch")]
 
 
 def precompute_on_two_disks(folder: Path):
-    """The second process has lost what both had computed: how often each computes then."""
+    """Return the reference passes of three runs; before the third, the second process loses its cache."""
     rank, passes = int(os.environ.get("RANK", 0)), []
     for is_lost in (False, False, True):
         cache = folder / f"cache_of_rank_{rank}"
@@ -223,7 +218,7 @@ def precompute_on_two_disks(folder: Path):
 
 
 def repeated(folder: Path, kind: str, wrapper: str, rows: int):
-    """In the order of the data, ``rows`` of it and then the first ones again to fill the last global batch."""
+    """Train on ``rows`` rows in order, where the first rows are repeated to fill the last global batch."""
     rows_of_data = data(kind, rows)
     if PROCESSES == 1:
         rows_of_data = concatenate_datasets([rows_of_data, rows_of_data.select(range(-rows % 4))])
@@ -269,7 +264,7 @@ def cases() -> dict[str, Callable[[Path], Any]]:
         found[f"{wrapper}-damaged"] = functools.partial(damage, wrapper=wrapper)
     found["ddp-locked"] = lock
     for kind in KINDS:
-        found[f"ddp-{kind}-sees"] = functools.partial(train_on_text, kind=kind)
+        found[f"ddp-{kind}-vision"] = functools.partial(train_on_text, kind=kind)
         found[f"ddp-{kind}-dropout"] = functools.partial(precompute_with_dropout, kind=kind)
     found["ddp-kto-used"] = functools.partial(train, kind="kto", wrapper="ddp", ddp_find_unused_parameters=False)
     found["ddp-dpo-repeated"] = functools.partial(repeated, kind="dpo", wrapper="ddp", rows=14)
@@ -282,7 +277,7 @@ def cases() -> dict[str, Callable[[Path], Any]]:
 
 
 def main(folder: Path) -> None:
-    faulthandler.dump_traceback_later(LONGEST, exit=True)  # processes that wait for one another
+    faulthandler.dump_traceback_later(LONGEST, exit=True)  # ends processes that wait for one another forever
     shard_on_cpus()
     run_cases(cases(), folder)
 

@@ -1,21 +1,16 @@
-"""The reference of a model with adapters: the policy as it was before training, and what says so."""
-
-# ruff: noqa: E402 (where a library is missing, its absence comes before the imports that need it)
+"""The reference of a model with adapters: the policy as it was before training, and the log message that names it."""
 
 import logging
 import re
 
 import pytest
 import torch
-
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: the trainers need it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: the trainers need it")
-peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
-
 from safetensors.torch import load_file
 from tiny_training import StopAt, history, make_trainer, model
 
 from kto_fused.trainers import adapters
+
+peft = pytest.importorskip("peft", reason="peft is not installed: no adapters")
 
 LN_2 = 0.693147
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
@@ -36,16 +31,11 @@ ADAPTERS = {
     "LoHa": lambda: peft.LoHaConfig(r=2, **LAYERS),
     "VeRA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
 }
-pytestmark = pytest.mark.usefixtures("small_machine")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
 def disturb(policy, adapter: str | None = None, seed: int = 3):
-    """As if it had been trained before: noise on what is trained, or on one adapter by its name."""
+    """Add noise to the trained weights, or to one adapter by its name, as if they had been trained before."""
     torch.manual_seed(seed)
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad if adapter is None else f".{adapter}" in name:
@@ -54,7 +44,7 @@ def disturb(policy, adapter: str | None = None, seed: int = 3):
 
 
 def adapted(config=ADAPTERS["LoRA"], **settings):
-    """A policy that an earlier run has trained the adapter of."""
+    """Return a policy whose adapter an earlier run has trained."""
     torch.manual_seed(5)
     return disturb(peft.get_peft_model(model(**settings), config()))
 
@@ -65,7 +55,7 @@ def train(kind, folder, policy, **settings):
     return trainer
 
 
-def said(caplog) -> str:
+def logged_reference(caplog) -> str:
     (message,) = [record.getMessage() for record in caplog.records if "reference is" in record.getMessage()]
     return message
 
@@ -77,7 +67,7 @@ def said(caplog) -> str:
     ("kind", "adapter"), [*(("dpo", name) for name in ADAPTERS), ("kto", "LoRA"), ("kto", "LoRA with tokens")]
 )
 def test_training_starts_at_the_reference_whatever_the_adapter_holds(tmp_path, kind, adapter):
-    """Exactly: no reward and no kl, so the first DPO loss is ln 2. And the reference stays what it was."""
+    """Rewards and kl are exactly 0, so the first DPO loss is ln 2. Training does not change the reference."""
     policy = adapted(ADAPTERS[adapter])
     trainer = make_trainer(kind, tmp_path, policy=policy, train=8, max_steps=2)
     start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
@@ -90,7 +80,7 @@ def test_training_starts_at_the_reference_whatever_the_adapter_holds(tmp_path, k
         assert first["loss"] == 0.5
         assert first["kl"] == 0
     assert first["rewards/chosen"] == first.get("rewards/rejected", 0) == 0
-    assert trainer._ref_adapters == trainer._ref_copies == ("ref",)
+    assert trainer._reference.adapters.names == trainer._reference.adapters.copies == ("ref",)
     changed = {name for name, tensor in policy.state_dict().items() if not tensor.equal(start[name])}
     assert changed
     assert not any("ref" in name.split(".") for name in changed)
@@ -111,7 +101,7 @@ def test_training_starts_at_the_reference_whatever_the_adapter_holds(tmp_path, k
     ],
 )
 def test_a_copy_is_as_good_as_a_model_of_its_own(tmp_path, kind, settings):
-    """To the bit, with dropout at work in training, evaluated between steps."""
+    """To the bit, with dropout in training and evaluations between steps."""
 
     def run(ref_model):
         policy = adapted(lambda: peft.LoraConfig(r=2, lora_dropout=0.3, **LAYERS), attention_dropout=0.3)
@@ -129,8 +119,8 @@ def test_a_copy_has_the_dtype_of_what_is_trained(tmp_path):
     assert history(trainer)[0]["rewards/chosen"] == 0
 
 
-def test_of_several_active_adapters_what_is_trained_is_copied(tmp_path):
-    """A frozen one stays itself, and one that changes nothing yet is left out."""
+def test_only_the_trained_ones_of_several_active_adapters_are_copied(tmp_path):
+    """The frozen adapter serves as its own reference; the one that changes nothing yet needs none."""
 
     def policy():
         made = adapted()
@@ -143,15 +133,15 @@ def test_of_several_active_adapters_what_is_trained_is_copied(tmp_path):
         return made
 
     own = train("kto", tmp_path, policy(), train=8)
-    assert own._ref_adapters == ("default", "ref")
+    assert own._reference.adapters.names == ("default", "ref")
     assert own.model.active_adapters == ["default", "second", "fresh"]
     assert history(own)[0]["rewards/chosen"] == 0
     given = train("kto", tmp_path, policy(), ref_model=policy(), train=8)
     assert history(own) == history(given)
 
 
-def test_precomputed_with_a_copy_is_live_to_the_bit_and_of_that_adapter(tmp_path):
-    """Whatever the adapter is called; another adapter on the same model is not answered from its cache."""
+def test_precomputed_with_a_copy_equals_live_to_the_bit_and_belongs_to_that_adapter(tmp_path):
+    """The copy's name does not matter. Another adapter on the same model does not get this adapter's cached values."""
     settings = {"train": 6, "per_device_train_batch_size": 1}
     precomputed = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "kept"), **settings}
 
@@ -168,7 +158,7 @@ def test_precomputed_with_a_copy_is_live_to_the_bit_and_of_that_adapter(tmp_path
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
-def test_what_is_saved_holds_the_trained_adapter_alone(tmp_path):
+def test_saved_models_hold_the_trained_adapter_alone(tmp_path):
     policy = adapted()
     trainer = train("dpo", tmp_path / "out", policy, train=8, save_strategy="steps", save_steps=1)
     trainer.save_model(str(tmp_path / "final"))
@@ -177,7 +167,7 @@ def test_what_is_saved_holds_the_trained_adapter_alone(tmp_path):
     for folder in folders:
         assert not (folder / "ref").exists()
         assert not any("ref" in name.split(".") for name in load_file(folder / "adapter_model.safetensors"))
-    assert list(policy.peft_config) == ["default", "ref"]  # still there to evaluate with
+    assert list(policy.peft_config) == ["default", "ref"]  # the copy stays in memory, to evaluate with
     loaded = peft.PeftModel.from_pretrained(model(), tmp_path / "final")
     assert list(loaded.peft_config) == ["default"]
     for name, tensor in loaded.state_dict().items():
@@ -186,7 +176,7 @@ def test_what_is_saved_holds_the_trained_adapter_alone(tmp_path):
 
 @pytest.mark.parametrize("named", [False, True], ids=["copied", "named"])
 def test_a_resumed_run_has_the_reference_that_it_began_with(tmp_path, named):
-    """To the bit, where the model is the one that the run began with; with a checkpoint's adapter it is refused."""
+    """The curve is equal to the bit. With a checkpoint's adapter in the model, resuming is refused."""
 
     def begin(name, policy=None, **settings):
         policy = adapted() if policy is None else policy
@@ -209,7 +199,7 @@ def test_a_resumed_run_has_the_reference_that_it_began_with(tmp_path, named):
 
 
 def test_adapters_of_a_configuration_are_the_same_when_resumed(tmp_path):
-    """They are drawn from the seed, whatever was drawn before: one that is not zero at first is the reference."""
+    """New adapters are drawn from the seed alone. One that is not zero at first is the reference too."""
 
     def begin(name, **settings):
         torch.rand(7)
@@ -231,7 +221,7 @@ def test_all_active_adapters_are_resumed_and_the_best_of_them_loaded(tmp_path):
         policy.add_adapter("second", ADAPTERS["LoRA"]())
         disturb(policy, "second")
         policy.base_model.set_adapter(["default", "second"])
-        for parameter_name, parameter in policy.named_parameters():  # PEFT would unfreeze the others
+        for parameter_name, parameter in policy.named_parameters():  # PEFT would unfreeze the other weights
             parameter.requires_grad_("lora_B" in parameter_name)
         return make_trainer(
             "dpo", tmp_path / name, policy=policy, train=16, evaluation=4, eval_strategy="epoch", **settings
@@ -252,7 +242,7 @@ def test_all_active_adapters_are_resumed_and_the_best_of_them_loaded(tmp_path):
 
 
 def test_a_later_trainer_takes_the_policy_as_it_is_then(tmp_path):
-    """And the earlier one does not go on with that reference for its own."""
+    """The earlier trainer refuses to go on, because its reference is gone."""
     policy = adapted()
     first = train("dpo", tmp_path, policy, train=8, evaluation=4)
     second = make_trainer("dpo", tmp_path, policy=policy, train=8, evaluation=4)
@@ -274,7 +264,7 @@ def test_a_copy_that_the_user_replaced_is_the_users(tmp_path):
         first.evaluate()
     policy.add_adapter("ref", ADAPTERS["LoRA"]())
     second = make_trainer("dpo", tmp_path, policy=policy, train=4)
-    assert (second._ref_adapters, second._ref_copies) == (("ref",), ())
+    assert (second._reference.adapters.names, second._reference.adapters.copies) == (("ref",), ())
 
 
 def test_dropping_copies_leaves_the_model_as_it_was():
@@ -294,7 +284,7 @@ def test_dropping_copies_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("name", ["ref", "reference"])
-def test_an_adapter_of_that_name_is_the_reference(tmp_path, name, caplog):
+def test_an_adapter_named_ref_or_reference_is_the_reference(tmp_path, name, caplog):
     def policy(active):
         made = adapted()
         made.add_adapter(name, ADAPTERS["LoRA"]())
@@ -303,23 +293,23 @@ def test_an_adapter_of_that_name_is_the_reference(tmp_path, name, caplog):
         return made
 
     own = train("kto", tmp_path, policy("default"))
-    assert f"its adapter {name!r}, which it came with" in said(caplog)
+    assert f"its adapter {name!r}, which it came with" in logged_reference(caplog)
     assert history(own) == history(train("kto", tmp_path, policy("default"), ref_model=policy(name)))
     assert history(own)[0]["rewards/chosen"] != 0
     assert list(own.model.peft_config) == ["default", name]
 
 
-def test_a_trained_adapter_of_that_name_is_the_policy(tmp_path):
+def test_a_trained_adapter_named_ref_is_the_policy(tmp_path):
     torch.manual_seed(5)
     policy = disturb(peft.get_peft_model(model(), ADAPTERS["LoRA"](), adapter_name="ref"))
     trainer = train("dpo", tmp_path, policy)
-    assert trainer._ref_adapters == ("reference",)
+    assert trainer._reference.adapters.names == ("reference",)
     assert history(trainer)[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
 
 
 def test_base_is_the_model_with_its_adapters_off(tmp_path, caplog):
     own = train("kto", tmp_path, adapted(), reference="base")
-    assert "the model with its adapters off (reference='base')" in said(caplog)
+    assert "the model with its adapters off (reference='base')" in logged_reference(caplog)
     assert history(own) == history(train("kto", tmp_path, adapted(), ref_model=model()))
     assert history(own)[0]["rewards/chosen"] != 0
     assert list(own.model.peft_config) == ["default"]
@@ -330,7 +320,7 @@ IDENTITIES = ["LoRA", "LoRA with a whole embedding and head", "LoRA with tokens"
 
 @pytest.mark.parametrize("kept", [name for name in ADAPTERS if name not in ("IA3", "LoHa", "VeRA")])
 def test_an_adapter_that_changes_nothing_needs_no_copy(kept):
-    """Where that is sure: a product with 0, the same weights. One number that is not as it was tells otherwise."""
+    """That is certain where the adapter adds a product with 0 or holds equal weights. One changed number ends it."""
     torch.manual_seed(5)
     policy = peft.get_peft_model(model(), ADAPTERS[kept]())
     is_identity = kept in IDENTITIES or kept in ("LoRA with ranks of its own", "repeated layers")
@@ -347,7 +337,7 @@ def test_an_adapter_that_changes_nothing_needs_no_copy(kept):
         assert not adapters.changes_nothing(policy, "default")
 
 
-def test_an_adapter_whose_weights_are_trained_whole_is_told_by_them():
+def test_a_changed_whole_weight_of_an_adapter_is_noticed():
     for config, name in (("LoRA with a whole embedding and head", "lm_head"), ("LoRA with tokens", "tokens_delta")):
         policy = peft.get_peft_model(model(), ADAPTERS[config]())
         assert adapters.changes_nothing(policy, "default")
@@ -393,7 +383,7 @@ def test_the_log_is_seen_where_no_logging_is_set_up(tmp_path, monkeypatch, capsy
 
 
 def test_where_no_adapter_is_trained_the_reference_is_the_model_itself(tmp_path, caplog):
-    """There is an option for what is asked for more often."""
+    """The log names the option that compares with the base model, which is wanted more often."""
     adapted().save_pretrained(tmp_path / "adapter")
 
     def evaluate(**settings):
@@ -401,14 +391,14 @@ def test_where_no_adapter_is_trained_the_reference_is_the_model_itself(tmp_path,
         return make_trainer("dpo", tmp_path, policy=policy, train=None, evaluation=4, **settings).evaluate()
 
     assert evaluate()["eval_rewards/chosen"] == 0
-    assert "none of its adapters is trained: all rewards are 0 (reference='base'" in said(caplog)
+    assert "none of its adapters is trained: all rewards are 0 (reference='base'" in logged_reference(caplog)
     assert evaluate(reference="base")["eval_rewards/chosen"] != 0
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
-def test_what_cannot_be_the_reference_is_refused_by_name(tmp_path):
+def test_references_that_cannot_be_used_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="reference='base' is the model with its adapters off, and model has no adap"):
         make_trainer("dpo", tmp_path, reference="base")
     with pytest.raises(ValueError, match="reference='base' and ref_model are given"):
@@ -433,7 +423,7 @@ def test_mixed_adapters_are_refused(tmp_path):
 
 
 def test_a_copy_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    """No method that PEFT has is known for it; one to come may keep its weights elsewhere."""
+    """No method of PEFT does so today; a future one may keep its weights in places that are not copied."""
     copy_adapters = adapters.copy_adapters
 
     def forgetful(policy, names):

@@ -1,0 +1,196 @@
+"""Saving and resuming: ``transformers.Trainer`` with checkpoints that are whole or do not count.
+
+A run that is resumed goes on as if it had not been stopped: same weights, same log. ``checkpoints`` holds the work on
+files; this module puts it into the places where ``Trainer`` saves and loads.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from ..huggingface.running import keeping_trainable
+from ..metrics import Totals
+from . import adapters, checkpoints, fingerprints, models, runs
+from .reference import Reference
+
+
+class ResumableTrainer(Trainer):
+    """``Trainer`` whose runs can be stopped at any step. Its subclass sets the attributes below."""
+
+    columns: tuple[str, ...]
+    mask_columns: tuple[str, ...]
+    _tokenizer: PreTrainedTokenizerBase
+    _reference: Reference
+    _train_totals: Totals  # the metrics since the last log
+    _num_tokens: torch.Tensor  # trained on so far
+
+    def unwrapped(self, model: nn.Module) -> nn.Module:
+        """Return the model inside the wrappers of accelerate and torch.compile."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    # ---- the run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> TrainOutput:
+        """Train, from the start or from a checkpoint, and return what ``Trainer.train`` returns.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True: the newest complete one in ``args.output_dir``.
+            arguments, options: as in ``Trainer.train``.
+
+        Raises:
+            checkpoints.CheckpointError: the checkpoint is incomplete, damaged or belongs to another run, or no
+                checkpoint is complete, or a new one cannot be saved.
+            checkpoints.FolderInUseError: another run writes into ``args.output_dir``.
+        """
+        args, checkpoint = self.args, None
+        with checkpoints.only_run_in(args):
+            if resume_from_checkpoint:
+                wanted = resume_from_checkpoint if resume_from_checkpoint is True else str(resume_from_checkpoint)
+                checkpoint = checkpoints.agreed(
+                    args, lambda: checkpoints.choose(wanted, args.output_dir, args.resume_anyway)
+                )
+            self._run = runs.describe_run(
+                args,
+                model=self.unwrapped(self.model),
+                reference=self._reference_fingerprint(),
+                tokenizer=self._tokenizer,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.eval_dataset,
+                columns=[*self.columns, *self.mask_columns],
+            )
+            if checkpoint is not None:
+                checkpoints.agreed(args, lambda: runs.check_same_run(checkpoint, self._run, args))
+            return super().train(checkpoint, *arguments, **options)
+
+    def _reference_fingerprint(self) -> str | None:
+        if self._reference.model is not None:
+            return fingerprints.hash_weights(self.unwrapped(self._reference.model))
+        return self._reference.fingerprint
+
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
+        """Train nothing after the last step, where ``Trainer`` would take a step in the middle of an epoch."""
+        checkpoint = rest[0]
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(os.path.join(checkpoint, checkpoints.STATE))
+            runs.warn_of_another_end(state.max_steps, max_steps, self.args)
+        start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
+        if self.state.global_step < max_steps:
+            if checkpoint is not None and holds_model_alone(checkpoint):
+                begun = ", with the reference that this run began with as ref_model"
+                raise ValueError(
+                    f"{checkpoint} holds a model alone (save_only_model), and training would go on with an optimizer "
+                    f"and a schedule that start anew: start a new run from that model"
+                    f"{begun * self._reference.is_policy_at_start}"
+                )
+            return start
+        self.accelerator.print(f"The checkpoint has all {max_steps} steps: nothing is trained, its results are written")
+        return epochs, 0  # all epochs are done
+
+    # ---- saving ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint with a manifest as its last file, then upload it and remove older ones."""
+        args = self.args
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        afterwards = {name: getattr(args, name) for name in ("save_total_limit", "push_to_hub")}
+        try:
+            if args.should_save:
+                checkpoints.begin(folder)
+            self.accelerator.wait_for_everyone()
+            args.save_total_limit, args.push_to_hub = None, False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                for name, value in afterwards.items():
+                    setattr(args, name, value)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                if (folder / TRAINING_ARGS_NAME).exists():
+                    torch.save(args, folder / TRAINING_ARGS_NAME)  # with the two options that were changed above
+                checkpoints.end(folder, self._run)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if args.should_save:
+                checkpoints.abandon(folder)
+            way_out = "start again, because there is no earlier checkpoint"
+            if checkpoints.found_in(folder.parent):
+                way_out = "resume from the newest checkpoint (resume_from_checkpoint); earlier ones are unchanged"
+            raise checkpoints.CheckpointError(
+                f"{folder} could not be saved ({checkpoints.reason_of(error)}): free space or repair the disk, then "
+                f"{way_out}"
+            ) from error
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            checkpoints.rotate(folder.parent, args.save_total_limit, folder, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the model without the copies of adapters that are the reference."""
+        reference = self._reference.adapters
+        if reference is None or not reference.copies:
+            return super()._save(output_dir, state_dict)
+        with adapters.saving_all_but(self.accelerator.unwrap_model(self.model), reference.copies):
+            return super()._save(output_dir, state_dict)
+
+    def _metrics_file(self, folder: str) -> str:
+        return os.path.join(folder, f"metrics_{self.args.process_index}.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save, beside the random state, the sums of the metrics since the last log."""
+        super()._save_rng_state(output_dir)
+        torch.save(
+            {"totals": self._train_totals.values, "num_tokens": self._num_tokens}, self._metrics_file(output_dir)
+        )
+
+    # ---- loading ----
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and os.path.exists(self._metrics_file(checkpoint)):
+            state = torch.load(self._metrics_file(checkpoint), map_location="cpu", weights_only=True)
+            device = self.args.device  # moved here: torch.load takes no map_location like "cpu:0"
+            self._train_totals.values = {name: values.to(device) for name, values in state["totals"].items()}
+            self._num_tokens = state["num_tokens"].to(device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights, and keep which adapters are active and which weights are frozen.
+
+        Of several active adapters ``Trainer`` would leave the first one active, and unfreeze its frozen weights.
+        """
+        if not models.has_adapters(self.model):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.accelerator.unwrap_model(self.model)
+        active = policy.base_model.active_adapter
+        with keeping_trainable(policy):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if policy.base_model.active_adapter != active:
+                policy.base_model.set_adapter(active)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint once it is verified.
+
+        ``Trainer`` would load a single adapter only, and only one whose name is "default".
+        """
+        best = self.state.best_model_checkpoint
+        if not self.args.resume_anyway or (Path(best) / checkpoints.MANIFEST).exists():
+            checkpoints.agreed(self.args, lambda: checkpoints.verify(Path(best)))
+        is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        is_peft = models.has_adapters(self.model)
+        if is_peft and is_whole and list(self.accelerator.unwrap_model(self.model).peft_config) != ["default"]:
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model()
+
+
+def holds_model_alone(checkpoint: str) -> bool:
+    """Whether a checkpoint lacks what a run needs, beside the model, to go on as if it had not been stopped."""
+    # the only file beside the model that has the same name under DeepSpeed and FSDP
+    return not any(Path(checkpoint).glob("rng_state*.pth"))
