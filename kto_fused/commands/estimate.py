@@ -563,8 +563,9 @@ def table(settings: EstimateSettings, numbers: Estimate) -> str:
         ("peak of the whole step, fused", step.peak(numbers.fused)),
     ]
     lines += _rows(rows)
-    gradients = "; gradients always count, as when they accumulate" if shape.is_head_trained else ""
-    lines.append(f"the peak is at the end of the forward, in the loss or in a layer's backward{gradients}")
+    lines.append("the peak is at the end of the forward, in the loss or in a layer's backward")
+    if shape.is_head_trained:
+        lines.append("gradients are counted all the time, as when they accumulate over batches")
 
     lines += ["", f"Longest T for {settings.batch} {unit} ({RESERVED_BYTES / GIB:g} GiB is left for the driver)"]
     lines.append(f"{'':44}{'plain':>12}{'fused':>12}")

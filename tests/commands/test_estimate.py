@@ -271,7 +271,7 @@ def test_a_chunk_stays_within_its_budget_and_uses_it(tokens, dtype, chunk_bytes)
     budget = chunk_bytes
     if dtype == "fp16":
         budget += CAST_BYTES  # a second block of the head in float32, while the first one is let go
-    if dtype == "bf16" and in_a_chunk.terms["gradient by the LM head, summed [V, H]"] == 2 * shape.head:
+    if dtype == "bf16" and in_a_chunk.terms["gradient w.r.t. the LM head, summed [V, H]"] == 2 * shape.head:
         # the only chunk needs no sum of several in float32, on a first visit or on a second
         budget = max(budget, (1.05 if size >= needed_by_all else 0.75) * 4 * shape.head)
     assert min(chunk_bytes, needed_by_all) / 2 < size <= budget
@@ -355,7 +355,7 @@ def test_stretched_positions_are_the_models_own_limit(tmp_path, capsys):
     estimate.run(EstimateSettings(str(tmp_path), batch=1, seq=65536, gpu_gib=1000.0))
     out = capsys.readouterr().out
     assert "at most 131072 positions" in out
-    assert "is more than" not in out
+    assert "exceeds" not in out
     assert out.count("131072*") == 2
 
 
@@ -364,8 +364,8 @@ def test_a_model_of_any_length_has_no_limit(tmp_path, capsys):
     XLNetConfig(d_model=64, n_layer=2, n_head=2, d_inner=96, vocab_size=500).save_pretrained(tmp_path)
     estimate.run(EstimateSettings(str(tmp_path), gpu_gib=24.0))
     out = capsys.readouterr().out
-    assert "no limit to its positions" in out
-    assert "is more than" not in out
+    assert "no limit on positions" in out
+    assert "exceeds" not in out
     assert "none" not in out
 
 
@@ -467,9 +467,9 @@ def test_the_table_shows_both_losses_and_what_is_assumed(llama, capsys):
     assert f"{numbers.plain.peak.total / GIB:.2f} GiB" in out
     assert "policy's logits [B, T, V]" in out
     assert "chunk: logits of" in out or "gradients, rounded" in out
-    assert "The loss: exact" in out
-    assert "The rest of the step: an estimate" in out
-    assert "AdamW's two moments, 8 bytes" in out
+    assert "Memory of the loss (exact" in out
+    assert "Memory of the rest of the step (an estimate" in out
+    assert "AdamW's two moments, 8 bytes together" in out
     assert max(map(len, out.splitlines()[1:])) <= 110
 
 
@@ -486,7 +486,7 @@ def test_columns_line_up(llama, capsys):
 def test_a_sequence_beyond_the_models_positions_is_remarked(tmp_path, capsys):
     CONFIGS["own head"].save_pretrained(tmp_path)
     estimate.run(EstimateSettings(str(tmp_path), seq=512))
-    assert "T = 512 is more than the 256 positions" in capsys.readouterr().out
+    assert "T = 512 exceeds the 256 positions" in capsys.readouterr().out
 
 
 # ---- settings and errors ------------------------------------------------------------------------------------------
@@ -531,21 +531,21 @@ def test_a_bad_number_or_name_is_named(llama, name, value):
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
     missing = str(tmp_path / "missing")
-    with pytest.raises(CommandError, match="missing' is no folder"):
+    with pytest.raises(CommandError, match="missing' is not a folder"):
         estimate.model_facts(missing)
-    with pytest.raises(CommandError, match="'' is no folder"):
+    with pytest.raises(CommandError, match="'' is not a folder"):
         estimate.model_facts("")
-    with pytest.raises(CommandError, match=r"nobody/no-such-model: its config cannot be read: \w"):
+    with pytest.raises(CommandError, match=r"nobody/no-such-model: its configuration cannot be read: \w"):
         estimate.model_facts("nobody/no-such-model")
-    with pytest.raises(CommandError, match="its config cannot be read"):
+    with pytest.raises(CommandError, match="its configuration cannot be read"):
         estimate.model_facts(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "its config cannot be read"),
-        ("{}", "its config cannot be read"),
+        ("{", "its configuration cannot be read"),
+        ("{}", "its configuration cannot be read"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be built|cannot be read"),
         ('{"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}', "is quantised"),
@@ -561,5 +561,5 @@ def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path, text, said):
 @pytest.mark.parametrize("config", [BertConfig(), T5Config(), ViTConfig()], ids=lambda config: config.model_type)
 def test_a_model_that_predicts_no_next_token_is_refused(config, tmp_path):
     config.save_pretrained(tmp_path)
-    with pytest.raises(CommandError, match=f"{config.model_type} is no causal language model"):
+    with pytest.raises(CommandError, match=f"{config.model_type} is not a causal language model"):
         estimate.model_facts(str(tmp_path))
