@@ -49,12 +49,10 @@ def read_settings(path: str) -> dict[str, Any]:
             raise _over_limit(path, f"is longer than {MAX_BYTES} bytes")
         text = content.decode("utf-8")
     with user_errors(yaml.YAMLError, prefix=f"--config {path} is not valid YAML: "):
+        _check_written_size(text, path)
         loader = _TextLoader(text)
-        try:
-            root = loader.get_single_node()
-        except RecursionError as error:
-            raise _over_limit(path, f"is nested more than {MAX_DEPTH} deep") from error
-        _check_size(root, path)
+        root = loader.get_single_node()
+        _check_size_with_aliases(root, path)
         settings = None if root is None else loader.construct_document(root)
     if not isinstance(settings, dict):
         found = {list: "a list", str: "a single value"}.get(type(settings), "nothing")
@@ -62,20 +60,33 @@ def read_settings(path: str) -> dict[str, Any]:
     return settings
 
 
-def _check_size(root: yaml.Node | None, path: str) -> None:
-    """Count values and depth before anything is built. An alias counts as all values that it stands for."""
+def _check_written_size(text: str, path: str) -> None:
+    """Count values and depth while the text is parsed, and stop at the first value that exceeds a limit."""
+    count = depth = 0
+    for event in yaml.parse(text, Loader=_TextLoader):
+        count += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        _check_limits(count, depth, path)
+
+
+def _check_size_with_aliases(root: yaml.Node | None, path: str) -> None:
+    """Count values and depth once more, with every alias counted as all values that it stands for."""
     count, pending = 0, [(root, 1)] if root is not None else []
     while pending:
         node, depth = pending.pop()
         count += 1
-        if depth > MAX_DEPTH:
-            raise _over_limit(path, f"is nested more than {MAX_DEPTH} deep")
-        if count > MAX_VALUES:
-            raise _over_limit(path, f"has more than {MAX_VALUES} values")
+        _check_limits(count, depth, path)
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             children = [part for pair in children for part in pair]
         pending += [(child, depth + 1) for child in children]
+
+
+def _check_limits(count: int, depth: int, path: str) -> None:
+    if depth > MAX_DEPTH:
+        raise _over_limit(path, f"is nested more than {MAX_DEPTH} deep")
+    if count > MAX_VALUES:
+        raise _over_limit(path, f"has more than {MAX_VALUES} values")
 
 
 def _over_limit(path: str, problem: str) -> CommandError:

@@ -16,14 +16,13 @@ from command_runs import refusal
 
 from kto_fused.commands import cli, estimate, train
 
-pytest_plugins = ["command_runs"]
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["train", "demo"])
-def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch, capsys, name):
+def test_a_command_without_its_packages_says_how_to_install_them(monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     install = cli.INSTALL
@@ -58,7 +57,7 @@ def test_env_prints_versions(capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["env", "more"]])
-def test_what_is_no_command_exits_with_2(arguments, capsys):
+def test_a_wrong_command_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 2
@@ -82,17 +81,17 @@ def test_help_begins_with_what_must_be_given(capsys):
         assert positions == sorted(positions)
         assert len(printed[: positions[0]].splitlines()) < 15
         first = " ".join(printed[positions[0] :].split("\n  --model ")[1].split("\n  --")[0].split())
-        assert "Hugging Face model" in first
+        assert "Hugging Face" in first
         assert "default" not in first
 
 
 def test_help_needs_no_heavy_package():
-    """The command's own module, without the package's: that is the library, and imports PyTorch."""
+    """The package's own module is left out, because it is the library and imports PyTorch."""
     code = (
         "import sys, types\n"
         f"package = types.ModuleType('kto_fused'); package.__path__ = [{str(ROOT / 'kto_fused')!r}]\n"
         "sys.modules['kto_fused'] = package\n"
-        "from kto_fused import cli\n"
+        "from kto_fused.commands import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: print([name for name in ('torch', 'transformers', 'yaml') if name in sys.modules])"
     )

@@ -16,7 +16,6 @@ from command_runs import command, refusal
 
 from kto_fused.commands import cli
 
-pytest_plugins = ["command_runs"]
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 
 

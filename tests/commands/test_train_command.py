@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kto_fused.commands import cli, progress, results
 from kto_fused.trainers import FusedTrainer
 
-pytest_plugins = ["command_runs"]
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 
 

@@ -17,7 +17,6 @@ from kto_fused.commands import cli, train
 from kto_fused.commands.errors import CommandError
 from kto_fused.commands.failures import user_errors
 
-pytest_plugins = ["command_runs"]
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 
 

@@ -16,11 +16,11 @@ for package in ("datasets", "accelerate", "matplotlib"):
 
 from command_runs import command, losses
 
-from kto_fused.commands import cli, flags, train
+from kto_fused.commands import cli, train
 from kto_fused.commands.errors import CommandError
+from kto_fused.commands.flags import FlagParser
 from kto_fused.commands.settings_file import read_settings
 
-pytest_plugins = ["command_runs"]
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 
 
@@ -51,12 +51,15 @@ def test_evaluation_data_are_used(flags, expected):
     assert config.eval_strategy == expected
 
 
+def bf16_alone(self, values):
+    """In place of ``FlagParser.build``, whose configuration would look for the GPU."""
+    return None, values["bf16"]
+
+
 @pytest.mark.parametrize(("flags", "expected"), [([], True), (["--fp16"], False), (["--bf16", "false"], False)])
 def test_a_gpu_with_bfloat16_computes_in_it(monkeypatch, flags, expected):
     monkeypatch.setattr(train, "is_torch_bf16_gpu_available", lambda: True)
-    monkeypatch.setattr(
-        flags.FlagParser, "build", lambda self, values: (None, values["bf16"])
-    )  # which would look for the GPU
+    monkeypatch.setattr(FlagParser, "build", bf16_alone)
     assert train.parse(["--model", "m", "--data", "d", *flags])[1] is expected
 
 
@@ -64,7 +67,7 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_it_only_if_asked(monkeypatch):
     monkeypatch.setattr(train, "is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    monkeypatch.setattr(flags.FlagParser, "build", lambda self, values: (None, values["bf16"]))
+    monkeypatch.setattr(FlagParser, "build", bf16_alone)
     flags = ["--model", "m", "--data", "d"]
     assert [train.parse([*flags, *more])[1] for more in ([], ["--bf16"])] == [False, True]
 
@@ -210,8 +213,8 @@ def test_the_files_command_trains(files):
         ("loss: sft", "--loss sft is unknown: choose one of kto, dpo"),
         ("beta: 0.1\nloss: kto\nbeta: 0.2", "--config file.yaml is not valid YAML: 'beta' is set 2 times"),
         ("max_steps: 1: 2", "--config file.yaml is not valid YAML: mapping values are not allowed here"),
-        ("- a", "--config file.yaml: must hold lines of the form 'name: value', but it holds a list"),
-        ("", "--config file.yaml: must hold lines of the form 'name: value', but it holds nothing"),
+        ("- a", "--config file.yaml must hold lines of the form 'name: value', but it holds a list"),
+        ("", "--config file.yaml must hold lines of the form 'name: value', but it holds nothing"),
     ],
 )
 def test_a_file_that_cannot_be_used(text, message):

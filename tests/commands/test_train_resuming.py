@@ -23,7 +23,6 @@ from kto_fused.commands import cli, progress, train
 from kto_fused.commands.errors import CommandError
 from kto_fused.trainers import FusedKTOTrainer, FusedTrainer, checkpoints
 
-pytest_plugins = ["command_runs"]
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from kto_fused.commands import cli, process, progress, results
 from kto_fused.trainers import checkpoints
 
-pytest_plugins = ["command_runs"]
 pytestmark = pytest.mark.usefixtures("small_machine", "module_cache")
 SENTENCE = "kto-fused: stdout cannot be written ({}): the run continues without it and writes its results"
 
@@ -158,7 +157,7 @@ def test_a_command_that_only_prints_reports_a_lost_stdout(files, tmp_path, argum
 
 def test_python_says_nothing_of_a_broken_pipe_at_its_exit(tmp_path):
     """The interpreter flushes stdout when it exits; the other tests only imitate that."""
-    script = "import sys; from kto_fused import cli; sys.exit(cli.main(['env']))"
+    script = "import sys; from kto_fused.commands import cli; sys.exit(cli.main(['env']))"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
         started.stdout.close()
         errors = started.stderr.read().decode()
