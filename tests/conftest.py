@@ -174,7 +174,9 @@ def on_one(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """For tests of the command: a folder with a model (``model``) and data for both losses (``kto.jsonl``, ``kto-eval.jsonl``, ``dpo...``)."""
+    """For tests of the command: a folder with a model (``model``) and data for both losses, named by the loss:
+    ``kto.jsonl`` to train on, ``kto-eval.jsonl`` to evaluate on.
+    """
     import tiny_training
 
     folder = tmp_path_factory.mktemp("files")

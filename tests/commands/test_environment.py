@@ -71,7 +71,8 @@ def test_triton_is_found_under_the_name_that_a_build_gives_it(monkeypatch):
 def test_it_imports_no_heavy_package():
     heavy = ("transformers", "datasets", "trl", "peft", "accelerate", "triton")
     code = (
-        "import sys, torch; before = set(sys.modules); from kto_fused.commands import environment; environment.report(); "
+        "import sys, torch; before = set(sys.modules)\n"
+        "from kto_fused.commands import environment; environment.report()\n"
         f"print([name for name in {heavy} if name in set(sys.modules) - before])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
