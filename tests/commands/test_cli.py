@@ -42,12 +42,12 @@ def test_estimate_takes_its_settings_as_flags(files, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora_rank", "2"]], ids=["trained", "frozen"])
-def test_weights_are_kept_as_the_command_that_trains_keeps_them(flags):
+def test_the_estimate_assumes_the_dtype_that_train_loads(flags):
     settings, _ = train.parse(["--model", "m", "--data", "d", "--use_cpu", *flags])
     head = "frozen" if settings.lora_rank else "trained"
     facts = estimate.ModelFacts("llama", 1, 2, 3, 3, 3, 1, None)
     shape = estimate.loss_shape(estimate.EstimateSettings("m", dtype="bf16", head=head), facts, 64)
-    # auto is what the checkpoint is in, which is mostly bfloat16
+    # auto is the dtype of the checkpoint, usually bfloat16
     assert shape.param_dtype == {"float32": torch.float32, "auto": torch.bfloat16}[settings.dtype]
 
 

@@ -38,7 +38,7 @@ class RemoteForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def remote(tmp_path) -> tuple[Path, Path]:
-    """(a model that brings its own code, a file that exists once that code was run)."""
+    """The folder of a model that brings its own code, and the path of a file that this code creates when it runs."""
     folder, mark = tmp_path / "remote", tmp_path / "was-run"
     tiny_training.model(max_position_embeddings=1024).save_pretrained(folder)
     tiny_training.tokenizer().save_pretrained(folder)
@@ -58,7 +58,7 @@ def remote(tmp_path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("flag", ["--model", "--ref_model"])
 def test_a_models_own_code_is_never_run_without_the_flag(files, remote, flag, capsys, monkeypatch):
-    """Though somebody answers "y" to a question."""
+    """Not even if somebody answers "y" to a question on the terminal."""
     folder, mark = remote
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     monkeypatch.setattr("builtins.input", lambda *_: "y")

@@ -30,7 +30,7 @@ def test_kto_leaves_a_trained_model_curves_and_metrics(files, capsys):
     assert AutoTokenizer.from_pretrained("runs/kto").get_vocab() == tiny_training.tokenizer().get_vocab()
     assert Path("runs/kto/curves.png").read_bytes().startswith(b"\x89PNG")
     metrics = read_metrics("runs/kto")
-    assert [step["step"] for step in metrics["steps"]] == [1, 3, 6, 8]  # the first and the last too
+    assert [step["step"] for step in metrics["steps"]] == [1, 3, 6, 8]  # the first and the last step are always logged
     counts = {"examples": 16, "truncated": 0, "dropped": 0, "dropped_for": {}, "found": {}}
     assert metrics["data"] == {"train": counts}
     assert metrics["settings"]["model"] == str(files / "model")
@@ -67,7 +67,7 @@ def test_dpo_is_evaluated_after_each_epoch(files, capsys):
     assert re.search("^rewards/accuracies( +[01][.][0-9]{4}){4}$", printed, re.MULTILINE)
 
 
-def test_what_was_cut_and_dropped_is_reported(files, capsys):
+def test_cut_and_dropped_examples_are_reported(files, capsys):
     assert cli.main(command(files, "kto", "--max_length", "6", "--max_steps", "1")) == 0
     counts = read_metrics("runs/kto")["data"]["train"]
     assert counts["truncated"] > 0
@@ -113,7 +113,7 @@ def test_the_base_of_a_model_without_adapters_is_refused(files, capsys):
     assert read_metrics("runs/kto")["config"]["reference"] == "base"
 
 
-def test_an_adapter_is_no_model_to_start_from(files, capsys):
+def test_an_adapter_in_place_of_a_model_is_refused(files, capsys):
     pytest.importorskip("peft")
     assert cli.main(command(files, "kto", "--lora_rank", "2", "--max_steps", "1", "--output_dir", "adapter")) == 0
     arguments = command(files, "kto", "--output_dir", "out")
@@ -148,7 +148,7 @@ def test_metrics_and_curves_are_written_both_or_neither(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_results_are_there_where_the_upload_fails(files, monkeypatch, capsys):
+def test_a_failed_upload_loses_no_results(files, monkeypatch, capsys):
     def no_network(self, *_, **__):
         raise ConnectionRefusedError("nobody listens")
 
@@ -173,7 +173,7 @@ def test_layers_to_adapt_by_name_or_pattern(files, name):
     assert ("down_proj" in layers) == (name == "all-linear")
 
 
-def test_fewer_examples_than_a_batch_that_must_be_whole(files, capsys):
+def test_fewer_examples_than_a_whole_batch_are_refused(files, capsys):
     arguments = ["--per_device_train_batch_size", "17", "--dataloader_drop_last"]
     assert cli.main(command(files, "kto", *arguments)) == 2
     assert "16 examples are fewer than a batch of 17" in capsys.readouterr().err
@@ -190,12 +190,12 @@ def test_a_metric_of_both_labels_evaluated_on_one_is_one_sentence(files, tmp_pat
     assert "eval_rewards/margins" in message
 
 
-def test_numbers_that_json_does_not_have():
+def test_nan_and_infinity_are_null_in_json():
     results.write(
         "results", {"steps": [{"step": 1, "loss": float("nan"), "grad_norm": float("inf")}], "evaluations": []}
     )
     assert read_metrics("results")["steps"] == [{"step": 1, "loss": None, "grad_norm": None}]
 
 
-def test_a_file_for_several_runs_may_say_how_often_none_is_evaluated(files):
+def test_eval_steps_may_stay_where_evaluation_is_off(files):
     assert cli.main(command(files, "kto", "--max_steps", "1", "--eval_strategy", "no", "--eval_steps", "5")) == 0

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
     ],
     ids=lambda flags: flags[0],
 )
-def test_evaluations_of_nothing_are_refused(files, capsys, flags):
+def test_evaluation_flags_without_data_are_refused(files, capsys, flags):
     assert cli.main(command(files, "kto", *flags)) == 2
     assert f"{flags[0]} needs evaluations, so --eval_data must be given" in capsys.readouterr().err
 
@@ -65,7 +65,10 @@ def test_the_best_of_no_evaluations_is_refused(files, capsys):
         (["--learning_rate", "nan"], "learning_rate must be a finite number of at least 0, got nan"),
         (["--weight_decay", "nan"], "weight_decay must be a finite number of at least 0, got nan"),
         (["--neftune_noise_alpha", "-1"], "neftune_noise_alpha must be a finite number of at least 0, got -1.0"),
-        (["--lr_scheduler_kwargs", '{"power": 2}'], "--lr_scheduler_kwargs {'power': 2}: "),  # not of a linear one
+        (
+            ["--lr_scheduler_kwargs", '{"power": 2}'],
+            "--lr_scheduler_kwargs {'power': 2}: ",
+        ),  # a linear schedule has no power
         (["--lr_scheduler_kwargs", "abc"], "--lr_scheduler_kwargs abc: "),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_kwargs None: "),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be a finite number of at least 1"),
@@ -91,7 +94,7 @@ def test_the_best_of_no_evaluations_is_refused(files, capsys):
         (["--accelerator_config", "missing.json"], "No such file or directory: missing.json"),
     ],
 )
-def test_what_cannot_be_trained_is_one_sentence(files, capsys, flags, message):
+def test_a_run_that_cannot_start_is_refused_in_one_sentence(files, capsys, flags, message):
     Path("broken.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     assert message in refusal(capsys, command(files, "kto", *flags))
 
@@ -117,7 +120,7 @@ def test_lora_without_peft(files, capsys, monkeypatch):
     assert refusal(capsys, command(files, "kto", "--lora_rank", "2")) == message
 
 
-def test_what_must_be_given():
+def test_model_and_data_are_required():
     with pytest.raises(CommandError, match="the following arguments are required: --model, --data"):
         train.parse([])
 

@@ -46,7 +46,7 @@ def test_defaults_train_at_once():
 @pytest.mark.parametrize(
     ("flags", "expected"), [([], "epoch"), (["--eval_steps", "5"], "steps"), (["--eval_strategy", "no"], "no")]
 )
-def test_evaluation_data_are_used(flags, expected):
+def test_evaluation_data_turn_evaluation_on(flags, expected):
     _, config = train.parse(["--model", "m", "--data", "d", "--use_cpu", "--eval_data", "e", *flags])
     assert config.eval_strategy == expected
 
@@ -99,15 +99,15 @@ FLAGS = [
 ]
 
 
-def said(arguments: list[str]) -> list[dict]:
+def options_from(arguments: list[str]) -> list[dict]:
     settings, config = train.parse(arguments)
     return [vars(settings), config.to_dict()]
 
 
-def test_a_file_says_what_flags_say():
+def test_a_file_sets_the_same_as_flags():
     Path("file.yaml").write_text(FILE)
     settings, config = train.parse(["--config", "file.yaml"])
-    assert said(["--config", "file.yaml"]) == said(FLAGS)
+    assert options_from(["--config", "file.yaml"]) == options_from(FLAGS)
     assert settings.data == ["a.jsonl", "b.jsonl"]
     assert (config.max_length, config.learning_rate, config.save_strategy) == (None, 1e-3, "no")
     assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
@@ -134,11 +134,11 @@ def parsed(text: str) -> tuple[train.TrainSettings, train.FusedPreferenceConfig]
 def test_a_mapping_keeps_its_numbers(written, value):
     given = parsed(f"lr_scheduler_kwargs: {written}")[1].lr_scheduler_kwargs
     assert given == value
-    assert repr(given) == repr(value)  # 1 is not 1.0, nor True
+    assert repr(given) == repr(value)  # equal values may differ in type: 1 == 1.0 == True
 
 
-def test_a_mapping_is_one_whatever_it_holds():
-    """transformers' hint of this one is dict[str, bool], not dict | str."""
+def test_a_setting_that_must_be_a_mapping_is_checked():
+    """transformers annotates this field with dict[str, bool], and other mappings with dict | str."""
     assert parsed("liger_kernel_config: {fused_linear_cross_entropy: false}")[1].liger_kernel_config == {
         "fused_linear_cross_entropy": False
     }
@@ -149,7 +149,7 @@ def test_a_mapping_is_one_whatever_it_holds():
 
 
 @pytest.mark.parametrize("null", ["null", "~", "", "Null"])
-def test_null_is_as_not_given(null):
+def test_null_counts_as_not_given(null):
     names = ["ref_model", "run_name", "eval_data", "lora_alpha", "lora_target_modules", "report_to", "loss"]
     names += ["output_dir", "learning_rate", "save_strategy", "bf16", "resume_from_checkpoint"]
     settings, config = parsed("\n".join(f"{name}: {null}" for name in names))
@@ -176,13 +176,13 @@ def test_reports_are_a_name_or_a_list(written, value):
 
 
 def test_modules_are_a_pattern_or_a_list():
-    """One name in a list is not the pattern that it is alone."""
+    """A single name is a pattern, but the same name in a list is a name."""
     for written, value in (("[attn]", ["attn"]), ("[a, b]", ["a", "b"]), ("[qv]_proj", "[qv]_proj")):
         quoted = written if isinstance(value, list) else f"'{written}'"
         assert parsed(f"optim_target_modules: {quoted}")[1].optim_target_modules == value
 
 
-def test_flags_come_before_the_file():
+def test_flags_override_the_file():
     Path("file.yaml").write_text(FILE)
     over = ["--data", "c.jsonl", "--gamma", "1", "--backend", "null", "--no_disable_dropout"]
     settings, config = train.parse(["--config", "file.yaml", *over])
@@ -217,7 +217,7 @@ def test_the_files_command_trains(files):
         ("", "--config file.yaml must hold lines of the form 'name: value', but it holds nothing"),
     ],
 )
-def test_a_file_that_cannot_be_used(text, message):
+def test_an_unusable_file_is_refused(text, message):
     Path("file.yaml").write_text(text)
     with pytest.raises(CommandError, match=re.escape(message)):
         train.parse(["--model", "m", "--data", "d", "--use_cpu", "--config", "file.yaml"])
@@ -249,7 +249,7 @@ def test_a_hostile_config_is_refused_at_once(content, message, tmp_path):
     assert time.perf_counter() - start < 1
 
 
-def test_aliases_in_a_config_are_what_they_name(tmp_path):
+def test_an_alias_in_a_config_is_replaced_by_its_value(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("lora_target_modules: &names [q_proj, v_proj]\ndata: *names\n")
     assert read_settings(str(path)) == {"lora_target_modules": ["q_proj", "v_proj"], "data": ["q_proj", "v_proj"]}

@@ -94,7 +94,7 @@ def test_ctrl_c_in_the_last_step_changes_nothing(files, monkeypatch):
 
 def test_ctrl_c_before_training_ends_the_command(files, monkeypatch, capsys):
     monkeypatch.setattr(train, "make_trainer", lambda *_: signal.raise_signal(signal.SIGINT))
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     try:
         assert cli.main(command(files, "kto")) == 130
     finally:
@@ -122,10 +122,10 @@ def test_a_folder_with_another_runs_checkpoint_is_refused(files, capsys):
 @pytest.mark.parametrize("ends", [["--max_steps", "3"], ["--num_train_epochs", "0.7"]], ids=["steps", "epochs"])
 def test_a_run_that_has_ended_is_not_trained_further(files, capsys, ends):
     arguments = command(files, "kto", "--logging_steps", "1", "--lr_scheduler_type", "constant", *ends)
-    assert cli.main(arguments) == 0  # three of an epoch's four steps
+    assert cli.main(arguments) == 0  # trains three of the epoch's four steps
     before, weights = losses("runs/kto"), Path("runs/kto/model.safetensors").read_bytes()
     for lost in ("metrics.json", "model.safetensors"):
-        Path("runs/kto", lost).unlink()  # as if it had been killed before it wrote them
+        Path("runs/kto", lost).unlink()  # as if the run had been killed before it wrote them
     capsys.readouterr()
     assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 0
     assert "The checkpoint has all 3 steps: nothing is trained" in capsys.readouterr().out
@@ -260,14 +260,14 @@ def test_a_finished_run_that_logged_no_step_gets_its_results(files, tmp_path, ca
     assert Path("runs/kto/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_not_to_resume_can_be_said(files, capsys):
+def test_resuming_can_be_turned_off(files, capsys):
     arguments = command(files, "kto", "--max_steps", "1", "--resume_from_checkpoint", "false")
     assert cli.main(arguments) == 0
     assert cli.main(arguments) == 2
     assert "already holds checkpoint-1 of another run" in capsys.readouterr().err
 
 
-def test_a_model_alone_is_no_checkpoint_to_go_on_from(files, capsys):
+def test_a_checkpoint_of_the_model_alone_is_refused(files, capsys):
     arguments = command(files, "kto", "--save_steps", "2", "--save_only_model", "true")
     assert cli.main([*arguments, "--max_steps", "2"]) == 0
     before = read_metrics("runs/kto")
@@ -276,7 +276,9 @@ def test_a_model_alone_is_no_checkpoint_to_go_on_from(files, capsys):
     assert "runs/kto/checkpoint-2 holds only the model (--save_only_model)" in message
     assert "(--model runs/kto/checkpoint-2, another --output_dir)" in message
     assert read_metrics("runs/kto") == before
-    assert cli.main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0  # nothing is left
+    assert (
+        cli.main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    )  # no step is left to train
 
 
 @pytest.mark.parametrize(
