@@ -91,9 +91,7 @@ def test_the_bundled_feedback():
     records = load(BUNDLED)
     assert len(records) >= 200
     assert len(set(records["completion"])) == len(records)
-    assert all(
-        prompt.endswith("\n") for prompt in records["prompt"]
-    )  # a prompt and its completion are joined without a separator
+    assert all(prompt.endswith("\n") for prompt in records["prompt"])  # completions are appended as they are
     assert 0.4 < sum(records["label"]) / len(records) < 0.6
 
 

@@ -68,7 +68,7 @@ def test_the_best_of_no_evaluations_is_refused(files, capsys):
         (
             ["--lr_scheduler_kwargs", '{"power": 2}'],
             "--lr_scheduler_kwargs {'power': 2}: ",
-        ),  # a linear schedule has no power
+        ),  # for polynomial only
         (["--lr_scheduler_kwargs", "abc"], "--lr_scheduler_kwargs abc: "),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_kwargs None: "),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be a finite number of at least 1"),

@@ -276,9 +276,7 @@ def test_a_checkpoint_of_the_model_alone_is_refused(files, capsys):
     assert "runs/kto/checkpoint-2 holds only the model (--save_only_model)" in message
     assert "(--model runs/kto/checkpoint-2, another --output_dir)" in message
     assert read_metrics("runs/kto") == before
-    assert (
-        cli.main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
-    )  # no step is left to train
+    assert cli.main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0  # no step left
 
 
 @pytest.mark.parametrize(
