@@ -126,6 +126,7 @@ def check(settings: Settings) -> torch.device:
 
 
 def make_trainer(settings: Settings, device: torch.device) -> FusedKTOTrainer:
+    """Return a trainer for the settings. A new small Llama is warmed up first; a given model is not."""
     records = preference_data.load(settings.data)
     if settings.model is None:
         tokenizer, model = small_llama(records)

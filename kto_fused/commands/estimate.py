@@ -188,6 +188,8 @@ class Fit(NamedTuple):
 
 
 class Estimate(NamedTuple):
+    """All numbers of the table that ``run`` prints."""
+
     facts: ModelFacts
     shape: LossShape
     plain: LossMemory

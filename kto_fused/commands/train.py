@@ -258,6 +258,7 @@ def computes_in_bfloat16() -> bool:
 
 
 def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> FusedTrainer:
+    """Return the trainer, with its model and data loaded. The data are checked before the model is loaded."""
     backends.resolve(config.backend, config.device)
     for files in (settings.data, settings.eval_data):
         if files:
