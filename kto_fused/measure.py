@@ -1,4 +1,7 @@
-"""Time and memory of a step, the same way on every device."""
+"""Measures the wall time and the peak memory of a function call, with the same calls on a CPU and on a GPU.
+
+The benchmarks and the tests of memory use it.
+"""
 
 import os
 import time
@@ -7,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop on stderr otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints a line on stderr at each start and stop
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
-    """Wall time of ``step``, waiting for the device before and after."""
+    """Return the wall time of ``step()`` in seconds. Waits for ``device`` before and after it."""
     synchronize(device)
     start = time.perf_counter()
     step()
@@ -20,7 +23,11 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Most bytes held at once by what ``step`` allocates on ``device``, temporaries inside operators included."""
+    """Return the most bytes that ``step()`` holds on ``device`` at one moment, beyond what was held before it.
+
+    Temporary tensors inside operators are included. On a CPU, PyTorch's profiler reports every allocation; on other
+    devices, PyTorch's caching allocator keeps the peak.
+    """
     if device.type != "cpu":
         memory = getattr(torch, device.type)
         memory.synchronize(device)
@@ -40,5 +47,6 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done all work that was queued on it."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)

@@ -5,6 +5,7 @@ Without a GPU the Triton kernels run under Triton's interpreter. It must be swit
 
 import gc
 import os
+from pathlib import Path
 
 import torch
 
@@ -186,3 +187,34 @@ def on_one(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield lambda case: request.module.CASES[case](tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """For tests of the command: a folder with a model (``model``) and data for both losses, named by the loss:
+    ``kto.jsonl`` to train on, ``kto-eval.jsonl`` to evaluate on.
+    """
+    import tiny_training
+
+    folder = tmp_path_factory.mktemp("files")
+    tiny_training.model(max_position_embeddings=1024).save_pretrained(folder / "model")
+    tiny_training.tokenizer().save_pretrained(folder / "model")
+    for loss in ("kto", "dpo"):
+        tiny_training.data(loss, 16).to_json(folder / f"{loss}.jsonl")
+        tiny_training.data(loss, 8, seed=1).to_json(folder / f"{loss}-eval.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory):
+    """A cache of ``datasets`` for one test file."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture
+def in_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)

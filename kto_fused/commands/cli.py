@@ -1,4 +1,4 @@
-"""The command ``kto-fused``. What a command needs is imported once it is chosen."""
+"""The command ``kto-fused`` and its subcommands. A subcommand's modules are imported once it has been chosen."""
 
 import argparse
 import importlib.util
@@ -7,25 +7,24 @@ import sys
 from . import process
 from .errors import CommandError, check_names
 
-TRAINING = (
-    *("accelerate", "datasets", "filelock", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml"),
-)
-INSTALL = "in a clone of kto-fused, pip install -c constraints.txt '.[train]'"
+TRAINING = ("accelerate", "datasets", "filelock", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
+INSTALL = "in a clone of kto-fused, run pip install -c constraints.txt '.[train]'"
 COMMANDS = {
     "train": "train a model with KTO or DPO on files of feedback or pairs",
-    "demo": "train a small language model with KTO on real text, and compare with the plain reference",
-    "estimate": "the memory a model's loss needs, plainly and fused, and the longest sequences that fit a GPU",
-    "env": "versions, devices, and which kernels are used on them",
+    "demo": "train a small language model with KTO on real text, as a first try",
+    "estimate": "print the memory that the loss and a training step need, with and without kto-fused, and the longest "
+    "sequences that fit a GPU",
+    "env": "print versions, devices, and the backend that each device gets",
 }
-RUNS_ON = "the run goes on without it, to its end"
-NEEDS = {"train": TRAINING, "demo": TRAINING, "estimate": ("transformers", "yaml"), "env": ()}
+PACKAGES = {"train": TRAINING, "demo": TRAINING, "estimate": ("transformers", "yaml"), "env": ()}
+CONTINUES = "the run continues without it and writes its results"
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="kto-fused",
         description="Fused KTO and DPO losses for PyTorch.",
-        epilog="kto-fused COMMAND --help lists a command's flags.",
+        epilog="kto-fused COMMAND --help lists the flags of a command.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, does in COMMANDS.items():
@@ -34,28 +33,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns the exit code.
+    """Run a command and return its exit code.
 
-    0: done, even if stdout was lost on the way (``train`` and ``demo`` go on, and write their results); 2: an error,
-    said in one sentence on stderr, or stdout could not be written by a command that only prints; 130: Ctrl-C; 143:
-    SIGTERM.
+    0: done, even if stdout was lost meanwhile (``train`` and ``demo`` continue and write their results). 2: an error,
+    printed as one sentence on stderr, or a lost stdout of a command that only prints. 130: Ctrl-C. 143: SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    prints_alone = arguments[:1] not in (["train"], ["demo"]) or {"-h", "--help"} & set(arguments)
-    goes_on = None if prints_alone else RUNS_ON
-    with process.lasting_streams(goes_on) as stdout, process.orderly_end():
+    only_prints = arguments[:1] not in (["train"], ["demo"]) or bool({"-h", "--help"} & set(arguments))
+    with process.lasting_streams(None if only_prints else CONTINUES) as stdout, process.orderly_end():
         code = _main(arguments)
         stdout.flush()
         is_lost = stdout.loss is not None and not isinstance(stdout.loss, BrokenPipeError)
-        return 2 if code == 0 and goes_on is None and is_lost else code
+        return 2 if code == 0 and only_prints and is_lost else code
 
 
 def _main(arguments: list[str]) -> int:
     command = parser().parse_args(arguments[:1]).command
     try:
-        missing = [name for name in NEEDS[command] if importlib.util.find_spec(name) is None]
+        missing = [name for name in PACKAGES[command] if importlib.util.find_spec(name) is None]
         if missing:
-            raise CommandError(f"needs {', '.join(missing)}: {INSTALL}")
+            raise CommandError(f"these packages are not installed: {', '.join(missing)}; {INSTALL}")
         check_names(*arguments)
         return run(command, arguments[1:])
     except (Exception, KeyboardInterrupt) as error:
@@ -69,10 +66,16 @@ def _main(arguments: list[str]) -> int:
         return 2 if stop is None else 143 if is_terminated else 130
 
 
+def description(command: str) -> str:
+    """Return what a command does, as a sentence."""
+    does = COMMANDS[command]
+    return f"{does[0].upper()}{does[1:]}."  # str.capitalize would lower the letters of KTO
+
+
 def run(command: str, arguments: list[str]) -> int:
     if command != "env":
         return importlib.import_module(f".{command}", __package__).main(arguments)
     from . import environment
 
-    argparse.ArgumentParser(prog="kto-fused env", description=f"Print {COMMANDS[command]}.").parse_args(arguments)
+    argparse.ArgumentParser(prog="kto-fused env", description=description("env")).parse_args(arguments)
     return environment.run()

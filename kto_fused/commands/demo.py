@@ -1,12 +1,13 @@
-"""``kto-fused demo``: training as ``kto-fused train`` does it, of a small model, then against the plain reference."""
+"""``kto-fused demo``: trains a small new language model with KTO on feedback that comes with the package.
 
-import copy
+It needs no download. A newcomer sees the loss, the rewards and the reference point of a whole run within minutes.
+"""
+
 import math
-import statistics
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -22,81 +23,88 @@ from transformers import (
     set_seed,
 )
 
-from .. import measure, preference_data, reference
+from .. import preference_data
 from ..engines import backends
 from ..functional import kto_class_weights
 from ..huggingface.config import max_positions
 from ..trainers import FusedKTOTrainer
 from ..trainers.configs import FusedKTOConfig
-from . import flags, train
-from .cli import COMMANDS
+from . import flags, results, train
+from .cli import description
 from .errors import CommandError
+from .failures import check_writable, setup_errors, user_errors
 
 VOCAB_SIZE = 4096
 MAX_LENGTH = 512
 WARMUP_STEPS = 80
 WARMUP_BATCH = 16
-COMPARED_STEPS = 5
 LEARNING_RATE = 5e-5
 
 
 @dataclass(frozen=True)
 class Settings:
+    """The flags of ``kto-fused demo``."""
+
     data: Path = field(
-        default=preference_data.BUNDLED, metadata={"help": "a file of prompt, completion, label, as kto-fused train's"}
+        default=preference_data.BUNDLED,
+        metadata={"help": "file of feedback (prompt, completion, label), in the formats of kto-fused train"},
     )
     model: str | None = field(
-        default=None, metadata={"help": "a Hugging Face model's folder or id, instead of a small new Llama"}
+        default=None,
+        metadata={"help": "a Hugging Face model to train, as a folder or an id; a small new Llama if not given"},
     )
     loss_from: Literal["hidden", "logits"] = field(
         default="hidden",
         metadata={
             "aliases": "--from",
-            "help": "the loss takes hidden states and the LM head, or the model's logits",
+            "help": "compute the loss from hidden states and the LM head (hidden) or from the model's logits (logits)",
         },
     )
-    steps: int = field(default=40, metadata={"help": "KTO steps"})
+    steps: int = field(default=40, metadata={"help": "number of KTO steps"})
     batch_size: int = field(default=16, metadata={"help": "examples per step"})
-    beta: float = field(default=0.1, metadata={"help": "pull towards the reference model"})
-    seed: int = field(default=0, metadata={"help": "for weights and batches"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU if there is one"})
-    backend: Literal["triton", "torch"] | None = field(
-        default=None, metadata={"help": "kernels; the faster on the device if not given"}
+    beta: float = field(
+        default=0.1, metadata={"help": "strength of the pull towards the reference model: KTO's beta, more than 0"}
     )
-    out: Path = field(default=Path("runs/demo"), metadata={"help": "folder for metrics.json and curves.png"})
+    seed: int = field(default=0, metadata={"help": "random seed for the weights and the batches"})
+    device: str | None = field(
+        default=None, metadata={"help": "device to train on, such as cpu or cuda; the GPU if there is one"}
+    )
+    backend: Literal["triton", "torch"] | None = field(
+        default=None, metadata={"help": "backend of the loss; the faster one on the device if not given"}
+    )
+    out: Path = field(default=Path("runs/demo"), metadata={"help": "folder to write metrics.json and curves.png into"})
 
 
 def main(arguments: list[str]) -> int:
-    does = COMMANDS["demo"]
-    does = does[0].upper() + does[1:]  # capitalize() would make KTO small
-    run(flags.parse(Settings, arguments, "demo", f"{does}. With its defaults, about two minutes on two idle cores."))
+    text = f"{description('demo')} With the defaults it takes up to about two minutes on two idle cores."
+    run(flags.parse(Settings, arguments, "demo", text))
     return 0
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Train, compare, and write ``metrics.json`` and ``curves.png`` under ``settings.out``. Returns the metrics.
+    """Train, and write ``metrics.json`` and ``curves.png`` into ``settings.out``. Returns the metrics.
 
-    Raises ``CommandError``, before anything is trained or written if the settings or the data are to blame.
+    Raises:
+        CommandError: the settings or the data cannot be used (nothing has been trained or written then), or the
+            results cannot be written.
     """
     device = check(settings)
-    train.check_writable(settings.out)
+    check_writable(settings.out)
     set_seed(settings.seed)
-    with train.setting_up():
+    with setup_errors():
         trainer = make_trainer(settings, device)
     metrics = train.fit(trainer, every=max(1, settings.steps // 10))
-    train.print_summary(metrics)
-    comparison = compare(trainer)
-    print_comparison(comparison)
+    results.print_summary(metrics)
     written = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
-    metrics = {"settings": written, **metrics, "comparison": comparison}
-    with flags.refusals(OSError, doing=f"{settings.out} cannot be written: "):
-        train.write(settings.out, metrics)
+    metrics = {"settings": written, **metrics}
+    with user_errors(OSError, prefix=f"{settings.out} cannot be written: "):
+        results.write(settings.out, metrics)
     print(f"\nWrote metrics.json and curves.png into {settings.out}")
     return metrics
 
 
 def check(settings: Settings) -> torch.device:
-    """The device to run on, if the settings can be run at all."""
+    """Check the settings, and return the device to train on."""
     for name in ("steps", "batch_size"):
         if getattr(settings, name) < 1:
             raise CommandError(f"--{name} must be at least 1, got {getattr(settings, name)}")
@@ -105,17 +113,20 @@ def check(settings: Settings) -> torch.device:
     if not 0 <= settings.seed < 2**32:
         raise CommandError(f"--seed must lie in [0, 2^32), got {settings.seed}")
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    doing = f"--device {name}, --backend {settings.backend}: "
-    with flags.refusals(RuntimeError, AssertionError, ValueError, doing=doing):
+    prefix = f"--device {name}, --backend {settings.backend}: "
+    with user_errors(RuntimeError, AssertionError, ValueError, prefix=prefix):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         backends.resolve(settings.backend, device)
     if device.index:
-        raise CommandError(f"--device {name}: show that GPU alone (CUDA_VISIBLE_DEVICES={device.index}), as cuda")
+        raise CommandError(
+            f"--device {name} cannot be chosen by its number: set CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
+        )
     return device
 
 
 def make_trainer(settings: Settings, device: torch.device) -> FusedKTOTrainer:
+    """Return a trainer for the settings. A new small Llama is warmed up first; a given model is not."""
     records = preference_data.load(settings.data)
     if settings.model is None:
         tokenizer, model = small_llama(records)
@@ -126,7 +137,7 @@ def make_trainer(settings: Settings, device: torch.device) -> FusedKTOTrainer:
         settings.data, tokenizer, max_length=max_length, seed=settings.seed
     ).dataset
     if settings.batch_size > len(dataset):
-        raise CommandError(f"--batch_size {settings.batch_size} is more than the {len(dataset)} examples")
+        raise CommandError(f"--batch_size {settings.batch_size} is larger than the data: {len(dataset)} examples")
     labels = dataset["label"][:]
     weights = kto_class_weights(sum(labels), len(labels) - sum(labels))
     config = FusedKTOConfig(
@@ -141,21 +152,21 @@ def make_trainer(settings: Settings, device: torch.device) -> FusedKTOTrainer:
         max_length=max_length,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        train_sampling_strategy="random",  # batches of short and of long examples would draw a jagged curve
+        train_sampling_strategy="random",  # batches grouped by length would draw a jagged curve
         seed=settings.seed,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         use_cpu=device.type == "cpu",
     )
-    config._n_gpu = min(config.n_gpu, 1)  # the trainers refuse to be shown several; the demo takes the first
+    config._n_gpu = min(config.n_gpu, 1)  # the trainers refuse several GPUs in one process; the demo uses the first
     if settings.model is None:
         warm_up(model.to(device), dataset, settings.seed)
     return FusedKTOTrainer(model, args=config, train_dataset=settings.data, processing_class=tokenizer)
 
 
 def small_llama(records: Dataset) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """A tokenizer made from the records, and a new model."""
+    """Return a byte-pair tokenizer trained on the records' texts, and a new Llama with random weights."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -182,7 +193,7 @@ def small_llama(records: Dataset) -> tuple[PreTrainedTokenizerBase, PreTrainedMo
 
 
 def warm_up(model: PreTrainedModel, dataset: Dataset, seed: int) -> None:
-    """A short supervised start, so that there is a policy to prefer by."""
+    """Train on all completions for ``WARMUP_STEPS`` supervised steps. KTO needs a policy that has learnt something."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loader = DataLoader(
         dataset,
@@ -200,79 +211,3 @@ def warm_up(model: PreTrainedModel, dataset: Dataset, seed: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}")
-
-
-# ---- the comparison -----------------------------------------------------------------------------------------------
-
-
-class ComparedTrainer(FusedKTOTrainer):
-    """Takes each step twice from the same weights, through the plain PyTorch twins and then fused, so that what else
-    the machine does falls on both. Keeps each kind's losses, gradients and times, of the last step the memory instead.
-    """
-
-    kinds: ClassVar = {  # name: (loss_functions, logps_functions)
-        "reference": (
-            (reference.linear_kto_loss, reference.kto_loss),
-            (reference.linear_sequence_logps, reference.sequence_logps),
-        ),
-        "fused": (FusedKTOTrainer.loss_functions, FusedKTOTrainer.logps_functions),
-    }
-
-    def __init__(self, *arguments: Any, **named_arguments: Any):
-        super().__init__(*arguments, **named_arguments)
-        self.losses: dict[str, list[float]] = {name: [] for name in self.kinds}
-        self.gradients: dict[str, list[torch.Tensor]] = {name: [] for name in self.kinds}
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.kinds}
-        self.peak_bytes: dict[str, int] = {}
-
-    def training_step(self, model: torch.nn.Module, *arguments: Any, **named_arguments: Any) -> torch.Tensor:
-        training_step, losses = super().training_step, []
-
-        def step() -> None:
-            losses.append(training_step(model, *arguments, **named_arguments))
-
-        for name, functions in self.kinds.items():
-            self.loss_functions, self.logps_functions = functions
-            model.zero_grad()
-            self._step_reference_point = None  # each kind finds its own
-            if self.state.global_step == self.state.max_steps - 1:
-                self.peak_bytes[name] = measure.peak_bytes(step, self.args.device)
-                continue
-            self.seconds[name].append(measure.seconds(step, self.args.device))
-            self.losses[name].append(losses[-1].item())
-            gradients = [weight.grad.flatten().cpu() for weight in model.parameters() if weight.grad is not None]
-            self.gradients[name].append(torch.cat(gradients))
-        return losses[-1]
-
-
-def compare(trained: FusedKTOTrainer) -> dict[str, Any]:
-    """The first steps again from the reference model's weights, each through plain PyTorch and fused."""
-    config = copy.copy(trained.args)
-    steps = min(COMPARED_STEPS, config.max_steps)
-    config.max_steps = steps + 1
-    print(f"\nThe first {steps} steps again, each through plain PyTorch and fused, from the same weights")
-    model = copy.deepcopy(trained.ref_model).requires_grad_(True)
-    run = ComparedTrainer(model, trained.ref_model, config, processing_class=trained.processing_class)
-    run.train_dataset = trained.train_dataset
-    train.show_bar_alone(run)
-    run.train()
-    loss_pairs, gradient_pairs = (list(zip(*kinds.values(), strict=True)) for kinds in (run.losses, run.gradients))
-    return {
-        "steps": steps,
-        "losses": run.losses,
-        "largest_loss_difference": max(abs(a - b) for a, b in loss_pairs),
-        "largest_gradient_difference": max((a - b).abs().max().item() for a, b in gradient_pairs),
-        "largest_gradient": max(plain.abs().max().item() for plain, _ in gradient_pairs),
-        "milliseconds_per_step": {name: statistics.median(times) * 1e3 for name, times in run.seconds.items()},
-        "peak_mebibytes": {name: peak / 2**20 for name, peak in run.peak_bytes.items()},
-    }
-
-
-def print_comparison(result: dict[str, Any]) -> None:
-    titles = {"milliseconds_per_step": "time per step, median (ms)", "peak_mebibytes": "peak memory of a step (MiB)"}
-    print(f"{'':34}" + "".join(f"{name:>12}" for name in result["peak_mebibytes"]))
-    for key, title in titles.items():
-        print(f"{title:34}" + "".join(f"{value:12.1f}" for value in result[key].values()))
-    print(f"{'largest difference in loss':34}{result['largest_loss_difference']:24.1e}")
-    print(f"{'largest difference in a gradient':34}{result['largest_gradient_difference']:24.1e}")
-    print(f"{'largest gradient':34}{result['largest_gradient']:24.1e}")

@@ -1,4 +1,7 @@
-"""``kto-fused env``: versions, devices, which backend each of them gets and why. Imports nothing but PyTorch."""
+"""``kto-fused env``: prints versions, devices, and the backend that each device gets, with the reason.
+
+A bug report should contain its output. It runs without any of the optional packages, because it imports only PyTorch.
+"""
 
 import importlib.metadata
 import os
@@ -12,31 +15,33 @@ from .. import __version__
 from ..engines import backends
 
 PACKAGES = ("transformers", "accelerate", "datasets", "peft", "trl", "liger-kernel")
-# Triton comes under another name with some builds of PyTorch
+# Some builds of PyTorch bring Triton under another name.
 TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows")
 VARIABLES = {
-    "KTO_FUSED_VALIDATE": "1: labels and offsets on a GPU are checked before use, at the price of a wait",
-    "TRITON_INTERPRET": "1: Triton's kernels run in its interpreter, slowly, also on a CPU",
-    "TRITON_CACHE_DIR": "where Triton keeps compiled kernels",
-    "CUDA_VISIBLE_DEVICES": "the GPUs that PyTorch may see",
-    "PYTORCH_ALLOC_CONF": "how PyTorch reserves GPU memory",
-    "PYTORCH_CUDA_ALLOC_CONF": "the same, under its older name",
-    "OMP_NUM_THREADS": "threads of the PyTorch backend on a CPU",
-    "HF_HOME": "where downloaded models and data are kept",
-    "HF_HUB_OFFLINE": "1: models and data come from disk alone",
+    "KTO_FUSED_VALIDATE": "1: check labels and offsets on a GPU before use, which waits for the GPU",
+    "TRITON_INTERPRET": "1: run Triton's kernels in its interpreter, which is slow and needs no GPU",
+    "TRITON_CACHE_DIR": "folder of the kernels that Triton has compiled",
+    "CUDA_VISIBLE_DEVICES": "numbers of the GPUs that PyTorch may use",
+    "PYTORCH_ALLOC_CONF": "how PyTorch allocates GPU memory",
+    "PYTORCH_CUDA_ALLOC_CONF": "older name of PYTORCH_ALLOC_CONF",
+    "OMP_NUM_THREADS": "number of threads that PyTorch uses on a CPU",
+    "HF_HOME": "folder of downloaded models and data",
+    "HF_HUB_OFFLINE": "1: use only models and data that are on disk",
 }
 
 
 @dataclass(frozen=True)
 class GPU:
+    """A GPU that PyTorch sees."""
+
     device: torch.device
     name: str
     memory_bytes: int
-    capability: str | None  # compute capability or architecture
+    capability: str | None  # compute capability ("9.0"), or the architecture under ROCm ("gfx942")
 
 
 def gpus() -> list[GPU]:
-    """The GPUs that Triton can compile for, as PyTorch sees them."""
+    """Return the GPUs that PyTorch sees and Triton can compile for: NVIDIA, AMD and Intel."""
     found = []
     for kind in ("cuda", "xpu"):
         module = getattr(torch, kind)
@@ -50,7 +55,11 @@ def gpus() -> list[GPU]:
 
 
 def report() -> dict[str, Any]:
-    """``versions`` (None: not installed), ``torch_build``, ``devices`` and ``variables`` (None: not set)."""
+    """Return the report as a dict.
+
+    ``versions`` maps packages to versions (None: not installed), ``torch_build`` is a text, ``devices`` lists each
+    device with its backend and the reason, and ``variables`` maps environment variables to values (None: not set).
+    """
     versions = {"kto-fused": __version__, "python": platform.python_version(), "torch": torch.__version__}
     versions["triton"] = next(filter(None, map(_version, TRITON_PACKAGES)), None)
     versions |= {name: _version(name) for name in PACKAGES}
@@ -71,7 +80,7 @@ def report() -> dict[str, Any]:
 
 
 def run() -> int:
-    """Print the report."""
+    """Print the report. Returns the exit code."""
     facts = report()
     lines = [(name, version or "not installed") for name, version in facts["versions"].items()]
     lines.append(("PyTorch is built for", facts["torch_build"]))
@@ -89,24 +98,24 @@ def run() -> int:
 
 
 def backend_and_reason(device: torch.device) -> tuple[str | None, str]:
-    """What ``backends.resolve`` chooses for tensors there, None where it refuses them, and a sentence on why."""
+    """Return the backend that a loss gets on the device, and the reason. The backend is None if it is refused."""
     try:
         backend = backends.resolve(None, device)
     except ValueError as error:
         return None, str(error)
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "triton":
-        how = "run in its interpreter, slowly (TRITON_INTERPRET=1)" if is_interpreted else "are compiled for it"
-        return backend, f"a GPU, and Triton is installed: the kernels {how}"
+        how = "run in Triton's interpreter, slowly (TRITON_INTERPRET=1)" if is_interpreted else "are compiled for it"
+        return backend, f"this is a GPU and Triton is installed, so the kernels {how}"
     if device.type != "cpu":
         return backend, "Triton is not installed"
     if is_interpreted and backends.HAS_TRITON:
-        return backend, "Triton compiles for GPUs alone; TRITON_INTERPRET=1 lets backend='triton' run here, for tests"
-    return backend, "Triton compiles for GPUs alone"
+        return backend, "Triton compiles only for GPUs; TRITON_INTERPRET=1 lets backend='triton' run here, for tests"
+    return backend, "Triton compiles only for GPUs"
 
 
 def torch_build() -> str:
-    """What PyTorch was compiled for, and whether it sees such a device."""
+    """Return what PyTorch was compiled for, and whether it sees such a device."""
     if torch.version.hip:
         name, module = f"ROCm {torch.version.hip}", torch.cuda
     elif torch.version.cuda:
@@ -115,7 +124,7 @@ def torch_build() -> str:
         name, module = f"XPU {torch.version.xpu}", torch.xpu
     else:
         return "CPU"
-    return name if module.is_available() else f"{name}, but sees no such GPU"
+    return name if module.is_available() else f"{name}, but PyTorch sees no such GPU"
 
 
 def _version(package: str) -> str | None:
@@ -126,7 +135,7 @@ def _version(package: str) -> str | None:
 
 
 def _described(name: str, value: str | None) -> str:
-    return f"not set ({VARIABLES[name]})" if value is None else f"{value!r} ({VARIABLES[name]})"
+    return f"{'not set' if value is None else repr(value)} ({VARIABLES[name]})"
 
 
 def _print(title: str, lines: list[tuple[str, str]]) -> None:

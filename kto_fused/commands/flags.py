@@ -1,82 +1,44 @@
-"""Dataclasses filled from flags and YAML files. Whatever does not fit is a ``CommandError``: one sentence."""
+"""Command-line flags from dataclasses: one flag per field, on transformers' ``HfArgumentParser``.
+
+``HfArgumentParser`` turns fields into flags. ``FlagParser`` adds what it lacks:
+
+- An error is a ``CommandError`` of one sentence, which suggests the nearest flag.
+- ``null``, on the command line and in YAML, is None.
+- A JSON list is read as a list where a field takes one value or a list.
+- The settings of a YAML file are parsed exactly as flags are.
+"""
 
 import argparse
 import difflib
 import functools
 import json
 import math
-import re
 import typing
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import Field, fields
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import Field
 from typing import Any
 
-import torch
-import yaml
 from transformers import HfArgumentParser
 
-from .errors import CommandError, sentence
+from .errors import CommandError
+from .failures import SETUP_ERRORS, user_errors
 
 NULL = "null"
-# Limits of a settings file, far above what a run's settings need. A file at a limit is read in about half a second.
-YAML_BYTES = 2**16
-YAML_VALUES = 2000
-YAML_DEPTH = 32
-SETUP_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 
-class _Loader(yaml.BaseLoader):
-    """Scalars as they are written, but for null. Stops at the first value that exceeds a limit."""
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each flag's default to its help, except None: the help text itself says what happens then."""
 
-    def __init__(self, text: str):
-        super().__init__(text)
-        self._depth = self._num_values = 0
-
-    def fetch_flow_collection_start(self, kind: type) -> None:
-        if self.flow_level >= YAML_DEPTH:  # the scanner reads a thousand brackets ahead of compose_node
-            raise _LimitError(f"is nested more than {YAML_DEPTH} deep")
-        super().fetch_flow_collection_start(kind)
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        self._depth += 1
-        self._num_values += 1
-        if self._depth > YAML_DEPTH:
-            raise _LimitError(f"is nested more than {YAML_DEPTH} deep")
-        if self._num_values > YAML_VALUES:
-            raise _LimitError(f"has more than {YAML_VALUES} values")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-
-class _LimitError(Exception):
-    """What a settings file exceeds."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_constructor("tag:yaml.org,2002:null", lambda *_: None)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    """YAML itself lets the last of several values under one name stand."""
-    names = [loader.construct_object(name) for name, _ in node.value]
-    for name in names:
-        if names.count(name) > 1:
-            raise yaml.YAMLError(f"{name!r} is set {names.count(name)} times")
-    return yaml.BaseLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class FlagParser(HfArgumentParser):
-    """A flag for each field of the dataclasses ``kinds``, but for those ``left_out``. ``elsewhere`` says of other names
-    what they are flags of.
+    """Has a flag for each field of the dataclasses ``kinds`` whose name is not in ``left_out``.
 
-    ``null`` is None where a field may be None; a list in JSON is one where a field takes a value or a list. Flags are
-    not abbreviated: a misspelt one is an error.
+    ``belongs_to`` maps a flag that this command lacks to the place that has it, for the error message. Flags cannot be
+    abbreviated, so that a misspelt flag is an error.
     """
 
     def __init__(
@@ -84,22 +46,21 @@ class FlagParser(HfArgumentParser):
         kinds: list[type],
         command: str,
         left_out: Iterable[str] = (),
-        elsewhere: dict[str, str] | None = None,
+        belongs_to: dict[str, str] | None = None,
         **settings: Any,
     ):
-        self._left_out, self._elsewhere = frozenset(left_out), elsewhere or {}
-        super().__init__(kinds, prog=f"kto-fused {command}", allow_abbrev=False, **settings)
+        self._left_out, self._belongs_to = frozenset(left_out), belongs_to or {}
+        super().__init__(
+            kinds, prog=f"kto-fused {command}", allow_abbrev=False, formatter_class=_HelpFormatter, **settings
+        )
         hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
         self._nullable = {name for name, hint in hints.items() if type(None) in typing.get_args(hint)}
         takes_list = {name for name, hint in hints.items() if list in map(typing.get_origin, typing.get_args(hint))}
         self._value_or_list = {action.dest for action in self._actions if not action.nargs} & takes_list
-        options = self._action_groups[:2]  # argparse's own; groups with a name hold what must be given
+        options = self._action_groups[:2]  # argparse's own groups; groups with a name hold the required flags
         self._action_groups = self._action_groups[2:] + options
         for action in self._actions:
-            if action.required:
-                action.default = argparse.SUPPRESS  # --help shows none
-            hint = hints.get(action.dest)
-            if hint == bool | None:  # --flag alone, as where None is no choice
+            if hints.get(action.dest) == bool | None:  # --flag alone means True, as for fields that cannot be None
                 action.nargs, action.const = "?", True
             if typing.get_origin(action.type) is dict:
                 action.type = _json_mapping
@@ -119,106 +80,75 @@ class FlagParser(HfArgumentParser):
         raise CommandError(message)
 
     def values(self, arguments: list[str]) -> dict[str, Any]:
-        """What the flags say, and the defaults of the others."""
+        """Return the value of every flag: the one given in ``arguments``, else the default.
+
+        Raises:
+            CommandError: an argument is not a flag or its value, or a value is not of the flag's type.
+        """
         namespace, rest = self.parse_known_args(arguments)
         if rest:
             name = rest[0].partition("=")[0]
             if name.startswith("-"):
-                raise CommandError(f"{name} is not a flag{self._instead(name, self._option_string_actions)}")
-            raise CommandError(f"{rest[0]!r} follows no flag that takes it")
+                raise CommandError(f"{name} is not a flag{self._suggestion(name, self._option_string_actions)}")
+            raise CommandError(f"{rest[0]!r} does not belong to any flag")
         return vars(namespace)
 
+    def build(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the dataclasses ``kinds``, filled with ``values``.
+
+        Raises:
+            CommandError: a dataclass refuses its values.
+        """
+        with user_errors(*SETUP_ERRORS):
+            return self.parse_dict(values, allow_extra_keys=True)
+
     def arguments_from(self, settings: dict[str, Any], path: str) -> list[str]:
-        """The settings of a YAML file as flags that say the same. Null is as not given, unless None is a choice."""
+        """Return the flags that say the same as the settings of the YAML file ``path``.
+
+        A null counts as not given, except where the flag's default is another value and None is allowed.
+
+        Raises:
+            CommandError: a name is not a flag, or a list is given where the flag takes one value.
+        """
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         arguments = []
         for name, value in settings.items():
             if name not in actions:
-                raise CommandError(f"{path}: {name!r} is not a setting{self._instead(str(name), actions)}")
+                raise CommandError(f"{path}: {name!r} is not a setting{self._suggestion(str(name), actions)}")
             if value is None:
                 if name in self._nullable and self.get_default(name) is not None:
                     arguments.append(f"--{name}={NULL}")
             elif isinstance(value, list):
-                is_written_as_one = name in self._value_or_list
-                if not is_written_as_one and actions[name].nargs != "+":
-                    raise CommandError(f"{path}: {name!r} takes one value, got the list {value}")
+                if name not in self._value_or_list and actions[name].nargs != "+":
+                    raise CommandError(f"{path}: {name!r} takes one value, but the file gives the list {value}")
                 if None in value:
-                    raise CommandError(f"{path}: {name!r} takes no null in its list, got {value}")
-                arguments += [f"--{name}={json.dumps(value)}"] if is_written_as_one else [f"--{name}", *map(str, value)]
+                    raise CommandError(f"{path}: the list of {name!r} must not hold null, got {value}")
+                is_json = name in self._value_or_list
+                arguments += [f"--{name}={json.dumps(value)}"] if is_json else [f"--{name}", *map(str, value)]
             else:
                 arguments.append(f"--{name}={json.dumps(_typed(value)) if isinstance(value, dict) else value}")
         return arguments
 
-    def _instead(self, name: str, names: Iterable[str]) -> str:
-        """Where the name belongs, or what it may have been meant to be."""
-        owner = self._elsewhere.get(name.lstrip("-").replace("-", "_"))
+    def _suggestion(self, name: str, names: Iterable[str]) -> str:
+        """Return the end of an error message: where the name belongs, or which name was probably meant."""
+        owner = self._belongs_to.get(name.lstrip("-").replace("-", "_"))
         if owner is not None:
             return f" here: it belongs to {owner}"
         nearest = difflib.get_close_matches(name, list(names), n=1)
-        return f"; the nearest is {nearest[0]}" if nearest else "; --help lists them"
-
-
-@contextmanager
-def refusals(*kinds: type[Exception], doing: str = "") -> Iterator[None]:
-    """Errors of these kinds, from libraries and the disk, become a ``CommandError`` that says what was being done."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, *kinds) as error:
-        if isinstance(error, torch.OutOfMemoryError) and not doing:
-            raise CommandError(
-                "the GPU's memory is not enough: lower --per_device_train_batch_size and raise "
-                "--gradient_accumulation_steps, or use --gradient_checkpointing or --lora_rank"
-            ) from error
-        raise CommandError(doing + sentence(error)) from error
+        return f"; did you mean {nearest[0]}?" if nearest else "; --help lists all of them"
 
 
 def parse(kind: type, arguments: list[str], command: str, description: str) -> Any:
-    """The dataclass that the flags describe."""
-    return build(kind, FlagParser([kind], command, description=description).values(arguments))
-
-
-def build(kind: type, values: dict[str, Any]) -> Any:
-    """``kind`` of those of ``values`` that are its fields; what it refuses is a ``CommandError``."""
-    with refusals(*SETUP_ERRORS):
-        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Names and values; each scalar but null as it is written, to be understood as the flag's value would be."""
-    with refusals(OSError, UnicodeDecodeError, doing=f"--config {path} cannot be read: "):
-        with Path(path).open("rb") as file:
-            content = file.read(YAML_BYTES + 1)
-        if len(content) > YAML_BYTES:
-            raise CommandError(f"--config {path} is longer than {YAML_BYTES} bytes: expected the settings of a run")
-        text = content.decode("utf-8")
-    with refusals(yaml.YAMLError, doing=f"--config {path} is not YAML: "):
-        try:
-            loader = _Loader(text)
-            root = loader.get_single_node()
-            if root is not None and _num_values(root, {}) > YAML_VALUES:
-                raise _LimitError(f"has more than {YAML_VALUES} values once its aliases are written out")
-            settings = None if root is None else loader.construct_document(root)
-        except _LimitError as error:
-            raise CommandError(f"--config {path} {error}: expected the settings of a run") from error
-    if not isinstance(settings, dict):
-        raise CommandError(f"--config {path}: expected names with values, got {type(settings).__name__}")
-    return settings
-
-
-def _num_values(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
-    """How many values a node has with all of its aliases written out; infinitely many where it holds itself."""
-    if node in known:
-        return known[node]
-    known[node] = math.inf  # until it is counted
-    children = node.value if isinstance(node, yaml.CollectionNode) else []
-    if isinstance(node, yaml.MappingNode):
-        children = [part for pair in children for part in pair]
-    known[node] = 1 + sum(_num_values(child, known) for child in children)
-    return known[node]
+    """Return the dataclass ``kind``, filled from the flags in ``arguments``."""
+    parser = FlagParser([kind], command, description=description)
+    return parser.build(parser.values(arguments))[0]
 
 
 def _typed(value: Any) -> Any:
-    """Words of a nested setting as true, false and numbers where they are: no flag's type says what they should be."""
+    """Return a nested YAML setting with true, false and numbers in place of their texts.
+
+    No flag's type says what the values inside a mapping should be.
+    """
     if isinstance(value, dict):
         return {name: _typed(nested) for name, nested in value.items()}
     if isinstance(value, list):
@@ -228,11 +158,9 @@ def _typed(value: Any) -> Any:
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     for convert in (int, float):
-        try:
+        with suppress(ValueError):
             number = convert(value)
-        except ValueError:
-            continue
-        return number if math.isfinite(number) else value  # JSON has no others
+            return number if math.isfinite(number) else value  # JSON has no NaN and no infinity
     return value
 
 
@@ -243,23 +171,27 @@ def _json_mapping(text: str) -> dict[str, Any]:
     return parsed
 
 
-_json_mapping.__name__ = "mapping in JSON"  # argparse names the type in its errors
+_json_mapping.__name__ = "JSON mapping"  # argparse names the type in its errors
 
 
 def _list_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a converter that reads a JSON list as a list and passes any other text to ``convert``."""
+
     @functools.wraps(convert, updated=())
     def converted(text: str) -> Any:
-        try:
+        with suppress(ValueError):
             parsed = json.loads(text)
-        except ValueError:
-            return convert(text)
-        return parsed if isinstance(parsed, list) else convert(text)
+            if isinstance(parsed, list):
+                return parsed
+        return convert(text)
 
     return converted
 
 
 def _null_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    @functools.wraps(convert, updated=())  # argparse names the type in its errors
+    """Return a converter that reads ``null`` as None and passes any other text to ``convert``."""
+
+    @functools.wraps(convert, updated=())
     def converted(text: str) -> Any:
         return None if text == NULL else convert(text)
 

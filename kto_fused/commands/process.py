@@ -1,6 +1,7 @@
-"""What the command line does to its own process: streams that may be lost, and worker processes that end with it.
+"""How the command ``kto-fused`` protects its own process against lost streams, signals and orphaned workers.
 
-Nothing here is active in a program that uses kto_fused as a library.
+A lost stdout or stderr does not end a run, worker processes end when the command ends, and temporary files are removed
+after an error. ``cli`` switches all of this on; nothing here is active in a program that imports kto_fused.
 """
 
 import ctypes
@@ -14,24 +15,28 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl(2): the signal that a process gets when its parent dies
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Libraries remove their temporary files on ``KeyboardInterrupt``, but not on ``SystemExit``."""
+    """SIGTERM arrived.
+
+    This is a ``KeyboardInterrupt`` because libraries remove their temporary files on one, but not on ``SystemExit``.
+    """
 
 
 # ---- streams ------------------------------------------------------------------------------------------------------
 
 
 class LastingStream:
-    """A text stream to which writing never fails: what cannot be written is dropped, and ``on_loss`` is told once.
+    """Wraps a text stream so that writing never fails.
 
-    Characters that the stream's encoding lacks are written as backslash escapes.
+    Text that cannot be written is dropped, and ``on_loss`` is called with the first error. Characters that the stream's
+    encoding lacks are written as backslash escapes.
     """
 
     def __init__(self, stream: TextIO | None, on_loss: Callable[[Exception], None]):
-        # None: the stream was closed before Python started
+        # the stream is None if it was closed before Python started
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
         self._on_loss = on_loss
         self.loss: Exception | None = None
@@ -59,8 +64,9 @@ class LastingStream:
         return False
 
     def finish(self) -> None:
-        """Flush. What cannot be written goes to the null device: at its exit Python would flush once more, and print
-        the error.
+        """Flush, and send text that cannot be written to the null device.
+
+        Python flushes once more when it exits, and would print the error.
         """
         self.flush()
         with suppress(OSError, ValueError):
@@ -80,28 +86,29 @@ class LastingStream:
     def _noting_loss(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+        except (OSError, ValueError) as error:  # a closed stream raises ValueError
             if self.loss is None:
                 self.loss = error
                 self._on_loss(error)
 
 
 @contextmanager
-def lasting_streams(goes_on: str | None) -> Iterator[LastingStream]:
-    """Replaces stdout and stderr by streams whose loss ends nothing; yields stdout's.
+def lasting_streams(continues: str | None) -> Iterator[LastingStream]:
+    """Replace stdout and stderr by streams whose loss does not end the program. Yields the new stdout.
 
-    A loss of stdout is said on stderr, except that a reader has closed the pipe (``| head``) of a command that only
-    prints. ``goes_on`` says what goes on without stdout; None: the command only prints.
+    A lost stdout is reported on stderr, and ``continues`` says in that message what continues without it. For a command
+    that only prints, ``continues`` is None; a reader that closes its pipe early (``| head``) is not reported then.
     """
 
     def say(error: Exception) -> None:
         reason = getattr(error, "strerror", None) or error
-        if goes_on is not None:
-            print(f"kto-fused: stdout cannot be written ({reason}): {goes_on}", file=sys.stderr)
+        if continues is not None:
+            print(f"kto-fused: stdout cannot be written ({reason}): {continues}", file=sys.stderr)
         elif not isinstance(error, BrokenPipeError):
             print(f"kto-fused: stdout cannot be written: {reason}", file=sys.stderr)
 
-    for descriptor in range(3):  # a closed one would be given to the next file opened, and printed lines end in that
+    # The next file that is opened would get the number of a closed descriptor, and printed lines would end up in it.
+    for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
@@ -124,17 +131,18 @@ def lasting_streams(goes_on: str | None) -> Iterator[LastingStream]:
 
 
 class _Hooks:
-    """State of hooks that cannot be taken back, and do nothing while not ``active``: those of ``os.register_at_fork``
-    and the audit hook that notes temporary files.
+    """The state of two hooks that Python cannot remove: ``os.register_at_fork`` and the audit hook for temporary files.
+
+    The hooks do nothing while ``active`` is False.
     """
 
     active = False
     registered = False
-    is_terminated = False  # SIGTERM came, even if a library swallowed the exception
+    is_terminated = False  # SIGTERM arrived; a library may have swallowed the exception
     prctl: Callable[..., int] | None = None
     parent = 0
     from_main_thread = False
-    journal = -1  # a file without a name, into which this process and its workers write their temporary files' names
+    journal = -1  # an unnamed file in which this process and its workers note the paths of their temporary files
 
     @classmethod
     def register(cls) -> None:
@@ -155,13 +163,13 @@ class _Hooks:
 
     @classmethod
     def in_child(cls) -> None:
-        """A worker dies with its parent, leaves Ctrl-C to it, and ends on SIGTERM at once."""
+        """Make a forked worker die with its parent, ignore Ctrl-C (the parent handles it), and end on SIGTERM."""
         if not cls.active:
             return
-        # Linux sends the signal when the forking thread ends, so another thread's children are left alone
+        # Linux sends the signal when the forking thread ends, so children of other threads do not ask for it
         if cls.prctl is not None and cls.from_main_thread:
             cls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != cls.parent:  # it died before the call
+            if os.getppid() != cls.parent:  # the parent died before the call
                 os._exit(1)
         with suppress(ValueError):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -175,9 +183,9 @@ def _note_temporary_file(event: str, arguments: tuple) -> None:
 
 
 def remove_temporary_files() -> None:
-    """Removes the files that this process and its workers made under temporary names and left there.
+    """Remove the temporary files that this process and its workers created and left behind.
 
-    ``datasets`` leaves the file that it prepares data in where the disk is full, or a worker is ended.
+    ``datasets`` leaves the file that it prepares data in when the disk is full or a worker is killed.
     """
     names = b""
     with suppress(OSError):
@@ -190,13 +198,13 @@ def remove_temporary_files() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
     _Hooks.is_terminated = True
     raise Terminated
 
 
 def _nameless_file() -> int:
-    """Its descriptor, which forked processes share, and programs that they start do not."""
+    """Return the descriptor of an unnamed file. Forked processes share it, and programs that they start do not."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("kto-fused")
     with tempfile.TemporaryFile() as file:
@@ -205,10 +213,10 @@ def _nameless_file() -> int:
 
 @contextmanager
 def orderly_end() -> Iterator[None]:
-    """While entered, SIGTERM raises ``Terminated``, and forked workers end with this process, even if it is killed.
+    """Make SIGTERM raise ``Terminated``, and forked workers end with this process, even if it is killed.
 
-    Under a launcher of several processes SIGTERM keeps its default: it comes when another process has failed, and this
-    one may wait for that process in a call that no exception interrupts.
+    Under a launcher of several processes (``torchrun``) SIGTERM keeps its default. The launcher sends it when another
+    process has failed, and this process may be waiting for that one in a call that no exception interrupts.
     """
     _Hooks.register()
     journal, _Hooks.is_terminated = _nameless_file(), False
@@ -226,7 +234,7 @@ def orderly_end() -> Iterator[None]:
 
 
 def stopped_by(error: BaseException) -> KeyboardInterrupt | None:
-    """The Ctrl-C or SIGTERM behind an error: libraries that are interrupted may raise another error in its place."""
+    """Return the Ctrl-C or SIGTERM that caused an error, or None. An interrupted library may raise another error."""
     if _Hooks.is_terminated:
         return Terminated()
     seen, found = set(), [error]

@@ -171,7 +171,7 @@ def saving_all_but(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 def switched_to(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     """While entered, make the adapters ``names`` the active ones, or with no names switch adapters off.
 
-    PEFT lets the weights of an active adapter require gradients; ``huggingface.keeping_trainable`` undoes that.
+    PEFT lets the weights of an active adapter require gradients; ``huggingface.running.keeping_trainable`` undoes that.
     """
     before = model.base_model.active_adapter
     if not names:

@@ -1,4 +1,4 @@
-"""The command ``kto-fused env``: what it reports, and that nothing missing stops it."""
+"""The command ``kto-fused env`` reports versions, devices and backends, whatever packages are missing."""
 
 import importlib.metadata
 import subprocess
@@ -71,7 +71,8 @@ def test_triton_is_found_under_the_name_that_a_build_gives_it(monkeypatch):
 def test_it_imports_no_heavy_package():
     heavy = ("transformers", "datasets", "trl", "peft", "accelerate", "triton")
     code = (
-        "import sys, torch; before = set(sys.modules); from kto_fused import environment; environment.report(); "
+        "import sys, torch; before = set(sys.modules)\n"
+        "from kto_fused.commands import environment; environment.report()\n"
         f"print([name for name in {heavy} if name in set(sys.modules) - before])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -88,7 +89,7 @@ def test_each_device_is_listed_with_its_backend(one_gpu, monkeypatch, capsys):
     out = printed(capsys)
     assert "Device cuda:0" in out
     assert "80.0 GiB" in out
-    assert "triton: a GPU, and Triton is installed: the kernels are compiled for it" in out
+    assert "triton: this is a GPU and Triton is installed, so the kernels are compiled for it" in out
 
 
 @pytest.mark.parametrize("has_triton", [True, False])
@@ -122,10 +123,10 @@ def test_variables_show_their_values(monkeypatch, capsys):
     assert ["OMP_NUM_THREADS", "not", "set"] in [words[:3] for words in lines]
 
 
-@pytest.mark.skipif(HAS_GPU, reason="says what is said without a GPU")
+@pytest.mark.skipif(HAS_GPU, reason="checks the report on a machine without a GPU")
 def test_a_build_for_gpus_that_sees_none_says_so(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert environment.torch_build() == "CUDA 13.0, but sees no such GPU"
+    assert environment.torch_build() == "CUDA 13.0, but PyTorch sees no such GPU"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert environment.torch_build() == "CPU"

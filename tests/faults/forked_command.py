@@ -1,4 +1,7 @@
-"""The command line in a forked child process, which has imported everything already: a second instead of ten."""
+"""Runs the command line in a forked child process, for tests of its streams, signals and exit codes.
+
+The child has imported everything already, so a run takes a second instead of ten.
+"""
 
 import faulthandler
 import os
@@ -16,15 +19,17 @@ from kto_fused.commands import cli
 
 
 class Outcome(NamedTuple):
+    """The exit code of a run (minus the signal's number if a signal ended it) and its output."""
+
     code: int
     out: str
     err: str
 
 
 def start(arguments: list[str], folder: Path, before: Callable[[], None] = lambda: None) -> int:
-    """The process id of a child that runs the command. Its output goes into files in ``folder``.
+    """Start a child that runs the command, and return its process id. Its output goes into files in ``folder``.
 
-    ``before`` is called in the child, once its streams are as Python makes them at its start.
+    The child calls ``before`` once its streams are as Python opens them at its start.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -35,7 +40,7 @@ def start(arguments: list[str], folder: Path, before: Callable[[], None] = lambd
     try:
         os.setsid()
         faulthandler.register(signal.SIGUSR1, all_threads=True, file=(folder / "stacks").open("w"))
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         open_streams()
@@ -52,7 +57,7 @@ def start(arguments: list[str], folder: Path, before: Callable[[], None] = lambd
 
 
 def open_streams(encoding: str = "utf-8") -> None:
-    """As Python opens them when it starts; None where the descriptor is closed."""
+    """Open stdout and stderr as Python does when it starts. A stream is None if its descriptor is closed."""
     for descriptor, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
         try:
             os.fstat(descriptor)
@@ -63,7 +68,7 @@ def open_streams(encoding: str = "utf-8") -> None:
 
 
 def as_python_exits(code: int) -> int:
-    """Python flushes both streams, and makes the exit code 120 where that fails."""
+    """Flush both streams as Python does when it exits, and return the exit code: 120 if a flush fails."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None and not stream.closed:
@@ -74,7 +79,7 @@ def as_python_exits(code: int) -> int:
 
 
 def ended(child: int, folder: Path, seconds: float = 60) -> Outcome:
-    """The outcome of ``start``; minus the signal's number is the code of a child that a signal ended."""
+    """Wait for a child of ``start`` and return its outcome. After ``seconds`` it is killed, with its stacks printed."""
     deadline = time.monotonic() + seconds
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -91,6 +96,7 @@ def ended(child: int, folder: Path, seconds: float = 60) -> Outcome:
 
 
 def run(arguments: list[str], folder: Path, before: Callable[[], None] = lambda: None) -> Outcome:
+    """Run the command in a child process to its end. See ``start``."""
     return ended(start(arguments, folder, before), folder)
 
 
@@ -102,7 +108,7 @@ def descendants(child: int) -> list[psutil.Process]:
 
 
 def still_running(processes: list[psutil.Process], seconds: float = 10) -> list[psutil.Process]:
-    """Those that have not ended ``seconds`` later; what nobody has waited for yet has ended."""
+    """Return the processes that still run after at most ``seconds``. A zombie has ended."""
     deadline = time.monotonic() + seconds
     while True:
         running = []

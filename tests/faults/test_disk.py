@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kto_fused import preference_data
-from kto_fused.commands import train
+from kto_fused.commands import results, train
 from kto_fused.commands.errors import CommandError
+from kto_fused.commands.failures import setup_errors
 from kto_fused.huggingface import files as model_files
-from kto_fused.trainers import FusedDPOTrainer, reference_cache
+from kto_fused.trainers import FusedDPOTrainer, FusedTrainer, reference_cache
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 FAST = ["--use_cpu", "--learning_rate", "0.01", "--per_device_train_batch_size", "4", "--max_steps", "2"]
@@ -110,11 +111,11 @@ def test_results_that_do_not_fit_end_in_one_sentence_and_leave_no_half_results(f
     out = folder / "out"
 
     def before():
-        owner = FusedDPOTrainer if place == "save_model" else train
+        owner = FusedDPOTrainer if place == "save_model" else results
         setattr(owner, place, filling(fill, folder, getattr(owner, place)))
         if place == "save_model":  # it saves checkpoints too, which must still fit
             saved = FusedDPOTrainer.save_model
-            original = train.FusedTrainer.save_model
+            original = FusedTrainer.save_model
 
             def save_model(self, output_dir=None, **named):
                 is_checkpoint = Path(output_dir).name.startswith("checkpoint-")
@@ -194,19 +195,19 @@ def test_a_disk_that_fills_while_precomputing_loses_no_run(files, tmp_path, disk
 
 @pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), RuntimeError("No space left on device")])
 def test_a_full_disk_is_known_by_what_caused_an_error(kind):
-    with pytest.raises(CommandError, match=r"the disk is full\. Prepared data is kept in"), train.setting_up():
+    with pytest.raises(CommandError, match=r"the disk is full\. Prepared data is kept in"), setup_errors():
         raise ValueError("data cannot be read") from kind
 
 
 def test_another_error_names_no_cache():
-    with pytest.raises(CommandError, match=r"^bad data$"), train.setting_up():
+    with pytest.raises(CommandError, match=r"^bad data$"), setup_errors():
         raise ValueError("bad data")
 
 
 def test_what_a_killed_run_left_in_its_draft_is_removed(tmp_path):
-    (tmp_path / train.DRAFT).mkdir()
-    (tmp_path / train.DRAFT / "model.safetensors").write_bytes(b"half")
-    train.write(tmp_path, {"steps": [], "evaluations": []})
+    (tmp_path / results.DRAFT).mkdir()
+    (tmp_path / results.DRAFT / "model.safetensors").write_bytes(b"half")
+    results.write(tmp_path, {"steps": [], "evaluations": []})
     assert names(tmp_path) == {"metrics.json", "curves.png"}
 
 

@@ -1,6 +1,5 @@
-"""Lost and narrow output streams, signals, and processes that would stay behind."""
+"""Output streams that break or lack characters, signals, and worker processes that must not outlive the command."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,20 +11,20 @@ import datasets
 import forked_command
 import pytest
 import tiny_training
+from command_runs import losses, training
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
-from kto_fused.commands import cli, process, train
+from kto_fused.commands import cli, process, progress, results
 from kto_fused.trainers import checkpoints
 
-pytestmark = pytest.mark.usefixtures("small_machine")
-SENTENCE = "kto-fused: stdout cannot be written ({}): the run goes on without it, to its end"
-FAST = ["--use_cpu", "--learning_rate", "0.01", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
+pytestmark = pytest.mark.usefixtures("small_machine", "module_cache")
+SENTENCE = "kto-fused: stdout cannot be written ({}): the run continues without it and writes its results"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A model and feedback, under names and with words that ASCII lacks."""
+    """A folder with a model and feedback, whose names and words hold characters that ASCII lacks."""
     folder = tmp_path_factory.mktemp("fichiers-é")
     tiny_training.model().save_pretrained(folder / "modèle")
     tiny_training.tokenizer().save_pretrained(folder / "modèle")
@@ -34,25 +33,14 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-
-
 def command(files: Path, out: Path, *more: str) -> list[str]:
-    given = ["--model", str(files / "modèle"), "--data", str(files / "données.jsonl"), "--output_dir", str(out)]
-    return ["train", *given, *FAST, "--max_steps", "3", "--logging_steps", "1", *more]
-
-
-def losses(folder: Path) -> list[float]:
-    return [step["loss"] for step in json.loads((folder / "metrics.json").read_text())["steps"]]
+    short = ["--output_dir", str(out), "--save_strategy", "no", "--max_steps", "3", "--logging_steps", "1"]
+    return training(files / "modèle", files / "données.jsonl", *short, *more)
 
 
 @pytest.fixture(scope="module")
 def expected(files, tmp_path_factory) -> list[float]:
-    """The losses of a run whose output nothing disturbs."""
+    """The losses of a run with working output streams."""
     folder = tmp_path_factory.mktemp("expected")
     outcome = forked_command.run(command(files, folder / "out"), folder)
     assert outcome.code == 0, outcome.err
@@ -60,7 +48,7 @@ def expected(files, tmp_path_factory) -> list[float]:
     return losses(folder / "out")
 
 
-# lost streams
+# ---- lost streams -------------------------------------------------------------------------------------------------
 
 
 def broken_pipe(*descriptors):
@@ -111,7 +99,7 @@ def test_a_lost_stream_loses_no_run(files, tmp_path, expected, lose, streams):
 
 
 def test_a_pipe_closed_in_the_middle_of_a_run_loses_no_run(files, tmp_path, expected):
-    """As ``| head -3`` does."""
+    """``| head -3`` closes the pipe so."""
     read, write = os.pipe()
 
     def before():
@@ -131,7 +119,7 @@ def test_a_pipe_closed_in_the_middle_of_a_run_loses_no_run(files, tmp_path, expe
 
 
 def test_a_closed_stdout_does_not_print_into_the_runs_files(files, tmp_path):
-    """A file opened later would get the closed descriptor's number."""
+    """A file that is opened later would get the number of the closed descriptor."""
 
     def before():
         closed(0, 1)
@@ -150,7 +138,7 @@ def test_a_closed_stdout_does_not_print_into_the_runs_files(files, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["env"], ["estimate", "--seq", "64"], ["train", "--help"], ["--help"]])
-def test_a_command_that_only_prints_says_what_was_lost(files, tmp_path, arguments):
+def test_a_command_that_only_prints_reports_a_lost_stdout(files, tmp_path, arguments):
     if arguments[0] == "estimate":
         arguments = [*arguments, "--model", str(files / "modèle")]
 
@@ -168,8 +156,8 @@ def test_a_command_that_only_prints_says_what_was_lost(files, tmp_path, argument
 
 
 def test_python_says_nothing_of_a_broken_pipe_at_its_exit(tmp_path):
-    """The interpreter's own flush, which the other tests imitate."""
-    script = "import sys; from kto_fused import cli; sys.exit(cli.main(['env']))"
+    """The interpreter flushes stdout when it exits; the other tests only imitate that."""
+    script = "import sys; from kto_fused.commands import cli; sys.exit(cli.main(['env']))"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
         started.stdout.close()
         errors = started.stderr.read().decode()
@@ -180,7 +168,7 @@ def test_ctrl_c_with_a_lost_stderr_still_saves_a_checkpoint(files, tmp_path):
     def before():
         broken_pipe(2)
         forked_command.open_streams()
-        train.CtrlC.on_step_begin = lambda self, args, state, *_, **__: (
+        progress.StopOnCtrlC.on_step_begin = lambda self, args, state, *_, **__: (
             signal.raise_signal(signal.SIGINT) if state.global_step == 1 else None
         )
 
@@ -190,7 +178,7 @@ def test_ctrl_c_with_a_lost_stderr_still_saves_a_checkpoint(files, tmp_path):
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
 
 
-# an ASCII terminal
+# ---- an ASCII terminal --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["env"], ["estimate"], *([name, "--help"] for name in cli.COMMANDS)])
@@ -226,17 +214,17 @@ def test_errors_about_names_that_ascii_lacks_are_said(files, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--model", "--data"])
 def test_a_name_that_cannot_be_passed_on_is_refused_before_training(files, tmp_path, flag):
-    """An ASCII locale and a name in UTF-8, or a name that is no UTF-8: the tokenizer could not be saved there."""
+    """The tokenizer cannot be saved under a name that is not UTF-8, or that the locale's encoding lacks."""
     arguments = command(files, tmp_path / "out")
     arguments[arguments.index(flag) + 1] = os.fsdecode(b"caf\xe9")
     outcome = forked_command.run(arguments, tmp_path)
     assert outcome.code == 2
-    assert "caf\\udce9 cannot be a file's name here" in outcome.err
+    assert "caf\\udce9 cannot be used as a file name" in outcome.err
     assert "set PYTHONUTF8=1" in outcome.err
     assert not (tmp_path / "out").exists()
 
 
-# workers
+# ---- workers ------------------------------------------------------------------------------------------------------
 
 
 def endless_in_workers(function):
@@ -251,7 +239,7 @@ def endless_in_workers(function):
 
 
 def writing_for_ever():
-    """Workers that have tokens, and never end the temporary file that they write them into."""
+    """Make workers hang just before they close the temporary file that holds their tokens."""
     ArrowWriter.finalize = endless_in_workers(ArrowWriter.finalize)
 
 
@@ -283,7 +271,7 @@ def test_no_worker_and_no_draft_stays_behind(files, tmp_path, kind, number, monk
         time.sleep(0.05)
     time.sleep(0.5)
     workers = forked_command.descendants(child)
-    (os.kill if number == signal.SIGKILL else os.killpg)(child, number)  # a terminal's Ctrl-C goes to all of them
+    (os.kill if number == signal.SIGKILL else os.killpg)(child, number)  # Ctrl-C in a terminal reaches all processes
     outcome = forked_command.ended(child, tmp_path)
     assert forked_command.still_running(workers) == []
     assert outcome.code == SIGNALS[number], outcome.err
@@ -294,11 +282,11 @@ def test_no_worker_and_no_draft_stays_behind(files, tmp_path, kind, number, monk
         assert outcome.err.count("finishing this step" if kind == "loaders" else "kto-fused train: interrupted") == 1
     if number != signal.SIGKILL:
         assert [path for path in (tmp_path / "cache").rglob("tmp*") if path.is_file()] == []
-        assert not (tmp_path / "out" / train.DRAFT).exists()
+        assert not (tmp_path / "out" / results.DRAFT).exists()
 
 
 def test_a_killed_loader_is_one_sentence(files, tmp_path):
-    # else an epoch's workers may have ended by themselves when one of them is to be killed
+    # persistent workers do not end by themselves with an epoch, before one of them can be killed
     flags = [*WORKERS["loaders"][0], "--dataloader_persistent_workers"]
     child = forked_command.start(command(files, tmp_path / "out", *flags), tmp_path)
     deadline, workers = time.monotonic() + 60, []
@@ -315,7 +303,7 @@ def test_a_killed_loader_is_one_sentence(files, tmp_path):
 
 
 def test_a_killed_loader_is_one_sentence_wherever_torch_says_so(files, tmp_path):
-    """Its error is raised in a signal's handler: here as the folder's lock is released."""
+    """torch raises the error in a signal handler, so from any line: here while the folder's lock is released."""
 
     def before():
         def fails(*_, **__):
@@ -326,7 +314,7 @@ def test_a_killed_loader_is_one_sentence_wherever_torch_says_so(files, tmp_path)
     outcome = forked_command.run(command(files, tmp_path / "out"), tmp_path, before)
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
-    assert "killed by signal: Killed.: a process that loads batches was ended from outside" in outcome.err
+    assert "killed by signal: Killed.: a process that loads batches was killed from outside" in outcome.err
 
 
 def test_an_error_in_a_worker_ends_all_of_them(files, tmp_path, monkeypatch):
@@ -350,7 +338,7 @@ def test_an_error_in_a_worker_ends_all_of_them(files, tmp_path, monkeypatch):
 
 
 def test_a_program_that_uses_the_library_forks_as_before(files, tmp_path):
-    """Outside the command the hooks do nothing."""
+    """The fork hooks do nothing outside the command."""
     with process.orderly_end():
         pass
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

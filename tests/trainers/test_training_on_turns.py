@@ -6,7 +6,7 @@ from datasets import Dataset
 from tiny_training import CONFIGS, TRAINERS, data, make_trainer, model
 from tiny_training import tokenizer as word_tokenizer
 
-from kto_fused.commands import train
+from kto_fused.commands import results, train
 
 pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
@@ -109,9 +109,7 @@ def test_pairs_of_equal_sides_are_neither_trained_on_nor_scored(tmp_path, kind, 
     if kind == "dpo":
         assert all(row["chosen_ids"] != row["rejected_ids"] for row in trainer.train_dataset)
         assert all(row["ref_chosen_logps"] != row["ref_rejected_logps"] for row in trainer.train_dataset)
-    train.print_summary(metrics)
+    results.print_summary(metrics)
     printed = capsys.readouterr().out
-    assert (
-        f"train data: {4 * per_pair} examples, 0 with a completion cut at --max_length, {2 * per_pair} more" in printed
-    )
-    assert f"dropped (same_tokens {2 * per_pair})" in printed
+    assert f"train data: {4 * per_pair} examples used, 0 of them with a completion cut to --max_length" in printed
+    assert f"{2 * per_pair} dropped (same_tokens {2 * per_pair})" in printed

@@ -1,0 +1,126 @@
+"""What a run leaves behind: the table at its end, ``metrics.json``, ``curves.png`` and the trained model."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..trainers import FusedTrainer
+from .progress import COLUMNS, REWARDS
+
+DRAFT = "results.part"  # results are written into this folder before they move into the output folder
+COLORS = {"rewards/chosen": "tab:green", "rewards/rejected": "tab:red", "rewards/margins": "tab:blue"}
+
+
+def print_summary(metrics: dict[str, Any]) -> None:
+    """Print the first and the last step and evaluation side by side, the speed, and what became of the data."""
+    steps, evaluations = metrics["steps"], metrics["evaluations"]
+    columns = [("", entry) for entry in steps[:1] + steps[-1:]]  # none where a finished run had logged no step
+    if evaluations:
+        columns += [("eval_", evaluations[0]), ("eval_", evaluations[-1])]
+    titles = [("eval, " if prefix else "") + f"step {entry['step']}" for prefix, entry in columns]
+    print(f"\n{'':20}" + " ".join(f"{title:>15}" for title in titles))
+    for name in (*COLUMNS, "entropy"):
+        values = [entry.get(prefix + name) for prefix, entry in columns]
+        if any(value is not None for value in values):
+            cells = (f"{'-':>15}" if value is None else f"{value:15.4f}" for value in values)
+            print(f"{name:20}" + " ".join(cells))
+    tokens = f"{steps[-1]['num_tokens']} tokens, " if steps else ""
+    print(f"\n{tokens}{metrics['seconds']:.1f} s, {metrics['samples_per_second']:.1f} examples per second")
+    for name, count in metrics["data"].items():
+        reasons = ", ".join(f"{reason} {number}" for reason, number in count["dropped_for"].items())
+        print(
+            f"{name} data: {count['examples']} examples used, {count['truncated']} of them with a completion cut to "
+            f"--max_length; {count['dropped']} dropped" + (f" ({reasons})" if reasons else "")
+        )
+        if count["found"]:
+            found = ", ".join(f"{finding} {number}" for finding, number in count["found"].items())
+            print(f"{name} data: examples that a warning was given about: {found}")
+
+
+def plot(metrics: dict[str, Any], path: Path) -> None:
+    """Write a picture of the loss and the rewards over the steps. Lines are training steps, dots are evaluations."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, reward_axes = figure.subplots(1, 2)
+
+    def draw(axes: Any, name: str, color: str, label: str | None = None) -> None:
+        for entries, prefix, style in ((metrics["steps"], "", "-"), (metrics["evaluations"], "eval_", "o")):
+            points = [(entry["step"], entry[prefix + name]) for entry in entries if prefix + name in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, label=None if prefix else label)
+
+    draw(loss_axes, "loss", "black")
+    loss_axes.set(title="loss", xlabel="step")
+    for name, color in COLORS.items():
+        draw(reward_axes, name, color, REWARDS[name])
+    reward_axes.set(title="rewards (nats x beta)", xlabel="step")
+    if metrics["steps"]:
+        reward_axes.legend()
+    if metrics["evaluations"]:
+        figure.supxlabel("dots: evaluation data", fontsize="small")
+    figure.savefig(path, dpi=120, format="png")
+
+
+def saved_model_note(trainer: FusedTrainer) -> str:
+    """Return where the trained weights are if the results cannot be written; empty if they are in no checkpoint."""
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if not checkpoint.is_dir():
+        return ""
+    return f" (the trained model is in {checkpoint}: free space, then --resume_from_checkpoint true writes the results)"
+
+
+def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
+    """Write the model, its tokenizer, ``metrics.json`` and ``curves.png``: all of them or none. All ranks call it."""
+    folder, everyone = Path(trainer.args.output_dir), trainer.accelerator.wait_for_everyone
+    if not trainer.is_world_process_zero():
+        everyone()
+        trainer.save_model(str(folder / DRAFT), _internal_call=True)
+        everyone()
+        return
+    with draft_of(folder) as draft:
+        everyone()
+        trainer.save_model(str(draft), _internal_call=True)  # no upload yet: one that fails must not lose the results
+        everyone()
+        write(draft, metrics)
+
+
+def write(folder: str | Path, metrics: dict[str, Any]) -> None:
+    """Write ``metrics.json`` and ``curves.png`` into ``folder``: both or neither."""
+    with draft_of(Path(folder)) as draft:
+        text = json.dumps(_finite(metrics), indent=1, default=str, allow_nan=False)
+        (draft / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        plot(metrics, draft / "curves.png")
+
+
+@contextmanager
+def draft_of(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder inside ``folder``. Its files move into ``folder`` at the end; an error removes them."""
+    draft = folder / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)  # a run that was killed may have left it
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in sorted(draft.iterdir()):
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
