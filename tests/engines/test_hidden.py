@@ -38,7 +38,7 @@ import kto_fused
 from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps, reference
 from kto_fused.engines import chunks as chunk_module
 from kto_fused.engines.autograd import LossFromHidden
-from kto_fused.engines.options import HiddenOptions, LogitOptions
+from kto_fused.engines.options import HiddenOptions, LogitOptions, Needs
 from kto_fused.heads import preference as heads
 from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
 
@@ -1140,31 +1140,18 @@ def test_a_strided_bias(kind, engine):
 class ClippedHead:
     """``head(logps, token_counts, ref_logps) -> (loss, grads, margins)``: a formula that no public function has."""
 
-    paired: ClassVar[bool] = False
+    group: ClassVar[int] = 1
 
-    loss_type: str
     reduction: str
     loss_dtype: torch.dtype
-    backend: str
     margin: float
-
-    @property
-    def numbers(self) -> list[float]:
-        return [self.margin]
-
-    @classmethod
-    def from_numbers(cls, numbers: list[float], **others) -> "ClippedHead":
-        return cls(margin=numbers[0], **others)
-
-    def couples_batch(self) -> bool:
-        return False
 
     def losses(self, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
         return (self.margin - torch.tanh(0.1 * (logps - ref_logps))).square()
 
-    def __call__(self, logps, token_counts, ref_logps):
+    def __call__(self, logps, token_counts, ref_logps, num_losses=None):
         value, grads = heads.value_and_grads(
-            lambda x: self.losses(x, ref_logps), logps, self.reduction, self.loss_dtype
+            lambda x: self.losses(x, ref_logps), logps, self.reduction, self.loss_dtype, num_losses
         )
         return value, grads, logps - ref_logps
 
@@ -1176,17 +1163,17 @@ def test_any_head_needs_no_more_than_its_formula(engine, trained, num_tokens, re
     monkeypatch.setitem(heads.HEADS, "clipped", ClippedHead)
     case = make_hidden_case(dtype=torch.float64, bias=True, **on(engine))
     ref_logps = torch.linspace(-20, -1, 4, dtype=torch.float64, device=engine[1])
-    head = ClippedHead("", reduction, torch.float64, engine[0], margin=0.3)
+    head = ClippedHead(reduction, torch.float64, margin=0.3)
     results = []
     for fused in (True, False):
         inputs = [getattr(case, name).clone().requires_grad_(name in trained) for name in INPUTS]
         hidden, weight, bias = inputs
         if fused:
-            needs = tuple(x.requires_grad for x in inputs)
+            needs = Needs(*(x.requires_grad for x in inputs))
             transform = {"temperature": 1.0, "logit_scale": 1.0, "logit_softcap": None}
             layout = {"ignore_index": MASKED, "shift": True, "average_log_prob": False}
             logits = LogitOptions(**layout, **transform, backend=engine[0])
-            options = HiddenOptions(logits, torch.float64, torch.float64, 2**30, needs)
+            options = HiddenOptions(logits, torch.float64, torch.float64, 2**30, needs=needs)
             tensors = (hidden, weight, bias, case.labels, None)
             with chunks_of(num_tokens):
                 loss, *_, margins = LossFromHidden.apply(*tensors, None, None, None, ref_logps, options, head)
