@@ -38,7 +38,7 @@ from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REDUCTIONS, R
 
 MASKED = -100
 FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss]
-# a head of its own, of another hidden size
+# "and its head": the reference has its own LM head, of another hidden size
 REFERENCES = ["ref_hidden", "ref_hidden and its head", "ref_logps"]
 DEVICE = "cuda" if HAS_GPU else "cpu"
 FROZEN = ("hidden",)
@@ -110,7 +110,7 @@ def test_dpo_losses(engine, loss_type, reduction):
 
 
 def reference_options(kind: str, case, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The reference as ``kind`` says; with a head of its own, its hidden states are of another size, or dtype too."""
+    """Return a reference's arguments. Its own LM head has another hidden size, and ``dtype`` where that is given."""
     if kind == "ref_hidden":
         return {"ref_hidden": case.ref_hidden}
     if kind == "ref_logps":
@@ -167,7 +167,7 @@ def test_gradients_for_any_of_hidden_weight_and_bias(engine, function, trained, 
 
 @by_function
 def test_a_head_tied_to_the_embedding(engine, function):
-    """One parameter is both: its gradient is the sum of both uses."""
+    """One parameter serves as embedding and LM head: its gradient is the sum over both uses."""
     case = make_hidden_case(dtype=torch.float64, **on(engine))
     mix = torch.randn(16, 16, dtype=torch.float64, device=engine[1])
     grads = []
@@ -204,7 +204,7 @@ def test_hidden_states_of_any_strides(engine, view, trained):
         batch, seq_len, hidden_size = hidden.shape
         labels = torch.randint(50, (batch, seq_len), generator=random).to(engine[1])
         labels[0, 0] = MASKED
-        # a transposed weight too
+        # the LM head's weight is transposed too
         matrix = torch.randn(hidden_size, 50, generator=random, dtype=torch.float64).to(engine[1])
         matrix.requires_grad_("weight" in trained)
         desirable = torch.ones(batch, dtype=torch.bool, device=engine[1])
@@ -288,7 +288,7 @@ def test_linear_token_logps(engine, dtype, layout, trained):
 @by_dtype
 @pytest.mark.parametrize("transform", [{}, TRANSFORMS["all"]], ids=["plain", "softcap"])
 def test_token_logps_equal_those_from_logits(engine, dtype, transform):
-    """Of logits that no rounding separates; and metrics change no log-probability."""
+    """The logits are exact in both ways, so that no rounding separates them. Metrics change no log-probability."""
     case = make_hidden_case(vocab=16, dtype=dtype, **transform, **on(engine))
     # logits are the hidden states themselves
     case = replace(case, weight=torch.eye(16, dtype=dtype, device=engine[1]), hidden=case.hidden.nan_to_num())
@@ -336,7 +336,7 @@ def test_modules_hold_the_keyword_arguments(module):
 
 
 def test_twins_have_the_same_arguments():
-    """Swapping a name for its twin's must never be a TypeError, nor change a default."""
+    """A call works with either function's name, with the same defaults."""
     from kto_fused.reference import _sequences, _tokens
 
     def keywords(*functions) -> dict[str, object]:
@@ -359,7 +359,7 @@ def test_twins_have_the_same_arguments():
 
 
 def small_case(engine, **options):
-    """Two sequences of completion tokens alone, and their inputs as leaves."""
+    """Return two sequences without prompts, and hidden states, weight and bias as leaf tensors."""
     sizes = {"batch": 2, "seq_len": 3, "hidden_size": 3, "vocab": 5, "std": 1.0}
     case = make_hidden_case(**sizes, dtype=torch.float64, bias=True, **options, **on(engine))
     case.labels.clamp_(min=0)
@@ -373,7 +373,7 @@ def check_hidden_gradients(engine, function, inputs, num_tokens: int | None, tra
         check_gradients(engine, function, *chosen)
 
 
-# not with batch_mean: the reference point then moves with the hidden states, but by definition has no gradient
+# not with batch_mean: that reference point moves with the hidden states, but by definition it has no gradient
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trained", [INPUTS, FROZEN, HEAD_ONLY], ids="-".join)
 @pytest.mark.parametrize("num_tokens", [None, 1], ids=["whole", "split"])
@@ -557,7 +557,7 @@ def test_a_label_outside_the_vocabulary(engine, function, shift, monkeypatch):
 
 @by_trained
 def test_unchecked_labels_give_nan(engine, trained, monkeypatch):
-    """What a GPU does without waiting: NaN for that sequence, and no read outside the row."""
+    """A GPU does not check labels: the sequence gets NaN, and nothing outside the row is read."""
     monkeypatch.setattr(kto_fused.engines.hidden, "check_contents", lambda *args, **kwargs: None)
     case = make_hidden_case(vocab=9, bias=True, **on(engine))
     case.labels[:] = 1
@@ -611,9 +611,9 @@ def test_nan_and_infinite_hidden_states_give_a_nan_loss(engine, function, poison
 
 
 def test_bf16_log_probabilities_of_1024_tokens(engine):
-    """Within 1e-5 of float64 per token and 1e-4 on their sum, at a standard deviation of 3 of the logits.
+    """They are within 1e-5 of float64 per token and 1e-4 on their sum, for logits of standard deviation 3.
 
-    But for the sum on tensor cores, which truncate as they add up, all to the same side.
+    The sum's bound does not hold on tensor cores, which truncate as they add up, always to the same side.
     """
     vocab, num_tokens = (300, 64) if engine == ("triton", "cpu") else (16384, 1024)
     case = make_hidden_case(batch=1, hidden_size=256, vocab=vocab, std=3.0, dtype=torch.bfloat16, **on(engine))
@@ -632,7 +632,7 @@ def test_bf16_log_probabilities_of_1024_tokens(engine):
 
 @pytest.mark.parametrize("from_hidden", [False, True], ids=["logits", "hidden states"])
 def test_roundings_of_all_tokens_do_not_go_one_way(engine, from_hidden):
-    """1 / 0.9 is no float32, nor its product with log2(e): left alone, each token would lose 6e-7 nats."""
+    """Neither 1 / 0.9 nor its product with log2(e) is a float32: uncorrected, each token would lose 6e-7 nats."""
     if from_hidden and engine[1] == "cuda":
         pytest.skip("a GPU's GEMM truncates bfloat16 products, which goes one way whatever follows it")
     options = {"temperature": 0.9, "shift": False, "backend": engine[0]}
@@ -671,8 +671,8 @@ def test_the_default_dtype_changes_nothing(engine, default, reduction, trained):
 @pytest.mark.skipif(not HAS_GPU, reason="only a GPU truncates")
 @pytest.mark.parametrize("hidden_size", [896, 2048, 2560, 4096])
 def test_what_tensor_cores_truncate_leaves_the_log_ratio(hidden_size):
-    """Whichever GEMM the reference comes from: to a policy that is its own reference the log-ratio is 0, where
-    truncation moves both by more (3.6e-2 nats on 1024 tokens at H = 4096).
+    """A policy that is its own reference has a log-ratio of 0, whichever GEMM computes the reference. Truncation alone
+    moves both log-probabilities by more (3.6e-2 nats on 1024 tokens at H = 4096).
     """
     case = make_hidden_case(
         batch=1, seq_len=1025, hidden_size=hidden_size, vocab=32768, std=3.0, dtype=torch.bfloat16, device=DEVICE
@@ -685,7 +685,7 @@ def test_what_tensor_cores_truncate_leaves_the_log_ratio(hidden_size):
 
 
 def test_a_gpu_short_of_memory_is_not_taken_for_one_whose_gemms_write_no_float32(monkeypatch):
-    """What is found of a device is kept, and would keep the process on twice the bytes a logit."""
+    """What is found about a device is cached: a wrong answer would cost twice the bytes a logit from then on."""
     asked, messages = chunk_module._has_float32_output, ["CUBLAS_STATUS_ALLOC_FAILED", "out_dtype is not supported"]
 
     def failing(*_, **__):
@@ -703,7 +703,7 @@ def test_a_gpu_short_of_memory_is_not_taken_for_one_whose_gemms_write_no_float32
 
 @pytest.mark.parametrize("kind", ["every other element", "one element for all"])
 def test_a_strided_bias(kind, engine):
-    """Of float32 under autocast, which reads hidden states and weight in bfloat16."""
+    """The bias is float32, while autocast reads hidden states and weight in bfloat16."""
     case = make_hidden_case(vocab=300, **on(engine))
     bias = torch.randn(600, device=engine[1])[::2] if kind == "every other element" else torch.randn(1).expand(300)
     results = []
@@ -771,7 +771,7 @@ def test_random_losses(engine):
             **{name: to_device(value, engine[1]) for name, value in vars(case).items() if name != "options"},
             options={name: to_device(value, engine[1]) for name, value in case.options.items()},
         )
-        # an error of the log-probability reaches a vanishing gradient through the loss's curvature, times the head
+        # an error of the log-probability enters a vanishing gradient through the loss's curvature, times the head
         floor = 10 * LOGP_TOLERANCE[case.hidden.dtype] * max(1.0, case.weight.abs().max().item())
         with chunks_of(num_tokens):
             check_hidden_against_twin(function, case, trained=trained, grad_floor=floor, backend=engine[0])

@@ -56,7 +56,7 @@ CHUNKED = {
 @pytest.mark.parametrize("setting", CHUNKED)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_any_chunk_gives_the_same_result(engine, setting, packed):
-    """From one token to everything: sequences and pairs over the budget, at it, and many to a chunk."""
+    """Chunks hold one token, part of a sequence or a pair, exactly one of them, several, or the whole batch."""
     function, trained, options = CHUNKED[setting]
     case = make_hidden_case(batch=6, seq_len=8, vocab=61, dtype=torch.float64, bias=True, packed=packed, **on(engine))
     expected = run_hidden(function, case, trained=trained, **options)
@@ -92,7 +92,7 @@ def test_a_reference_whose_square_head_is_the_policys_transposed(engine):
 
 @pytest.mark.parametrize("setting", ["frozen", "one loss per sequence"])
 def test_likely_targets_at_the_ends_of_panels(engine, setting, monkeypatch):
-    """Where a target's p is near 1, its entry beside the others' is what the gradient is made of."""
+    """Where the target's probability is near 1, its own entry must not swamp the others' in the gradient."""
     function, trained, options = CHUNKED[setting]
     for name in ("TILE_LOGITS", "PANEL_LOGITS", "WEIGHT_PANEL_LOGITS"):
         monkeypatch.setattr(chunk_module, name, 1)
@@ -112,7 +112,7 @@ def test_likely_targets_at_the_ends_of_panels(engine, setting, monkeypatch):
 @pytest.mark.parametrize("setting", CHUNKED)
 @pytest.mark.parametrize("num_tokens", [None, 7], ids=["whole", "split"])
 def test_panels_of_columns(engine, setting, num_tokens, monkeypatch):
-    """Gradients in bfloat16 from a panel of columns at a time, of three: with a frozen head, and on second visits."""
+    """Gradients in bfloat16 come from three panels of columns in turn, with a frozen head and on second visits."""
     function, trained, options = CHUNKED[setting]
     for name in ("TILE_LOGITS", "PANEL_LOGITS", "WEIGHT_PANEL_LOGITS"):
         monkeypatch.setattr(chunk_module, name, 1)
@@ -124,7 +124,7 @@ def test_panels_of_columns(engine, setting, num_tokens, monkeypatch):
 
 @pytest.mark.parametrize("setting", CHUNKED)
 def test_a_second_visit_in_one_chunk_beyond_the_budget(setting, monkeypatch):
-    """Three panels of a step of the kernels each, whose gradients by the weight need no float32 sum."""
+    """A single chunk of all tokens has three panels, each one kernel step wide: no float32 sum of weight gradients."""
     function, trained, options = CHUNKED[setting]
     engine = ("triton", "cuda" if HAS_GPU else "cpu")
     case = make_hidden_case(
@@ -145,8 +145,8 @@ def test_a_second_visit_in_one_chunk_beyond_the_budget(setting, monkeypatch):
 
 @pytest.mark.parametrize("tile_logits", [1, 2**24], ids=["three tiles", "one tile"])
 def test_the_weights_gradient_lends_its_memory(tile_logits, monkeypatch):
-    """The only chunk's tiles, the reference's too, and the gradient by the hidden states lie where its last GEMM
-    writes.
+    """A single chunk's tiles, also the reference's, and its gradient by the hidden states lie in the memory of the
+    weight's gradient, which the chunk's last GEMM writes.
     """
     engine = ("triton", "cuda" if HAS_GPU else "cpu")
     monkeypatch.setattr(chunk_module, "TILE_LOGITS", tile_logits)
@@ -190,7 +190,7 @@ def test_results_repeat_bit_for_bit(engine, function, trained, num_tokens, dtype
 @by_function
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weight_gradients_of_many_chunks_are_rounded_once(engine, function, dtype):
-    """Were each chunk's sum rounded, the error would grow with their number."""
+    """If each chunk's sum were rounded, the error would grow with the number of chunks."""
     case = make_hidden_case(batch=16, seq_len=8, dtype=dtype, bias=True, **on(engine))
     options = {"reference_point": 0.0} if function is fused_linear_kto_loss else {}
     exact = case.map(torch.Tensor.double)
@@ -208,7 +208,7 @@ def test_weight_gradients_of_many_chunks_are_rounded_once(engine, function, dtyp
 
 
 def test_float16_gradients_reach_the_loss_scaler_whole(engine):
-    """The gradient found in the forward is smaller than float16 holds; the scaled loss's is not."""
+    """The forward's gradient is too small for float16; times the loss scale it is not."""
     case = make_hidden_case(dtype=torch.float16, packed=False, loss_type="kto", beta=1e-5, **on(engine))
     exact = case.map(torch.Tensor.double).with_options(backend=None)
     results = []
@@ -237,8 +237,8 @@ FAR = {  # biases of the columns, far from each other: (first column, last colum
 @pytest.mark.parametrize(("chunk_bytes", "panel"), [(1, 1), (2**30, 1), (2**30, 2), (2**30, 3)])
 @pytest.mark.parametrize("columns", FAR)
 def test_tiles_of_far_columns(columns, chunk_bytes, panel, trained, engine, monkeypatch):
-    """A row's reference moves where a later tile needs it, and nothing of the earlier ones is lost: neither of their
-    panel nor of panels before it.
+    """A later tile may move the reference that a row's numerators are relative to. The earlier tiles stay exact, in the
+    same panel and in panels before it.
     """
     case = make_hidden_case(batch=2, vocab=2500, dtype=torch.bfloat16, **on(engine))
     num_tokens = int((case.labels[:, 1:] >= 0).sum())
@@ -271,8 +271,8 @@ def test_tiles_of_far_columns(columns, chunk_bytes, panel, trained, engine, monk
 
 @pytest.fixture
 def in_registers(monkeypatch):
-    """The calls of the kernels that fold logits, or keep P, in the registers of their GEMM; the interpreter runs them
-    anywhere.
+    """Return the list of calls of the kernels that fold logits, or keep P, in registers. Triton's interpreter runs these
+    kernels on any machine.
     """
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs the shared memory of a Hopper GPU")
@@ -302,13 +302,13 @@ def in_registers(monkeypatch):
         small = {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "GROUP_ROWS": 2, "MERGE_TILES": 4, "MERGE_ROWS": 16}
         for name, value in small.items():
             monkeypatch.setattr(register_tiles, name, value)
-    monkeypatch.setattr(memory_tiles, "BLOCK", 128)  # which a panel is a multiple of
+    monkeypatch.setattr(memory_tiles, "BLOCK", 128)  # the width of a panel is a multiple of BLOCK
     monkeypatch.setattr(chunk_module, "_is_hopper", lambda device: True)
     return calls
 
 
 def register_case(columns, vocab, **options):
-    """Several groups of blocks of rows, several steps of the merge, and targets behind the first columns."""
+    """Return a case with several groups of row blocks, several merge steps, and targets behind the first columns."""
     sizes = {"batch": 5, "seq_len": 40, "vocab": vocab, "hidden_size": 64}
     case = make_hidden_case(**sizes, dtype=torch.bfloat16, device=DEVICE, backend="triton", **options)
     bias = torch.zeros(vocab, device=DEVICE)
@@ -328,7 +328,7 @@ def test_logits_folded_in_registers(columns, num_tokens, vocab, temperature, in_
     assert len(in_registers) == 2 if num_tokens is None else len(in_registers) > 2, "policy and reference"
     exact = case.map(torch.Tensor.double).with_options(backend=None)
     exact_loss, exact_metrics, _ = run_hidden(reference.linear_kto_loss, exact, trained=())
-    if columns == "the smallest numbers at first":  # the mean of which float32 cannot hold
+    if columns == "the smallest numbers at first":  # float32 cannot hold their mean
         metrics, exact_metrics = (replace(x, mean_logits=torch.zeros(5)) for x in (metrics, exact_metrics))
     check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), torch.bfloat16)
 
@@ -341,8 +341,8 @@ KEPT = {"all": (INPUTS, None, "fold"), "panels": (FROZEN, None, "fold"), "second
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("vocab", "temperature"), [(700, 1.0), (768, 0.7)], ids=["a rest of columns", "none"])
 def test_gradients_from_registers(columns, kept, vocab, temperature, in_registers, monkeypatch):
-    """Of logits far above the target's too, by which its row was to be measured; no target is -inf. Panels have 256
-    columns, the last one 188 where there is a rest.
+    """Also of logits far above the target's, although a row is measured relative to its target. No target is -inf.
+    Panels have 256 columns; where V is no multiple of that, the last one has 188.
     """
     trained, num_tokens, last_call = KEPT[kept]
     case = register_case(columns, vocab, temperature=temperature, beta=1e-3)
@@ -356,7 +356,7 @@ def test_gradients_from_registers(columns, kept, vocab, temperature, in_register
     assert kept == "all" or in_registers.count(last_call) >= 2
     exact = case.map(torch.Tensor.double).with_options(backend=None)
     expected = run_hidden(reference.linear_kto_loss, exact, trained=trained)
-    if columns == "the smallest numbers at first":  # the mean of which float32 cannot hold
+    if columns == "the smallest numbers at first":  # float32 cannot hold their mean
         actual, expected = ((x[0], replace(x[1], mean_logits=torch.zeros(5)), x[2]) for x in (actual, expected))
     check_loss_and_metrics(actual[:2], expected[:2], torch.bfloat16)
     for name, gradient in expected[2].items():
@@ -378,7 +378,7 @@ def test_registers_know_the_most_likely_token_of_an_earlier_panel(in_registers, 
 
 @by_trained
 def test_registers_and_a_target_of_no_probability(trained, in_registers):
-    """By which its row cannot be measured."""
+    """The target's logit is -inf, so that the row cannot be measured relative to it."""
     case = register_case("every other tile -inf", 700)
     results = []
     for function, x in (
@@ -399,7 +399,7 @@ def test_registers_and_a_target_of_no_probability(trained, in_registers):
 
 @by_trained
 def test_registers_and_a_label_out_of_range(trained, in_registers, monkeypatch):
-    """Which a GPU does not tell the host of: its token's log-probability and the gradients it reaches are NaN."""
+    """A GPU does not report such a label: its token's log-probability and the gradients it reaches are NaN."""
     monkeypatch.setattr(kto_fused.engines.hidden, "check_contents", lambda *args, **kwargs: None)
     case = register_case("near", 700)
     labels = case.labels.clone()
