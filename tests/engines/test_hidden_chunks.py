@@ -271,8 +271,8 @@ def test_tiles_of_far_columns(columns, chunk_bytes, panel, trained, engine, monk
 
 @pytest.fixture
 def in_registers(monkeypatch):
-    """Return the list of calls of the kernels that fold logits, or keep P, in registers. Triton's interpreter runs these
-    kernels on any machine.
+    """Return the list of calls of the kernels that fold logits, or keep P, in registers. Triton's interpreter runs
+    these kernels on any machine.
     """
     if HAS_GPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs the shared memory of a Hopper GPU")

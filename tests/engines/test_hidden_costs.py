@@ -643,7 +643,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("setting", ["frozen", "trained", "one loss per sequence", "pairs", "no gradient"])
 def test_the_host_waits_once(as_on_a_gpu, monkeypatch, setting, packed, dtype):
-    """The host waits for the number of completion tokens. A backward that computes the logits again may wait once more."""
+    """The host waits for the number of completion tokens. A backward that computes the logits again may wait too."""
     function, trained, options = MEMORY[setting]
     case = make_hidden_case(dtype=dtype, bias=True, packed=packed, backend="triton", **options)
     waits = Waits(monkeypatch)
