@@ -11,7 +11,7 @@ from .engines.autograd import LogpsFromHidden, LossFromHidden
 from .engines.layout import compute_dtype, gemm_dtype
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps
-from .engines.options import HiddenOptions, LogitOptions
+from .engines.options import HiddenOptions, LogitOptions, Needs
 from .heads.losses import LENGTH_AVERAGED
 from .heads.preference import DPOHead, KTOHead
 from .metrics import LossMetrics, TokenMetrics
@@ -794,7 +794,7 @@ def _hidden_arguments(
     checks.integer("chunk_bytes", chunk_bytes, at_least=1)
     if ref_hidden is not None:
         checks.ref_hidden(ref_hidden, hidden)
-    needs = tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
+    needs = Needs(*[x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias)])
     options = HiddenOptions(
         logits=logits,
         dtype=gemm_dtype(hidden),
@@ -840,19 +840,20 @@ def _kto_head(
     backend: str,
 ) -> tuple[KTOHead, torch.Tensor | None]:
     """The head, and its reference point where that is a tensor."""
-    z0 = None
-    if loss_type == "apo_zero_unpaired":
-        reference_point = 0.0
-    elif isinstance(reference_point, torch.Tensor):
-        z0, reference_point = reference_point.detach(), None
-    elif reference_point == "batch_mean":
-        reference_point = None
+    reference, z0, number = "number", None, 0.0
+    if isinstance(reference_point, torch.Tensor):
+        reference, z0 = "tensor", reference_point.detach()
+    elif loss_type != "apo_zero_unpaired" and reference_point == "batch_mean":
+        reference = "batch_mean"
+    elif loss_type != "apo_zero_unpaired":
+        number = float(reference_point)
     head = KTOHead(
         loss_type=loss_type,
         beta=float(beta),
         desirable_weight=float(desirable_weight),
         undesirable_weight=float(undesirable_weight),
-        reference_point=None if reference_point is None else float(reference_point),
+        reference=reference,
+        reference_point=number,
         reduction=reduction,
         loss_dtype=compute_dtype(like),
         backend=backend,

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..engines import backends
-from ..engines.options import HiddenOptions, LogitOptions
+from ..engines.options import HiddenOptions, LogitOptions, Needs
 from ..engines.plan import held_dtype, largest_chunk
 from ..functional import DEFAULT_CHUNK_BYTES
 from ..huggingface.config import max_positions
@@ -461,11 +461,11 @@ def _chunk(shape: LossShape, chunk_bytes: int, backend: str, has_gradient: bool 
         dtype=shape.dtype,
         ref_dtype=shape.dtype,
         chunk_bytes=chunk_bytes,
-        needs=(has_gradient, has_gradient and shape.is_head_trained, False),
+        needs=Needs(hidden=has_gradient, weight=has_gradient and shape.is_head_trained),
     )
     weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
     counts = [shape.tokens_per_sequence] * shape.num_sequences
-    chunk, weight_sum = largest_chunk(counts, weight, options, paired=shape.is_paired)
+    chunk, weight_sum = largest_chunk(counts, weight, options, group=2 if shape.is_paired else 1)
     name = f"chunk: logits of {chunk.num_tokens} of {shape.num_tokens} tokens"
     return Chunk({name: chunk.spec.size(chunk.num_tokens)}, weight_sum)
 

@@ -88,8 +88,11 @@ def dpo_losses(
     return kept + flipped
 
 
-def reduce(losses: torch.Tensor, reduction: str) -> torch.Tensor:
-    """``mean`` over all sequences or pairs, ``sum``, or ``none``."""
+def reduce(losses: torch.Tensor, reduction: str, num_losses: int | None = None) -> torch.Tensor:
+    """``mean`` over all sequences or pairs, ``sum``, or ``none``.
+
+    Where ``losses`` are some of a batch's ``num_losses``, ``mean`` is their share of the batch's mean.
+    """
     if reduction == "mean":
-        return losses.mean()
+        return losses.mean() if num_losses is None else losses.sum() / num_losses
     return losses.sum() if reduction == "sum" else losses

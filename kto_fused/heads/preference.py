@@ -1,15 +1,16 @@
 """Loss heads: sequence log-probabilities -> (loss, d loss / d log-probabilities, what to report). No vocabulary here.
 
-A head is a callable ``head(logps, token_counts, ref_logps, *tensors)`` on [B] fp64 log-probabilities; its numbers are
-fixed when it is made, its tensors come with the call. It returns ``(loss, grads, *reported)``, all detached. ``HEADS``
-names them all: a new loss is a class there, its formula given to ``value_and_grads`` in an operator. Beside the call a
-class has
+A head is a frozen dataclass and a callable ``head(logps, token_counts, ref_logps, *tensors, num_losses=None)`` on [B]
+fp64 log-probabilities. Its fields are fixed when it is made, its tensors come with the call. It returns ``(loss, grads,
+*reported)``, all detached. ``HEADS`` names all heads: a new loss is a class there, its formula given to
+``value_and_grads`` in an operator. Beside the call a class has
 
-- ``paired``: the batch's halves belong together, sequence i with i + B/2
-- ``loss_type``, ``reduction``, ``loss_dtype``, ``backend``: fields that every head has
-- ``numbers``: its other fields as floats; ``from_numbers(numbers, **fields of every head)`` makes it again from them,
-  inside an operator
-- ``couples_batch(*tensors)``: whether a sequence's gradient depends on other sequences (or other pairs)
+- ``group``: how many sequences one loss value reads. 1: each sequence alone. 2: sequence i together with i + B/2. None,
+  also where a head has no such attribute: the whole batch. An engine may call a head that has a group on some of the
+  batch's groups alone. ``num_losses`` is then the number of losses in the whole batch, by which a mean divides. A head
+  without a group is only called on the whole batch, and without ``num_losses``.
+- ``reduction``, ``loss_dtype``: fields that every head has. Its other fields are strings, floats and bools
+  (``flatten``).
 - ``outputs``: tensors shaped as its results
 
 (Heads compare by identity: torch.compile of PyTorch 2.11 hashes an object before its fields are set.)
@@ -18,8 +19,8 @@ class has
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Optional
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Optional
 
 import torch
 
@@ -31,43 +32,28 @@ from .losses import dpo_losses, kto_losses, reduce
 class KTOHead:
     """``head(logps, token_counts, ref_logps, desirable, z0) -> (loss, grads, rewards, reference_point)``.
 
-    ``z0`` is a scalar tensor or None; None takes ``reference_point``: a number, or None for the batch's mean log-ratio.
+    ``reference`` says what the reference point is: ``"number"``: the field ``reference_point``; ``"batch_mean"``: the
+    mean log-ratio of the batch; ``"tensor"``: ``z0``, a scalar tensor that comes with the call and is None otherwise.
     """
-
-    paired: ClassVar[bool] = False
 
     loss_type: str
     beta: float
     desirable_weight: float
     undesirable_weight: float
-    reference_point: float | None
+    reference: str
+    reference_point: float
     reduction: str
     loss_dtype: torch.dtype
     backend: str
 
     @property
-    def numbers(self) -> list[float]:
-        numbers = [self.beta, self.desirable_weight, self.undesirable_weight]
-        return numbers if self.reference_point is None else [*numbers, self.reference_point]
-
-    @classmethod
-    def from_numbers(cls, numbers: list[float], **others: Any) -> "KTOHead":
-        beta, desirable_weight, undesirable_weight, *reference_point = numbers
-        return cls(
-            beta=beta,
-            desirable_weight=desirable_weight,
-            undesirable_weight=undesirable_weight,
-            reference_point=reference_point[0] if reference_point else None,
-            **others,
-        )
-
-    def couples_batch(self, desirable: torch.Tensor, z0: torch.Tensor | None) -> bool:
-        return z0 is None and self.reference_point is None
+    def group(self) -> int | None:
+        return None if self.reference == "batch_mean" else 1
 
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Empty; the last arguments are the reduction and the loss's dtype."""
-        *_, reduction, loss_dtype = arguments
+        """Empty; the last arguments are the reduction, ``num_losses`` and the loss's dtype."""
+        *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
             logps.new_empty(_loss_shape(size, reduction), dtype=loss_dtype),
@@ -83,19 +69,21 @@ class KTOHead:
         ref_logps: torch.Tensor,
         desirable: torch.Tensor,
         z0: torch.Tensor | None,
+        num_losses: int | None = None,
     ) -> tuple[torch.Tensor, ...]:
         return _kto(
             logps,
             ref_logps,
             desirable,
             z0,
-            self.reference_point,
+            self.reference_point if self.reference == "number" else None,
             self.loss_type,
             self.beta,
             self.desirable_weight,
             self.undesirable_weight,
             self.backend,
             self.reduction,
+            num_losses,
             self.loss_dtype,
         )
 
@@ -107,7 +95,7 @@ class DPOHead:
     ``divide_by_length`` divides each side's log-ratio by its ``token_counts`` (``ipo`` and ``simpo`` on sums).
     """
 
-    paired: ClassVar[bool] = True
+    group: ClassVar[int] = 2
 
     loss_type: str
     beta: float
@@ -118,28 +106,10 @@ class DPOHead:
     loss_dtype: torch.dtype
     backend: str
 
-    @property
-    def numbers(self) -> list[float]:
-        return [self.beta, self.label_smoothing, self.gamma, float(self.divide_by_length)]
-
-    @classmethod
-    def from_numbers(cls, numbers: list[float], **others: Any) -> "DPOHead":
-        beta, label_smoothing, gamma, divide_by_length = numbers
-        return cls(
-            beta=beta,
-            label_smoothing=label_smoothing,
-            gamma=gamma,
-            divide_by_length=divide_by_length != 0,
-            **others,
-        )
-
-    def couples_batch(self) -> bool:
-        return False
-
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """As ``KTOHead.outputs``."""
-        *_, reduction, loss_dtype = arguments
+        *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
             logps.new_empty(_loss_shape(size // 2, reduction), dtype=loss_dtype),
@@ -148,7 +118,11 @@ class DPOHead:
         )
 
     def __call__(
-        self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
+        self,
+        logps: torch.Tensor,
+        token_counts: torch.Tensor | None,
+        ref_logps: torch.Tensor | None,
+        num_losses: int | None = None,
     ) -> tuple[torch.Tensor, ...]:
         return _dpo(
             logps,
@@ -160,6 +134,7 @@ class DPOHead:
             self.gamma,
             self.backend,
             self.reduction,
+            num_losses,
             self.loss_dtype,
         )
 
@@ -167,19 +142,35 @@ class DPOHead:
 HEADS = {"kto": KTOHead, "dpo": DPOHead}
 
 
-def flatten(head: Any) -> tuple[str, str, str, torch.dtype, list[float]]:
-    """What an operator takes in place of the object: name, loss type, reduction, dtype of the loss, numbers."""
+class FlatHead(NamedTuple):
+    """A head in the plain types that an operator takes; the name is ``""`` where there is no head."""
+
+    name: str = ""
+    reduction: str = "none"
+    loss_dtype: torch.dtype = torch.float32
+    texts: list[str] = []  # noqa: RUF012 (never changed)
+    numbers: list[float] = []  # noqa: RUF012
+
+
+# Fields that every head has.
+_COMMON = ("reduction", "loss_dtype")
+
+
+def flatten(head: Any) -> FlatHead:
+    """Return the head's name and fields."""
     (name,) = (name for name, kind in HEADS.items() if kind is type(head))
-    return name, head.loss_type, head.reduction, head.loss_dtype, head.numbers
+    own = [getattr(head, field.name) for field in fields(head) if field.name not in _COMMON]
+    texts = [value for value in own if isinstance(value, str)]
+    numbers = [float(value) for value in own if not isinstance(value, str)]
+    return FlatHead(name, head.reduction, head.loss_dtype, texts, numbers)
 
 
-def rebuild(
-    name: str, loss_type: str, reduction: str, loss_dtype: torch.dtype, backend: str, numbers: list[float]
-) -> Any:
-    """The head that was flattened."""
-    return HEADS[name].from_numbers(
-        numbers, loss_type=loss_type, reduction=reduction, loss_dtype=loss_dtype, backend=backend
-    )
+def rebuild(flat: FlatHead) -> Any:
+    """Return the head that was flattened."""
+    kind, texts, numbers = HEADS[flat.name], iter(flat.texts), iter(flat.numbers)
+    own = [field for field in fields(kind) if field.name not in _COMMON]
+    values = {field.name: next(texts) if field.type is str else field.type(next(numbers)) for field in own}
+    return kind(reduction=flat.reduction, loss_dtype=flat.loss_dtype, **values)
 
 
 def pair_scores(logps: torch.Tensor, ref_logps: torch.Tensor | None, token_counts: torch.Tensor | None) -> torch.Tensor:
@@ -200,19 +191,24 @@ def pair_rewards(
 
 
 def value_and_grads(
-    losses: Callable[[torch.Tensor], torch.Tensor], logps: torch.Tensor, reduction: str, loss_dtype: torch.dtype
+    losses: Callable[[torch.Tensor], torch.Tensor],
+    logps: torch.Tensor,
+    reduction: str,
+    loss_dtype: torch.dtype,
+    num_losses: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reduced loss and its gradient by each sequence's log-probability, for any formula.
+    """The reduced loss and its gradient by each sequence's log-probability, for any formula. A mean divides by
+    ``num_losses``, or where that is None by the number of these losses.
 
     With ``none`` the gradient of the sum serves: no two sequences' or pairs' losses share a log-probability.
     """
     if torch.is_inference_mode_enabled():  # where nobody can ask for the gradient
-        value, grads = reduce(losses(logps), reduction), torch.full_like(logps, math.nan)
+        value, grads = reduce(losses(logps), reduction, num_losses), torch.full_like(logps, math.nan)
     else:
         with _recording(), _no_hooks():
             # a copy: what was made in inference mode cannot require a gradient
             logps = logps.detach().clone().requires_grad_()
-            value = reduce(losses(logps), reduction)
+            value = reduce(losses(logps), reduction, num_losses)
             (grads,) = torch.autograd.grad(value.sum(), logps)
     return value.detach().to(loss_dtype), grads
 
@@ -236,15 +232,6 @@ def _no_hooks() -> contextlib.AbstractContextManager:
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
-def scale_grads(grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:
-    """Chain rule for a loss of [], [B/2] or [B]: sequence s belongs to incoming entry s mod their number. [B]
-
-    A 0 stays one beside an incoming gradient that is not finite: what takes no part keeps a gradient of 0.
-    """
-    product = grads.view(-1, incoming.numel()) * incoming.reshape(1, -1)
-    return torch.where(grads == 0, grads, product.view(-1))
-
-
 def _loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
     return (num_losses,) if reduction == "none" else ()
 
@@ -262,6 +249,7 @@ def _kto(
     undesirable_weight: float,
     backend: str,
     reduction: str,
+    num_losses: Optional[int],
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = {
@@ -273,7 +261,7 @@ def _kto(
     if backend == "triton":
         from ..kernels import kto
 
-        outputs = KTOHead.outputs(logps, reduction, loss_dtype)
+        outputs = KTOHead.outputs(logps, reduction, num_losses, loss_dtype)
         with on_device(logps):
             kto.forward(
                 logps.contiguous(),
@@ -282,6 +270,7 @@ def _kto(
                 z0 if z0 is not None else reference_point,
                 outputs,
                 reduction=reduction,
+                num_losses=num_losses,
                 **options,
             )
         return outputs
@@ -298,7 +287,7 @@ def _kto(
     def losses(logps: torch.Tensor) -> torch.Tensor:
         return kto_losses(logps - ref_logps, desirable, z0, **options)
 
-    return *value_and_grads(losses, logps, reduction, loss_dtype), beta * log_ratios, z0
+    return *value_and_grads(losses, logps, reduction, loss_dtype, num_losses), beta * log_ratios, z0
 
 
 @opaque(fake=DPOHead.outputs)
@@ -312,13 +301,14 @@ def _dpo(
     gamma: float,
     backend: str,
     reduction: str,
+    num_losses: Optional[int],
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     options = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "gamma": gamma}
     if backend == "triton":
         from ..kernels import dpo
 
-        outputs = DPOHead.outputs(logps, reduction, loss_dtype)
+        outputs = DPOHead.outputs(logps, reduction, num_losses, loss_dtype)
         with on_device(logps):
             dpo.forward(
                 logps.contiguous(),
@@ -326,6 +316,7 @@ def _dpo(
                 None if token_counts is None else token_counts.contiguous(),
                 outputs,
                 reduction=reduction,
+                num_losses=num_losses,
                 **options,
             )
         return outputs
@@ -335,4 +326,4 @@ def _dpo(
 
     logps = logps.double()
     rewards = pair_rewards(logps, ref_logps, token_counts, loss_type, beta)
-    return *value_and_grads(losses, logps, reduction, loss_dtype), rewards
+    return *value_and_grads(losses, logps, reduction, loss_dtype, num_losses), rewards

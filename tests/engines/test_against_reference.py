@@ -125,7 +125,7 @@ def test_strided_views_need_no_copy(engine, view, masked, inplace_backward):
 
     expected, _ = reference.kto_loss(logits, *inputs, **options)
     expected.backward()
-    logits, seen = VIEWS[view](actual_base * 1), []  # a view of an intermediate, which in place may overwrite
+    logits, seen = VIEWS[view](actual_base * 1), []  # a view of an intermediate, which inplace_backward may overwrite
     logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
     actual, _ = fused_kto_loss(logits, *inputs, backend=engine[0], inplace_backward=inplace_backward, **options)
     actual.backward()
@@ -202,7 +202,7 @@ def test_dpo_from_logps(engine, loss_type, average_log_prob):
 
 
 def spread(values: torch.Tensor) -> torch.Tensor:
-    """The same values, every third element of a larger tensor."""
+    """Return the same values as every third element of a larger tensor."""
     others = ~values if values.dtype == torch.bool else values + 1
     return torch.stack([values, others, others], dim=-1)[..., 0]
 
@@ -316,7 +316,7 @@ def test_modules_hold_the_keyword_arguments(module):
 
 
 def test_twins_have_the_same_arguments():
-    """Swapping a name for its twin's must never be a TypeError, nor change a default."""
+    """A call works with either function's name, with the same defaults."""
     import inspect
 
     from kto_fused.reference import _sequences, _tokens
