@@ -374,7 +374,7 @@ def add_target_rows_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
-    if target != INVALID_TARGET:
+    if target >= 0:
         others = others_sum(
             tl.load(state_ptr + TARGET_LOGIT * num_rows + row), tl.load(state_ptr + REFERENCE * num_rows + row),
             tl.load(state_ptr + EXP_SUM * num_rows + row), tl.full([], factor, tl.float32) * LOG2_E, tl.full([],

@@ -75,12 +75,14 @@ class Engine:
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
         """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
         self._gather(start, stop)
-        # a copy, as below: where a slice starts would be one more thing that kernels are compiled for
+        # clone: a slice's alignment would compile another variant of the kernels
         targets = self.tokens.targets[start:stop].clone()
-        self.per_token[:, start:stop] = self.chunk.forward(self.chunk_hidden, self.lm_head, targets, keep)
+        self.chunk.fold(self.chunk_hidden, self.lm_head, targets, keep)
+        self.per_token[:, start:stop] = self.chunk.finish(self.lm_head)
         if self.statistics is not None:
             for values, statistic in zip(self.statistics, self.chunk.statistics, strict=True):
-                values[start:stop] = statistic
+                if statistic is not None:
+                    values[start:stop] = statistic
 
     def start_statistics(self) -> None:
         """For a second visit: what the first visit's chunks say of each token's logits, [3, B T]. Of these N are used:

@@ -365,13 +365,13 @@ def test_a_reference_of_bf16_rows_shares_the_budget(without_arithmetic, chunk_by
 def test_a_reference_in_registers_takes_as_few_chunks_as_fit(without_arithmetic, is_hopper, softcap, monkeypatch):
     """The policy's hold a sequence each, for they keep its softmax."""
     monkeypatch.setattr(chunk_module, "_is_hopper", lambda device: is_hopper)
-    chunks, forward = {False: [], True: []}, chunk_module.FoldedRows.forward
+    chunks, fold = {False: [], True: []}, chunk_module.FoldedRows.fold
 
     def counted(chunk, hidden, lm_head, targets, keep):
         chunks[keep].append(len(hidden))
-        return forward(chunk, hidden, lm_head, targets, keep)
+        fold(chunk, hidden, lm_head, targets, keep)
 
-    monkeypatch.setattr(chunk_module.FoldedRows, "forward", counted)
+    monkeypatch.setattr(chunk_module.FoldedRows, "fold", counted)
     case = untouched_case(896, 151936, 2048, batch=8)
     reference = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": torch.empty_like(case.weight), **FIXED}
     _, step = inputs_and_step(KTO, case.with_options(ref_logps=None), INPUTS, logit_softcap=softcap, **reference)
