@@ -1,4 +1,7 @@
-"""DPO-family losses of [B] = chosen | rejected sequences: value, closed-form gradient and rewards in one launch."""
+"""DPO-family losses of [B] sequences in one launch: value, closed-form gradient and rewards.
+
+The first half of the batch are the chosen sequences, the second half the rejected ones, in the same order.
+"""
 
 import torch
 import triton
@@ -10,8 +13,9 @@ from .kto import BLOCK_SEQUENCES, sigmoid
 
 @triton.jit
 def log_sigmoid(x):
+    """Return log(1 / (1 + exp(-x))), accurate for x of either sign and any size."""
     e = tl.exp(-tl.abs(x))
-    # log1p(e): what rounding takes from 1 + e is given back by the quotient
+    # log1p(e) = log(1 + e) * e / ((1 + e) - 1): the quotient corrects the rounding of 1 + e
     one_plus_e = 1.0 + e
     log1p = tl.where(one_plus_e == 1.0, e, tl.log(one_plus_e) * (e / tl.maximum(one_plus_e - 1.0, 1e-300)))
     return tl.minimum(x, 0.0) - log1p
@@ -19,7 +23,7 @@ def log_sigmoid(x):
 
 @triton.jit
 def flipped(u, smooth):
-    """-s log sigma(-u), the flipped pair's loss: 0 where s = 0, even where the logarithm is infinite."""
+    """Return -smooth * log sigma(-u), the flipped pair's loss; 0 if smooth is 0, even if the logarithm is infinite."""
     return tl.where(smooth == 0.0, 0.0, -smooth * log_sigmoid(-u))
 
 
@@ -42,10 +46,12 @@ def dpo_kernel(
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (1,). One program over all pairs, because the mean couples them; everything in fp64.
+    """Grid: (1,). One program visits all pairs, because the mean couples them; everything in fp64.
 
-    r_w, r_l are the log-ratios of chosen and rejected, h = r_w - r_l. Each branch sets the loss and its derivatives
-    by r_w and r_l (by h alone: g and -g).
+    r_w and r_l are the log-ratios of the chosen and the rejected sequence, and h = r_w - r_l. Each branch sets the loss
+    and its derivatives w.r.t. r_w and r_l; a loss of h alone has opposite derivatives. Reads each log-probability once
+    and writes a gradient and a reward per sequence (16 bytes); the loss is one number, or with REDUCTION "none" one per
+    pair.
     """
     beta = tl.full([], beta, tl.float64)
     smooth = tl.full([], label_smoothing, tl.float64)
@@ -83,7 +89,7 @@ def dpo_kernel(
             grad_w = -beta * ((1.0 - smooth) * sigmoid(-beta * h) + smooth * sigmoid(beta * h)) / (1.0 - 2.0 * smooth)
             grad_l = -grad_w
         elif LOSS_TYPE == "hinge":
-            # written so that a NaN stays one
+            # both comparisons are false for NaN, so NaN stays NaN
             loss = tl.where(beta * h >= 1.0, 0.0, 1.0 - beta * h)
             grad_w = tl.where(beta * h >= 1.0, 0.0, tl.where(h == h, -beta, h))
             grad_l = -grad_w
@@ -135,10 +141,11 @@ def forward(
     reduction: str,
     num_losses: int | None,
 ) -> None:
-    """Fill ``outputs``: loss ([] or [B/2]), d loss / d logps [B] and rewards [B] in fp64.
+    """Compute the loss of ``logps`` [B] against ``ref_logps`` [B], or None for a loss without a reference.
 
-    ``token_counts`` [B], where given, divide each side's log-ratio (``ipo`` and ``simpo`` on summed log-probabilities).
-    A mean divides by ``num_losses``, the number of pairs in the whole batch; None stands for the pairs of this call.
+    Fills ``outputs`` = (loss [] or [B/2], d loss / d logps [B], rewards [B]), the last two in fp64. ``token_counts``
+    [B], if given, divide each sequence's log-ratio: ``ipo`` and ``simpo`` of summed log-probabilities.
+    A mean divides by ``num_losses``, the number of pairs in the whole batch; None means the pairs of this call.
     """
     dpo_kernel[(1,)](
         logps,

@@ -1,4 +1,8 @@
-"""KTO losses of [B] sequences: value, closed-form gradient, rewards and reference point in one launch."""
+"""KTO losses of [B] sequences in one launch: value, closed-form gradient, rewards and reference point.
+
+With the log-ratio r = logp - ref_logp of a sequence, its sign e (+1 desirable, -1 undesirable), its weight w and the
+reference point z0: q = sigma(e beta (r - z0)), and the losses are w (1 - q) and, squared, w (1 - q)^2.
+"""
 
 import torch
 import triton
@@ -6,12 +10,13 @@ import triton.language as tl
 
 from . import COMPILER_OPTIONS
 
-# two float64 sequences a thread: more would run out of registers
+# two sequences per thread, in float64: with more the kernel would run out of registers
 BLOCK_SEQUENCES = 256
 
 
 @triton.jit
 def sigmoid(x):
+    """Return 1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -36,9 +41,11 @@ def kto_kernel(
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (1,). One program, because the mean couples all sequences and B numbers are few; everything in fp64.
+    """Grid: (1,). One program visits all sequences, since the mean couples them and B numbers are few; all in fp64.
 
-    q = sigma(e beta (r - z0)); kto: w (1 - q), kto_squared: w (1 - q)^2, with d loss / d L beside each.
+    Reads two log-probabilities and a label per sequence, the log-probabilities twice for a reference point that is the
+    batch's mean log-ratio. Writes a gradient and a reward per sequence (16 bytes), the reference point, and the loss:
+    one number, or with REDUCTION "none" one per sequence.
     """
     beta = tl.full([], beta, tl.float64)
     desirable_weight = tl.full([], desirable_weight, tl.float64)
@@ -67,7 +74,7 @@ def kto_kernel(
         desirable = tl.load(desirable_ptr + s, mask=inside, other=0).to(tl.int64)
         sign = tl.where(desirable == 1, 1.0, -1.0).to(tl.float64)
         weight = tl.where(desirable == 1, desirable_weight, undesirable_weight)
-        # a label that is neither 0 nor 1 has no loss
+        # a label other than 0 and 1 makes the loss NaN
         weight = tl.where((desirable == 0) | (desirable == 1), weight, float("nan"))
         margin = sign * beta * (ratio - z0)
         q = sigmoid(margin)
@@ -102,10 +109,11 @@ def forward(
     reduction: str,
     num_losses: int | None,
 ) -> None:
-    """Fill ``outputs``: loss ([] or [B]), d loss / d logps [B] and rewards [B] in fp64, reference point [] in fp64.
+    """Compute the loss of ``logps`` [B] against ``ref_logps`` [B], with labels ``desirable`` [B] of 0 and 1.
 
-    ``reference_point`` None stands for the mean log-ratio of the batch. A mean divides by ``num_losses``, the number of
-    losses in the whole batch; None stands for the number of losses in this call.
+    Fills ``outputs`` = (loss [] or [B], d loss / d logps [B], rewards [B], reference point []), the last three in fp64.
+    A ``reference_point`` of None means the batch's mean log-ratio.
+    A mean divides by ``num_losses``, the number of losses in the whole batch; None means the losses of this call.
     """
     is_tensor = isinstance(reference_point, torch.Tensor)
     kto_kernel[(1,)](

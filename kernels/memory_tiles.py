@@ -1,20 +1,21 @@
-"""Logits that exist a tile of columns at a time: folded into each row's statistics, kept only as unnormalised softmax.
+"""Fold tiles of logits that exist in memory for a moment, and keep only their unnormalised softmax for the gradient.
 
-z = factor * u are the logits of ``token_logprobs.py``. A row has a reference r, the largest u of its first tile, and
+The logits of a chunk of tokens are computed one tile of columns at a time. Each tile is folded into the state of its
+rows (``online.py`` defines the state and u, factor, r, s and w) and overwritten by the next one. A row's reference r is
+the largest u of its first tile. r need not be the row's maximum: exp(factor (u - r)) has float32's range, so r changes
+only when a column exceeds it by more than 2^60. The state is a tensor [STATE_ROWS, rows]; its first three rows, r, s
+and the target's u, suffice for a second visit.
 
-    s = sum exp(factor (u - r))     w = sum exp(factor (u - r)) (u - r)     total = sum u
+What is kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's slope, in bfloat16. bfloat16's
+exponent has float32's range, so P is rescaled only where the row takes a new r. In the target's column P is replaced by
+``-others``, where others is the part of s that the other columns contribute. With that,
 
-grow tile by tile, and with them the largest u, which says whether the target is the row's most likely token. ``state``
-[6, rows] holds r, s, the target's u, w, total and the largest u; a second visit needs the first three.
+    d logp / d x = -k P / s    in every column,    k = factor, times the scale under a soft cap.
 
-What is kept of a tile for the gradient is P = exp(factor (u - r)) times the soft cap's derivative, in bfloat16. Its
-exponent has float32's range, so that P need not be rescaled for a larger column later; only for one 2^60 times as large
-does the row take a new r. With the target's own entry replaced by ``-others``, what the other columns add to s,
-d logp / d x = -k P / s in every column, with k = factor, times the scale under a soft cap.
-
-P is kept for all columns, or for a panel of some tiles at a time. Before s is known the target's entry of a panel is 0,
-and its part of the product with the LM head, ``-others`` times one row of it, is added at the end. On a second visit s
-and d loss / d logp are known, and ``keep`` multiplies P by its rows' factors: it is d loss / d logits itself.
+P is kept for all columns, or for one panel of a few tiles at a time. While panels pass on a first visit, s is not known
+yet: the target's entry of a panel is 0, and ``add_target_rows`` adds its part of P @ weight, ``-others`` times one row
+of the weight, at the end. On a second visit s and d loss / d logp are known, and ``keep`` multiplies P by each row's
+factor: the result is d loss / d logits itself.
 """
 
 from typing import NamedTuple
@@ -24,14 +25,30 @@ import triton
 import triton.language as tl
 
 from . import COMPILER_OPTIONS
-from .online import INVALID_TARGET, LOG2_E, cap, log_probability, tile_columns
+from .online import (
+    ENTROPY,
+    EXP_SUM,
+    INVALID_TARGET,
+    IS_TOP1,
+    LOG2_E,
+    LOGIT_SUM,
+    LOGP,
+    MAXIMUM,
+    MEAN_LOGIT,
+    REFERENCE,
+    TARGET_LOGIT,
+    WEIGHTED_SUM,
+    cap,
+    log_probability,
+    tile_columns,
+)
 
-# A thread loads VEC logits (16 bytes) at a time and has BLOCK / (32 NUM_WARPS VEC) such loads in flight.
+# A thread loads VEC logits (16 bytes) at a time, and has BLOCK / (32 NUM_WARPS VEC) such loads in flight.
 BLOCK = 1024
 VEC = 4
 NUM_WARPS = 4
-ROWS_BLOCK = 128  # of one program that visits rows' statistics alone
-# log2 of how far a column may exceed the row's reference before the row takes a new one
+ROWS_BLOCK = 128  # rows of one program of ``finish_rows_kernel``, which reads states alone
+# A row takes a new reference when a column's exponential relative to the old one would exceed 2 to this power.
 HEADROOM = tl.constexpr(60.0)
 
 
@@ -40,11 +57,12 @@ def load_tile(
     tile_ptr, bias_ptr, start, cols, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(u, slope, inside) of the columns start .. start + LANES * VEC: u is -inf past the last one; slope is its
-    derivative by scale * x under a soft cap, else 1.
+    """Return (u, slope, inside) of the columns start .. start + LANES * VEC of one row of a tile.
+
+    u is -inf outside the tile. slope is the derivative of u w.r.t. scale * x under a soft cap, else 1.
     """
     columns = start + tile_columns(True, LANES, VEC)
-    x = tl.load(tile_ptr + columns)  # the buffer holds whole blocks
+    x = tl.load(tile_ptr + columns)  # no mask: the buffer holds whole blocks
     inside = columns < cols
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=inside, other=0.0)
@@ -57,7 +75,11 @@ def fold_columns(
     tile_ptr, bias_ptr, kept_ptr, cols, reference, scale, softcap, log2_factor,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(s, w, total, max) of one row of a tile; its P is stored with KEEP."""
+    """Return (exp_sum, weighted_sum, logit_sum, maximum) of one row of a tile; with KEEP store its P.
+
+    The four running values of each lane stay in registers. A lane's VEC columns lie in one thread, so the loop moves
+    nothing between threads.
+    """
     lane_sum = tl.zeros([LANES], tl.float32)
     lane_weighted = tl.zeros([LANES], tl.float32)
     lane_total = tl.zeros([LANES], tl.float32)
@@ -67,7 +89,7 @@ def fold_columns(
         distance = u - reference
         exps = tl.exp2(distance * log2_factor)
         lane_sum += tl.sum(exps, axis=1)
-        # the finite floor turns 0 * -inf into 0
+        # the finite floor makes 0 * -inf a 0
         lane_weighted += tl.sum(exps * tl.maximum(distance, -1e30), axis=1)
         lane_total += tl.sum(tl.where(inside, u, 0.0), axis=1)
         lane_max = tl.maximum(lane_max, tl.max(u, axis=1))
@@ -101,11 +123,12 @@ def fold_tile_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Grid: (rows,). One program folds one row of a tile, columns first .. first + cols of the vocabulary.
+    """Grid: (rows,). One program folds one row of a tile into ``state``.
 
-    Reads each logit once (4 bytes, from the L2 cache if the tile fits there), twice in a row's first tile, whose
-    largest u is r, and in one that makes the row take a new r; with KEEP writes P (2 bytes).
-    ``references`` [rows, tiles] is r as it was for each tile of the panel, and ``tile_index`` this one's place in it.
+    The tile holds columns first .. first + cols of the vocabulary. Reads each logit once (4 bytes, from the L2 cache if
+    the tile fits there). Reads them twice in a row's first tile, to find the largest u, which becomes r, and in a tile
+    that makes the row take a new r. With KEEP writes P (2 bytes per logit) and, into ``references`` [rows, tiles of the
+    panel] at ``tile_index``, the r that P is relative to.
     """
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
@@ -116,11 +139,11 @@ def fold_tile_kernel(
     kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride, VEC)
     row_bias_ptr = bias_ptr + first
     is_first = first == 0
-    reference = tl.load(state_ptr + row, mask=not is_first, other=float("-inf"))
-    row_sum = tl.load(state_ptr + num_rows + row, mask=not is_first, other=0.0)
-    row_weighted = tl.load(state_ptr + 3 * num_rows + row, mask=not is_first, other=0.0)
+    reference = tl.load(state_ptr + REFERENCE * num_rows + row, mask=not is_first, other=float("-inf"))
+    row_sum = tl.load(state_ptr + EXP_SUM * num_rows + row, mask=not is_first, other=0.0)
+    row_weighted = tl.load(state_ptr + WEIGHTED_SUM * num_rows + row, mask=not is_first, other=0.0)
 
-    if reference == float("-inf"):  # nothing but -inf so far
+    if reference == float("-inf"):  # no column so far, or only -inf
         lane_max = tl.full([LANES], float("-inf"), tl.float32)
         for start in range(0, cols, LANES * VEC):
             u, _, _ = load_tile(row_ptr, row_bias_ptr, start, cols, scale, softcap, HAS_BIAS, HAS_SOFTCAP, LANES, VEC)
@@ -131,13 +154,13 @@ def fold_tile_kernel(
         row_ptr, row_bias_ptr, kept_row_ptr, cols, origin, scale, softcap, log2_factor,
         HAS_BIAS, HAS_SOFTCAP, KEEP, LANES, VEC,
     )  # fmt: skip
-    row_max = tl.load(state_ptr + 5 * num_rows + row, mask=not is_first, other=float("-inf"))
-    # stored at once: no loop below has a register for it
-    tl.store(state_ptr + 5 * num_rows + row, tl.maximum(row_max, tile_max))
+    row_max = tl.load(state_ptr + MAXIMUM * num_rows + row, mask=not is_first, other=float("-inf"))
+    # stored at once, because the second fold below has no register left to hold it
+    tl.store(state_ptr + MAXIMUM * num_rows + row, tl.maximum(row_max, tile_max))
     if (tile_max - origin) * log2_factor > HEADROOM:
         step = tl.maximum(origin - tile_max, -1e30)
         rescale = tl.exp2(step * log2_factor)
-        # what counts for nothing may have overflowed
+        # where the factor is 0, the old sum may have overflowed: drop it rather than multiply inf by 0
         row_weighted = tl.where(rescale > 0, (row_weighted + row_sum * step) * rescale, 0.0)
         row_sum = row_sum * rescale
         reference = tile_max
@@ -145,11 +168,11 @@ def fold_tile_kernel(
             row_ptr, row_bias_ptr, kept_row_ptr, cols, reference, scale, softcap, log2_factor,
             HAS_BIAS, HAS_SOFTCAP, KEEP, LANES, VEC,
         )  # fmt: skip
-    tl.store(state_ptr + row, reference)
-    tl.store(state_ptr + num_rows + row, row_sum + tile_sum)
-    tl.store(state_ptr + 3 * num_rows + row, row_weighted + tile_weighted)
-    row_total = tl.load(state_ptr + 4 * num_rows + row, mask=not is_first, other=0.0)
-    tl.store(state_ptr + 4 * num_rows + row, row_total + tile_total)
+    tl.store(state_ptr + REFERENCE * num_rows + row, reference)
+    tl.store(state_ptr + EXP_SUM * num_rows + row, row_sum + tile_sum)
+    tl.store(state_ptr + WEIGHTED_SUM * num_rows + row, row_weighted + tile_weighted)
+    row_total = tl.load(state_ptr + LOGIT_SUM * num_rows + row, mask=not is_first, other=0.0)
+    tl.store(state_ptr + LOGIT_SUM * num_rows + row, row_total + tile_total)
     if KEEP:
         tl.store(references_ptr + row * num_tiles + tile_index, reference)
 
@@ -159,12 +182,12 @@ def fold_tile_kernel(
         if HAS_BIAS:
             x += tl.load(row_bias_ptr + target)
         u, _ = cap(x, scale, softcap, HAS_SOFTCAP)
-        tl.store(state_ptr + 2 * num_rows + row, u)
+        tl.store(state_ptr + TARGET_LOGIT * num_rows + row, u)
 
 
 @triton.jit
 def others_sum(u_target, reference, row_sum, log2_factor, softcap, HAS_SOFTCAP: tl.constexpr):
-    """What the columns other than the target's add to s, times the soft cap's derivative at the target."""
+    """Return the part of s that columns other than the target contribute, times the soft cap's slope at the target."""
     others = row_sum - tl.exp2((u_target - reference) * log2_factor)
     if HAS_SOFTCAP:
         capped = u_target / softcap
@@ -193,9 +216,10 @@ def keep_tile_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Grid: (rows,). P of one row of a tile, times the row's factor, under the reference that all tiles led to.
+    """Grid: (rows,). One program writes P of one row of a tile times the row's factor, on a second visit.
 
-    Reads each logit once (4 bytes) and writes P (2 bytes), the target's entry too. ``state`` is [3, rows].
+    P is relative to the reference at the end of the first visit. Reads each logit once (4 bytes) and writes one entry
+    per logit (2 bytes), the target's too. ``state`` holds REFERENCE, EXP_SUM and TARGET_LOGIT alone, [3, rows].
     """
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
@@ -203,12 +227,12 @@ def keep_tile_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + row * tile_stride
     kept_row_ptr = kept_ptr + tl.multiple_of(row * kept_stride, VEC)
-    reference = tl.load(state_ptr + row)
+    reference = tl.load(state_ptr + REFERENCE * num_rows + row)
     row_factor = tl.load(factors_ptr + row)
     target = tl.load(targets_ptr + row) - first
     others = others_sum(
-        tl.load(state_ptr + 2 * num_rows + row), reference, tl.load(state_ptr + num_rows + row), log2_factor, softcap,
-        HAS_SOFTCAP,
+        tl.load(state_ptr + TARGET_LOGIT * num_rows + row), reference, tl.load(state_ptr + EXP_SUM * num_rows + row),
+        log2_factor, softcap, HAS_SOFTCAP,
     )  # fmt: skip
     for start in range(0, cols, LANES * VEC):
         u, slope, inside = load_tile(
@@ -246,12 +270,13 @@ def settle_rows_kernel(
 ):
     """Grid: (rows,). Make a panel of P, columns first .. first + cols, ready for its GEMM.
 
-    Rescales the tiles, if any, that were kept under another reference than the row has now, and what earlier panels
-    left in ``product`` [rows, hidden_size], under ``product_references`` [rows] (HAS_SUMS). Writes the target's entry:
-    ``-others``, or 0 while s is not known (HAS_SUMS).
+    Rescales tiles that are relative to another reference than the row has now; there are rarely any, and then only they
+    are read and written (4 bytes per entry). With HAS_SUMS, rescales in the same way the sum of earlier panels'
+    products, ``product`` [rows, hidden_size], which is relative to ``product_references`` [rows]. Writes the target's
+    entry of P: ``-others``, or with HAS_SUMS 0, because s is not known yet.
     """
     row = tl.program_id(0).to(tl.int64)
-    reference = tl.load(state_ptr + row)
+    reference = tl.load(state_ptr + REFERENCE * num_rows + row)
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
     tiles = tl.arange(0, BLOCK_TILES)
     panel_tiles = tl.cdiv(cols, tile_cols)
@@ -267,7 +292,7 @@ def settle_rows_kernel(
                     kept = tl.load(kept_ptr + offsets).to(tl.float32) * rescale
                     tl.store(kept_ptr + offsets, kept.to(kept_ptr.dtype.element_ty))
     if HAS_SUMS:
-        # before the first panel there is neither
+        # before the first panel, product and product_references are undefined
         old = tl.load(product_references_ptr + row, mask=first > 0, other=float("-inf"))
         if (old != reference) & (old != float("-inf")):
             rescale = tl.exp2((old - reference) * log2_factor)
@@ -276,7 +301,7 @@ def settle_rows_kernel(
                 pointers = product_ptr + row * hidden_size + columns
                 product = tl.load(pointers, mask=columns < hidden_size, other=0.0)
                 tl.store(pointers, product * rescale, mask=columns < hidden_size)
-    tl.debug_barrier()  # what is stored from here on was read, or written otherwise, above
+    tl.debug_barrier()  # the stores below overwrite what other threads have read or written above
     if HAS_SUMS:
         tl.store(product_references_ptr + row, reference)
     target = tl.load(targets_ptr + row)
@@ -284,8 +309,8 @@ def settle_rows_kernel(
         entry = tl.full([], 0.0, tl.float32)
         if not HAS_SUMS:
             entry = -others_sum(
-                tl.load(state_ptr + 2 * num_rows + row), reference, tl.load(state_ptr + num_rows + row), log2_factor,
-                tl.full([], softcap, tl.float32), HAS_SOFTCAP,
+                tl.load(state_ptr + TARGET_LOGIT * num_rows + row), reference, tl.load(state_ptr + EXP_SUM * num_rows +
+                row), log2_factor, tl.full([], softcap, tl.float32), HAS_SOFTCAP,
             )  # fmt: skip
         tl.store(kept_ptr + row * kept_stride + target - first, entry.to(kept_ptr.dtype.element_ty))
 
@@ -294,37 +319,38 @@ def settle_rows_kernel(
 def finish_rows_kernel(
     targets_ptr,
     state_ptr,
-    outputs_ptr,
+    per_token_ptr,
     num_rows: tl.int64,
     vocab_size: tl.int64,
     factor: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (blocks of rows,). Writes outputs [4, rows] = logp, entropy, mean logit, is_top1 from ``state``.
+    """Grid: (blocks of rows,). Compute per_token [TOKEN_ROWS, rows] from ``state``.
 
-    In fp64: r need not be the row's maximum, so log s and factor (u_target - r) may both be large, and cancel.
+    Reads 28 bytes and writes 16 per row. Computes in fp64: r need not be the row's maximum, so log s and
+    factor (u_target - r) may both be large and cancel.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
     target = tl.load(targets_ptr + row, mask=inside, other=INVALID_TARGET)
-    reference = tl.load(state_ptr + row, mask=inside, other=0.0).to(tl.float64)
-    row_sum = tl.load(state_ptr + num_rows + row, mask=inside, other=1.0)
-    weighted = tl.load(state_ptr + 3 * num_rows + row, mask=inside, other=0.0).to(tl.float64)
-    total = tl.load(state_ptr + 4 * num_rows + row, mask=inside, other=0.0).to(tl.float64)
+    reference = tl.load(state_ptr + REFERENCE * num_rows + row, mask=inside, other=0.0).to(tl.float64)
+    row_sum = tl.load(state_ptr + EXP_SUM * num_rows + row, mask=inside, other=1.0)
+    weighted = tl.load(state_ptr + WEIGHTED_SUM * num_rows + row, mask=inside, other=0.0).to(tl.float64)
+    total = tl.load(state_ptr + LOGIT_SUM * num_rows + row, mask=inside, other=0.0).to(tl.float64)
     is_token = target != INVALID_TARGET
-    u_target = tl.load(state_ptr + 2 * num_rows + row, mask=inside & is_token, other=0.0)
-    row_max = tl.load(state_ptr + 5 * num_rows + row, mask=inside, other=0.0)
+    u_target = tl.load(state_ptr + TARGET_LOGIT * num_rows + row, mask=inside & is_token, other=0.0)
+    row_max = tl.load(state_ptr + MAXIMUM * num_rows + row, mask=inside, other=0.0)
     factor64 = tl.full([], factor, tl.float64)
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
     log_sum, mean_distance = tl.log(row_sum.to(tl.float64)), weighted / row_sum
     logp = log_probability(u_target.to(tl.float64) - reference, log_sum, mean_distance, factor64, log2_factor)
     logp = tl.where(is_token, logp, float("nan"))
-    tl.store(outputs_ptr + row, logp, mask=inside)
-    tl.store(outputs_ptr + num_rows + row, log_sum - factor64 * mean_distance, mask=inside)
-    tl.store(outputs_ptr + 2 * num_rows + row, factor64 * total / vocab_size, mask=inside)
-    # maxima pass over a NaN, the log-probability does not
+    tl.store(per_token_ptr + LOGP * num_rows + row, logp, mask=inside)
+    tl.store(per_token_ptr + ENTROPY * num_rows + row, log_sum - factor64 * mean_distance, mask=inside)
+    tl.store(per_token_ptr + MEAN_LOGIT * num_rows + row, factor64 * total / vocab_size, mask=inside)
+    # a maximum ignores NaN, the log-probability does not
     is_top1 = (u_target >= row_max) & (logp == logp)
-    tl.store(outputs_ptr + 3 * num_rows + row, is_top1.to(tl.float32), mask=inside)
+    tl.store(per_token_ptr + IS_TOP1 * num_rows + row, is_top1.to(tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "hidden_size"])
@@ -342,13 +368,17 @@ def add_target_rows_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows,). product[row] -= others * weight[target]: the target's part of P @ weight, once s is known."""
+    """Grid: (rows,). product[row] -= others * weight[target]: the target's part of P @ weight, once s is known.
+
+    Reads and writes one row of the product (8 bytes per hidden unit) and reads one row of the weight.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
-    if target != INVALID_TARGET:
+    if target >= 0:
         others = others_sum(
-            tl.load(state_ptr + 2 * num_rows + row), tl.load(state_ptr + row), tl.load(state_ptr + num_rows + row),
-            tl.full([], factor, tl.float32) * LOG2_E, tl.full([], softcap, tl.float32), HAS_SOFTCAP,
+            tl.load(state_ptr + TARGET_LOGIT * num_rows + row), tl.load(state_ptr + REFERENCE * num_rows + row),
+            tl.load(state_ptr + EXP_SUM * num_rows + row), tl.full([], factor, tl.float32) * LOG2_E, tl.full([],
+            softcap, tl.float32), HAS_SOFTCAP,
         )  # fmt: skip
         for start in range(0, hidden_size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
@@ -363,20 +393,20 @@ def add_target_rows_kernel(
 
 
 def block_columns(vocab_size: int) -> int:
-    """Columns of one step: a tile's width and a kept row's stride are multiples of it."""
+    """Return the columns of one step of a kernel; a tile's width and a kept row's stride are multiples of it."""
     return min(BLOCK, max(32 * VEC, 1 << (vocab_size - 1).bit_length()))
 
 
 class Kept(NamedTuple):
-    """Where P of a tile goes, and what it is relative to."""
+    """Where ``fold`` stores P of a tile and the reference that it is relative to."""
 
-    values: torch.Tensor  # [rows, at least the tile's columns]
+    values: torch.Tensor  # [rows, at least the tile's columns] bfloat16
     references: torch.Tensor  # [rows, tiles of the panel] float32
-    tile_index: int
+    tile_index: int  # of this tile in its panel
 
 
 class PanelSums(NamedTuple):
-    """P @ weight of the panels so far, and what each row of it is relative to."""
+    """The sum of P @ weight over the panels so far, and the reference that each row of it is relative to."""
 
     product: torch.Tensor  # [rows, H] float32; undefined before the first panel
     references: torch.Tensor  # [rows] float32
@@ -395,7 +425,12 @@ def fold(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Fold a tile of logits, those ``columns`` of the vocabulary, into ``state`` [6, rows]; ``kept`` takes its P."""
+    """Fold a tile of logits [rows, width] float32 into ``state`` [STATE_ROWS, rows]; store its P if ``kept`` is given.
+
+    The tile holds ``columns`` of the vocabulary. The tile that starts at column 0 starts the state, whose memory may be
+    undefined before. ``bias`` is [V]; the tile does not contain it yet. ``targets`` [rows] are token ids of the whole
+    vocabulary; the row TARGET_LOGIT is written by the tile that holds the target.
+    """
     values, references, tile_index = kept if kept is not None else (None, None, 0)
     fold_tile_kernel[(len(targets),)](
         tile,
@@ -436,8 +471,10 @@ def keep(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """P of a tile of logits, those ``columns`` of the vocabulary, times ``factors`` [rows], once all tiles were folded
-    into ``state`` [3, rows].
+    """Store P of a tile of logits times ``factors`` [rows] into ``kept``, on a second visit.
+
+    The tile holds ``columns`` of the vocabulary. ``state`` [3, rows] holds REFERENCE, EXP_SUM and TARGET_LOGIT after
+    all columns were folded.
     """
     keep_tile_kernel[(len(targets),)](
         tile,
@@ -462,6 +499,7 @@ def keep(
 
 
 def _lanes(block: int) -> dict[str, int]:
+    """Return the launch options of a kernel that visits ``block`` columns in one step."""
     return {"LANES": block // VEC, "VEC": VEC, "num_warps": max(1, min(NUM_WARPS, block // VEC // 32))}
 
 
@@ -479,10 +517,11 @@ def settle(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Make a panel of P, those ``columns`` of the vocabulary, ready for its GEMM.
+    """Make a panel of P, ``columns`` of the vocabulary, ready for its GEMM.
 
-    ``references`` [rows, tiles] says what its tiles are relative to. With ``sums`` the GEMM adds to them, and the rows'
-    s is not known yet.
+    Rescales to the rows' present references: the panel's tiles, which are relative to ``references`` [rows, tiles], and
+    the product in ``sums``. Writes the targets' entries: ``-others`` without ``sums``; 0 with ``sums``, since its GEMM
+    adds to them before s is known.
     """
     settle_rows_kernel[(len(targets),)](
         kept,
@@ -503,20 +542,20 @@ def settle(
         HAS_SOFTCAP=softcap is not None,
         HAS_SUMS=sums is not None,
         BLOCK=block,
-        BLOCK_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),  # as many as there might be
+        BLOCK_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),  # at least the tiles of any panel
         num_warps=1,
         **COMPILER_OPTIONS,
     )
 
 
 def finish(
-    targets: torch.Tensor, state: torch.Tensor, outputs: torch.Tensor, *, vocab_size: int, factor: float
+    targets: torch.Tensor, state: torch.Tensor, per_token: torch.Tensor, *, vocab_size: int, factor: float
 ) -> None:
-    """Fill ``outputs`` [4, rows]: logps, entropy, mean_logits and is_top1, once every tile was folded."""
+    """Fill ``per_token`` [4, rows] from the ``state`` of all columns: logps, entropy, mean_logits and is_top1."""
     finish_rows_kernel[(triton.cdiv(len(targets), ROWS_BLOCK),)](
         targets,
         state,
-        outputs,
+        per_token,
         num_rows=len(targets),
         vocab_size=vocab_size,
         factor=factor,
@@ -534,7 +573,7 @@ def add_target_rows(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Add to ``product`` [rows, H] = P @ ``weight`` what the targets' entries of P, once s is known, make of it."""
+    """Add the targets' entries of P, known once s is, to ``product`` [rows, H] = P @ ``weight``."""
     add_target_rows_kernel[(len(targets),)](
         product,
         weight,

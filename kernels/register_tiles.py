@@ -1,14 +1,15 @@
-"""Tiles of logits that are never written: folded, and their P kept, in the registers of the GEMM that they come from.
+"""Fold logits in the registers of the GEMM that computes them, and keep their P: the tiles never reach memory.
 
-What ``memory_tiles.py`` does with a tile in memory, under its names. A program computes [ROWS, COLUMNS] logits and
-leaves of each row the largest u, s, w and sum u: 16 bytes of COLUMNS logits, which a second kernel adds to ``state``.
+Does the work of ``memory_tiles.py``, whose names it uses, for GPUs whose registers hold a tile (Hopper). A program
+computes a tile of logits [ROWS, COLUMNS] and leaves for each row one partial result: the largest u, s, w and sum u, 16
+bytes per COLUMNS logits. A second kernel merges the partial results into ``state``.
 
-All programs run at once, so a row's reference cannot be the largest u of its first tile: it is the target's u, found
-beforehand. A tile with a column more than 2^60 times as large takes its own largest u, and the row's reference becomes
-the largest of these.
+All programs run at the same time, so a row's reference cannot be the largest u of its first tile. It is the target's u
+instead, which ``start`` computes beforehand. In a tile with a column more than 2^60 times as large, the row's part is
+relative to its own largest u, and the row's reference becomes the largest of these.
 
-Registers are what a tile has too few of, so there is no soft cap, and no tile that the vocabulary ends in: what is left
-of it is for ``memory_tiles.py``.
+Registers are scarce, so there is no soft cap and no partly filled tile at the end of the vocabulary:
+``memory_tiles.py`` folds the remaining columns.
 """
 
 import torch
@@ -17,16 +18,30 @@ import triton.language as tl
 
 from . import COMPILER_OPTIONS
 from .memory_tiles import HEADROOM, Kept, others_sum
-from .online import LOG2_E, merge
+from .online import (
+    EXP_SUM,
+    LOG2_E,
+    LOGIT_SUM,
+    MAXIMUM,
+    PARTIAL_EXP_SUM,
+    PARTIAL_LOGIT_SUM,
+    PARTIAL_MAXIMUM,
+    PARTIAL_ROWS,
+    PARTIAL_WEIGHTED_SUM,
+    REFERENCE,
+    TARGET_LOGIT,
+    WEIGHTED_SUM,
+    merge,
+)
 
-# The tile of a program, fastest on an H200 where nothing was kept; it takes 144 KiB of shared memory.
+# The tile of a program: the fastest one on an H200 when P is not kept. It takes 144 KiB of shared memory.
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 NUM_WARPS, NUM_STAGES = 8, 3
-# Blocks of rows that visit the same columns of the weight together, and so find them in the L2 cache.
+# So many blocks of rows visit the same columns of the weight together, and find them in the L2 cache.
 GROUP_ROWS = 16
-# A program of the merge has so many rows, and so many partial results of each at a time.
+# Rows of one program of the merge, and partial results per row that it loads at a time.
 MERGE_ROWS, MERGE_TILES = 32, 32
-START_BLOCK = 1024  # of one hidden state at a time
+START_BLOCK = 1024  # elements of a hidden state that ``start_rows_kernel`` loads at a time
 
 
 @triton.jit(do_not_specialize=["num_rows", "hidden_size"])
@@ -42,11 +57,13 @@ def start_rows_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows,). ``state`` before the first tile: r is the target's u, found here. Row 2, the target's u, is left
-    to the tile that holds it, whose GEMM rounds it as it does the others.
+    """Grid: (rows,). Start ``state`` before the first tile: r is the target's u, computed here; the rest is empty.
+
+    Reads a hidden state and one row of the weight (4 bytes per hidden unit). TARGET_LOGIT is left to the tile that
+    holds the target, whose GEMM rounds it in the same way as the other columns.
     """
     row = tl.program_id(0).to(tl.int64)
-    target = tl.maximum(tl.load(targets_ptr + row), 0).to(tl.int64)  # any column serves a row that has none
+    target = tl.maximum(tl.load(targets_ptr + row), 0).to(tl.int64)  # a row without a target takes column 0
     products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, hidden_size, BLOCK):
         depth = start + tl.arange(0, BLOCK)
@@ -57,11 +74,11 @@ def start_rows_kernel(
     reference = tl.sum(products, axis=0)
     if HAS_BIAS:
         reference += tl.load(bias_ptr + target)
-    tl.store(state_ptr + row, reference)
-    tl.store(state_ptr + num_rows + row, 0.0)
-    tl.store(state_ptr + 3 * num_rows + row, 0.0)
-    tl.store(state_ptr + 4 * num_rows + row, 0.0)
-    tl.store(state_ptr + 5 * num_rows + row, float("-inf"))
+    tl.store(state_ptr + REFERENCE * num_rows + row, reference)
+    tl.store(state_ptr + EXP_SUM * num_rows + row, 0.0)
+    tl.store(state_ptr + WEIGHTED_SUM * num_rows + row, 0.0)
+    tl.store(state_ptr + LOGIT_SUM * num_rows + row, 0.0)
+    tl.store(state_ptr + MAXIMUM * num_rows + row, float("-inf"))
 
 
 @triton.jit
@@ -70,7 +87,11 @@ def multiply_tile(
     HIDDEN_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(u [ROWS, COLUMNS], its block of rows, its block of columns) of this program."""
+    """Return (u [ROWS, COLUMNS], block of rows, block of columns) of this program.
+
+    u stays in the registers of its GEMM. GROUP_ROWS blocks of rows visit a block of columns one after another, so that
+    its part of the weight is read from the L2 cache.
+    """
     row_blocks = tl.cdiv(num_rows, ROWS)
     program = tl.program_id(0)
     group = program // (GROUP_ROWS * column_blocks)
@@ -78,7 +99,7 @@ def multiply_tile(
     row_block = group * GROUP_ROWS + program % (GROUP_ROWS * column_blocks) % group_size
     column_block = program % (GROUP_ROWS * column_blocks) // group_size
 
-    # past the last row come the first once more, whose results are not stored
+    # rows past the end wrap around to the first ones; masks drop their results
     rows = (row_block * ROWS + tl.arange(0, ROWS)) % num_rows
     columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
@@ -98,32 +119,32 @@ def multiply_tile(
 def kept_pointers(
     kept_ptr, kept_stride, row_block, column_block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Of the first WIDTH columns of a tile of P."""
+    """Return pointers [ROWS, WIDTH] to the first WIDTH columns of this program's tile of P."""
     tile_ptr = kept_ptr + row_block.to(tl.int64) * ROWS * kept_stride + column_block * COLUMNS
-    # 32 bits reach all of a tile, and take half the registers
+    # offsets within a tile fit into 32 bits, which take half the registers
     return tile_ptr + (tl.arange(0, ROWS)[:, None] * kept_stride.to(tl.int32) + tl.arange(0, WIDTH)[None, :])
 
 
 @triton.jit
 def tile_reference(tile_max, reference, log2_factor):
-    """What a row's part of a tile is relative to: the row's reference, unless that is too far below its largest u."""
-    is_near = (tile_max - reference) * log2_factor <= HEADROOM  # never if that is -inf
+    """Return the reference of a row's part of a tile: the row's, unless the largest u exceeds that by HEADROOM."""
+    is_near = (tile_max - reference) * log2_factor <= HEADROOM  # false if reference is -inf
     return tl.where(is_near, reference, tile_max)
 
 
 @triton.jit
 def split_columns(u):
-    """The first half of the columns, and the second."""
+    """Return the first and the second half of the columns."""
     return tl.split(tl.permute(tl.reshape(u, u.shape[0], 2, u.shape[1] // 2), 0, 2, 1))
 
 
 @triton.jit
 def fold_part(u, origin, log2_factor, kept_ptrs, is_row, KEEP: tl.constexpr):
-    """(s, w) of each row of some columns; their P is stored with KEEP."""
+    """Return (exp_sum, weighted_sum) of each row over the columns of u; with KEEP store their P."""
     distance = u - origin[:, None]
     exps = tl.exp2(distance * log2_factor)
     row_sum = tl.sum(exps, axis=1)
-    # the finite floor turns 0 * -inf into 0
+    # the finite floor makes 0 * -inf a 0
     row_weighted = tl.sum(exps * tl.maximum(distance, -1e30), axis=1)
     if KEEP:
         tl.store(kept_ptrs, exps.to(kept_ptrs.dtype.element_ty), mask=is_row[:, None])
@@ -155,9 +176,12 @@ def fold_register_tiles_kernel(
     DEPTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    """Grid: (blocks of rows x blocks of columns,). Reads hidden [rows, H] and whole blocks of the weight's rows, from
-    the vocabulary's column ``first`` on, writes partials [4, blocks of columns, rows] and the targets' u into
-    ``state``; with KEEP P, and what it is relative to into ``references`` [rows, tiles].
+    """Grid: (blocks of rows * blocks of columns,). One program computes and folds one tile of logits.
+
+    Reads hidden [rows, H] and whole blocks of the weight's rows, which start at the vocabulary's column ``first``.
+    Writes partials [PARTIAL_ROWS, blocks of columns, rows], 16 bytes per row and tile, and the targets' u into
+    ``state``. With KEEP also writes P (2 bytes per logit) and the reference it is relative to, into ``references``
+    [rows, tiles].
     """
     u, row_block, column_block = multiply_tile(
         hidden_ptr, weight_ptr, bias_ptr, num_rows, column_blocks, weight_stride,
@@ -167,21 +191,24 @@ def fold_register_tiles_kernel(
     is_row = rows < num_rows
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
     tile_max = tl.max(u, axis=1)
-    reference = tile_reference(tile_max, tl.load(state_ptr + rows, mask=is_row, other=0.0), log2_factor)
-    # -inf logits are legal: a row that has nothing else here must not compute -inf - -inf
+    reference = tile_reference(
+        tile_max, tl.load(state_ptr + REFERENCE * num_rows + rows, mask=is_row, other=0.0), log2_factor
+    )
+    # logits of -inf are legal: a row that has no others in this tile must not compute -inf - -inf
     origin = tl.where(reference == float("-inf"), 0.0, reference)
     target = tl.load(targets_ptr + rows, mask=is_row, other=-1) - first
     partial_ptrs = partials_ptr + column_block.to(tl.int64) * num_rows + rows
     stride = column_blocks.to(tl.int64) * num_rows
-    tl.store(partial_ptrs, tile_max, mask=is_row)
-    tl.store(partial_ptrs + 3 * stride, tl.sum(u, axis=1), mask=is_row)
+    tl.store(partial_ptrs + PARTIAL_MAXIMUM * stride, tile_max, mask=is_row)
+    tl.store(partial_ptrs + PARTIAL_LOGIT_SUM * stride, tl.sum(u, axis=1), mask=is_row)
     is_here = is_row & (target >= 0) & (target // COLUMNS == column_block)
     if tl.max(is_here.to(tl.int32), axis=0) > 0:
-        # few tiles hold a row's target; in all of them this would be a quarter of the work after the product
+        # Few tiles hold a target of their rows. Done in all tiles, this would be a quarter of the work after the
+        # product.
         columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
         u_target = tl.sum(tl.where(columns[None, :] == target[:, None], u, 0.0), axis=1)
-        tl.store(state_ptr + 2 * num_rows + rows, u_target, mask=is_here)
-    # quarter by quarter: P of more columns would not fit beside u
+        tl.store(state_ptr + TARGET_LOGIT * num_rows + rows, u_target, mask=is_here)
+    # quarter by quarter: beside u, registers cannot hold P of more columns
     QUARTER: tl.constexpr = COLUMNS // 4
     kept_ptrs = kept_pointers(kept_ptr, kept_stride, row_block, column_block, ROWS, COLUMNS, QUARTER)
     left, right = split_columns(u)
@@ -191,8 +218,8 @@ def fold_register_tiles_kernel(
     sum1, weighted1 = fold_part(u1, origin, log2_factor, kept_ptrs + QUARTER, is_row, KEEP)
     sum2, weighted2 = fold_part(u2, origin, log2_factor, kept_ptrs + 2 * QUARTER, is_row, KEEP)
     sum3, weighted3 = fold_part(u3, origin, log2_factor, kept_ptrs + 3 * QUARTER, is_row, KEEP)
-    tl.store(partial_ptrs + stride, sum0 + sum1 + (sum2 + sum3), mask=is_row)
-    tl.store(partial_ptrs + 2 * stride, weighted0 + weighted1 + (weighted2 + weighted3), mask=is_row)
+    tl.store(partial_ptrs + PARTIAL_EXP_SUM * stride, sum0 + sum1 + (sum2 + sum3), mask=is_row)
+    tl.store(partial_ptrs + PARTIAL_WEIGHTED_SUM * stride, weighted0 + weighted1 + (weighted2 + weighted3), mask=is_row)
     if KEEP:
         tl.store(references_ptr + rows.to(tl.int64) * num_tiles + column_block, reference, mask=is_row)
 
@@ -207,48 +234,52 @@ def merge_register_tiles_kernel(
     MERGE_ROWS: tl.constexpr,
     MERGE_TILES: tl.constexpr,
 ):
-    """Grid: (blocks of rows,). Adds partials [4, num_partials, rows] to ``state``, all but the target's u."""
+    """Grid: (blocks of rows,). Merge partials [PARTIAL_ROWS, num_partials, rows] into ``state``, except TARGET_LOGIT.
+
+    Reads 16 bytes per row and partial result. MERGE_TILES running results per row stay in registers; ``merge`` combines
+    them at the end.
+    """
     rows = tl.program_id(0).to(tl.int64) * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
     is_row = rows < num_rows
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
-    reference = tl.load(state_ptr + rows, mask=is_row, other=0.0)
-    # what was there before is one more partial result
+    reference = tl.load(state_ptr + REFERENCE * num_rows + rows, mask=is_row, other=0.0)
+    # the state so far is one more partial result
     is_first = (tl.arange(0, MERGE_TILES) == 0)[:, None] & is_row[None, :]
     old = state_ptr + rows[None, :] + tl.zeros([MERGE_TILES, MERGE_ROWS], tl.int64)
     references = tl.where(is_first, reference[None, :], float("-inf"))
-    sums = tl.load(old + num_rows, mask=is_first, other=0.0)
-    weighted = tl.load(old + 3 * num_rows, mask=is_first, other=0.0)
-    totals = tl.load(old + 4 * num_rows, mask=is_first, other=0.0)
-    maxima = tl.load(old + 5 * num_rows, mask=is_first, other=float("-inf"))
+    sums = tl.load(old + EXP_SUM * num_rows, mask=is_first, other=0.0)
+    weighted = tl.load(old + WEIGHTED_SUM * num_rows, mask=is_first, other=0.0)
+    totals = tl.load(old + LOGIT_SUM * num_rows, mask=is_first, other=0.0)
+    maxima = tl.load(old + MAXIMUM * num_rows, mask=is_first, other=float("-inf"))
     for start in range(0, num_partials, MERGE_TILES):
         partials = start + tl.arange(0, MERGE_TILES).to(tl.int64)
         inside = (partials < num_partials)[:, None] & is_row[None, :]
         pointers = partials_ptr + partials[:, None] * num_rows + rows[None, :]
         stride = num_partials * num_rows
-        more_maxima = tl.load(pointers, mask=inside, other=float("-inf"))
-        more_sums = tl.load(pointers + stride, mask=inside, other=0.0)
-        more_weighted = tl.load(pointers + 2 * stride, mask=inside, other=0.0)
-        totals += tl.load(pointers + 3 * stride, mask=inside, other=0.0)
+        more_maxima = tl.load(pointers + PARTIAL_MAXIMUM * stride, mask=inside, other=float("-inf"))
+        more_sums = tl.load(pointers + PARTIAL_EXP_SUM * stride, mask=inside, other=0.0)
+        more_weighted = tl.load(pointers + PARTIAL_WEIGHTED_SUM * stride, mask=inside, other=0.0)
+        totals += tl.load(pointers + PARTIAL_LOGIT_SUM * stride, mask=inside, other=0.0)
         maxima = tl.maximum(maxima, more_maxima)
-        # both relative to the larger reference; the finite floor as in ``merge``
+        # rescale both to the larger reference, with the finite floor of ``merge``
         more_references = tile_reference(more_maxima, reference[None, :], log2_factor)
         new_references = tl.maximum(references, more_references)
         origin = tl.where(new_references == float("-inf"), 0.0, new_references)
         step = tl.where(sums > 0, tl.maximum(references - origin, -1e30), 0.0)
         more_step = tl.where(more_sums > 0, tl.maximum(more_references - origin, -1e30), 0.0)
         rescale, more_rescale = tl.exp2(step * log2_factor), tl.exp2(more_step * log2_factor)
-        # sums of up to 2^60 V may overflow in what then counts for nothing
+        # Sums reach 2^60 V, so a weighted sum whose factor is 0 may have overflowed: drop it.
         old_weighted = tl.where(rescale > 0, (weighted + sums * step) * rescale, 0.0)
         more_weighted = tl.where(more_rescale > 0, (more_weighted + more_sums * more_step) * more_rescale, 0.0)
         weighted = old_weighted + more_weighted
         sums = sums * rescale + more_sums * more_rescale
         references = new_references
     row_reference, row_sum, row_weighted = merge(references, sums, weighted, log2_factor)
-    tl.store(state_ptr + rows, row_reference, mask=is_row)
-    tl.store(state_ptr + num_rows + rows, row_sum, mask=is_row)
-    tl.store(state_ptr + 3 * num_rows + rows, row_weighted, mask=is_row)
-    tl.store(state_ptr + 4 * num_rows + rows, tl.sum(totals, axis=0), mask=is_row)
-    tl.store(state_ptr + 5 * num_rows + rows, tl.max(maxima, axis=0), mask=is_row)
+    tl.store(state_ptr + REFERENCE * num_rows + rows, row_reference, mask=is_row)
+    tl.store(state_ptr + EXP_SUM * num_rows + rows, row_sum, mask=is_row)
+    tl.store(state_ptr + WEIGHTED_SUM * num_rows + rows, row_weighted, mask=is_row)
+    tl.store(state_ptr + LOGIT_SUM * num_rows + rows, tl.sum(totals, axis=0), mask=is_row)
+    tl.store(state_ptr + MAXIMUM * num_rows + rows, tl.max(maxima, axis=0), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "column_blocks"])
@@ -273,8 +304,11 @@ def keep_register_tiles_kernel(
     DEPTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    """Grid as that of ``fold_register_tiles_kernel``. P times the rows' factors, the targets' entries too, under the
-    reference that all tiles led to. ``state`` is [3, rows].
+    """Grid: (blocks of rows * blocks of columns,). One program computes one tile of P times its rows' factors.
+
+    For a second visit: P is relative to the reference at the end of the first. Reads hidden [rows, H] and blocks of the
+    weight's rows, as ``fold_register_tiles_kernel`` does, and writes 2 bytes per logit, the targets' entries too.
+    ``state`` holds REFERENCE, EXP_SUM and TARGET_LOGIT alone, [3, rows].
     """
     u, row_block, column_block = multiply_tile(
         hidden_ptr, weight_ptr, bias_ptr, num_rows, column_blocks, weight_stride,
@@ -283,15 +317,15 @@ def keep_register_tiles_kernel(
     rows = row_block * ROWS + tl.arange(0, ROWS)
     is_row = rows < num_rows
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
-    reference = tl.load(state_ptr + rows, mask=is_row, other=0.0)
-    row_sum = tl.load(state_ptr + num_rows + rows, mask=is_row, other=1.0)
-    u_target = tl.load(state_ptr + 2 * num_rows + rows, mask=is_row, other=0.0)
+    reference = tl.load(state_ptr + REFERENCE * num_rows + rows, mask=is_row, other=0.0)
+    row_sum = tl.load(state_ptr + EXP_SUM * num_rows + rows, mask=is_row, other=1.0)
+    u_target = tl.load(state_ptr + TARGET_LOGIT * num_rows + rows, mask=is_row, other=0.0)
     row_factor = tl.load(factors_ptr + rows, mask=is_row, other=0.0)
     target = tl.load(targets_ptr + rows, mask=is_row, other=-1) - first
     kept = tl.exp2((u - reference[:, None]) * log2_factor) * row_factor[:, None]
     kept_ptrs = kept_pointers(kept_ptr, kept_stride, row_block, column_block, ROWS, COLUMNS, COLUMNS)
     tl.store(kept_ptrs, kept.to(kept_ptr.dtype.element_ty), mask=is_row[:, None])
-    tl.debug_barrier()  # the target's entry over what was stored there
+    tl.debug_barrier()  # the target's entry overwrites the one stored above by another thread
     at_target = -others_sum(u_target, reference, row_sum, log2_factor, 1.0, False) * row_factor
     is_here = is_row & (target >= 0) & (target // COLUMNS == column_block)
     target_ptrs = kept_ptr + rows.to(tl.int64) * kept_stride + target
@@ -299,20 +333,27 @@ def keep_register_tiles_kernel(
 
 
 def serves(weight: torch.Tensor) -> bool:
-    """Whether steps along H of the weight [V, H] are whole, wide loads reach its rows and 32 bits its end."""
+    """Return whether the kernels can read this LM head weight [V, H].
+
+    H must be a multiple of DEPTH, rows must start at 16-byte boundaries, and 32-bit offsets must reach the last
+    element.
+    """
     is_aligned = weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0
     return is_aligned and weight.shape[1] % DEPTH == 0 and len(weight) * weight.stride(0) < 2**31
 
 
 def partial_bytes(num_columns: int, is_kept: bool) -> int:
-    """Bytes for each row: four partial results a tile, and a reference where its P is kept."""
-    return (4 + is_kept) * 4 * -(-num_columns // COLUMNS)
+    """Return bytes per row beside the state: a partial result per tile, and a reference per tile whose P is kept."""
+    return (PARTIAL_ROWS.value + is_kept) * 4 * -(-num_columns // COLUMNS)
 
 
 def start(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, state: torch.Tensor
 ) -> None:
-    """Make ``state`` [6, rows] what the first tile is folded into, from the whole ``weight`` and ``bias``."""
+    """Start ``state`` [STATE_ROWS, rows], into which the first tile is folded; references are the targets' logits.
+
+    ``hidden`` is [rows, H], ``weight`` the whole LM head [V, H] and ``bias`` its bias [V] or None.
+    """
     start_rows_kernel[(len(hidden),)](
         hidden,
         weight,
@@ -339,11 +380,13 @@ def fold(
     *,
     factor: float,
 ) -> None:
-    """Fold whole blocks of ``columns`` of the vocabulary into ``state`` [6, rows], from hidden [rows, H] and the whole
-    ``weight`` [V, H] and ``bias`` [V]; ``kept`` takes their P, each block a tile.
+    """Fold the logits of ``columns`` of the vocabulary into ``state`` [STATE_ROWS, rows], which ``start`` has started.
+
+    ``columns`` are whole blocks of COLUMNS. ``hidden`` is [rows, H]; ``weight`` [V, H] and ``bias`` [V] are the whole
+    LM head's. If ``kept`` is given, P is stored there, and each block of columns is a tile of it.
     """
     num_rows, column_blocks = len(hidden), (columns.stop - columns.start) // COLUMNS
-    partials = state.new_empty(4, column_blocks, num_rows)
+    partials = state.new_empty(PARTIAL_ROWS.value, column_blocks, num_rows)
     values, references, _ = kept if kept is not None else (None, None, 0)
     fold_register_tiles_kernel[_grid(num_rows, column_blocks)](
         hidden,
@@ -391,7 +434,10 @@ def keep(
     *,
     factor: float,
 ) -> None:
-    """P of whole blocks of ``columns``, once all were folded into ``state`` [3, rows], times ``factors`` [rows]."""
+    """Store P of ``columns``, whole blocks of COLUMNS, times ``factors`` [rows] into ``kept``, on a second visit.
+
+    ``state`` [3, rows] holds REFERENCE, EXP_SUM and TARGET_LOGIT after all columns were folded.
+    """
     num_rows, column_blocks = len(hidden), (columns.stop - columns.start) // COLUMNS
     keep_register_tiles_kernel[_grid(num_rows, column_blocks)](
         hidden,
@@ -419,6 +465,7 @@ def _grid(num_rows: int, column_blocks: int) -> tuple[int]:
 
 
 def _tile() -> dict[str, int]:
+    """Return the launch options of a tile."""
     return {
         "ROWS": ROWS,
         "COLUMNS": COLUMNS,

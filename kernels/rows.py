@@ -1,5 +1,8 @@
-"""Rows moved between the batch and a chunk of completion tokens, scaled and rounded on the way; and scaling in place
-by a number that only the device knows.
+"""Gather, scatter and scale rows, and scale a tensor in place by a number that lies on the device.
+
+The engine from hidden states gathers a chunk's completion tokens out of the batch and scatters their gradients back,
+scaled and rounded once on the way. The backward scales finished gradients by the incoming one without reading it on
+the host, which would wait for the device.
 """
 
 import torch
@@ -10,8 +13,8 @@ from . import COMPILER_OPTIONS
 
 BLOCK = 1024
 SCALE_BLOCK = 2048
-SCALE_BLOCKS = 32  # of one program: where the factor is 1 there is nothing to do but start
-# elements between 16-byte accesses, in the narrowest dtype
+SCALE_BLOCKS = 32  # blocks of one program; with fewer programs a factor of 1, which only starts them, costs less
+# elements in one 16-byte access of the narrowest dtype, two bytes
 ALIGNMENT = tl.constexpr(8)
 
 
@@ -33,9 +36,10 @@ def move_rows_kernel(
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows,). target[target_rows[i]] = source[source_rows[i]] factors[i]; one row, read and written once.
+    """Grid: (rows,). Program i writes target[target_rows[i]] = source[source_rows[i]] * factors[i].
 
-    A source row b * seq_len + t lies at b * batch_stride + t * row_stride.
+    Reads and writes each element of its row once. Source row b * seq_len + t starts at element
+    b * batch_stride + t * row_stride. Without GATHER or SCATTER the row is i; without SCALE the values are only cast.
     """
     i = tl.program_id(0).to(tl.int64)
     source_row = tl.load(source_rows_ptr + i) if GATHER else i
@@ -64,8 +68,9 @@ def move_rows(
 ) -> None:
     """target[target_rows] = (source[source_rows] * factors[:, None]).to(target.dtype).
 
-    ``source`` is [rows, columns] or [B, T, columns] with a contiguous last dimension, its rows counted through B T;
-    ``target`` is [rows, columns]. Rows not named are taken in order.
+    ``source`` is [rows, columns] or [B, T, columns] with a contiguous last dimension; row b * T + t of the latter is
+    position t of sequence b. ``target`` is [rows, columns]. Without ``source_rows`` or ``target_rows``, rows are taken
+    in order. ``factors`` is [rows]; the product is computed in its dtype and rounded once.
     """
     seq_len = source.shape[1] if source.ndim == 3 else 1
     num_rows = next(len(x) for x in (source_rows, target_rows, source) if x is not None)
@@ -92,9 +97,10 @@ def move_rows(
 
 @triton.jit
 def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Grid: (size / (BLOCK * BLOCKS),). values *= factor, each read and written once; none touched where it is 1.
+    """Grid: (size / (BLOCK * BLOCKS),). values *= factor, in float32 or float64.
 
-    A 0 stays one beside a factor that is not finite: masked positions take no part.
+    Reads and writes each value once; touches none if the factor is 1. A value of 0 stays 0 even if the factor is not
+    finite, so masked positions keep a gradient of exactly 0.
     """
     factor = tl.load(factor_ptr)
     if factor == 1.0:
@@ -109,6 +115,6 @@ def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr, BLOCKS: tl.c
 
 
 def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
-    """values *= factor: a contiguous tensor and a scalar one."""
+    """Multiply the contiguous tensor ``values`` in place by the scalar tensor ``factor``."""
     grid = (triton.cdiv(values.numel(), SCALE_BLOCK * SCALE_BLOCKS),)
     scale_kernel[grid](values, factor, size=values.numel(), BLOCK=SCALE_BLOCK, BLOCKS=SCALE_BLOCKS, **COMPILER_OPTIONS)

@@ -1,11 +1,15 @@
-"""Masked reduction of token values to sequences, padded or packed, and its backward."""
+"""Sums of token values over the completion tokens of each sequence, padded or packed; and the gradient by the tokens.
+
+Forward: four values per token, as ``token_logprobs.py`` leaves them, become a log-probability, a token count and three
+means per sequence. Backward: d loss / d log-probability of a sequence becomes d loss / d log-probability of its tokens.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
 from . import COMPILER_OPTIONS
-from .online import MASKED_TARGET, find_sequence
+from .online import ENTROPY, IS_TOP1, LOGP, MASKED_TARGET, MEAN_LOGIT, find_sequence
 
 BLOCK_TOKENS = 1024
 
@@ -27,11 +31,12 @@ def sequence_kernel(
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (sequences,). One program reads its sequence's tokens (20 bytes each) and adds them up in fp64.
+    """Grid: (sequences,). One program adds up the tokens of one sequence in fp64.
 
-    Writes the sequence's log-probability (sum, or mean with AVERAGE), its number of completion tokens, and the means
-    of entropy, mean logit and is_top1 over them; all 0 where there is none. Offsets that do not partition the rows
-    give NaN.
+    Reads 20 bytes per token: its target and four float32 values, the values of completion tokens only. Writes the
+    sequence's log-probability (the sum, or with AVERAGE the mean), its number of completion tokens, and their mean
+    entropy, mean logit and top-1. All are 0 for a sequence without completion tokens. A log-probability is NaN where
+    the offsets do not partition the rows.
     """
     sequence = tl.program_id(0).to(tl.int64)
     first = sequence * seq_len
@@ -55,10 +60,11 @@ def sequence_kernel(
         rows = start + tl.arange(0, BLOCK)
         target = tl.load(targets_ptr + rows, mask=rows < last, other=MASKED_TARGET)
         is_token = target != MASKED_TARGET
-        logps += tl.load(per_token_ptr + rows, mask=is_token, other=0.0).to(tl.float64)
-        entropy += tl.load(per_token_ptr + num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
-        mean_logits += tl.load(per_token_ptr + 2 * num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
-        num_top1 += tl.load(per_token_ptr + 3 * num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
+        logps += tl.load(per_token_ptr + LOGP * num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
+        entropy += tl.load(per_token_ptr + ENTROPY * num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
+        mean_logit = tl.load(per_token_ptr + MEAN_LOGIT * num_rows + rows, mask=is_token, other=0.0)
+        mean_logits += mean_logit.to(tl.float64)
+        num_top1 += tl.load(per_token_ptr + IS_TOP1 * num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
         count += is_token.to(tl.int64)
 
     tokens = tl.sum(count, axis=0)
@@ -91,10 +97,12 @@ def sequence_backward_kernel(
     HAS_HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows / BLOCK,). token_grads[row] = incoming[s mod num_incoming] head_grads[s] (/ n_s), 0 where masked.
+    """Grid: (rows / BLOCK,). token_grads[row] = incoming[s mod num_incoming] * head_grads[s], 0 where masked.
 
-    The incoming gradient is one number, one per pair, or one per sequence; sequence s of B belongs to entry s mod
-    num_incoming in each case. Beside one that is not finite a 0 of head_grads stays one.
+    s is the row's sequence; with AVERAGE the result is divided by its number of completion tokens. ``incoming`` holds
+    one number, one per pair, or one per sequence; in each case entry s mod num_incoming belongs to sequence s. Where
+    head_grads is 0 the result is 0, even if the incoming gradient is not finite. Reads 4 bytes per row (its target) and
+    its sequence's numbers, writes one value per row.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
@@ -122,8 +130,10 @@ def forward(
     seq_len: int,
     average: bool,
 ) -> None:
-    """Fill ``outputs``: sequence log-probabilities (fp64), token counts (int64), mean entropy, mean logit and token
-    accuracy, each [B].
+    """Sum ``per_token`` [4, rows] over the rows of each sequence whose target is not masked.
+
+    Fills ``outputs`` = (log-probabilities in fp64, token counts in int64, mean entropy, mean logit, token accuracy),
+    each [B]. ``average`` divides the log-probabilities by the token counts.
     """
     sequence_kernel[(outputs[0].numel(),)](
         targets,
@@ -151,7 +161,10 @@ def backward(
     seq_len: int,
     average: bool,
 ) -> None:
-    """Fill ``token_grads`` [rows] from d loss / d sequence log-probability = incoming * head_grads."""
+    """Fill ``token_grads`` [rows] = d loss / d token log-probability.
+
+    d loss / d sequence log-probability [B] is ``incoming`` * ``head_grads``, or ``incoming`` alone without a head.
+    """
     num_sequences = token_counts.numel()
     sequence_backward_kernel[(triton.cdiv(targets.numel(), BLOCK_TOKENS),)](
         targets,

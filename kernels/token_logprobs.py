@@ -1,14 +1,19 @@
-"""One row of logits -> its target's log-probability, its entropy, mean logit and top token; and the gradient back.
+"""Rows of logits to log-probabilities, entropy, mean logit and top-1 of their targets; and the gradient of the logits.
 
-Logits are [B, T, V] with any batch and row stride, or packed [N, V] (then B = 1, T = N); row b * T + t is position t
-of sequence b. With x the logits, scale a, soft cap c and temperature tau,
+Logits are [B, T, V] with any batch and row stride, or packed [N, V] (then B = 1, T = N). Row b * T + t is position t
+of sequence b. With logits x, scale a, soft cap c and temperature tau,
 
     z = factor * u,   u = c tanh(a x / c), factor = 1 / tau   (soft cap)
                       u = x,               factor = a / tau   (none)
 
-Everything is measured from the row's largest u, so the size of the logits never enters an exponent's rounding:
+All exponents are relative to the row's largest u, so a common offset of the logits never enters their rounding:
 
     log p = factor (u_target - u_max) - log_sum,   log_sum = log sum_v exp(factor (u_v - u_max))
+    d log p / d x_v = k_v ((v = target) - exp(factor (u_v - u_max) - log_sum)),   k_v = d z_v / d x_v
+
+The forward folds a row and finishes it in one launch. Where a batch has few rows, several programs fold parts of the
+columns of one row (SPLIT). They leave partial results, as ``online.py`` defines them, and a second launch merges and
+finishes them.
 """
 
 import torch
@@ -17,9 +22,19 @@ import triton.language as tl
 
 from . import COMPILER_OPTIONS
 from .online import (
+    ENTROPY,
     INVALID_TARGET,
+    IS_TOP1,
     LOG2_E,
+    LOGP,
     MASKED_TARGET,
+    MEAN_LOGIT,
+    PARTIAL_EXP_SUM,
+    PARTIAL_LOGIT_SUM,
+    PARTIAL_MAXIMUM,
+    PARTIAL_ROWS,
+    PARTIAL_WEIGHTED_SUM,
+    TOKEN_ROWS,
     cap,
     find_sequence,
     fold,
@@ -28,16 +43,18 @@ from .online import (
     tile_columns,
 )
 
-# A thread loads 16 bytes at a time and has two such loads in flight before it uses the first.
+# A thread loads 16 bytes at a time, and has two such loads in flight before it uses the first.
 VECTOR_BYTES = 16
 BLOCK_BYTES = 4096
 NUM_WARPS = 4
-# Blocks of columns per backward program: enough to pay for its scalars, few enough that few rows still fill a GPU.
+# Blocks of columns per backward program: enough to pay for loading the row's numbers, few enough that a batch of few
+# rows still fills a GPU.
 BACKWARD_BLOCKS = 2
-# A row is split over several programs where there are fewer rows than this per multiprocessor, over at most MAX_SPLITS.
+# With fewer rows per multiprocessor than this, a row is split over several programs, MAX_SPLITS at most.
 ROWS_PER_MULTIPROCESSOR = 2
 MAX_SPLITS = 64
-MIN_SPLIT_BLOCKS = 2  # what a split's partial results are little beside
+# At least two blocks per split, so its four partial results cost little next to its reads.
+MIN_SPLIT_BLOCKS = 2
 
 
 @triton.jit
@@ -60,6 +77,7 @@ def store_row(
     log2_factor,
     HAS_SOFTCAP: tl.constexpr,
 ):
+    """Finish a row: read its target's logit, write row_max, log_sum and the four results."""
     log_sum = tl.log(row_sum)
     mean_distance = row_weighted / row_sum
     is_token = target >= 0
@@ -70,23 +88,25 @@ def store_row(
     logp = tl.where(is_token, logp, float("nan"))
     tl.store(row_max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
-    tl.store(per_token_ptr + row, logp)
-    tl.store(per_token_ptr + num_rows + row, log_sum - factor64 * mean_distance)
-    tl.store(per_token_ptr + 2 * num_rows + row, factor64 * (row_total / vocab_size))
-    # maxima pass over a NaN, the log-probability does not
+    tl.store(per_token_ptr + LOGP * num_rows + row, logp)
+    tl.store(per_token_ptr + ENTROPY * num_rows + row, log_sum - factor64 * mean_distance)
+    tl.store(per_token_ptr + MEAN_LOGIT * num_rows + row, factor64 * (row_total / vocab_size))
+    # a maximum ignores NaN, the log-probability does not
     is_top1 = (u_target >= row_max) & (logp == logp)
-    tl.store(per_token_ptr + 3 * num_rows + row, is_top1.to(scale.dtype))
+    tl.store(per_token_ptr + IS_TOP1 * num_rows + row, is_top1.to(scale.dtype))
 
 
 @triton.jit
 def store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows):
+    """Write zeros for a row that predicts no completion token."""
     tl.store(row_max_ptr + row, 0.0)
     tl.store(log_sum_ptr + row, 0.0)
-    tl.store(per_token_ptr + tl.arange(0, 4) * num_rows + row, tl.zeros([4], per_token_ptr.dtype.element_ty))
+    zeros = tl.zeros([TOKEN_ROWS], per_token_ptr.dtype.element_ty)
+    tl.store(per_token_ptr + tl.arange(0, TOKEN_ROWS) * num_rows + row, zeros)
 
 
-# Nothing here is specialised on a length or a stride: one compiled kernel serves every batch of a model. What changes
-# the code is a compile-time constant, derived from the arguments by the launcher.
+# The kernel is not specialised on any length or stride, so one compiled kernel serves every batch of a model. The
+# launcher derives the compile-time constants from its arguments.
 FORWARD_RUNTIME = [
     "num_rows",
     "seq_len",
@@ -137,10 +157,11 @@ def token_logprobs_kernel(
     VEC: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Grid: (rows * splits,). One program reads one row, or one of ``splits`` ranges of its columns.
+    """Grid: (rows * splits,). One program folds one row, or one of ``splits`` ranges of its columns.
 
-    Reads each logit of a completion token once (itemsize bytes), none of another row; writes six numbers per row, or
-    with SPLIT four partial results per program, which ``combine_splits_kernel`` merges.
+    Reads each logit of a completion token once (itemsize bytes per logit) and no logit of a masked row. Writes the
+    row's target. Then writes row_max, log_sum and four results per row; or, with SPLIT, PARTIAL_ROWS numbers per
+    program, which ``combine_splits_kernel`` merges. A lane's maximum and sums stay in registers, in COMPUTE precision.
     """
     scale = tl.full([], scale, COMPUTE)
     softcap = tl.full([], softcap, COMPUTE)
@@ -152,7 +173,7 @@ def token_logprobs_kernel(
     batch = row // seq_len
     position = row % seq_len
 
-    # which token this row predicts
+    # the token that this row predicts
     label_position = position + SHIFT
     end = seq_len + batch * 0
     if PACKED and SHIFT:
@@ -197,11 +218,11 @@ def token_logprobs_kernel(
     row_max, row_sum, row_weighted = merge(lane_max, lane_sum, lane_weighted, log2_factor)
     row_total = tl.sum(lane_total, axis=0)
     if SPLIT:
-        partial_ptr = partials_ptr + program * 4
-        tl.store(partial_ptr, row_max)
-        tl.store(partial_ptr + 1, row_sum)
-        tl.store(partial_ptr + 2, row_weighted)
-        tl.store(partial_ptr + 3, row_total)
+        partial_ptr = partials_ptr + program * PARTIAL_ROWS
+        tl.store(partial_ptr + PARTIAL_MAXIMUM, row_max)
+        tl.store(partial_ptr + PARTIAL_EXP_SUM, row_sum)
+        tl.store(partial_ptr + PARTIAL_WEIGHTED_SUM, row_weighted)
+        tl.store(partial_ptr + PARTIAL_LOGIT_SUM, row_total)
     else:
         store_row(
             row_ptr,
@@ -247,7 +268,10 @@ def combine_splits_kernel(
     BLOCK_SPLITS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Grid: (rows,). One program merges a row's ``splits`` partial results and reads its target's logit."""
+    """Grid: (rows,). One program merges the partial results of a row's ``splits`` and finishes the row.
+
+    Reads PARTIAL_ROWS numbers per split and the target's logit, writes row_max, log_sum and four results per row.
+    """
     scale = tl.full([], scale, COMPUTE)
     softcap = tl.full([], softcap, COMPUTE)
     log2_factor = tl.full([], factor, COMPUTE) * LOG2_E
@@ -259,11 +283,12 @@ def combine_splits_kernel(
         return
 
     split = tl.arange(0, BLOCK_SPLITS)
-    partial_ptr = partials_ptr + (row * splits + split) * 4
-    maxima = tl.load(partial_ptr, mask=split < splits, other=float("-inf"))
-    sums = tl.load(partial_ptr + 1, mask=split < splits, other=0.0)
-    weighted = tl.load(partial_ptr + 2, mask=split < splits, other=0.0)
-    totals = tl.load(partial_ptr + 3, mask=split < splits, other=0.0)
+    inside = split < splits
+    partial_ptr = partials_ptr + (row * splits + split) * PARTIAL_ROWS
+    maxima = tl.load(partial_ptr + PARTIAL_MAXIMUM, mask=inside, other=float("-inf"))
+    sums = tl.load(partial_ptr + PARTIAL_EXP_SUM, mask=inside, other=0.0)
+    weighted = tl.load(partial_ptr + PARTIAL_WEIGHTED_SUM, mask=inside, other=0.0)
+    totals = tl.load(partial_ptr + PARTIAL_LOGIT_SUM, mask=inside, other=0.0)
     row_max, row_sum, row_weighted = merge(maxima, sums, weighted, log2_factor)
     store_row(
         logits_ptr + (row // seq_len) * logits_batch_stride + (row % seq_len) * logits_row_stride,
@@ -302,7 +327,7 @@ def store_gradient(
     HAS_SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """coefficient (onehot - p) times the soft cap's derivative, for one tile of columns."""
+    """Write coefficient * slope * (onehot - p) for one tile of columns; slope is the soft cap's derivative, or 1."""
     if MASK:
         x = tl.load(logits_row_ptr + columns, mask=columns < last, other=float("-inf")).to(coefficient.dtype)
     else:
@@ -351,11 +376,11 @@ def token_logprobs_backward_kernel(
     BLOCKS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Grid: (rows * chunks,). One program writes the gradient of one chunk of BLOCKS tiles of a row's columns.
+    """Grid: (rows * chunks,). One program writes the gradient of one chunk of a row: BLOCKS tiles of columns.
 
-    Reads each logit of a completion token once and writes each gradient once (2 * itemsize bytes per logit); a row
-    whose token gradient is zero, masked rows among them, is written as zeros and not read. ``grad_ptr`` may be
-    ``logits_ptr``: a program reads a tile before it writes it, and no other program touches it.
+    Reads each logit of a completion token once and writes each gradient once (2 * itemsize bytes per logit). A row
+    whose token gradient is zero, masked rows included, is written as zeros and its logits are not read. ``grad_ptr``
+    may equal ``logits_ptr``: a program reads a tile before it writes it, and no other program touches that tile.
     """
     scale = tl.full([], scale, COMPUTE)
     softcap = tl.full([], softcap, COMPUTE)
@@ -391,7 +416,7 @@ def token_logprobs_backward_kernel(
     row_max = tl.load(row_max_ptr + row)
     log2_sum = tl.load(log_sum_ptr + row) * LOG2_E
     log2_factor = factor * LOG2_E
-    # d z / d x without the soft cap's own derivative
+    # d z / d x without the slope of the soft cap, which differs from column to column
     coefficient = token_grad * (factor * scale if HAS_SOFTCAP else factor)
     for start in range(first, last_full, LANES * VEC):
         store_gradient(
@@ -428,7 +453,7 @@ def token_logprobs_backward_kernel(
 
 
 def _row_view(logits: torch.Tensor) -> tuple[int, int, int]:
-    """(T, batch stride, row stride) of logits [B, T, V] or [N, V]; a stride nobody uses is 0."""
+    """Return (T, batch stride, row stride) of logits [B, T, V] or [N, V], in elements; an unused stride is 0."""
     seq_len = logits.shape[-2]
     batch_stride = logits.stride(0) if logits.ndim == 3 and logits.shape[0] > 1 else 0
     return seq_len, batch_stride, logits.stride(-2) if seq_len > 1 else 0
@@ -439,14 +464,14 @@ def _compute_dtype(logits: torch.Tensor) -> tl.dtype:
 
 
 def _tile(vocab_size: int, itemsize: int) -> tuple[int, int]:
-    """(LANES, VEC): one block of columns, not much wider than the vocabulary."""
+    """Return (LANES, VEC) of one block of columns: BLOCK_BYTES, or less for a narrow vocabulary."""
     vec = VECTOR_BYTES // itemsize
     block = min(BLOCK_BYTES // itemsize, max(triton.next_power_of_2(vocab_size), 32 * vec))
     return block // vec, vec
 
 
 def _is_aligned(vec: int, *lengths: int) -> bool:
-    """Whether every row starts and ends between 16-byte accesses."""
+    """Whether every row starts and ends at a multiple of ``vec`` elements, the 16 bytes of one access."""
     return all(length % vec == 0 for length in lengths)
 
 
@@ -467,7 +492,12 @@ def forward(
     factor: float,
     multiprocessors: int,
 ) -> None:
-    """Fill ``outputs``: targets (int32), row_max and log_sum [rows]; logps, entropy, mean_logits, is_top1 [4, rows]."""
+    """Compute each row's log-probability, entropy, mean logit and top-1 from ``logits`` [B, T, V] or [N, V].
+
+    Fills ``outputs`` = (targets [rows] int32, row_max [rows], log_sum [rows], per_token [4, rows]). The rows of
+    ``per_token`` are logps, entropy (of the softmax, in nats), mean_logits (of z) and is_top1 (0 or 1). ``backward``
+    reads the first three. ``labels`` is [B, T] or [N]; ``cu_seqlens`` [B + 1] holds the offsets of packed sequences.
+    """
     targets, *stats = outputs
     seq_len, batch_stride, row_stride = _row_view(logits)
     rows, vocab_size = targets.numel(), logits.shape[-1]
@@ -476,11 +506,12 @@ def forward(
     blocks = triton.cdiv(vocab_size, lanes * vec)
     splits, blocks_per_split, partials = 1, blocks, targets
     if 0 < rows < ROWS_PER_MULTIPROCESSOR * multiprocessors and blocks > 1:
+        # enough programs for twice that many per multiprocessor
         wanted = min(triton.cdiv(2 * ROWS_PER_MULTIPROCESSOR * multiprocessors, rows), MAX_SPLITS)
         wanted = min(wanted, triton.cdiv(blocks, MIN_SPLIT_BLOCKS))
         blocks_per_split = triton.cdiv(blocks, wanted)
         splits = triton.cdiv(blocks, blocks_per_split)
-        partials = stats[0].new_empty(rows, splits, 4)
+        partials = stats[0].new_empty(rows, splits, PARTIAL_ROWS.value)
 
     transform = {
         "scale": scale,
@@ -549,7 +580,11 @@ def backward(
     softcap: float | None,
     factor: float,
 ) -> None:
-    """Fill ``grad``, shaped as ``logits`` and possibly the same tensor, from token_grads = d loss / d logps [rows]."""
+    """Fill ``grad`` with d loss / d logits, from ``token_grads`` = d loss / d logps [rows].
+
+    ``targets``, ``row_max`` and ``log_sum`` [rows] are those that ``forward`` filled. ``grad`` has the shape of
+    ``logits`` and may be the same tensor.
+    """
     seq_len, batch_stride, row_stride = _row_view(logits)
     _, grad_batch_stride, grad_row_stride = _row_view(grad)
     vocab_size = logits.shape[-1]

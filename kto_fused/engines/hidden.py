@@ -78,10 +78,12 @@ class Engine:
         self._gather(start, stop)
         # clone, here and below: a slice's alignment would compile another variant of the kernels
         targets = self.tokens.targets[start:stop].clone()
-        self.per_token[:, start:stop] = self.chunk.forward(self.chunk_hidden, self.lm_head, targets, keep)
+        self.chunk.fold(self.chunk_hidden, self.lm_head, targets, keep)
+        self.per_token[:, start:stop] = self.chunk.finish(self.lm_head)
         if self.statistics is not None:
             for values, statistic in zip(self.statistics, self.chunk.statistics, strict=True):
-                values[start:stop] = statistic
+                if statistic is not None:
+                    values[start:stop] = statistic
 
     def start_statistics(self) -> None:
         """Let ``forward`` record each token's softmax statistics, from which a second visit computes gradients.

@@ -114,9 +114,7 @@ def gemms(function, case, trained, **options) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("setting", GEMMS)
 def test_gemms(engine, setting, dtype, monkeypatch):
-    monkeypatch.setattr(
-        chunk_module, "_is_hopper", lambda device: False
-    )  # the counter does not see Hopper's own GEMM kernel
+    monkeypatch.setattr(chunk_module, "_is_hopper", lambda device: False)  # else a kernel multiplies, uncounted
     function, trained, options, num_tokens, expected = GEMMS[setting]
     case = long_case(engine, tokens=TOKENS, prompt=7, vocab=V, hidden_size=H, bias=True, dtype=dtype)
     with chunks_of(num_tokens):
@@ -242,7 +240,7 @@ def test_prompts_take_no_memory_where_a_narrow_gradient_is_scaled_by_a_wider_num
     ],
 )
 def test_a_chunk_on_a_cpu_is_no_larger_than_its_gemms_need(setting, chunk_tokens, products):
-    """The batch has four sequences of 512 tokens. A chunk is larger only where that spares a GEMM."""
+    """Four sequences of 512 tokens take chunks of 1024, unless a larger chunk saves a GEMM."""
     function, trained, options = MEMORY[setting]
     case = long_case(tokens=512, prompt=20, vocab=8192, hidden_size=64)
     chunk_bytes = 4 * 8192 * chunk_tokens
@@ -257,7 +255,7 @@ def test_a_chunk_on_a_cpu_is_no_larger_than_its_gemms_need(setting, chunk_tokens
 )
 @pytest.mark.parametrize("chunk_bytes", [2 * MIB, 6 * MIB], ids=["2 MiB", "6 MiB"])
 def test_a_small_budget_is_kept_and_used(setting, dtype, chunk_bytes):
-    """The budget is smaller than the largest scratch of the row operations and of the weight's casts."""
+    """Even a budget below the scratch memory that row operations and casts of the weight take where there is room."""
     function, trained, options = MEMORY[setting]
     case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=512, dtype=dtype)
     case.weight, case.hidden = case.weight.to(dtype), case.hidden.to(dtype)
@@ -282,7 +280,7 @@ SMALL_BUDGETS = {
 @pytest.mark.parametrize("name", SMALL_BUDGETS)
 @pytest.mark.parametrize(("tokens", "vocab"), [(600, 128), (8, 8192)], ids=["many tokens", "wide rows"])
 def test_a_budget_below_4_mib_is_kept_or_named(tokens, vocab, name, chunk_bytes, caplog, monkeypatch):
-    """Many tokens exceed it by their per-position numbers, wide rows by a single token's logits; both are counted."""
+    """Many tokens' own numbers exceed the budget, or one token's wide row does; the warning names the size."""
     monkeypatch.setattr(plan, "exceeded_budgets", set())
     setting, dtype, more = SMALL_BUDGETS[name]
     function, trained, options = MEMORY[setting]
@@ -298,7 +296,7 @@ def test_a_budget_below_4_mib_is_kept_or_named(tokens, vocab, name, chunk_bytes,
 
 @pytest.fixture
 def without_arithmetic(monkeypatch):
-    """Compute nothing from hidden states: memory is allocated as on a GPU, at sizes that would take a CPU too long."""
+    """Let every GEMM and kernel do nothing. Memory is allocated as on a GPU, at sizes that no CPU could compute."""
 
     def nothing(*args, **kwargs) -> None: ...
 
@@ -311,7 +309,7 @@ def without_arithmetic(monkeypatch):
 
 
 def untouched_case(hidden_size: int, vocab: int, seq_len: int, batch: int = 4) -> HiddenCase:
-    """Return sequences of which half is prompt; only the labels' memory is ever touched."""
+    """Return a case whose sequences are half prompt. Only the labels' memory is ever touched."""
     size = {"dtype": torch.bfloat16, "device": "cpu"}
     num_prompt = seq_len // 2 + 1
     labels = torch.zeros(batch, seq_len, dtype=torch.int64)
@@ -341,9 +339,9 @@ def test_memory_of_bf16_rows_stays_within_the_budget(
     function, trained, options = MEMORY[setting]
     case = untouched_case(hidden_size, 151936, 2 * tokens)
     extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
-    if "weight" not in trained:  # a larger chunk would be no faster
+    if "weight" not in trained:  # a chunk takes no more, since it would be no faster
         chunk_bytes = min(chunk_bytes, 384 * MIB)
-    # several chunks with the loss known in time add up the weight's gradient in float32
+    # several chunks whose loss is known on the first visit add up the weight's gradient in float32
     sums = 4 * case.weight.numel() if setting in ("trained", "pairs") else 0
     assert extra <= 1.05 * chunk_bytes + sums
 
@@ -365,15 +363,15 @@ def test_a_reference_of_bf16_rows_shares_the_budget(without_arithmetic, chunk_by
 @pytest.mark.skipif(HAS_GPU, reason="of CPU tensors, which Triton's kernels take in its interpreter alone")
 @pytest.mark.parametrize(("is_hopper", "softcap"), [(True, None), (True, 30.0), (False, None)])
 def test_a_reference_in_registers_takes_as_few_chunks_as_fit(without_arithmetic, is_hopper, softcap, monkeypatch):
-    """The policy's chunks hold one sequence each, because they keep its softmax."""
+    """The policy's chunks hold one sequence each, because they keep its softmax numerators."""
     monkeypatch.setattr(chunk_module, "_is_hopper", lambda device: is_hopper)
-    chunks, forward = {False: [], True: []}, chunk_module.FoldedRows.forward
+    chunks, fold = {False: [], True: []}, chunk_module.FoldedRows.fold
 
     def counted(chunk, hidden, lm_head, targets, keep):
         chunks[keep].append(len(hidden))
-        return forward(chunk, hidden, lm_head, targets, keep)
+        fold(chunk, hidden, lm_head, targets, keep)
 
-    monkeypatch.setattr(chunk_module.FoldedRows, "forward", counted)
+    monkeypatch.setattr(chunk_module.FoldedRows, "fold", counted)
     case = untouched_case(896, 151936, 2048, batch=8)
     reference = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": torch.empty_like(case.weight), **FIXED}
     _, step = inputs_and_step(KTO, case.with_options(ref_logps=None), INPUTS, logit_softcap=softcap, **reference)
@@ -419,8 +417,9 @@ def test_one_chunk_where_several_would_take_as_much(without_arithmetic, setting,
     [(151936, 3400, True), (151936, 3550, False), (32000, 14000, True), (32000, 15500, False)],
 )
 def test_lent_memory_may_spare_the_fourth_gemm(without_arithmetic, vocab, tokens, is_spared, monkeypatch):
-    """Where the head reads the whole batch: more tokens fit a single chunk if its buffer lies in the weight's gradient.
-    At V = 32000 that gradient is too small.
+    """A coupled batch needs 3 GEMMs if all its tokens fit one chunk.
+
+    More tokens fit where the weight's gradient is large enough to hold the chunk's buffer: at V = 32000 it is not.
     """
     products = []
     monkeypatch.setattr(chunk_module.FoldedRows, "add_weight_gradient", lambda *args, **kwargs: products.append(1))
@@ -434,8 +433,10 @@ def test_lent_memory_may_spare_the_fourth_gemm(without_arithmetic, vocab, tokens
     ("hidden_size", "tokens", "least"), [(896, 1024, 92), (896, 4096, 360), (2048, 1024, 144), (4096, 1024, 240)]
 )
 def test_half_the_budget_never_takes_more(without_arithmetic, hidden_size, tokens, least, monkeypatch):
-    """Bytes beside the gradients. With 4 GEMMs a single chunk of all tokens needs no float32 sum of the weight's
-    gradient; it is taken although it exceeds the smallest budgets.
+    """Memory beyond the gradients falls with the budget.
+
+    With 4 GEMMs one chunk holds all tokens, although it exceeds the smallest budgets by itself, because that saves the
+    float32 sum of the weight's gradients.
     """
     case = untouched_case(hidden_size, 151936, 2 * tokens + 2, batch=8)
     budgets = [2**power for power in range(30, 23, -1)]

@@ -1,9 +1,10 @@
-"""Compile every kernel for one GPU, on a machine without one, and print what the compiler made of it as JSON.
+"""Compile every kernel for one kind of GPU, on a machine without one, and print facts about the compiled code as JSON.
 
 Usage: python ahead_of_time.py {sm_80,sm_90,sm_100,gfx942}
 
-The public functions run on CPU tensors with Triton's driver replaced: each launch compiles exactly what it would on
-the GPU and does nothing else. Results are therefore garbage here; only the compiler's output is looked at.
+The public functions run on CPU tensors with Triton's driver replaced: each launch compiles exactly the code that the
+GPU would run, and runs nothing. The functions' results are undefined. ``test_ahead_of_time.py`` reads the printed
+facts: registers, spills, loads and stores, and how many variants of each kernel there are.
 """
 
 import itertools
@@ -35,7 +36,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# whose instructions tests look at; disassembling takes as long as compiling
+# Kernels whose instructions tests read. Others are not disassembled, which takes as long as compiling.
 DISASSEMBLED = ("token_logprobs", "fold_tile", "fold_register_tiles", "keep_register_tiles")
 launched: dict[str, JITFunction] = {}
 grids: list[tuple[int, ...]] = []
@@ -56,22 +57,24 @@ class CompileOnlyDriver:
 
 
 def compile_only(kernel: JITFunction, grid: object):
+    """Stand in for ``kernel[grid]``: compile for the arguments of the launch, and note the kernel and its grid."""
     launched[kernel.fn.__name__] = kernel
     grids.append(grid)
     return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=True, **kwargs)
 
 
 def prepare(target: GPUTarget) -> None:
+    """Make the package launch Triton kernels on CPU tensors, compiled for ``target``."""
     driver.set_active(CompileOnlyDriver(target))
     JITFunction.__getitem__ = compile_only
     backends.resolve = lambda backend, device: "triton"
-    # a GPU of 132 multiprocessors, so that few rows are split
+    # an H200 has 132 multiprocessors; with so many, a batch of few rows is split
     from_logits.multiprocessors = chunk_module.multiprocessors = lambda device: 132
     chunk_module._is_hopper = lambda device: target.arch == 90
 
 
 def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: bool = False, **options: object) -> None:
-    """Forward and backward of a loss whose memory is never touched."""
+    """Launch the forward and backward of a loss from logits. No kernel runs, so the memory is never touched."""
     logits, labels = torch.empty(batch, seq_len, vocab, dtype=dtype), torch.zeros(batch, seq_len, dtype=torch.long)
     if packed:
         options["cu_seqlens"] = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32)
@@ -86,12 +89,12 @@ def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: boo
 def launch_hidden(
     seq_len: int, vocab: int, dtype: torch.dtype = torch.bfloat16, hidden_size: int = 896, **options: object
 ) -> None:
-    """The same from hidden states, the reference's included."""
+    """Launch the forward and backward of a loss from hidden states, with a reference model's."""
     hidden = torch.empty(2, seq_len, hidden_size, dtype=dtype, requires_grad=True)
     weight, bias = (torch.empty(vocab, *size, dtype=dtype) for size in ((hidden_size,), ()))
     labels = torch.zeros(2, seq_len, dtype=torch.long)
     for lm_head_bias in (None, bias):
-        # the head frozen, trained with its loss known in time, and trained with it known in the backward
+        # a frozen head; a trained head with its loss known on the first visit; a trained head with a second visit
         for weight.requires_grad, reduction in ((False, "mean"), (True, "mean"), (True, "none")):
             loss, _ = kto_fused.fused_linear_kto_loss(
                 hidden,
@@ -127,17 +130,19 @@ def nvidia_report(kernel: str, cubin: bytes) -> dict[str, object]:
 
 
 def instructions_after_product(sass: str) -> int:
-    """Of a thread, after its last product of warp groups; without those that a branch leaves out, and without what
-    lies behind the end of the kernel, where shuffles of warps that have diverged go.
+    """Count a thread's instructions after its last product of warp groups.
+
+    Leaves out instructions that a branch skips, and those behind the end of the kernel, where the compiler puts
+    shuffles for warps that have diverged.
     """
     _, _, after = sass.rpartition("HGMMA")
-    after, _, _ = after.rpartition("  EXIT")  # without a predicate before it: the end
+    after, _, _ = after.rpartition("  EXIT")  # the EXIT without a predicate ends the kernel
     after = re.sub(r"BRA `\((\.L_x_\d+)\).*?^\1:", "", after, flags=re.DOTALL | re.MULTILINE)
     return len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", after))
 
 
 def report(target: str) -> list[dict[str, object]]:
-    """Each compiled kernel; what its instructions are where tests look at them."""
+    """Return one entry per compiled variant of each kernel, for sm_90 with registers, spills and instructions."""
     entries = []
     for name, kernel in launched.items():
         for compiled in kernel.device_caches[0][0].values():
@@ -152,6 +157,7 @@ def report(target: str) -> list[dict[str, object]]:
 
 
 def variant(compiled: object) -> str:
+    """Return the dtype of the first pointer and the compile-time constants of a compiled kernel."""
     source = compiled.src
     names = source.fn.arg_names
     constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
@@ -160,13 +166,14 @@ def variant(compiled: object) -> str:
 
 
 def launch_everything(reductions: tuple[str, ...]) -> None:
+    """Launch every kernel in every variant that tests ask for."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        launch(dtype, 2, 300, 32000)  # a program per row
-        launch(dtype, 2, 3, 32000, logit_softcap=30.0, packed=True, average_log_prob=True)  # rows split
-        launch(dtype, 2, 3, 1001, logit_softcap=30.0)  # rows that 16-byte loads cannot reach
+        launch(dtype, 2, 300, 32000)  # one program per row
+        launch(dtype, 2, 3, 32000, logit_softcap=30.0, packed=True, average_log_prob=True)  # several programs per row
+        launch(dtype, 2, 3, 1001, logit_softcap=30.0)  # rows that do not start at 16-byte boundaries
     for softcap in (None, 30.0):
         launch_hidden(3, 32000, logit_softcap=softcap)
-    if chunk_module._is_hopper(torch.device("cuda")):  # whose kernels are compiled for a hidden size
+    if chunk_module._is_hopper(torch.device("cuda")):  # kernels that fold in registers: one variant per hidden size
         for hidden_size in (2048, 2560):
             launch_hidden(3, 32000, hidden_size=hidden_size)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -192,7 +199,7 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
 
 
 def variants_per_length(dtype: torch.dtype, vocab: int) -> dict[str, dict[str, int]]:
-    """How many times each kernel is compiled for batches of many lengths, 2^31 logits and more among them."""
+    """Return how many variants of each kernel batches of many lengths compile; some have 2^31 logits and more."""
     for kernel in launched.values():
         kernel.device_caches.clear()
     counts, before = {}, Counter()
@@ -210,7 +217,7 @@ def variants_per_length(dtype: torch.dtype, vocab: int) -> dict[str, dict[str, i
 
 
 def variants_of_hidden_lengths() -> list[dict[str, int]]:
-    """How many times each kernel is compiled after one length, and after several."""
+    """Return how many variants of each kernel there are after one length from hidden states, and after several."""
     for kernel in launched.values():
         kernel.device_caches.clear()
     counts = []
@@ -224,7 +231,7 @@ def variants_of_hidden_lengths() -> list[dict[str, int]]:
 
 def main(target: str) -> None:
     prepare(TARGETS[target])
-    # every reduction on one target; the others show that the same code compiles there
+    # every reduction on one target; on the others it suffices that each kernel compiles
     launch_everything(REDUCTIONS if target == "sm_90" else REDUCTIONS[:1])
     kernels = report(target)
     lengths = {str(vocab): variants_per_length(torch.bfloat16, vocab) for vocab in (32000, 50257)}

@@ -1,4 +1,4 @@
-"""Every kernel compiled for real GPUs, on any machine, and what the compiler made of it."""
+"""Every kernel, compiled for real GPUs on any machine: registers, spills, instructions, and variants per length."""
 
 import json
 import os
@@ -15,8 +15,10 @@ NVIDIA = ["sm_80", "sm_90", "sm_100"]
 
 @pytest.fixture(scope="module")
 def reports():
-    """One subprocess per target, side by side: the interpreter must be off where kernels are compiled, and what is left
-    to Triton is what it will be from Triton 3.10 on.
+    """The report of ``ahead_of_time.py`` for each target, from one subprocess each, since the interpreter must be off
+    where kernels are compiled.
+
+    TRITON_DEFAULT_FP_FUSION=0 is announced as the default of Triton 3.10: a launch must ask for fusion by itself.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "0"
@@ -70,7 +72,7 @@ def test_every_kernel_compiles(reports, target):
 
 
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
-def test_products_are_not_rounded_before_they_are_added(reports, target):
+def test_every_launch_asks_for_fused_multiply_add(reports, target):
     assert all(entry["fuses_multiply_add"] for entry in kernels(reports[target]))
 
 
@@ -80,36 +82,36 @@ def test_no_spills_on_sm_90(reports):
 
 
 def test_row_kernels_read_and_write_16_bytes_at_a_time_on_sm_90(reports):
-    """In every dtype, wherever rows are aligned: what is narrower are a row's few scalars, not its columns."""
+    """In every dtype, where rows are aligned. Narrower loads are a row's few scalars, never its columns."""
     for entry in kernels(reports["sm_90"], "token_logprobs"):
         if "ALIGNED=True" not in entry["variant"]:
             continue
         assert entry["loads"]["LDG.E.128"] >= 2, entry
-        scalars = 12 if "PACKED=True" in entry["variant"] else 5  # packed rows search their sequence
+        scalars = 12 if "PACKED=True" in entry["variant"] else 5  # packed rows search for their sequence
         assert sum(entry["loads"].values()) - entry["loads"]["LDG.E.128"] <= scalars, entry
         if "backward" in entry["kernel"]:
             assert entry["stores"] == ["STG.E.128"], entry
 
 
 def test_row_kernels_leave_room_for_four_blocks_per_multiprocessor(reports):
-    """65,536 registers over 4 blocks of 256 threads are 64 each; what training uses stays within."""
+    """65,536 registers over 4 blocks of 256 threads are 64 per thread. The variants that training uses need no more."""
     for entry in kernels(reports["sm_90"], "token_logprobs"):
         if "ALIGNED=True" in entry["variant"] and "COMPUTE=fp32" in entry["variant"]:
             assert entry["registers"] <= 64, entry
 
 
 def test_one_compiled_kernel_serves_every_length(reports):
-    """But for batches of so few rows that a row is split: those have their own."""
+    """Batches of so few rows that a row is split have one more variant."""
     for target in NVIDIA:
         for vocab, variants in reports[target]["variants_per_length"].items():
             assert variants["many rows"] == dict.fromkeys(variants["many rows"], 1), (target, vocab, variants)
             assert variants["few rows"] == {"token_logprobs_kernel": 1, "combine_splits_kernel": 1}, (target, vocab)
-    # Triton addresses tensors over 2 GiB differently on AMD: one more kernel there, but no more
+    # on AMD, Triton addresses tensors over 2 GiB in another way, which takes one more variant
     for vocab, variants in reports["gfx942"]["variants_per_length"].items():
         assert max(variants["many rows"].values()) <= 2, (vocab, variants)
 
 
-def test_from_hidden_states_one_length_compiles_what_all_need(reports):
+def test_from_hidden_states_one_length_compiles_the_kernels_for_all(reports):
     for target in NVIDIA:
         after_one, after_several = reports[target]["variants_of_hidden_lengths"]
         assert after_one == after_several, target
@@ -123,9 +125,9 @@ def test_tile_kernels_read_16_bytes_and_write_8_at_a_time_on_sm_90(reports):
 
 
 def test_the_kernels_that_fold_in_registers_multiply_by_warp_groups_on_sm_90(reports):
-    """And copy ahead of their multiplications, in what shared memory a multiprocessor of that GPU has."""
+    """They also copy ahead of their multiplications, within the shared memory of a multiprocessor of that GPU."""
     fold, keep = (kernels(reports["sm_90"], f"{name}_register_tiles") for name in ("fold", "keep"))
-    # three hidden sizes, with a bias and without; a fold keeps P or does not
+    # three hidden sizes, with and without a bias; a fold with and without keeping P
     assert (len(fold), len(keep)) == (12, 6)
     for entry in fold + keep:
         assert entry["warp_group_products"] >= 4, entry
@@ -134,8 +136,8 @@ def test_the_kernels_that_fold_in_registers_multiply_by_warp_groups_on_sm_90(rep
         assert ("STG.E.128" in entry["stores"]) == is_kept, entry
 
 
-def test_what_a_logit_costs_after_its_product_on_sm_90(reports):
-    """In a thread's instructions, while which its multiprocessor multiplies nothing."""
+def test_a_logit_costs_few_instructions_after_its_product_on_sm_90(reports):
+    """Instructions per logit of a thread, during which its multiprocessor multiplies nothing."""
     logits = register_tiles.ROWS * register_tiles.COLUMNS / (32 * register_tiles.NUM_WARPS)
     for name, limit in (("fold", 14), ("keep", 9)):
         for entry in kernels(reports["sm_90"], f"{name}_register_tiles"):
