@@ -276,8 +276,11 @@ class WholeRows:
         """Compute the logits of hidden [n, H] and fold them; targets [n] int32 are token ids or ``INVALID``.
 
         ``keep`` asks for what ``backward`` needs, which this kind of chunk always keeps. The row kernel folds and
-        finishes in one launch, with the results of ``finish`` at hand. It leaves 8 bytes of state per row, all that the
-        backward reads, instead of the whole state.
+        finishes in one launch, so the results of ``finish`` are already there. It leaves 8 bytes of state per row, all
+        that the backward reads, instead of the whole state.
+
+        The row kernel does not read ``MASKED`` rows. So a row whose target lies in columns of another chunk must be
+        given a target here. A merge drops its logit, but the backward would take it for the row's own.
         """
         logits = self._logits(hidden, lm_head)
         options = {"ignore_index": MASKED, "shift": False, **self.spec.transform}
@@ -296,7 +299,11 @@ class WholeRows:
 
     @property
     def state(self) -> RowState:
-        """The state after ``fold``, computed from its results when asked for. Not read where nothing is merged."""
+        """The state after ``fold``, computed from the row kernel's results when asked for, which rounds once more.
+
+        It costs a few operations on [n] numbers, and nothing where no state is merged. A row's ``target_logit`` is NaN
+        if its target is ``INVALID``.
+        """
         factor = self.spec.transform["factor"]
         row_max, log_sum, _ = self.statistics
         logps, entropy, mean_logits, _ = self.per_token
@@ -454,11 +461,11 @@ class FoldedRows:
         from ..kernels import online, register_tiles
 
         self._begin(lm_head, targets)
-        self.rows = torch.empty(online.STATE_ROWS, len(hidden), dtype=torch.float32, device=hidden.device)
+        self.state_rows = torch.empty(online.STATE_ROWS, len(hidden), dtype=torch.float32, device=hidden.device)
         self.references = self.sums = None
         with on_device(hidden):
             if self.in_registers:
-                register_tiles.start(hidden, *lm_head, targets, self.rows)
+                register_tiles.start(hidden, *lm_head, targets, self.state_rows)
             if keep:
                 self._fold_and_keep(hidden, lm_head)
             else:
@@ -467,29 +474,31 @@ class FoldedRows:
     @property
     def state(self) -> RowState:
         """The state after ``fold``, as views of the tensor that the kernels fold into."""
-        return RowState(*self.rows)
+        return RowState(*self.state_rows)
 
     def finish(self, lm_head: LMHead, merged: MergedState | None = None) -> torch.Tensor:
         """Return per_token [4, n], see ``WholeRows.finish``, and complete the P that was kept, now that s is known."""
         from ..kernels import memory_tiles
 
         vocab_size = self.spec.vocab_size
-        with on_device(self.rows):
+        with on_device(self.state_rows):
             if merged is not None:
                 state, vocab_size = merged
-                self.rows = torch.stack(state)
+                self.state_rows = torch.stack(state)
                 if self.sums is not None:  # a panel without columns: rescales the product to the new references alone
                     self._settle(slice(self.spec.vocab_size, self.spec.vocab_size))
             if self.sums is not None:
                 capping = _without_scale(self.spec.transform)
-                memory_tiles.add_target_rows(self.sums.product, lm_head.weight, self.targets, self.rows, **capping)
+                memory_tiles.add_target_rows(
+                    self.sums.product, lm_head.weight, self.targets, self.state_rows, **capping
+                )
             elif self.references is not None:
                 self._settle(slice(0, self.spec.vocab_size))
             self.references = self.sums = None
-            per_token = self.rows.new_empty(4, len(self.targets))
+            per_token = self.state_rows.new_empty(4, len(self.targets))
             factor = self.spec.transform["factor"]
-            memory_tiles.finish(self.targets, self.rows, per_token, vocab_size=vocab_size, factor=factor)
-        self.statistics = RowStatistics(*self.rows[:NUM_STATISTICS])
+            memory_tiles.finish(self.targets, self.state_rows, per_token, vocab_size=vocab_size, factor=factor)
+        self.statistics = RowStatistics(*self.state_rows[:NUM_STATISTICS])
         return per_token
 
     def _begin(self, lm_head: LMHead, targets: torch.Tensor) -> None:
@@ -520,7 +529,7 @@ class FoldedRows:
             return memory_tiles.Kept(self._kept_columns(hidden, columns, panel), self.references, tile_index)
 
         whole, rest = self._split(panel)
-        transform, rows = self.spec.transform, (self.targets, self.rows)
+        transform, rows = self.spec.transform, (self.targets, self.state_rows)
         if whole.start < whole.stop:
             register_tiles.fold(hidden, *lm_head, *rows, whole, kept(whole), factor=transform["factor"])
         for tile, columns in self._tiles(hidden, lm_head, rest):
@@ -530,9 +539,9 @@ class FoldedRows:
         """Fold all columns and keep their P; multiply panels with the weight at once. ``finish`` completes P."""
         from ..kernels import memory_tiles
 
-        self.references = self.rows.new_empty(len(hidden), -(-self.kept_cols // self.width))
+        self.references = self.state_rows.new_empty(len(hidden), -(-self.kept_cols // self.width))
         if self.spec.keeps == "panels":
-            self.sums = memory_tiles.PanelSums(self.product[: len(hidden)], torch.empty_like(self.rows[0]))
+            self.sums = memory_tiles.PanelSums(self.product[: len(hidden)], torch.empty_like(self.state_rows[0]))
         for panel in self.panels():
             self._fold(hidden, lm_head, panel)
             self.current = self._kept_panel(hidden, panel)
@@ -547,7 +556,7 @@ class FoldedRows:
         memory_tiles.settle(
             self.current,
             self.targets,
-            self.rows,
+            self.state_rows,
             self.references,
             self.sums,
             panel,
