@@ -5,15 +5,12 @@ Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in 
 
 import torch
 
-from . import checks
-from .engines import backends
+from . import arguments, checks
+from .arguments import HiddenInputs, LogitInputs, LogpInputs
 from .engines.autograd import LogpsFromHidden, LossFromHidden
-from .engines.layout import compute_dtype, gemm_dtype
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps
-from .engines.options import HiddenOptions, LogitOptions
-from .heads.losses import LENGTH_AVERAGED
-from .heads.preference import DPOHead, KTOHead
+from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
 from .metrics import LossMetrics, TokenMetrics
 
 DEFAULT_CHUNK_BYTES = 2**30
@@ -98,33 +95,33 @@ def fused_kto_loss(
     >>> loss.item(), metrics.token_counts.tolist()
     (0.5, [3, 2])
     """
-    logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels(
-        "policy_logits", policy_logits, labels, cu_seqlens
-    )
-    checks.kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits.device)
-    checks.desirable(desirable, num_sequences, logits)
-    options = _logit_options(
+    inputs = arguments.from_logits(
         "policy_logits",
         policy_logits,
+        labels,
+        cu_seqlens,
+        ref_logits=ref_logits,
+        ref_logps=ref_logps,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    ref_logps = _reference_logps(
-        policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences, options, loss_type
+    return _loss_from_logits(
+        inputs,
+        KTOHead,
+        desirable=desirable,
+        reference_point=reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        reduction=reduction,
     )
-    head, z0 = _kto_head(
-        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits, options.backend
-    )
-    loss, *sequences, rewards, z0 = LossFromLogits.apply(
-        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps, desirable, z0
-    )
-    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
 
 
 def fused_dpo_loss(
@@ -136,7 +133,7 @@ def fused_dpo_loss(
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    gamma: float = checks.DEFAULT_GAMMA,
+    gamma: float = DEFAULT_GAMMA,
     reduction: str = "mean",
     average_log_prob: bool = False,
     cu_seqlens: torch.Tensor | None = None,
@@ -183,31 +180,31 @@ def fused_dpo_loss(
     >>> round(loss.item(), 4), metrics.rewards.tolist()
     (0.6931, [0.0, 0.0])
     """
-    logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels(
-        "policy_logits", policy_logits, labels, cu_seqlens
-    )
-    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
-    checks.pairs(num_sequences)
-    options = _logit_options(
+    inputs = arguments.from_logits(
         "policy_logits",
         policy_logits,
+        labels,
+        cu_seqlens,
+        ref_logits=ref_logits,
+        ref_logps=ref_logps,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    ref_logps = _reference_logps(
-        policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences, options, loss_type
+    return _loss_from_logits(
+        inputs,
+        DPOHead,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        reduction=reduction,
     )
-    head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, logits, options.backend)
-    loss, *sequences, rewards = LossFromLogits.apply(
-        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps
-    )
-    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards)
 
 
 def fused_linear_kto_loss(
@@ -281,50 +278,36 @@ def fused_linear_kto_loss(
     >>> loss.item(), list(hidden.grad.shape), list(lm_head.weight.grad.shape)
     (0.5, [2, 5, 8], [11, 8])
     """
-    *tensors, num_sequences, options = _hidden_arguments(
+    inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
         lm_head_bias,
         labels,
         cu_seqlens,
-        chunk_bytes,
         ref_hidden=ref_hidden,
+        ref_lm_head_weight=ref_lm_head_weight,
+        ref_lm_head_bias=ref_lm_head_bias,
+        ref_logps=ref_logps,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    checks.kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, hidden.device)
-    checks.desirable(desirable, num_sequences, hidden)
-    reference = _hidden_reference(
-        hidden,
-        lm_head_weight,
-        lm_head_bias,
-        ref_hidden,
-        ref_lm_head_weight,
-        ref_lm_head_bias,
-        ref_logps,
-        num_sequences,
-        loss_type,
+    return _loss_from_hidden(
+        inputs,
+        KTOHead,
+        desirable=desirable,
+        reference_point=reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        reduction=reduction,
     )
-    head, z0 = _kto_head(
-        loss_type,
-        beta,
-        desirable_weight,
-        undesirable_weight,
-        reference_point,
-        reduction,
-        hidden,
-        options.logits.backend,
-    )
-    loss, *sequences, computed_ref_logps, rewards, z0 = LossFromHidden.apply(
-        *tensors, *reference, options, head, desirable, z0
-    )
-    ref_logps = reference[-1] if ref_hidden is None else computed_ref_logps
-    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
 
 
 def fused_linear_dpo_loss(
@@ -340,7 +323,7 @@ def fused_linear_dpo_loss(
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    gamma: float = checks.DEFAULT_GAMMA,
+    gamma: float = DEFAULT_GAMMA,
     reduction: str = "mean",
     average_log_prob: bool = False,
     cu_seqlens: torch.Tensor | None = None,
@@ -367,41 +350,34 @@ def fused_linear_dpo_loss(
     >>> round(loss.item(), 4), metrics.rewards.tolist()
     (0.6931, [0.0, 0.0])
     """
-    *tensors, num_sequences, options = _hidden_arguments(
+    inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
         lm_head_bias,
         labels,
         cu_seqlens,
-        chunk_bytes,
         ref_hidden=ref_hidden,
+        ref_lm_head_weight=ref_lm_head_weight,
+        ref_lm_head_bias=ref_lm_head_bias,
+        ref_logps=ref_logps,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
-    checks.pairs(num_sequences)
-    reference = _hidden_reference(
-        hidden,
-        lm_head_weight,
-        lm_head_bias,
-        ref_hidden,
-        ref_lm_head_weight,
-        ref_lm_head_bias,
-        ref_logps,
-        num_sequences,
-        loss_type,
+    return _loss_from_hidden(
+        inputs,
+        DPOHead,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        reduction=reduction,
     )
-    head = _dpo_head(
-        loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, hidden, options.logits.backend
-    )
-    loss, *sequences, computed_ref_logps, rewards = LossFromHidden.apply(*tensors, *reference, options, head)
-    ref_logps = reference[-1] if ref_hidden is None else computed_ref_logps
-    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards)
 
 
 def token_logps(
@@ -429,20 +405,20 @@ def token_logps(
     >>> kto_fused.token_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
     tensor([[0.2500, 0.2500, 1.0000]])
     """
-    checked_logits, labels, cu_seqlens, _ = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
-    options = _logit_options(
+    inputs = arguments.from_logits(
         "logits",
         logits,
+        labels,
+        cu_seqlens,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=False,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return TokenLogps.apply(checked_logits, labels, cu_seqlens, options).view(labels.shape)
+    return TokenLogps.apply(inputs.logits, inputs.labels, inputs.cu_seqlens, inputs.options).view(inputs.labels.shape)
 
 
 def sequence_logps(
@@ -473,20 +449,21 @@ def sequence_logps(
     >>> kto_fused.sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
     tensor([0.0625], dtype=torch.float64)
     """
-    checked_logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
-    options = _logit_options(
+    inputs = arguments.from_logits(
         "logits",
         logits,
+        labels,
+        cu_seqlens,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return SequenceLogps.apply(checked_logits, labels, cu_seqlens, num_sequences, options)
+    return _sequence_logps(inputs.logits, inputs)
 
 
 def linear_sequence_logps(
@@ -521,22 +498,22 @@ def linear_sequence_logps(
     >>> kto_fused.linear_sequence_logps(hidden, weight, torch.tensor([[-100, 2, 1]])).exp()
     tensor([0.0625], dtype=torch.float64)
     """
-    *tensors, _, options = _hidden_arguments(
+    inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
         lm_head_bias,
         labels,
         cu_seqlens,
-        chunk_bytes,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    return LogpsFromHidden.apply(*tensors, options)[0]
+    return _logps_from_hidden(inputs)[0]
 
 
 def linear_token_logps(
@@ -576,24 +553,23 @@ def linear_token_logps(
     tensor([[0.2500, 0.2500, 1.0000]])
     """
     checks.flag("return_metrics", return_metrics)
-    hidden, weight, bias, labels, cu_seqlens, _, options = _hidden_arguments(
+    inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
         lm_head_bias,
         labels,
         cu_seqlens,
-        chunk_bytes,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=False,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
-        per_position=True,
+        chunk_bytes=chunk_bytes,
         backend=backend,
+        per_position=True,
     )
-    values = LogpsFromHidden.apply(hidden, weight, bias, labels, cu_seqlens, options)
-    logps, _, *metrics = (value.view(labels.shape) for value in values)
+    values = _logps_from_hidden(inputs)
+    logps, _, *metrics = (value.view(inputs.labels.shape) for value in values)
     return (logps, TokenMetrics(*metrics)) if return_metrics else logps
 
 
@@ -626,18 +602,20 @@ def kto_loss_from_logps(
     >>> loss.backward(); logps.grad
     tensor([-0.0125,  0.0125])
     """
-    checks.logps(policy_logps, ref_logps, needs_reference=True)
-    checks.kto_options(
-        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps.device
+    inputs = arguments.from_logps(
+        KTOHead,
+        policy_logps,
+        ref_logps,
+        desirable=desirable,
+        reference_point=reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        reduction=reduction,
+        backend=backend,
     )
-    checks.desirable(desirable, policy_logps.numel(), policy_logps)
-    backend = backends.resolve(backend, policy_logps.device)
-    head, z0 = _kto_head(
-        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps, backend
-    )
-    ref_logps = ref_logps.detach()
-    loss, rewards, z0 = LossFromLogps.apply(policy_logps, head, None, ref_logps, desirable, z0)
-    return loss, _metrics(policy_logps.detach(), ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
+    return _loss_from_logps(inputs)
 
 
 def dpo_loss_from_logps(
@@ -647,7 +625,7 @@ def dpo_loss_from_logps(
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    gamma: float = checks.DEFAULT_GAMMA,
+    gamma: float = DEFAULT_GAMMA,
     reduction: str = "mean",
     average_log_prob: bool = False,
     token_counts: torch.Tensor | None = None,
@@ -670,15 +648,20 @@ def dpo_loss_from_logps(
     >>> round(loss.item(), 4)
     0.6444
     """
-    checks.logps(policy_logps, ref_logps, needs_reference=False)
-    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
-    checks.pairs(policy_logps.numel())
-    checks.pair_logps(ref_logps, token_counts, loss_type, average_log_prob, policy_logps)
-    backend = backends.resolve(backend, policy_logps.device)
-    head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, policy_logps, backend)
-    ref_logps = None if ref_logps is None else ref_logps.detach()
-    loss, rewards = LossFromLogps.apply(policy_logps, head, token_counts, ref_logps)
-    return loss, _metrics(policy_logps.detach(), token_counts, ref_logps=ref_logps, rewards=rewards)
+    inputs = arguments.from_logps(
+        DPOHead,
+        policy_logps,
+        ref_logps,
+        token_counts=token_counts,
+        average_log_prob=average_log_prob,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        reduction=reduction,
+        backend=backend,
+    )
+    return _loss_from_logps(inputs)
 
 
 def kto_reference_point(
@@ -743,168 +726,85 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
     return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
 
 
-def _logit_options(name: str, values: torch.Tensor, *, backend: str | None, **options) -> LogitOptions:
-    checks.logit_options(**options)
-    if options["inplace_backward"]:
-        checks.inplace(name, values)
-    options["ignore_index"] = int(options["ignore_index"])
-    for number in ("temperature", "logit_scale", "logit_softcap"):
-        if options[number] is not None:
-            options[number] = float(options[number])  # NumPy's float32 would round what is computed from it
-    return LogitOptions(backend=backends.resolve(backend, values.device), **options)
+# ---- one path for all losses, one for all log-probabilities ---------------------------------------------------------
 
 
-def _reference_logps(
-    policy_logits: torch.Tensor,
-    ref_logits: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    num_sequences: int,
-    options: LogitOptions,
-    loss_type: str,
-) -> torch.Tensor | None:
-    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
-    if ref_logits is not None:
-        checks.ref_logits(ref_logits, policy_logits)
-        ref_logits, *_ = checks.logits_and_labels("ref_logits", ref_logits.detach(), labels, cu_seqlens)
-        return SequenceLogps.apply(ref_logits, labels, cu_seqlens, num_sequences, options)
-    if ref_logps is None:
-        return None
-    checks.per_sequence("ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, num_sequences, policy_logits)
-    return ref_logps.detach()
-
-
-def _hidden_arguments(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    chunk_bytes: int,
-    *,
-    ref_hidden: torch.Tensor | None = None,
-    per_position: bool = False,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, int, HiddenOptions]:
-    """(hidden, weight, bias, labels, cu_seqlens, number of sequences, options), all checked."""
-    rows, labels, cu_seqlens, num_sequences = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
-    checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
-    logits = _logit_options("hidden", hidden, inplace_backward=False, **options)
-    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    if ref_hidden is not None:
-        checks.ref_hidden(ref_hidden, hidden)
-    needs = tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
-    options = HiddenOptions(
-        logits=logits,
-        dtype=gemm_dtype(hidden),
-        ref_dtype=gemm_dtype(hidden if ref_hidden is None else ref_hidden),
-        chunk_bytes=int(chunk_bytes),
-        needs=needs,
-        per_position=per_position,
+def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: object) -> tuple[torch.Tensor, LossMetrics]:
+    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+    ref_logps = inputs.ref_logps
+    if inputs.ref_logits is not None:
+        ref_logps = _sequence_logps(inputs.ref_logits, inputs)
+    loss, *values = LossFromLogits.apply(
+        inputs.logits,
+        inputs.labels,
+        inputs.cu_seqlens,
+        inputs.num_sequences,
+        inputs.options,
+        head,
+        ref_logps,
+        *head_tensors,
     )
-    return rows, weight, bias, labels, cu_seqlens, num_sequences, options
+    sequences, reported = values[:5], values[5:]
+    return loss, _metrics(*sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
 
 
-def _hidden_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor | None,
-    ref_weight: torch.Tensor | None,
-    ref_bias: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    num_sequences: int,
-    loss_type: str,
-) -> tuple[torch.Tensor | None, ...]:
-    """The reference's (hidden, weight, bias, logps), checked and without a gradient; the policy's head if none came."""
-    checks.one_reference(loss_type, ref_hidden=ref_hidden, ref_logps=ref_logps)
-    checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
-    if ref_logps is not None:
-        checks.per_sequence("ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, num_sequences, hidden)
-        return None, None, None, ref_logps.detach()
-    if ref_hidden is None:
-        return None, None, None, None
-    ref_weight, ref_bias = checks.reference_head(weight, bias, ref_weight, ref_bias, ref_hidden)
-    return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), None
+def _sequence_logps(logits: torch.Tensor, inputs: LogitInputs) -> torch.Tensor:
+    """The policy's or the reference's log-probabilities. [B]"""
+    return SequenceLogps.apply(logits, inputs.labels, inputs.cu_seqlens, inputs.num_sequences, inputs.options)
 
 
-def _kto_head(
-    loss_type: str,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    reference_point: torch.Tensor | float | str,
-    reduction: str,
-    like: torch.Tensor,
-    backend: str,
-) -> tuple[KTOHead, torch.Tensor | None]:
-    """The head, and its reference point where that is a tensor."""
-    z0 = None
-    if loss_type == "apo_zero_unpaired":
-        reference_point = 0.0
-    elif isinstance(reference_point, torch.Tensor):
-        z0, reference_point = reference_point.detach(), None
-    elif reference_point == "batch_mean":
-        reference_point = None
-    head = KTOHead(
-        loss_type=loss_type,
-        beta=float(beta),
-        desirable_weight=float(desirable_weight),
-        undesirable_weight=float(undesirable_weight),
-        reference_point=None if reference_point is None else float(reference_point),
-        reduction=reduction,
-        loss_dtype=compute_dtype(like),
-        backend=backend,
+def _loss_from_hidden(
+    inputs: HiddenInputs, head_type: type, **head_options: object
+) -> tuple[torch.Tensor, LossMetrics]:
+    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+    reference = inputs.reference
+    loss, *values = LossFromHidden.apply(
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias,
+        inputs.labels,
+        inputs.cu_seqlens,
+        *reference,
+        inputs.options,
+        head,
+        *head_tensors,
     )
-    return head, z0
+    sequences, computed_ref_logps, reported = values[:5], values[5], values[6:]
+    ref_logps = reference.logps if reference.hidden is None else computed_ref_logps
+    return loss, _metrics(*sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
 
 
-def _dpo_head(
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    gamma: float,
-    average_log_prob: bool,
-    reduction: str,
-    like: torch.Tensor,
-    backend: str,
-) -> DPOHead:
-    return DPOHead(
-        loss_type=loss_type,
-        beta=float(beta),
-        label_smoothing=float(label_smoothing),
-        gamma=float(gamma),
-        divide_by_length=loss_type in LENGTH_AVERAGED and not average_log_prob,
-        reduction=reduction,
-        loss_dtype=compute_dtype(like),
-        backend=backend,
+def _logps_from_hidden(inputs: HiddenInputs) -> tuple[torch.Tensor, ...]:
+    """(logps, token_counts, entropy, mean_logits, token_accuracy) of each sequence or each position."""
+    return LogpsFromHidden.apply(
+        inputs.hidden, inputs.weight, inputs.bias, inputs.labels, inputs.cu_seqlens, inputs.options
     )
+
+
+def _loss_from_logps(inputs: LogpInputs) -> tuple[torch.Tensor, LossMetrics]:
+    head, head_tensors = inputs.head, inputs.head_tensors
+    loss, *reported = LossFromLogps.apply(
+        inputs.policy_logps, head, inputs.token_counts, inputs.ref_logps, *head_tensors
+    )
+    named = head.metrics(reported, *head_tensors)
+    logps = inputs.policy_logps.detach()
+    return loss, LossMetrics(logps=logps, ref_logps=inputs.ref_logps, token_counts=inputs.token_counts, **named)
 
 
 def _metrics(
     logps: torch.Tensor,
-    token_counts: torch.Tensor | None = None,
-    entropy: torch.Tensor | None = None,
-    mean_logits: torch.Tensor | None = None,
-    token_accuracy: torch.Tensor | None = None,
-    *,
-    ref_logps: torch.Tensor | None,
-    rewards: torch.Tensor,
-    desirable: torch.Tensor | None = None,
-    z0: torch.Tensor | None = None,
+    token_counts: torch.Tensor,
+    entropy: torch.Tensor,
+    mean_logits: torch.Tensor,
+    token_accuracy: torch.Tensor,
+    **named: torch.Tensor | None,
 ) -> LossMetrics:
-    """Of what an engine says of the sequences, in its order, and a loss head of them."""
-    if desirable is not None and desirable.dtype != torch.bool:
-        desirable = desirable == 1
+    """Metrics from an engine's values of each sequence, in its order, and the loss head's ``named`` ones."""
     return LossMetrics(
         logps=logps,
-        ref_logps=ref_logps,
-        rewards=rewards,
-        desirable=desirable,
-        reference_point=z0,
         token_counts=token_counts,
         entropy=entropy,
         mean_logits=mean_logits,
         token_accuracy=token_accuracy,
+        **named,
     )

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from ..heads import preference as heads
+from ..heads import base as heads
+from ..heads.preference import scale_grads
 from .backends import HAS_TRITON, on_device
 from .cpu import BLOCK_BYTES
 from .first_derivative import first_derivative_only
@@ -22,7 +23,7 @@ def _keeps_graph() -> bool:
 
 def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch.Tensor]:
     """Gradients times the loss's own gradient, a scalar on the device; in place where nobody can ask for them again.
-    A 0 stays one, as in ``heads.scale_grads``.
+    A 0 stays one, as in ``scale_grads``.
     """
     if torch.compiler.is_compiling():
         return [torch.where(grad == 0, grad, grad * incoming.to(compute_dtype(grad))) for grad in gradients]
@@ -113,7 +114,7 @@ def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
         _scale_rows(direction, row_grads, options.chunk_bytes)
         return direction.to(ctx.dtypes[0]), None, None
     *inputs, head_grads, statistics = ctx.saved_tensors
-    logp_grads = incoming if head_grads is None else heads.scale_grads(head_grads, incoming)
+    logp_grads = incoming if head_grads is None else scale_grads(head_grads, incoming)
     gradients = linear_backward(*inputs, logp_grads, statistics, *flatten_options(options))
     return tuple(
         grad.to(dtype) if needed else None

@@ -4,7 +4,7 @@ from typing import Any, Optional
 
 import torch
 
-from ..heads import preference as heads
+from ..heads import base as heads
 from .backends import opaque
 from .chunks import NUM_STATISTICS
 from .hidden import backward, forward

@@ -8,7 +8,14 @@ from transformers import TrainingArguments
 from .. import checks
 from ..engines import backends
 from ..functional import DEFAULT_CHUNK_BYTES
-from ..heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE
+from ..heads.preference import (
+    DEFAULT_GAMMA,
+    DPO_LOSS_TYPES,
+    KTO_LOSS_TYPES,
+    REFERENCE_FREE,
+    check_dpo_options,
+    check_kto_options,
+)
 
 MISMATCHED = "mismatched"
 LOSS_FROM = ("hidden", "logits")
@@ -215,9 +222,7 @@ class FusedKTOConfig(FusedPreferenceConfig):
         number = 0.0 if self.reference_point == MISMATCHED else self.reference_point
         if number == "batch_mean" and self.loss_type == "apo_zero_unpaired":  # the functions' default, but none here
             raise ValueError("loss_type='apo_zero_unpaired' fixes reference_point at 0, got 'batch_mean'")
-        checks.kto_options(
-            self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean", None
-        )
+        check_kto_options(self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean")
 
     @property
     def needs_reference(self) -> bool:
@@ -244,13 +249,11 @@ class FusedDPOConfig(FusedPreferenceConfig):
     label_smoothing: float = _option(
         0.0, "Probability that a preference is wrong, in [0, 0.5): sigmoid, robust, simpo."
     )
-    gamma: float = _option(
-        checks.DEFAULT_GAMMA, "Target reward margin of simpo: log sigmoid(beta x difference - gamma)."
-    )
+    gamma: float = _option(DEFAULT_GAMMA, "Target reward margin of simpo: log sigmoid(beta x difference - gamma).")
 
     def __post_init__(self):
         super().__post_init__()
-        checks.dpo_options(self.loss_type, self.beta, self.label_smoothing, self.gamma, "mean")
+        check_dpo_options(self.loss_type, self.beta, self.label_smoothing, self.gamma, "mean")
         if self.precompute_ref_log_probs and not self.needs_reference:
             raise ValueError(f"precompute_ref_log_probs has no meaning for loss_type={self.loss_type!r}: no reference")
 

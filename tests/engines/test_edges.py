@@ -157,7 +157,7 @@ def test_a_banned_target_has_log_probability_minus_infinity(engine):
     assert logps.tolist() == [[-math.inf, 0.0]]
 
 
-@pytest.mark.parametrize("loss_type", kto_fused.heads.losses.WITH_LABEL_SMOOTHING)
+@pytest.mark.parametrize("loss_type", kto_fused.heads.preference.WITH_LABEL_SMOOTHING)
 def test_a_banned_rejected_completion_has_a_loss_of_0(engine, loss_type):
     """-log sigma(inf); the flipped pair's infinite loss is no part of it unless labels are smoothed."""
     labels = torch.tensor([[MASKED, 1], [MASKED, 1], [MASKED, 2], [MASKED, 1]], device=engine[1])
@@ -176,7 +176,7 @@ def test_a_banned_rejected_completion_has_a_loss_of_0(engine, loss_type):
         assert function(logits, labels, label_smoothing=0.1, **options)[0][0] == smoothed
 
 
-@pytest.mark.parametrize("loss_type", [name for name in kto_fused.heads.losses.DPO_LOSS_TYPES if name != "ipo"])
+@pytest.mark.parametrize("loss_type", [name for name in kto_fused.heads.preference.DPO_LOSS_TYPES if name != "ipo"])
 def test_a_banned_chosen_completion_has_the_gradient_of_the_formula(engine, loss_type):
     """h = -inf, where every loss but ipo, a square, has a finite slope."""
     chosen, rejected = torch.tensor([-math.inf, -2.0]), torch.tensor([-3.0, -1.0])
@@ -398,7 +398,7 @@ def test_kto_saturates_without_overflow(engine, sign, loss_type):
     assert logps.grad.abs().tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("loss_type", kto_fused.heads.losses.DPO_LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", kto_fused.heads.preference.DPO_LOSS_TYPES)
 @pytest.mark.parametrize("ratio", [1e5, -1e5])
 def test_dpo_is_finite_for_huge_log_ratios(engine, loss_type, ratio):
     logps = torch.tensor([ratio, 0.0], dtype=torch.float64, device=engine[1], requires_grad=True)

@@ -39,8 +39,9 @@ from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_seque
 from kto_fused.engines import chunks as chunk_module
 from kto_fused.engines.autograd import LossFromHidden
 from kto_fused.engines.options import HiddenOptions, LogitOptions
-from kto_fused.heads import preference as heads
-from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
+from kto_fused.heads import base as heads
+from kto_fused.heads.base import REDUCTIONS
+from kto_fused.heads.preference import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE, WITH_LABEL_SMOOTHING
 
 MASKED = -100
 FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss]

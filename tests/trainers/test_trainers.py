@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from kto_fused import preference_data, reference
-from kto_fused.heads.losses import DPO_LOSS_TYPES
+from kto_fused.heads.preference import DPO_LOSS_TYPES
 from kto_fused.huggingface import UnsupportedModelError
 from kto_fused.huggingface.config import without_padding_mask
 from kto_fused.metrics import LossMetrics, Totals
