@@ -23,7 +23,7 @@ def flipped(u, smooth):
     return tl.where(smooth == 0.0, 0.0, -smooth * log_sigmoid(-u))
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "num_losses"])
 def dpo_kernel(
     logps_ptr,
     ref_logps_ptr,
@@ -32,6 +32,7 @@ def dpo_kernel(
     grads_ptr,
     rewards_ptr,
     num_pairs: tl.int64,
+    num_losses: tl.int64,
     beta: tl.float64,
     label_smoothing: tl.float64,
     gamma: tl.float64,
@@ -51,7 +52,7 @@ def dpo_kernel(
     gamma = tl.full([], gamma, tl.float64)
     scale = tl.full([], 1.0, tl.float64)
     if REDUCTION == "mean":
-        scale = scale / num_pairs
+        scale = scale / num_losses
     total_loss = tl.zeros([BLOCK], tl.float64)
     for start in range(0, num_pairs, BLOCK):
         chosen = start + tl.arange(0, BLOCK)
@@ -132,10 +133,12 @@ def forward(
     label_smoothing: float,
     gamma: float,
     reduction: str,
+    num_losses: int | None,
 ) -> None:
     """Fill ``outputs``: loss ([] or [B/2]), d loss / d logps [B] and rewards [B] in fp64.
 
     ``token_counts`` [B], where given, divide each side's log-ratio (``ipo`` and ``simpo`` on summed log-probabilities).
+    A mean divides by ``num_losses``, the number of pairs in the whole batch; None stands for the pairs of this call.
     """
     dpo_kernel[(1,)](
         logps,
@@ -143,6 +146,7 @@ def forward(
         token_counts if token_counts is not None else logps,
         *outputs,
         num_pairs=logps.numel() // 2,
+        num_losses=logps.numel() // 2 if num_losses is None else num_losses,
         beta=beta,
         label_smoothing=label_smoothing,
         gamma=gamma,

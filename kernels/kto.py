@@ -15,7 +15,7 @@ def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "num_losses"])
 def kto_kernel(
     logps_ptr,
     ref_logps_ptr,
@@ -26,6 +26,7 @@ def kto_kernel(
     rewards_ptr,
     reference_point_ptr,
     num_sequences: tl.int64,
+    num_losses: tl.int64,
     reference_point: tl.float64,
     beta: tl.float64,
     desirable_weight: tl.float64,
@@ -56,7 +57,7 @@ def kto_kernel(
 
     scale = tl.full([], 1.0, tl.float64)
     if REDUCTION == "mean":
-        scale = scale / num_sequences
+        scale = scale / num_losses
     total_loss = tl.zeros([BLOCK], tl.float64)
     for start in range(0, num_sequences, BLOCK):
         s = start + tl.arange(0, BLOCK)
@@ -99,10 +100,12 @@ def forward(
     desirable_weight: float,
     undesirable_weight: float,
     reduction: str,
+    num_losses: int | None,
 ) -> None:
     """Fill ``outputs``: loss ([] or [B]), d loss / d logps [B] and rewards [B] in fp64, reference point [] in fp64.
 
-    ``reference_point`` None stands for the mean log-ratio of the batch.
+    ``reference_point`` None stands for the mean log-ratio of the batch. A mean divides by ``num_losses``, the number of
+    losses in the whole batch; None stands for the number of losses in this call.
     """
     is_tensor = isinstance(reference_point, torch.Tensor)
     kto_kernel[(1,)](
@@ -112,6 +115,7 @@ def forward(
         reference_point if is_tensor else logps,
         *outputs,
         num_sequences=logps.numel(),
+        num_losses=logps.numel() if num_losses is None else num_losses,
         reference_point=0.0 if is_tensor or reference_point is None else reference_point,
         beta=beta,
         desirable_weight=desirable_weight,

@@ -11,7 +11,7 @@ import torch
 from . import checks
 from .engines import backends
 from .engines.layout import compute_dtype, gemm_dtype
-from .engines.options import HiddenOptions, LogitOptions
+from .engines.options import HiddenOptions, LogitOptions, Needs
 from .heads.base import check_reference
 
 
@@ -120,7 +120,7 @@ def from_hidden(
         dtype=gemm_dtype(hidden),
         ref_dtype=gemm_dtype(hidden if ref_hidden is None else ref_hidden),
         chunk_bytes=int(chunk_bytes),
-        needs=tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in trainable),
+        needs=Needs(*[x is not None and torch.is_grad_enabled() and x.requires_grad for x in trainable]),
         per_position=per_position,
     )
     return HiddenInputs(

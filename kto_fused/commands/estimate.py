@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..engines import backends
 from ..engines.chunks import FoldedRows, WholeRows
-from ..engines.options import HiddenOptions, LogitOptions
+from ..engines.options import HiddenOptions, LogitOptions, Needs
 from ..engines.plan import held_dtype, largest_chunk
 from ..functional import DEFAULT_CHUNK_BYTES
 from ..huggingface.config import max_positions
@@ -427,11 +427,11 @@ def _chunk(
         dtype=shape.dtype,
         ref_dtype=shape.dtype,
         chunk_bytes=chunk_bytes,
-        needs=(has_gradient, has_gradient and shape.is_head_trained, False),
+        needs=Needs(hidden=has_gradient, weight=has_gradient and shape.is_head_trained),
     )
     weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
     counts = [shape.tokens_per_sequence] * shape.num_sequences
-    return largest_chunk(counts, weight, options, paired=shape.is_paired)
+    return largest_chunk(counts, weight, options, group=2 if shape.is_paired else 1)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The engines: logits or hidden states in, log-probabilities and gradients out."""
+"""The engines: from logits or hidden states to log-probabilities, and back to gradients by them."""

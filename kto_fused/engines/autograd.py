@@ -1,18 +1,22 @@
-"""``autograd.Function``'s from hidden states."""
+"""The ``autograd.Function``s from hidden states: ``LogpsFromHidden`` and ``LossFromHidden``.
+
+Their forward runs the operator ``linear_forward``, which finds the gradients too wherever it can. Their backward scales
+those gradients by the incoming gradient, or, in ``GradientMode.IN_BACKWARD``, runs ``linear_backward``.
+"""
 
 import math
 
 import torch
 
 from ..heads import base as heads
-from ..heads.preference import scale_grads
 from .backends import HAS_TRITON, on_device
 from .cpu import BLOCK_BYTES
 from .first_derivative import first_derivative_only
-from .layout import compute_dtype, row_targets
+from .layout import compute_dtype, row_targets, scale_grads
 from .logits import sequence_backward
-from .operators import flatten_options, linear_backward, linear_forward
-from .options import HiddenOptions
+from .operators import linear_backward, linear_forward
+from .options import GradientMode, HiddenOptions, gradient_mode
+from .results import Gradients, HiddenResults
 
 
 def _keeps_graph() -> bool:
@@ -22,8 +26,9 @@ def _keeps_graph() -> bool:
 
 
 def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients times the loss's own gradient, a scalar on the device; in place where nobody can ask for them again.
-    A 0 stays one, as in ``scale_grads``.
+    """Gradients times the incoming gradient, a scalar tensor on their device. A 0 stays a 0, as in ``scale_grads``.
+
+    The gradients are overwritten, unless a later backward of the same graph may read them again.
     """
     if torch.compiler.is_compiling():
         return [torch.where(grad == 0, grad, grad * incoming.to(compute_dtype(grad))) for grad in gradients]
@@ -35,10 +40,10 @@ def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch
 
 
 def _scale_rows(values: torch.Tensor, factors: torch.Tensor, chunk_bytes: int) -> None:
-    """values [..., H] *= factors [..., 1]. A row that takes no part keeps a gradient of 0, even beside a NaN."""
+    """values [..., H] *= factors [..., 1]. Where the factor is 0, the row becomes 0, even if it holds a NaN."""
     if values.device.type != "cpu" or values.dtype == factors.dtype or torch.compiler.is_compiling():
         values.mul_(factors)
-    else:  # a CPU multiplies copies in the wider dtype, so a block of rows at a time
+    else:  # a CPU multiplies through copies in the wider dtype: a block of rows at a time bounds their memory
         hidden_size = values.shape[-1]
         size = max(1, min(BLOCK_BYTES, chunk_bytes // 4) // (hidden_size * factors.dtype.itemsize))
         blocks = values.view(-1, hidden_size).split(size), factors.view(-1, 1).split(size)
@@ -48,7 +53,7 @@ def _scale_rows(values: torch.Tensor, factors: torch.Tensor, chunk_bytes: int) -
 
 
 def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
-    """values *= factor, a scalar tensor on their device, but a 0 stays one; where it is 1, none is visited."""
+    """values *= factor, a scalar tensor on their device. A 0 stays a 0. A factor of 1 visits no value."""
     if values.device.type == "cpu":
         number = factor.item()
         zeros = None if math.isfinite(number) else values == 0
@@ -66,78 +71,83 @@ def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
         values.mul_(factor.to(compute_dtype(values))).masked_fill_(zeros, 0)
 
 
-def _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, head_grads, is_total) -> None:
-    """For one of the three ways to a gradient: found in the forward for the loss as a whole, found in the forward for
-    each token's log-probability, or computed in the backward.
-    """
-    ctx.options, ctx.is_total = options, is_total
+def _save(ctx, policy, options: HiddenOptions, mode: GradientMode, results: HiddenResults) -> None:
+    """Save what the backward of ``mode`` reads. ``policy`` is (hidden, weight, bias, labels, cu_seqlens)."""
+    hidden, weight, bias, labels, cu_seqlens = policy
+    ctx.options, ctx.mode = options, mode
     ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
-    ctx.is_direction = not is_total and not options.is_head_trained
-    token_counts, gradients, statistics = outputs[1], outputs[6:9], outputs[9]
-    if is_total:
-        ctx.save_for_backward(*(grad for grad, needed in zip(gradients, options.needs, strict=True) if needed))
-    elif ctx.is_direction:
+    if mode is GradientMode.OF_LOSS:
+        found = zip(results.gradients, options.needs, strict=True)
+        ctx.save_for_backward(*(grad for grad, is_needed in found if is_needed))
+    elif mode is GradientMode.PER_TOKEN:
         ctx.vocab_size = weight.shape[0]
-        ctx.save_for_backward(gradients[0], labels, cu_seqlens, token_counts, head_grads)
-    else:
-        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, head_grads, statistics)
+        counts = results.values.token_counts
+        ctx.save_for_backward(results.gradients.hidden, labels, cu_seqlens, counts, results.head_grads)
+    elif mode is GradientMode.IN_BACKWARD:
+        ctx.save_for_backward(*policy, results.head_grads, results.statistics)
 
 
-def _gradients(ctx, incoming) -> tuple[torch.Tensor | None, ...]:
-    """By hidden, weight and bias."""
+def _gradients(ctx, incoming: torch.Tensor) -> Gradients:
+    """The gradients in the inputs' own dtypes; None where none is needed."""
+    find = {
+        GradientMode.OF_LOSS: _gradients_of_loss,
+        GradientMode.PER_TOKEN: _gradients_per_token,
+        GradientMode.IN_BACKWARD: _gradients_in_backward,
+    }[ctx.mode]
+    found = zip(find(ctx, incoming), ctx.options.needs, ctx.dtypes, strict=True)
+    return Gradients(*[grad.to(dtype) if is_needed else None for grad, is_needed, dtype in found])
+
+
+def _gradients_of_loss(ctx, incoming: torch.Tensor) -> Gradients:
+    scaled = iter(_scaled(list(ctx.saved_tensors), incoming))
+    return Gradients(*[next(scaled) if is_needed else None for is_needed in ctx.options.needs])
+
+
+def _gradients_per_token(ctx, incoming: torch.Tensor) -> Gradients:
+    """Scale the rows of d token log-probability / d hidden by d loss / d token log-probability."""
     options: HiddenOptions = ctx.options
-    if ctx.is_total:
-        scaled = iter(_scaled(list(ctx.saved_tensors), incoming))
-        return tuple(
-            next(scaled).to(dtype) if needed else None for needed, dtype in zip(options.needs, ctx.dtypes, strict=True)
+    direction, labels, cu_seqlens, token_counts, head_grads = ctx.saved_tensors
+    if options.per_position:
+        row_grads = torch.where(token_counts > 0, incoming, 0.0)
+    else:
+        targets = row_targets(labels, cu_seqlens, **options.logits.labelling, vocab_size=ctx.vocab_size)
+        row_grads = sequence_backward(
+            targets.flatten().int(),
+            token_counts,
+            head_grads,
+            incoming,
+            cu_seqlens,
+            options.logits.average_log_prob,
+            options.compute_dtype,
+            options.logits.backend,
         )
-    logits = options.logits
-    if ctx.is_direction:
-        direction, labels, cu_seqlens, token_counts, head_grads = ctx.saved_tensors
-        if options.per_position:
-            row_grads = torch.where(token_counts > 0, incoming, 0.0)
-        else:
-            layout = {"ignore_index": logits.ignore_index, "shift": logits.shift, "vocab_size": ctx.vocab_size}
-            row_grads = sequence_backward(
-                row_targets(labels, cu_seqlens, **layout).flatten().int(),
-                token_counts,
-                head_grads,
-                incoming,
-                cu_seqlens,
-                logits.average_log_prob,
-                options.compute_dtype,
-                logits.backend,
-            )
-        row_grads = row_grads.view(*direction.shape[:-1], 1)
-        if torch.compiler.is_compiling() or _keeps_graph():
-            direction = direction.clone()
-        _scale_rows(direction, row_grads, options.chunk_bytes)
-        return direction.to(ctx.dtypes[0]), None, None
-    *inputs, head_grads, statistics = ctx.saved_tensors
+    row_grads = row_grads.view(*direction.shape[:-1], 1)
+    if torch.compiler.is_compiling() or _keeps_graph():
+        direction = direction.clone()
+    _scale_rows(direction, row_grads, options.chunk_bytes)
+    return Gradients(hidden=direction)
+
+
+def _gradients_in_backward(ctx, incoming: torch.Tensor) -> Gradients:
+    *policy, head_grads, statistics = ctx.saved_tensors
     logp_grads = incoming if head_grads is None else scale_grads(head_grads, incoming)
-    gradients = linear_backward(*inputs, logp_grads, statistics, *flatten_options(options))
-    return tuple(
-        grad.to(dtype) if needed else None
-        for grad, needed, dtype in zip(gradients, options.needs, ctx.dtypes, strict=True)
-    )
+    by_hidden, by_weight, by_bias = linear_backward(*policy, logp_grads, statistics, *ctx.options.flat())
+    return Gradients(by_hidden, by_weight, by_bias)
 
 
 class LogpsFromHidden(torch.autograd.Function):
-    """``(logps, token_counts, entropy, mean_logits, token_accuracy)``: [B] of the sequences, the log-probabilities in
-    fp64; or [rows] of each position by itself.
-    """
+    """The fields of ``SequenceValues``: of sequences, each [B]; or of positions, each [rows]."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, cu_seqlens, options):
-        no_head = ("", "", "", torch.float32, [])
-        no_reference = (None, None, None, None, [])
-        outputs = linear_forward(
-            hidden, weight, bias, labels, cu_seqlens, *no_reference, *flatten_options(options), *no_head
-        )
-        _save(ctx, hidden, weight, bias, labels, cu_seqlens, options, outputs, None, is_total=False)
-        ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the others
-        ctx.mark_non_differentiable(*outputs[1:5])
-        return tuple(outputs[:5])
+        policy, no_reference = (hidden, weight, bias, labels, cu_seqlens), (None, None, None, None)
+        outputs = linear_forward(*policy, *no_reference, [], *options.flat(), *heads.FlatHead())
+        results = HiddenResults.from_list(outputs)
+        _save(ctx, policy, options, gradient_mode(options.needs, None), results)
+        ctx.set_materialize_grads(False)  # otherwise autograd would fill a gradient of zeros for each metric
+        logps, *metrics = results.values
+        ctx.mark_non_differentiable(*metrics)
+        return logps, *metrics
 
     @staticmethod
     @first_derivative_only
@@ -146,23 +156,23 @@ class LogpsFromHidden(torch.autograd.Function):
 
 
 class LossFromHidden(torch.autograd.Function):
-    """``(loss, logps, token_counts, entropy, mean_logits, token_accuracy, ref_logps, *reported)``: the engine and a
-    loss head together.
+    """``(loss, *fields of SequenceValues, ref_logps, *reported)``: the engine and a loss head together.
 
-    ``ref_logps`` is what was computed from ``ref_hidden``, empty without it.
+    ``ref_logps`` [B] is computed from the reference's hidden states, and empty where there are none. ``reported`` is
+    what the head returns beside the loss and its gradient.
     """
 
     @staticmethod
-    def forward(ctx, *arguments):  # of named ones torch.compile may drop the first, where nothing needs a gradient
+    def forward(ctx, *arguments):  # torch.compile may drop the first of named arguments where nothing needs a gradient
         policy, reference, (options, head, *head_tensors) = arguments[:5], arguments[5:9], arguments[9:]
-        outputs = linear_forward(*policy, *reference, head_tensors, *flatten_options(options), *heads.flatten(head))
-        sequences, computed_ref_logps, (loss, head_grads, *reported) = outputs[:5], outputs[5], outputs[10:]
-        is_total = head.reduction != "none"
-        _save(ctx, *policy, options, outputs, head_grads, is_total)
+        outputs = linear_forward(*policy, *reference, head_tensors, *options.flat(), *heads.flatten(head))
+        results = HiddenResults.from_list(outputs)
+        _save(ctx, policy, options, gradient_mode(options.needs, head), results)
         ctx.num_arguments = len(arguments)
-        ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
-        ctx.mark_non_differentiable(*sequences, computed_ref_logps, *reported)
-        return loss, *sequences, computed_ref_logps, *reported
+        ctx.set_materialize_grads(False)  # otherwise autograd would fill a gradient of zeros for each reported tensor
+        others = *results.values, results.ref_logps, *results.reported
+        ctx.mark_non_differentiable(*others)
+        return results.loss, *others
 
     @staticmethod
     @first_derivative_only

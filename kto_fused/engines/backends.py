@@ -1,4 +1,8 @@
-"""Triton or PyTorch: decided here, once per call."""
+"""Which backend computes: Triton kernels or PyTorch. And what both need of a device.
+
+``resolve`` decides the backend once per call. ``opaque`` makes an operator of a function, so that ``torch.compile``
+does not look inside.
+"""
 
 import contextlib
 import functools
@@ -13,9 +17,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve(backend: str | None, device: torch.device) -> str:
-    """The backend for tensors on ``device``: the one asked for, or Triton on a GPU and PyTorch elsewhere.
+    """Return the backend for tensors on ``device``: the one asked for; for None, Triton on a GPU and PyTorch elsewhere.
 
-    Raises ``ValueError`` for a backend that does not exist or cannot run there.
+    Raises ``ValueError`` for a backend that does not exist or cannot run on that device.
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be one of {list(BACKENDS)} or None, got {backend!r}")
@@ -39,12 +43,12 @@ def resolve(backend: str | None, device: torch.device) -> str:
 
 
 def may_read(tensor: torch.Tensor) -> bool:
-    """Whether a check may look at a tensor's values: on a CPU, or where KTO_FUSED_VALIDATE=1 lets the host wait."""
+    """Return whether a check may read a tensor's values: on a CPU, or where KTO_FUSED_VALIDATE=1 lets the host wait."""
     return tensor.device.type == "cpu" or os.environ.get("KTO_FUSED_VALIDATE") == "1"
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the tensor's GPU the current one: Triton launches there."""
+    """Return a context in which the tensor's GPU is the current one: Triton launches kernels there."""
     if tensor.device.type in ("cuda", "xpu"):
         return getattr(torch, tensor.device.type).device(tensor.device)
     return contextlib.nullcontext()
@@ -52,7 +56,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a GPU runs side by side, at the least; 0 where there is none to fill."""
+    """Return the number of multiprocessors of a GPU, each of which runs a kernel program; 0 for a CPU."""
     if device.type not in ("cuda", "xpu"):
         return 0
     properties = getattr(torch, device.type).get_device_properties(device)
@@ -60,18 +64,19 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def opaque(
-    fake: Callable, mutates_args: tuple[str, ...] = (), *, waits: bool = False
+    fake: Callable, mutates_args: tuple[str, ...] = (), *, waits: bool = False, schema: str | None = None
 ) -> Callable[[Callable], Callable]:
     """Decorate a function of tensors and plain values: ``torch.compile`` sees one operator, eager calls it directly.
 
-    ``fake`` says what it returns for tensors without data. One that ``waits`` for the device stays out of CUDA graphs.
-    The operator is ``torch.ops.kto_fused.<name>``, and the decorated function's ``op``.
+    ``fake`` gives tensors shaped as its results. A function that ``waits`` for the device stays out of CUDA graphs.
+    ``schema`` declares arguments and results where the function's annotations do not. The operator is
+    ``torch.ops.kto_fused.<name>``, and the attribute ``op`` of the decorated function.
     """
     tags = (torch.Tag.cudagraph_unsafe,) if waits else ()
 
     def decorate(function: Callable) -> Callable:
         name = f"kto_fused::{function.__name__.strip('_')}"
-        op = torch.library.custom_op(name, function, mutates_args=mutates_args, tags=tags)
+        op = torch.library.custom_op(name, function, mutates_args=mutates_args, schema=schema, tags=tags)
         op.register_fake(fake)
 
         @functools.wraps(function)

@@ -1,8 +1,9 @@
-"""The vocabulary-sized work in PyTorch, a few rows at a time: for CPUs, and GPUs without Triton.
+"""The row and sequence operations in PyTorch, for CPUs and for GPUs without Triton.
 
-Completion rows are visited in blocks small enough for the processor's cache, through two scratch buffers, so that the
-extra memory is theirs and about a hundred bytes per position. What each number means is said in
-``kernels/token_logprobs.py``.
+Each function here has a Triton counterpart with the same arguments and results: ``token_logprobs`` and
+``token_logprobs_backward`` in ``kernels/token_logprobs.py``, which explains the formulas; ``sequence_sums`` and
+``sequence_backward`` in ``kernels/sequence.py``. Completion rows are visited in blocks small enough for the processor's
+cache, through two scratch buffers. Beside these two buffers the functions take about a hundred bytes per position.
 """
 
 import math
@@ -10,18 +11,18 @@ from collections.abc import Iterator
 
 import torch
 
-from ..heads.preference import scale_grads
-from .layout import INVALID, MASKED, compute_dtype, row_sequences, row_targets
+from .layout import INVALID, MASKED, compute_dtype, row_sequences, row_targets, scale_grads
+from .results import RowResults, SequenceValues, TokenValues
 
-# Bytes of one scratch buffer in the compute dtype; two are alive, and a block of rows that are of another and not side
-# by side.
+# Bytes of one scratch buffer in the compute dtype. Two are alive, and a copy of a block of rows where the logits have
+# another dtype and the rows are not adjacent.
 BLOCK_BYTES = 2 * 2**20
 # exp2 costs a quarter of exp in PyTorch on some processors, and is as exact
 LOG2_E = 1.4426950408889634
 
 
 def _strided_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of any batch and row stride as one 2-D view, and the index in it of each row b * T + t."""
+    """Return logits of any batch and row stride as one 2-D view, and the index in the view of each row b T + t."""
     seq_len, vocab_size = logits.shape[-2:]
     batch_size = logits.shape[0] if logits.ndim == 3 else 1
     if batch_size * seq_len == 0:
@@ -41,14 +42,14 @@ class _Rows:
     def __init__(self, logits: torch.Tensor, rows: torch.Tensor):
         self.view, offsets = _strided_rows(logits)
         self.offsets = offsets[rows]
-        # where strides have no common step, the rows of the view overlap, and are written through the logits themselves
+        # strides without a common step make the view's rows overlap: these are written through the logits themselves
         self.logits = logits if logits.ndim == 3 else logits[None]
         self.overlaps = 0 < self.view.stride(0) < logits.shape[-1]
         if self.overlaps:
             self.sequence, self.position = rows // logits.shape[-2], rows % logits.shape[-2]
 
     def block(self, start: int, stop: int) -> torch.Tensor | None:
-        """The rows as a view, where they lie side by side."""
+        """Return the rows as a view, or None where they are not adjacent."""
         offsets = self.offsets[start:stop]
         if not (offsets.diff() == 1).all():
             return None
@@ -56,7 +57,7 @@ class _Rows:
         return self.view[first : first + stop - start]
 
     def read(self, start: int, stop: int, scratch: torch.Tensor) -> torch.Tensor:
-        """The rows as a view, or copied, into ``scratch`` where that has their dtype."""
+        """Return the rows as a view, or as a copy, which lies in ``scratch`` if that has their dtype."""
         block = self.block(start, stop)
         if block is None:
             out = scratch if scratch.dtype == self.view.dtype else None
@@ -95,28 +96,30 @@ def token_logprobs(
     scale: float,
     softcap: float | None,
     factor: float,
-) -> tuple[torch.Tensor, ...]:
-    """(targets, row_max, log_sum), each [rows], and (logps, entropy, mean_logits, is_top1) [4, rows]."""
+) -> RowResults:
+    """Return targets, softmax statistics and per-token values of logits [..., V]; 0 in masked rows."""
     vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
     targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
     tokens = (targets != MASKED).nonzero().flatten()
     token_targets = targets[tokens]
     rows = _Rows(logits, tokens)
-    results = torch.zeros(6, len(tokens), dtype=dtype, device=logits.device)
+    row_maxima, log_sums = torch.zeros(2, len(tokens), dtype=dtype, device=logits.device)
+    per_token = torch.zeros(len(TokenValues._fields), len(tokens), dtype=dtype, device=logits.device)
     log2_factor = torch.tensor(factor * LOG2_E, dtype=dtype, device="cpu").item()
     scratch = None
     for start, stop in _blocks(len(tokens), vocab_size, dtype):
         if scratch is None:
             scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
         u, exps = scratch[:, : stop - start]
-        row_max, log_sum, logps, entropy, mean_logits, is_top1 = results[:, start:stop]
+        row_max, log_sum = row_maxima[start:stop], log_sums[start:stop]
+        logps, entropy, mean_logits, is_top1 = TokenValues(*per_token[:, start:stop])
 
-        x = rows.read(start, stop, exps)  # which are written once u has been made of x
+        x = rows.read(start, stop, exps)  # x may lie in exps, which is written only after u is made of x
         if softcap is not None:
             x = torch.mul(u.copy_(x), scale / softcap, out=u).tanh_().mul_(softcap)
         row_max.copy_(x.amax(1))
         torch.mul(x.sum(1, dtype=dtype), factor / vocab_size, out=mean_logits)
-        # -inf logits are legal: a row of them must give NaN by -inf - -inf here and nowhere else
+        # -inf logits are legal: a row that holds nothing else must become NaN by -inf - -inf here, and nowhere else
         if x.dtype == dtype:
             torch.sub(x, row_max[:, None], out=u)
         else:
@@ -126,21 +129,21 @@ def token_logprobs(
         exact_log_sum = torch.log(row_sum.double())
         target = token_targets[start:stop]
         distance = u.gather(1, target.clamp(min=0)[:, None])[:, 0]
-        is_top1.copy_((distance >= 0) & (target != INVALID))  # a NaN in the row makes its maximum one
+        is_top1.copy_((distance >= 0) & (target != INVALID))  # a NaN in the row makes its maximum NaN
         if mean_logits.isinf().any():
-            u.clamp_(min=-1e30)  # turns 0 * -inf into 0; exps is 0 long before it
+            u.clamp_(min=-1e30)  # turns 0 * -inf into 0: exps is 0 long before u reaches -1e30
         mean_distance = exps.mul_(u).sum(1).div_(row_sum)
         log_sum.copy_(exact_log_sum)
         entropy.copy_(exact_log_sum - mean_distance * factor)
-        # log2_factor is rounded: as in the kernels
+        # log2_factor is rounded, and the kernels correct for that in the same way
         exact_log_sum -= mean_distance * (log2_factor * math.log(2) - factor)
         logps.copy_(distance.double().mul_(factor).sub_(exact_log_sum))
         logps[target == INVALID] = math.nan
-    row_max, log_sum, per_token = (
-        result.new_zeros(*result.shape[:-1], targets.numel()).index_copy_(-1, tokens, result)
-        for result in (results[0], results[1], results[2:])
-    )
-    return targets.int(), row_max, log_sum, per_token
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(*values.shape[:-1], targets.numel()).index_copy_(-1, tokens, values)
+
+    return RowResults(targets.int(), spread(row_maxima), spread(log_sums), spread(per_token))
 
 
 def token_logprobs_backward(
@@ -199,8 +202,8 @@ def sequence_sums(
     *,
     num_sequences: int,
     average: bool,
-) -> tuple[torch.Tensor, ...]:
-    """(log-probabilities, token counts, mean entropy, mean logit, token accuracy) of each sequence, each [B]."""
+) -> SequenceValues:
+    """Return sums (means with ``average``) of the log-probabilities and means of the metrics, each [B]."""
     lengths = None if cu_seqlens is None else cu_seqlens.diff().long()
 
     def add_up(values: torch.Tensor) -> torch.Tensor:
@@ -210,10 +213,10 @@ def sequence_sums(
 
     counts = add_up(targets != MASKED)
     divisor = counts.clamp(min=1)
-    logps, *metrics = per_token
+    logps, *metrics = TokenValues(*per_token)
     sums = add_up(logps)
     means = (add_up(values).div_(divisor).to(values.dtype, copy=True) for values in metrics)
-    return sums.div_(divisor) if average else sums, counts.long(), *means
+    return SequenceValues(sums.div_(divisor) if average else sums, counts.long(), *means)
 
 
 def sequence_backward(
@@ -226,7 +229,7 @@ def sequence_backward(
     average: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """d loss / d token log-probability [rows] from d loss / d sequence log-probability = incoming * head_grads."""
+    """Return d loss / d token log-probability [rows]; d loss / d sequence log-probability is incoming * head_grads."""
     grads = incoming.double() if head_grads is None else scale_grads(head_grads, incoming)
     if average:
         grads = grads / token_counts.clamp(min=1)

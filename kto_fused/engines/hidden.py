@@ -1,29 +1,31 @@
-"""autograd.Functions: hidden states and an LM head in; the logits exist for one chunk of completion tokens at a time.
+"""From hidden states and an LM head to log-probabilities, loss and gradients; logits exist for one chunk at a time.
 
-Forward:   hidden --chunk of tokens--> logits --rows--> token log-probabilities --sequences--> [B] --loss head--> loss
-           and its gradient by [B], hence by the chunk's tokens: logits become their own gradient and meet both GEMMs
-Backward:  the gradients found in the forward, scaled by the incoming one
+Only completion tokens are visited. They are packed sequence after sequence and cut into chunks, whose logits fit
+``chunk_bytes``:
 
-How many GEMMs of 2 N H V that is, with N completion tokens:
+Forward:   hidden -> chunk of tokens -> logits -> token log-probabilities -> sequences [B] -> loss head -> loss, and its
+           gradient by the log-probabilities; from it the chunk's logits become d loss / d logits, which two GEMMs turn
+           into the gradients by hidden states and weight
+Backward:  the gradients found in the forward, times the incoming gradient
 
-1  no gradient
-2  the head is frozen: d logp / d hidden needs no loss, so chunks may split sequences
-3  the head is trained: a chunk holds whole sequences, whose loss gradient is known before its logits are dropped
-4  the head is trained, and a sequence exceeds the chunk, or the loss couples sequences that do not fit one chunk, or
-   each sequence's gradient comes from outside (``reduction="none"``, log-probabilities): once the loss is known, a
-   second visit computes the logits again
+``GradientMode`` says when gradients are found and how many GEMMs that takes. In the mode OF_LOSS with a trained head, a
+chunk holds whole groups of sequences, so that the head can be called on the chunk's groups while their logits are still
+there. Where that is impossible, a second visit to the tokens computes the logits again once the loss is known: the 4th
+GEMM. With a frozen head chunks may split sequences: d log-probability / d hidden needs no loss, and its rows are scaled
+once the loss is known.
+
+``forward`` and ``backward`` are called by ``operators.py`` only.
 """
 
-import logging
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from .chunks import NUM_STATISTICS, ChunkSpec, FoldedRows, LMHead, WholeRows, move_rows
 from .layout import CompletionTokens, check_contents, completion_tokens
 from .logits import sequence_backward, sequence_sums
-from .options import HiddenOptions
+from .options import GradientMode, HiddenOptions, Needs, gradient_mode
 from .plan import (
     Plan,
     beside_bookkeeping,
@@ -31,21 +33,20 @@ from .plan import (
     chunk_spec,
     empty_weight_sum,
     even_ranges,
+    group_ranges,
     held_dtype,
     longest_range,
     make_chunk,
     plan_second_visit,
     plan_visit,
 )
-
-logger = logging.getLogger(__name__)
-
+from .results import Gradients, HiddenResults, SequenceValues, TokenValues
 
 # ---- engine -------------------------------------------------------------------------------------------------------
 
 
 class Engine:
-    """One model's completion tokens through its LM head, a chunk at a time."""
+    """Takes one model's completion tokens through its LM head, a chunk at a time, and adds up the gradients."""
 
     def __init__(
         self,
@@ -57,25 +58,25 @@ class Engine:
         options: HiddenOptions,
         weight_dtype: torch.dtype,
     ):
-        """``weight`` in the GEMMs' dtype; ``weight_dtype`` is the parameter's own."""
+        """``weight`` is in the GEMMs' dtype, ``weight_dtype`` is the parameter's."""
         self.hidden = hidden if hidden.ndim == 3 else hidden[None]
         compute = options.compute_dtype
         self.lm_head = LMHead(weight, None if bias is None else bias.to(compute).contiguous())
         self.tokens, self.chunk, self.options = tokens, chunk, options
-        # logps, entropy, mean_logits and is_top1 of each token; 0 until its chunk was visited
-        self.per_token = hidden.new_zeros(4, len(tokens.rows), dtype=compute)
+        # [4, N], the fields of ``TokenValues``; 0 until a token's chunk was visited
+        self.per_token = hidden.new_zeros(len(TokenValues._fields), len(tokens.rows), dtype=compute)
         self.statistics = None
         self.grad_hidden = None
-        if options.needs[0]:
+        if options.needs.hidden:
             self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=held_dtype(hidden.dtype))
         self.weight_dtype = held_dtype(weight_dtype)
         self.bias_dtype = None if bias is None else held_dtype(bias.dtype)
         self.weight_sum = self.bias_sum = None
 
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
-        """Log-probabilities of tokens start..stop; ``keep`` in the chunk what their gradient needs."""
+        """Find the log-probabilities of tokens start..stop. With ``keep`` the chunk keeps what their gradient needs."""
         self._gather(start, stop)
-        # a copy, as below: where a slice starts would be one more thing that kernels are compiled for
+        # clone, here and below: a slice's alignment would compile another variant of the kernels
         targets = self.tokens.targets[start:stop].clone()
         self.per_token[:, start:stop] = self.chunk.forward(self.chunk_hidden, self.lm_head, targets, keep)
         if self.statistics is not None:
@@ -83,26 +84,28 @@ class Engine:
                 values[start:stop] = statistic
 
     def start_statistics(self) -> None:
-        """For a second visit: what the first visit's chunks say of each token's logits, [3, B T]. Of these N are used:
-        an operator's output has a shape that must be known before the tokens are counted.
+        """Let ``forward`` record each token's softmax statistics, from which a second visit computes gradients.
+
+        They are [3, B T], of which the first N columns are used: they are an operator's output, whose shape must be
+        known before the tokens are counted.
         """
         num_positions = self.hidden.shape[:-1].numel()
         self.statistics = self.hidden.new_zeros(NUM_STATISTICS, num_positions, dtype=self.options.compute_dtype)
 
     def _gather(self, start: int, stop: int) -> None:
         rows = self.tokens.rows[start:stop]
-        self.chunk_hidden = None  # the last chunk's goes before this one's comes
+        self.chunk_hidden = None  # frees the last chunk's hidden states before this chunk's are allocated
         self.chunk_hidden = self.hidden.new_empty(len(rows), self.hidden.shape[-1], dtype=self.options.dtype)
         move_rows(self.hidden, self.chunk_hidden, self.options.logits.backend, source_rows=rows)
 
     def backward(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
-        """Add the gradients of tokens start..stop, whose logits are in the chunk."""
+        """Add the gradients of tokens start..stop, which ``forward`` has just visited with ``keep``."""
         self.chunk.backward(token_grads[start:stop])
         self._write_hidden_gradient(start, stop)
         self._add_head_gradients(slice(None), add=start > 0)
 
     def visit_again(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
-        """Add the gradients of tokens start..stop by what ``statistics`` says of their logits, computed once more."""
+        """Compute the logits of tokens start..stop again, and add gradients by the first visit's ``statistics``."""
         self._gather(start, stop)
         targets = self.tokens.targets[start:stop].clone()
         statistics = self.statistics[:, start:stop].contiguous()
@@ -124,23 +127,26 @@ class Engine:
             self.chunk.add_bias_gradient(self.bias_sum[panel])
 
     def start_sums(self, weight_sum: torch.Tensor | None) -> None:
-        """Of the head's gradients; the first chunk overwrites ``weight_sum``."""
+        """Provide memory for the gradients by weight and bias; the first chunk overwrites ``weight_sum``."""
         self.weight_sum = weight_sum
-        if self.options.needs[2]:
+        if self.options.needs.bias:
             bias = self.lm_head.bias
             self.bias_sum = bias.new_zeros(bias.shape, dtype=self.options.compute_dtype)
 
     def scale_hidden_gradient(self, token_grads: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
-        """Turn d token log-probability / d hidden into d loss / d hidden."""
-        self.chunk = self.chunk_hidden = None  # no longer needed
+        """Turn d token log-probability / d hidden into d loss / d hidden, in place. Frees the chunk."""
+        self.chunk = self.chunk_hidden = None
         backend, hidden_size = self.options.logits.backend, self.hidden.shape[-1]
         grads = self.grad_hidden.view(self.hidden.shape), self.grad_hidden.view(-1, hidden_size)
         for start, stop in ranges:
             rows = self.tokens.rows[start:stop]
             move_rows(*grads, backend, source_rows=rows, target_rows=rows, factors=token_grads[start:stop])
 
-    def sequences(self) -> tuple[torch.Tensor, ...]:
-        """(logps, token counts, mean entropy, mean logit, token accuracy) of the batch's sequences, each [B]."""
+    def values(self) -> SequenceValues:
+        """Return the values of the sequences, each [B]; with ``options.per_position`` of the positions, each [rows]."""
+        return self._positions() if self.options.per_position else self._sequences()
+
+    def _sequences(self) -> SequenceValues:
         logits = self.options.logits
         sums = sequence_sums(
             self.tokens.targets,
@@ -150,22 +156,22 @@ class Engine:
             logits.average_log_prob,
             logits.backend,
         )
-        return tuple(self.tokens.unpack(values) for values in sums)
+        return SequenceValues(*(self.tokens.unpack(values) for values in sums))
 
-    def positions(self) -> tuple[torch.Tensor, ...]:
-        """The same of each position by itself, [rows]: logp, 1 where it is a completion token, entropy, mean logit and
-        is_top1; 0 where it is none.
-        """
+    def _positions(self) -> SequenceValues:
         num_rows = self.hidden.shape[0] * self.hidden.shape[1]
 
         def spread(values: torch.Tensor) -> torch.Tensor:
             return values.new_zeros(num_rows).index_copy_(0, self.tokens.rows, values)
 
-        logps, *metrics = (spread(values) for values in self.per_token)
-        return logps, spread(torch.ones_like(self.tokens.rows)), *metrics
+        tokens = TokenValues(*(spread(values) for values in self.per_token))
+        token_counts = spread(torch.ones_like(self.tokens.rows))
+        return SequenceValues(tokens.logps, token_counts, tokens.entropy, tokens.mean_logits, tokens.is_top1)
 
     def token_grads(self, logp_grads: torch.Tensor) -> torch.Tensor:
-        """d loss / d token log-probability [N] from d loss / d log-probability, each sequence's [B] or position's."""
+        """Return d loss / d token log-probability [N] from ``logp_grads``: d loss / d log-probability of the sequences
+        [B] or positions [rows].
+        """
         if self.options.per_position:
             return logp_grads[self.tokens.rows].to(self.options.compute_dtype)
         return sequence_backward(
@@ -179,17 +185,85 @@ class Engine:
             self.options.logits.backend,
         )
 
-    def gradients(self) -> tuple[torch.Tensor | None, ...]:
-        """By hidden, weight and bias, as they are held; None where not wanted. Lets go of the chunk."""
-        self.chunk = self.chunk_hidden = None  # before the rounded gradients take their memory
-        return (
+    def gradients(self) -> Gradients:
+        """Return the gradients in their storage dtypes; None for those not requested. Frees the chunk."""
+        self.chunk = self.chunk_hidden = None  # before the rounded gradients are allocated
+        return Gradients(
             self.grad_hidden,
             None if self.weight_sum is None else self.weight_sum.to(self.weight_dtype),
             None if self.bias_sum is None else self.bias_sum.to(self.bias_dtype),
         )
 
 
+# ---- loss head ----------------------------------------------------------------------------------------------------
+
+
+class HeadResult(NamedTuple):
+    loss: torch.Tensor | None
+    logp_grads: torch.Tensor | None  # [B] d loss / d log-probability
+    reported: tuple[torch.Tensor, ...]
+
+
+def head_group(head: Any) -> int | None:
+    """Return how many sequences one loss value of a head reads. None, the default: the whole batch."""
+    return getattr(head, "group", None)
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """A loss head (None: there is none) with the tensors of its call, for a batch of sequences."""
+
+    head: Any
+    ref_logps: torch.Tensor | None
+    tensors: tuple[torch.Tensor | None, ...]
+
+    def on_batch(self, values: SequenceValues) -> HeadResult:
+        """Call the head on the whole batch."""
+        if self.head is None:
+            return HeadResult(None, None, ())
+        loss, logp_grads, *reported = self.head(values.logps, values.token_counts, self.ref_logps, *self.tensors)
+        return HeadResult(loss, logp_grads, tuple(reported))
+
+    def grads_of_groups(self, values: SequenceValues, first: int, last: int) -> torch.Tensor:
+        """Call the head on the groups first..last alone. Return d loss / d log-probability [B], 0 outside these groups.
+
+        The head sees a smaller batch: the groups' entries of each tensor that has one per sequence or per group. Any
+        other tensor is passed on.
+        """
+        num_sequences = len(values.logps)
+        num_groups = num_sequences // self.head.group
+
+        def part(x: torch.Tensor | None) -> torch.Tensor | None:
+            if x is None or x.ndim != 1 or len(x) not in (num_sequences, num_groups):
+                return x
+            # clone: a slice's alignment would compile another variant of the kernels
+            columns = x.reshape(-1, num_groups)[:, first:last]
+            return columns.clone(memory_format=torch.contiguous_format).view(-1)
+
+        tensors = map(part, (values.logps, values.token_counts, self.ref_logps, *self.tensors))
+        _, grads, *_ = self.head(*tensors, num_losses=num_groups)
+        logp_grads = torch.zeros_like(values.logps)
+        logp_grads.view(-1, num_groups)[:, first:last] = grads.view(-1, last - first)
+        return logp_grads
+
+
 # ---- forward and backward -----------------------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """The reference model's hidden states and LM head."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class ReferenceVisit(NamedTuple):
+    """The reference's log-probabilities [B], and what its visit leaves for the policy's."""
+
+    logps: torch.Tensor
+    chunk: WholeRows | FoldedRows | None  # None: the policy needs a chunk of its own
+    gemm_weight: torch.Tensor | None  # the LM head in the GEMMs' dtype; None: the policy has another LM head
 
 
 def forward(
@@ -200,113 +274,130 @@ def forward(
     cu_seqlens: torch.Tensor | None,
     options: HiddenOptions,
     head: Any,
-    reference: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    reference: Reference | None,
     ref_logps: torch.Tensor | None,
     head_tensors: tuple[torch.Tensor | None, ...],
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
-    """``(sequences, ref_logps, (loss, head_grads, *reported), gradients, statistics)``.
+) -> HiddenResults:
+    """Find log-probabilities, the loss of ``head`` (None: no loss), and the gradients of ``gradient_mode``.
 
-    ``sequences`` is (logps, token_counts, entropy, mean_logits, token_accuracy), each [B]; or of each position,
-    ``Engine.positions``. ``reference`` is the reference's (hidden, weight, bias).
-
-    Three cases. The loss is one number: the gradients are by it. It is not (one value per sequence or pair, or no
-    head), and the LM head is frozen: the gradient by hidden is of each token's own log-probability, for the backward
-    to scale. It is not, and the LM head is trained: there are no gradients, but ``statistics`` for ``backward``, else
-    None.
+    In IN_BACKWARD there are no gradients, but the ``statistics`` that ``backward`` needs. ``ref_logps`` [B] are the
+    reference's log-probabilities where ``reference`` is None.
     """
-    is_total = head is not None and head.reduction != "none"
-    is_left_to_backward = not is_total and options.is_head_trained
+    mode = gradient_mode(options.needs, head)
     options = beside_bookkeeping(labels.numel(), weight, options)
-    if is_left_to_backward:
-        options = replace(options, needs=(False, False, False))
-    paired = is_total and head.paired  # a chunk holds whole pairs
-    room = chunk_room(weight, options)  # before the host waits for the device
-    tokens = find_tokens(weight, labels, cu_seqlens, options, paired)
-    couples = is_total and head.couples_batch(*head_tensors)
-    plan = plan_visit(tokens.counts, room, weight, options, is_total=is_total, paired=paired, couples=couples)
+    if mode is GradientMode.IN_BACKWARD:
+        options = replace(options, needs=Needs())
+    # without gradients of the loss it does not matter which sequences share a chunk
+    group = head_group(head) if mode in (GradientMode.NONE, GradientMode.OF_LOSS) else None
+    room = chunk_room(weight, options)  # its Python runs before the host waits for the device
+    tokens = find_tokens(weight, labels, cu_seqlens, options, group or 1)
+    plan = plan_visit(tokens.counts, room, weight, options, mode=mode, group=group)
     weight_sum = empty_weight_sum(plan, weight, options) if plan.spec.lent_bytes else None
 
-    chunk = gemm_weight = None
-    if reference[0] is not None:
-        ref_logps, chunk, gemm_weight = _reference_logps(reference, tokens, plan, weight, weight_sum, options)
+    chunk = gemm_weight = computed_ref_logps = None
+    if reference is not None:
+        visit = _visit_reference(reference, tokens, plan, weight, weight_sum, options)
+        ref_logps, chunk, gemm_weight = visit
+        del visit  # the engine alone holds the chunk, and frees it
+        computed_ref_logps = ref_logps
     if gemm_weight is None:
         gemm_weight = weight.to(options.dtype)
     chunk = chunk or make_chunk(plan, weight_sum)
     engine = Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
-
-    def apply_head() -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        values = engine.positions() if options.per_position else engine.sequences()
-        return values, () if head is None else head(*values[:2], ref_logps, *head_tensors)
+    call = HeadCall(head, ref_logps, head_tensors)
 
     if plan.is_loss_in_time:
         engine.start_sums(empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
-        for start, stop in plan.ranges:
-            engine.forward(start, stop, keep=True)
-            # of sequences yet to come the log-probability is 0 here; their gradients are not looked at
-            values, results = apply_head()
-            engine.backward(start, stop, engine.token_grads(results[1]))
+        values, result = _visit_with_loss_in_time(engine, call, plan)
     else:
+        is_direction = plan.spec.keeps == "panels"  # the chunk prepares d log-probability / d hidden, without a loss
         ones = torch.ones_like(engine.per_token[0])
-        is_direction = plan.spec.keeps == "panels"  # d logp / d hidden, which needs no loss
-        if is_left_to_backward or options.is_head_trained:
+        if mode is GradientMode.IN_BACKWARD or options.is_head_trained:
             engine.start_statistics()
         for start, stop in plan.ranges:
             engine.forward(start, stop, keep=is_direction)
             if is_direction:
                 engine.backward(start, stop, ones)
-        values, results = apply_head()
-        if is_total and any(options.needs):
-            token_grads = engine.token_grads(results[1])
+        values = engine.values()
+        result = call.on_batch(values)
+        if mode is GradientMode.OF_LOSS:
+            token_grads = engine.token_grads(result.logp_grads)
             if is_direction:
                 engine.scale_hidden_gradient(token_grads, plan.ranges)
             else:
                 _visit_again(engine, weight, token_grads)
-    statistics = engine.statistics if is_left_to_backward else None
-    return values, ref_logps, results, engine.gradients(), statistics
+    statistics = engine.statistics if mode is GradientMode.IN_BACKWARD else None
+    return HiddenResults(
+        values, computed_ref_logps, engine.gradients(), statistics, result.loss, result.logp_grads, result.reported
+    )
+
+
+def _visit_with_loss_in_time(engine: Engine, call: HeadCall, plan: Plan) -> tuple[SequenceValues, HeadResult]:
+    """Find log-probabilities and gradients chunk by chunk. The head is called once per chunk.
+
+    Until the last chunk, the head sees the chunk's groups alone: the later sequences' log-probabilities are not known
+    yet. With the last chunk all are known, so that this call gives the loss and the reported values of the whole batch.
+    """
+    group = call.head.group if len(plan.ranges) > 1 else 1  # a head that reads the whole batch gets one chunk
+    for (start, stop), (first, last) in zip(
+        plan.ranges, group_ranges(engine.tokens.counts, plan.ranges, group), strict=True
+    ):
+        engine.forward(start, stop, keep=True)
+        values = engine.values()
+        if stop < len(engine.tokens.rows):
+            logp_grads = call.grads_of_groups(values, first, last)
+        else:
+            result = call.on_batch(values)
+            logp_grads = result.logp_grads
+        engine.backward(start, stop, engine.token_grads(logp_grads))
+    return values, result
 
 
 def find_tokens(
-    weight: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, options: HiddenOptions, paired: bool
+    weight: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, options: HiddenOptions, group: int
 ) -> CompletionTokens:
-    layout = {"ignore_index": options.logits.ignore_index, "shift": options.logits.shift, "vocab_size": len(weight)}
-    check_contents(labels, cu_seqlens, **layout)
-    return completion_tokens(labels, cu_seqlens, paired=paired, **layout)
+    """Check the labels where the host may read them, and find the completion tokens."""
+    labelling = {**options.logits.labelling, "vocab_size": len(weight)}
+    check_contents(labels, cu_seqlens, **labelling)
+    return completion_tokens(labels, cu_seqlens, group=group, **labelling)
 
 
-def _reference_logps(
-    reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+def _visit_reference(
+    reference: Reference,
     tokens: CompletionTokens,
     plan: Plan,
     weight: torch.Tensor,
     weight_sum: torch.Tensor | None,
     options: HiddenOptions,
-) -> tuple[torch.Tensor, WholeRows | FoldedRows | None, torch.Tensor | None]:
-    """Its log-probabilities [B]; and what serves the policy too: the chunk, the ``weight`` as the GEMMs read it."""
+) -> ReferenceVisit:
+    """Find the reference's log-probabilities before the policy's visit, in the policy's chunk where that is as fast."""
     hidden, ref_weight, bias = reference
-    # a copy under autocast: one at a time, or one for both
+    # under autocast the LM head is copied: one copy for both models, or one after the other
     is_shared = ref_weight.is_set_to(weight) and options.ref_dtype == options.dtype
     ref_weight = ref_weight.to(options.ref_dtype)
-    ref_options, chunk = replace(options, dtype=options.ref_dtype, needs=(False, False, False)), None
+    ref_options, chunk = replace(options, dtype=options.ref_dtype, needs=Needs()), None
     num_tokens, spec = len(tokens.rows), chunk_spec(ref_weight, ref_options, "nothing")
     limit = spec.capacity()
     if ref_options.dtype == options.dtype and not _takes_fewer(spec, ref_weight, num_tokens, plan):
         chunk = make_chunk(plan, weight_sum)
         most = max(1, chunk.num_tokens)
-        # it was made for hidden states of the policy's width
+        # the chunk was made for hidden states of the policy's width
         limit = min(limit, most) if ref_weight.shape[1] > weight.shape[1] else most
     ranges = even_ranges(num_tokens, limit)
     ref_chunk = chunk or make_chunk(Plan(spec, ranges))
     engine = Engine(hidden, ref_weight, bias, tokens, ref_chunk, ref_options, ref_weight.dtype)
     for start, stop in ranges:
         engine.forward(start, stop)
-    return engine.sequences()[0], chunk, ref_weight if is_shared else None
+    return ReferenceVisit(engine.values().logps, chunk, ref_weight if is_shared else None)
 
 
 def _takes_fewer(spec: ChunkSpec, ref_weight: torch.Tensor, num_tokens: int, plan: Plan) -> bool:
-    """Whether the reference takes fewer chunks of its own, before the policy's take their memory. Not where tiles in
-    memory would be others than the policy's: of equal models the log-ratios would no longer be exactly 0. (The last
-    columns, less than a tile of registers', go through memory all the same, and may be rounded otherwise there.)
+    """Return whether the reference needs fewer chunks if it gets its own, before the policy's is allocated.
+
+    Only where logits stay in registers: tiles in memory of another size than the policy's would round differently, and
+    the log-ratios of equal models would not be exactly 0. (The last columns, fewer than a tile in registers, go through
+    memory in any case and may be rounded differently there.)
     """
     if spec.kind is not FoldedRows or not spec.goes_through_registers(ref_weight):
         return False
@@ -316,8 +407,8 @@ def _takes_fewer(spec: ChunkSpec, ref_weight: torch.Tensor, num_tokens: int, pla
 
 
 def _visit_again(engine: Engine, weight: torch.Tensor, token_grads: torch.Tensor) -> None:
-    """Compute the logits once more, and all gradients."""
-    engine.chunk = None  # before the other takes its memory
+    """Compute all logits again, and all gradients."""
+    engine.chunk = None  # frees the first visit's chunk before the second's is allocated
     plan = plan_second_visit(len(engine.tokens.rows), weight, engine.options)
     engine.chunk = make_chunk(plan)
     engine.start_sums(empty_weight_sum(plan, weight, engine.options))
@@ -334,10 +425,14 @@ def backward(
     logp_grads: torch.Tensor,
     statistics: torch.Tensor,
     options: HiddenOptions,
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients by hidden, weight and bias from d loss / d logps, shaped as they are, and ``forward``'s statistics."""
+) -> Gradients:
+    """Return the gradients by computing the logits again, for IN_BACKWARD.
+
+    ``logp_grads`` is d loss / d log-probability of the sequences [B] or positions [rows], ``statistics`` comes from
+    ``forward``.
+    """
     options = beside_bookkeeping(labels.numel(), weight, options)
-    tokens = find_tokens(weight, labels, cu_seqlens, options, paired=False)
+    tokens = find_tokens(weight, labels, cu_seqlens, options, group=1)
     engine = Engine(hidden, weight.to(options.dtype), bias, tokens, None, options, weight.dtype)
     engine.statistics = statistics
     _visit_again(engine, weight, engine.token_grads(logp_grads))

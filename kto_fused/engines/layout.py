@@ -1,4 +1,8 @@
-"""Labels -> which rows are completion tokens, what each predicts, and which sequence it belongs to."""
+"""From labels to completion tokens: which rows they are, which token each row predicts, which sequence each belongs to.
+
+A row is one position of the batch: row b T + t of a padded batch [B, T], row t of a packed one [N]. Both engines, and
+the plain reference, read labels through these functions.
+"""
 
 from dataclasses import dataclass
 
@@ -6,19 +10,19 @@ import torch
 
 from .backends import may_read
 
-# targets[row] is the token id that a row predicts, or one of these (kernels/online.py repeats the numbers):
+# targets[row] is the token id that the row predicts, or one of these marks (kernels/online.py repeats the numbers):
 MASKED = -1  # prompt, padding, or nothing left to predict: log-probability 0, gradient 0, logits never read
 INVALID = -2  # a label outside the vocabulary: log-probability NaN
 
 
 def compute_dtype(values: torch.Tensor | torch.dtype) -> torch.dtype:
-    """What logits or log-probabilities are computed in, and their loss given in: float64 for float64, else float32."""
+    """Return the dtype of log-probabilities and loss: float64 for float64 values, else float32."""
     dtype = values if isinstance(values, torch.dtype) else values.dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def gemm_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """What a GEMM of hidden states reads: their own dtype, or autocast's, which leaves float64 alone."""
+    """Return the dtype in which GEMMs read hidden states: autocast's if it is on (not for float64), else their own."""
     device_type = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -26,7 +30,7 @@ def gemm_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 
 def row_sequences(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The sequence of each packed row. [B+1] -> [N]"""
+    """Return the sequence that each packed row belongs to. [B+1] offsets -> [N]"""
     rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, rows, right=True) - 1
 
@@ -34,13 +38,13 @@ def row_sequences(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
 def row_targets(
     labels: torch.Tensor, cu_seqlens: torch.Tensor | None, *, ignore_index: int, shift: bool, vocab_size: int
 ) -> torch.Tensor:
-    """The target of each row of the logits: a token id, ``MASKED`` or ``INVALID``. [B, T] or [N] -> the same shape"""
+    """Return each row's target: a token id, ``MASKED`` or ``INVALID``. [B, T] or [N] labels -> the same shape"""
     targets = labels.long()
     if shift:
         targets = torch.full_like(targets, ignore_index)
         targets[..., :-1] = labels[..., 1:]
         if cu_seqlens is not None:
-            # the last row of a sequence would predict the first token of the next
+            # the last row of a sequence must not predict the first token of the next sequence
             num_rows = labels.shape[-1]
             starts = torch.zeros(num_rows + 1, dtype=torch.bool, device=labels.device)
             starts.index_fill_(0, cu_seqlens[1:].long().clamp(0, num_rows), True)
@@ -51,25 +55,27 @@ def row_targets(
 
 @dataclass(frozen=True)
 class CompletionTokens:
-    """The N completion tokens of a batch, packed sequence after sequence; where they are paired, pair after pair.
+    """The N completion tokens of a batch, packed sequence after sequence, and the sequences group after group.
 
-    ``sequences[i]`` is the i-th packed sequence; None where they keep their order.
+    In the batch, group i holds the sequences i, i + B/group, i + 2 B/group, ...: of pairs, the chosen sequences are the
+    first half and the rejected ones the second half. Packed, a group's sequences follow each other.
     """
 
-    rows: torch.Tensor  # [N] int64, in hidden states flattened to rows
+    rows: torch.Tensor  # [N] int64, indices into the batch's rows
     targets: torch.Tensor  # [N] int32, a token id or INVALID
     offsets: torch.Tensor  # [B+1] int64, where each packed sequence starts
     counts: list[int]  # [B] tokens of each packed sequence, known to the host
-    sequences: torch.Tensor | None  # [B] int64
+    sequences: torch.Tensor | None  # [B] int64, the packed sequences' numbers in the batch; None: they keep their order
+    group: int = 1  # sequences in a group
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """[B] values of the packed sequences, in the batch's own order."""
+        """Return [B] values of the packed sequences in the batch's order."""
         if self.sequences is None:
             return values
         return torch.empty_like(values).index_copy_(0, self.sequences, values)
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """[B] values of the batch's sequences, in packed order."""
+        """Return [B] values of the batch's sequences in packed order."""
         return values if self.sequences is None else values[self.sequences]
 
 
@@ -80,9 +86,12 @@ def completion_tokens(
     ignore_index: int,
     shift: bool,
     vocab_size: int,
-    paired: bool = False,
+    group: int = 1,
 ) -> CompletionTokens:
-    """Find the completion tokens of labels [B, T], or [N] with offsets. Waits for the device once, for their counts."""
+    """Find the completion tokens of labels [B, T], or [N] with offsets, for losses that read ``group`` sequences each.
+
+    The host waits for the device once, for the number of tokens in each sequence.
+    """
     layout = {"ignore_index": ignore_index, "shift": shift, "vocab_size": vocab_size}
     targets = row_targets(labels, cu_seqlens, **layout).flatten().int()
     is_token = targets != MASKED
@@ -101,19 +110,19 @@ def completion_tokens(
         rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_rows)
         is_partition = rises.long()[None]
     sequences = None
-    if paired:
-        half = num_sequences // 2
-        sequences = torch.arange(num_sequences, device=labels.device).view(2, half).T.flatten()
-        row_sequence = 2 * (row_sequence % half) + row_sequence // half
+    if group > 1:
+        num_groups = num_sequences // group
+        sequences = torch.arange(num_sequences, device=labels.device).view(group, num_groups).T.flatten()
+        row_sequence = group * (row_sequence % num_groups) + row_sequence // num_groups
         counts = counts[sequences]
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    # a stable sort packs without asking the device how many there are, and runs while the host waits for that
+    # a stable sort needs no number of tokens from the device, and it runs there while the host waits for that number
     order = torch.where(is_token, row_sequence, num_sequences).argsort(stable=True)
     *host_counts, is_partition = torch.cat([counts, is_partition]).tolist()
     if not is_partition:
         raise _no_partition(num_rows, cu_seqlens)
     rows = order[: sum(host_counts)]
-    return CompletionTokens(rows, targets[rows], offsets, host_counts, sequences)
+    return CompletionTokens(rows, targets[rows], offsets, host_counts, sequences, group)
 
 
 def _no_partition(num_rows: int, cu_seqlens: torch.Tensor) -> ValueError:
@@ -123,9 +132,9 @@ def _no_partition(num_rows: int, cu_seqlens: torch.Tensor) -> ValueError:
 def check_contents(
     labels: torch.Tensor, cu_seqlens: torch.Tensor | None, *, ignore_index: int, shift: bool, vocab_size: int
 ) -> None:
-    """Raise for label values and offsets that no kernel may follow.
+    """Raise ``IndexError`` for a label outside the vocabulary, ``ValueError`` for offsets that do not rise from 0 to N.
 
-    On a GPU the kernels answer NaN instead, see ``backends.may_read``.
+    Where the host may not read the tensors (``backends.may_read``) nothing is checked, and the kernels give NaN.
     """
     if not may_read(labels):
         return
@@ -143,3 +152,13 @@ def check_contents(
             f"labels{position} is {labels[tuple(position)].item()}: expected a token id in [0, {vocab_size}) "
             f"or ignore_index={ignore_index}"
         )
+
+
+def scale_grads(head_grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:
+    """d loss / d log-probability [B] from a head's own gradient [B] and the incoming gradient [], [B/2] or [B].
+
+    Sequence s belongs to incoming entry s mod their number. A 0 stays a 0 even where the incoming gradient is NaN or
+    infinite: a sequence that takes no part keeps a gradient of 0.
+    """
+    product = head_grads.view(-1, incoming.numel()) * incoming.reshape(1, -1)
+    return torch.where(head_grads == 0, head_grads, product.view(-1))

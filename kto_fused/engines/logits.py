@@ -1,8 +1,13 @@
-"""autograd.Functions: logits in. The engine turns logits into log-probabilities and d loss / d log-probability back
-into d loss / d logits; it knows no loss.
+"""From logits to log-probabilities, and from d loss / d log-probability back to d loss / d logits.
 
-Forward:   logits --row kernel--> token log-probabilities --sequence kernel--> [B] --loss head--> loss and its gradient
-Backward:  incoming x head's gradient --sequence kernel--> token gradients --row kernel--> d logits
+Three ``autograd.Function``s take logits: ``TokenLogps``, ``SequenceLogps`` and ``LossFromLogits``. They share a row
+operation and a sequence operation, which run as Triton kernels or in PyTorch (``cpu.py``) and are operators for
+``torch.compile``. No loss is known here; ``LossFromLogits`` calls the head that it is given.
+
+Forward:   logits -> row operation -> token log-probabilities -> sequence operation -> log-probabilities [B]
+           -> loss head -> loss, and its gradient by the log-probabilities
+Backward:  incoming gradient times the head's -> sequence operation -> token gradients -> row operation
+           -> d loss / d logits
 """
 
 import math
@@ -14,87 +19,70 @@ from . import cpu
 from .backends import multiprocessors, on_device, opaque
 from .first_derivative import first_derivative_only
 from .layout import check_contents, compute_dtype
-from .options import LogitOptions
+from .options import LOGIT_SCHEMA, LogitOptions
+from .results import RowResults, SequenceValues, TokenValues
 
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
-def row_outputs(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    """What the row kernel fills: targets, row_max and log_sum, each [rows], and per_token [4, rows]."""
+def row_outputs(logits: torch.Tensor, *_: Any) -> RowResults:
+    """Return empty tensors for the row operation to fill."""
     rows = math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic length
     row_max, log_sum = (logits.new_empty(rows, dtype=compute_dtype(logits)) for _ in range(2))
-    return logits.new_empty(rows, dtype=torch.int32), row_max, log_sum, row_max.new_empty(4, rows)
+    per_token = row_max.new_empty(len(TokenValues._fields), rows)
+    return RowResults(logits.new_empty(rows, dtype=torch.int32), row_max, log_sum, per_token)
 
 
-@opaque(fake=row_outputs)
-def _token_logprobs(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    cu_seqlens: Optional[torch.Tensor],
-    ignore_index: int,
-    shift: bool,
-    scale: float,
-    softcap: Optional[float],
-    factor: float,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(targets, row_max, log_sum), each [rows], and per_token = (logps, entropy, mean_logits, is_top1) [4, rows]."""
-    check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=logits.shape[-1])
-    options = {
-        "ignore_index": ignore_index,
-        "shift": shift,
-        "scale": scale,
-        "softcap": softcap,
-        "factor": factor,
-    }
-    if backend == "torch":
-        return cpu.token_logprobs(logits, labels, cu_seqlens, **options)
+@opaque(
+    fake=row_outputs,
+    schema=f"(Tensor logits, Tensor labels, Tensor? cu_seqlens, {LOGIT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _token_logprobs(logits, labels, cu_seqlens, *flat_options) -> tuple[torch.Tensor, ...]:
+    """The fields of ``RowResults``."""
+    options = LogitOptions(*flat_options)
+    check_contents(labels, cu_seqlens, **options.labelling, vocab_size=logits.shape[-1])
+    if options.backend == "torch":
+        return cpu.token_logprobs(logits, labels, cu_seqlens, **options.labelling, **options.transform)
     from ..kernels import token_logprobs
 
     outputs = row_outputs(logits)
     with on_device(logits):
         token_logprobs.forward(
-            logits, labels, cu_seqlens, outputs, multiprocessors=multiprocessors(logits.device), **options
+            logits,
+            labels,
+            cu_seqlens,
+            outputs,
+            multiprocessors=multiprocessors(logits.device),
+            **options.labelling,
+            **options.transform,
         )
     return outputs
 
 
-@opaque(fake=lambda logits, grad, *_: None, mutates_args=("grad",))
-def _token_logprobs_backward(
-    logits: torch.Tensor,
-    grad: torch.Tensor,
-    targets: torch.Tensor,
-    token_grads: torch.Tensor,
-    row_max: torch.Tensor,
-    log_sum: torch.Tensor,
-    scale: float,
-    softcap: Optional[float],
-    factor: float,
-    backend: str,
-) -> None:
-    options = {"scale": scale, "softcap": softcap, "factor": factor}
-    if backend == "torch":
-        cpu.token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, **options)
+_GRADIENT_SCHEMA = f"Tensor targets, Tensor token_grads, Tensor row_max, Tensor log_sum, {LOGIT_SCHEMA}"
+
+
+@opaque(
+    fake=lambda logits, grad, *_: None,
+    mutates_args=("grad",),
+    schema=f"(Tensor logits, Tensor(a!) grad, {_GRADIENT_SCHEMA}) -> ()",
+)
+def _token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, *flat_options) -> None:
+    """Fill ``grad``, shaped as ``logits``, possibly the same tensor, from ``token_grads`` = d loss / d logps [rows]."""
+    options = LogitOptions(*flat_options)
+    if options.backend == "torch":
+        cpu.token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, **options.transform)
         return
     from ..kernels import token_logprobs
 
     with on_device(logits):
-        token_logprobs.backward(logits, grad, targets, token_grads, row_max, log_sum, **options)
+        token_logprobs.backward(logits, grad, targets, token_grads, row_max, log_sum, **options.transform)
 
 
-@opaque(fake=lambda logits, *_: None, mutates_args=("logits",))
-def _token_logprobs_backward_inplace(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    token_grads: torch.Tensor,
-    row_max: torch.Tensor,
-    log_sum: torch.Tensor,
-    scale: float,
-    softcap: Optional[float],
-    factor: float,
-    backend: str,
-) -> None:
-    _token_logprobs_backward(logits, logits, targets, token_grads, row_max, log_sum, scale, softcap, factor, backend)
+@opaque(fake=lambda logits, *_: None, mutates_args=("logits",), schema=f"(Tensor(a!) logits, {_GRADIENT_SCHEMA}) -> ()")
+def _token_logprobs_backward_inplace(logits, *arguments) -> None:
+    """Overwrite the logits with their gradient."""
+    _token_logprobs_backward(logits, logits, *arguments)
 
 
 def _sequence_outputs(
@@ -103,8 +91,8 @@ def _sequence_outputs(
     cu_seqlens: torch.Tensor | None,
     num_sequences: int,
     *_: Any,
-) -> tuple[torch.Tensor, ...]:
-    return (
+) -> SequenceValues:
+    return SequenceValues(
         per_token.new_empty(num_sequences, dtype=torch.float64),
         per_token.new_empty(num_sequences, dtype=torch.int64),
         *(per_token.new_empty(num_sequences) for _ in range(3)),
@@ -120,7 +108,7 @@ def sequence_sums(
     average: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probabilities, token counts, mean entropy, mean logit, token accuracy) of each sequence, each [B]."""
+    """Return the fields of ``SequenceValues``, each [B], from ``per_token`` [4, rows]."""
     if backend == "torch":
         return cpu.sequence_sums(targets, per_token, cu_seqlens, num_sequences=num_sequences, average=average)
     from ..kernels import sequence
@@ -132,12 +120,13 @@ def sequence_sums(
     return outputs
 
 
-def _token_grads(targets: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    *_, dtype, _ = arguments
+def _fake_sequence_backward(
+    targets, token_counts, head_grads, incoming, cu_seqlens, average, dtype, backend
+) -> torch.Tensor:
     return targets.new_empty(targets.shape, dtype=dtype)
 
 
-@opaque(fake=_token_grads)
+@opaque(fake=_fake_sequence_backward)
 def sequence_backward(
     targets: torch.Tensor,
     token_counts: torch.Tensor,
@@ -148,7 +137,10 @@ def sequence_backward(
     dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    """d loss / d token log-probability [rows], in the dtype that the row kernel computes in."""
+    """Return d loss / d token log-probability [rows] in ``dtype``, the compute dtype of the row operation.
+
+    d loss / d sequence log-probability is ``incoming`` ([], [B/2] or [B]), times ``head_grads`` [B] where given.
+    """
     if backend == "torch":
         return cpu.sequence_backward(
             targets, token_counts, head_grads, incoming, cu_seqlens, average=average, dtype=dtype
@@ -173,23 +165,20 @@ def sequence_backward(
 # ---- engine -------------------------------------------------------------------------------------------------------
 
 
-def _engine_forward(
+def _rows_forward(
     logits: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, options: LogitOptions
-) -> tuple[torch.Tensor, ...]:
-    return _token_logprobs(
-        logits,
-        labels,
-        cu_seqlens,
-        options.ignore_index,
-        options.shift,
-        options.logit_scale,
-        options.logit_softcap,
-        options.factor,
-        options.backend,
-    )
+) -> RowResults:
+    return RowResults(*_token_logprobs(logits, labels, cu_seqlens, *options.flat()))
 
 
-def _engine_backward(
+def _sequences_forward(
+    rows: RowResults, cu_seqlens: torch.Tensor | None, num_sequences: int, options: LogitOptions
+) -> SequenceValues:
+    average, backend = options.average_log_prob, options.backend
+    return SequenceValues(*sequence_sums(rows.targets, rows.per_token, cu_seqlens, num_sequences, average, backend))
+
+
+def _rows_backward(
     ctx: Any,
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -198,15 +187,15 @@ def _engine_backward(
     log_sum: torch.Tensor,
 ) -> torch.Tensor:
     options: LogitOptions = ctx.options
-    transform = options.logit_scale, options.logit_softcap, options.factor, options.backend
+    arguments = targets, token_grads, row_max, log_sum, *options.flat()
     if not ctx.is_inplace:
         grad = logits.new_empty(logits.shape)
-        _token_logprobs_backward(logits, grad, targets, token_grads, row_max, log_sum, *transform)
+        _token_logprobs_backward(logits, grad, *arguments)
         return grad
     grad = logits.detach()  # the same storage and version counter, without the graph
-    _token_logprobs_backward_inplace(grad, targets, token_grads, row_max, log_sum, *transform)
+    _token_logprobs_backward_inplace(grad, *arguments)
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(grad)  # whoever saved these logits must not read gradients
+        torch.autograd.graph.increment_version(grad)  # an operation that saved these logits must not read gradients
     return grad
 
 
@@ -216,12 +205,14 @@ def _sequences_backward(ctx: Any, incoming: torch.Tensor) -> torch.Tensor:
     token_grads = sequence_backward(
         targets, token_counts, head_grads, incoming, cu_seqlens, average, row_max.dtype, backend
     )
-    return _engine_backward(ctx, logits, targets, token_grads, row_max, log_sum)
+    return _rows_backward(ctx, logits, targets, token_grads, row_max, log_sum)
 
 
 def _save(ctx: Any, options: LogitOptions, *tensors: torch.Tensor | None) -> None:
-    """Save for the backward. What saved-tensor hooks (of checkpoints, of ``save_on_cpu``) give back for the logits may
-    be held by others too, whom a bumped version would not reach: then the gradient is not written in place.
+    """Save tensors for the backward, and whether it may overwrite the logits.
+
+    It may not under saved-tensor hooks (checkpointing, ``save_on_cpu``): the tensor that a hook returns may be shared
+    with others, who would not notice from its version counter that it now holds gradients.
     """
     ctx.save_for_backward(*tensors)
     ctx.options = options
@@ -233,32 +224,31 @@ def _has_saved_tensors_hooks() -> bool:
 
 
 class TokenLogps(torch.autograd.Function):
-    """[rows] token log-probabilities, 0 where masked."""
+    """Token log-probabilities [rows], 0 where masked."""
 
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, options):
-        targets, row_max, log_sum, per_token = _engine_forward(logits, labels, cu_seqlens, options)
-        _save(ctx, options, logits, targets, row_max, log_sum)
-        return per_token[0].clone()
+        rows = _rows_forward(logits, labels, cu_seqlens, options)
+        _save(ctx, options, logits, rows.targets, rows.row_max, rows.log_sum)
+        return TokenValues(*rows.per_token).logps.clone()
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, incoming):
         logits, targets, row_max, log_sum = ctx.saved_tensors
-        grad = _engine_backward(ctx, logits, targets, incoming.contiguous(), row_max, log_sum)
+        grad = _rows_backward(ctx, logits, targets, incoming.contiguous(), row_max, log_sum)
         return grad, None, None, None
 
 
 class SequenceLogps(torch.autograd.Function):
-    """[B] sequence log-probabilities in fp64."""
+    """Sequence log-probabilities [B] in float64."""
 
     @staticmethod
     def forward(ctx, logits, labels, cu_seqlens, num_sequences, options):
-        targets, row_max, log_sum, per_token = _engine_forward(logits, labels, cu_seqlens, options)
-        average, backend = options.average_log_prob, options.backend
-        logps, token_counts, *_ = sequence_sums(targets, per_token, cu_seqlens, num_sequences, average, backend)
-        _save(ctx, options, logits, targets, row_max, log_sum, token_counts, None, cu_seqlens)
-        return logps
+        rows = _rows_forward(logits, labels, cu_seqlens, options)
+        values = _sequences_forward(rows, cu_seqlens, num_sequences, options)
+        _save(ctx, options, logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, None, cu_seqlens)
+        return values.logps
 
     @staticmethod
     @first_derivative_only
@@ -267,24 +257,24 @@ class SequenceLogps(torch.autograd.Function):
 
 
 class LossFromLogits(torch.autograd.Function):
-    """``(loss, logps, token_counts, entropy, mean_logits, token_accuracy, *reported)``: the engine, then a loss head.
+    """``(loss, *fields of SequenceValues, *reported)`` of a loss head on the sequences' log-probabilities.
 
-    The head gives its gradient by the [B] log-probabilities in the forward; backward only scales it.
+    The head gives its gradient by the log-probabilities [B] in the forward; the backward scales it by the incoming
+    gradient. ``reported`` is what the head returns beside the loss and its gradient.
     """
 
     @staticmethod
-    def forward(ctx, *arguments):  # of named ones torch.compile may drop the first, where nothing needs a gradient
+    def forward(ctx, *arguments):  # torch.compile may drop the first of named arguments where nothing needs a gradient
         logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors = arguments
-        targets, row_max, log_sum, per_token = _engine_forward(logits, labels, cu_seqlens, options)
-        average, backend = options.average_log_prob, options.backend
-        sequences = sequence_sums(targets, per_token, cu_seqlens, num_sequences, average, backend)
-        logps, token_counts, *_ = sequences
-        loss, head_grads, *reported = head(logps, token_counts, *head_tensors)
-        _save(ctx, options, logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens)
+        rows = _rows_forward(logits, labels, cu_seqlens, options)
+        values = _sequences_forward(rows, cu_seqlens, num_sequences, options)
+        loss, head_grads, *reported = head(values.logps, values.token_counts, *head_tensors)
+        saved = logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, head_grads, cu_seqlens
+        _save(ctx, options, *saved)
         ctx.num_arguments = len(arguments)
-        ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
-        ctx.mark_non_differentiable(*sequences, *reported)
-        return loss, *sequences, *reported
+        ctx.set_materialize_grads(False)  # otherwise autograd would fill a gradient of zeros for each reported tensor
+        ctx.mark_non_differentiable(*values, *reported)
+        return loss, *values, *reported
 
     @staticmethod
     @first_derivative_only

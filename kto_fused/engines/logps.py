@@ -1,22 +1,25 @@
-"""autograd.Function: sequence log-probabilities in, loss out."""
+"""The ``autograd.Function`` of losses from sequence log-probabilities that the caller already has."""
 
 import torch
 
-from ..heads.preference import scale_grads
 from .first_derivative import first_derivative_only
+from .layout import scale_grads
 
 
 class LossFromLogps(torch.autograd.Function):
-    """``(loss, *reported)`` of a loss head on [B] log-probabilities; backward scales the head's own gradient."""
+    """``(loss, *reported)`` of a loss head on log-probabilities [B].
+
+    The head gives its gradient by the log-probabilities in the forward; the backward scales it by the incoming one.
+    """
 
     @staticmethod
-    def forward(ctx, *arguments):  # of named ones torch.compile may drop the first, where nothing needs a gradient
+    def forward(ctx, *arguments):  # torch.compile may drop the first of named arguments where nothing needs a gradient
         logps, head, token_counts, *head_tensors = arguments
         loss, grads, *reported = head(logps, token_counts, *head_tensors)
         ctx.save_for_backward(grads)
         ctx.dtype = logps.dtype
         ctx.num_arguments = len(arguments)
-        ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for each of the reported tensors
+        ctx.set_materialize_grads(False)  # otherwise autograd would fill a gradient of zeros for each reported tensor
         ctx.mark_non_differentiable(*reported)
         return loss, *reported
 

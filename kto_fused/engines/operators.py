@@ -1,154 +1,116 @@
-"""The passes from hidden states as ``torch.compile`` sees them: one operator each."""
+"""The passes from hidden states as ``torch.compile`` sees them: one operator for the forward, one for the backward.
 
-from typing import Any, Optional
+An operator takes tensors and plain values and returns a list of tensors. ``HiddenOptions.flat`` and ``heads.flatten``
+turn the options and the loss head into plain values; inside the operator ``HiddenOptions.unflat`` and ``heads.rebuild``
+make them again. In eager mode both functions are called directly.
+"""
+
+from typing import Any
 
 import torch
 
 from ..heads import base as heads
 from .backends import opaque
 from .chunks import NUM_STATISTICS
-from .hidden import backward, forward
-from .layout import compute_dtype
-from .options import HiddenOptions, LogitOptions
+from .hidden import Reference, backward, forward
+from .options import HIDDEN_SCHEMA, NUM_HIDDEN_OPTIONS, GradientMode, HiddenOptions, Needs, gradient_mode
 from .plan import held_dtype
+from .results import Gradients, HiddenResults, SequenceValues
+
+_POLICY_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens"
+_REFERENCE_SCHEMA = (
+    "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_logps, Tensor?[] head_tensors"
+)
+_HEAD_SCHEMA = "str head_name, str reduction, ScalarType loss_dtype, str[] head_texts, float[] head_numbers"
 
 
-def flatten_options(options: HiddenOptions) -> tuple:
-    logits = options.logits
-    return (
-        logits.ignore_index,
-        logits.shift,
-        logits.average_log_prob,
-        logits.temperature,
-        logits.logit_scale,
-        logits.logit_softcap,
-        logits.backend,
-        options.dtype,
-        options.ref_dtype,
-        options.chunk_bytes,
-        options.per_position,
-        *options.needs,
-    )
+def _fake_gradients(inputs: tuple[torch.Tensor | None, ...], needs: Needs) -> Gradients:
+    wanted = zip(inputs, needs, strict=True)
+    return Gradients(*[x.new_empty(x.shape, dtype=held_dtype(x.dtype)) if needed else None for x, needed in wanted])
 
 
-def _unflatten_options(*values: Any) -> HiddenOptions:
-    logits = LogitOptions(*values[:6], backend=values[6])
-    dtype, ref_dtype, chunk_bytes, per_position, *needs = values[7:]
-    return HiddenOptions(logits, dtype, ref_dtype, chunk_bytes, tuple(needs), per_position)
+def _unflat(values: tuple[Any, ...]) -> tuple[HiddenOptions, Any]:
+    """The options and the loss head; None where there is no head."""
+    flat_head = heads.FlatHead(*values[NUM_HIDDEN_OPTIONS:])
+    return HiddenOptions.unflat(values[:NUM_HIDDEN_OPTIONS]), heads.rebuild(flat_head) if flat_head.name else None
 
 
-def _num_sequences(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-    return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _fake_gradients(tensors: tuple, needs: tuple[bool, ...]) -> list[torch.Tensor]:
-    hidden = tensors[0]
-    return [
-        x.new_empty(x.shape, dtype=held_dtype(x.dtype)) if needed else hidden.new_empty(0)
-        for x, needed in zip(tensors, needs, strict=True)
-    ]
-
-
-def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_hidden, *arguments) -> list[torch.Tensor]:
-    *_, dtype, _, _, per_position, needs_hidden, needs_weight, needs_bias, head_name, _, reduction, loss_dtype, _ = (
-        arguments
-    )
-    size = labels.numel() if per_position else _num_sequences(labels, cu_seqlens)
-    compute = compute_dtype(dtype)
-    logps = hidden.new_empty(size, dtype=compute if per_position else torch.float64)
+def _fake_forward(
+    hidden,
+    weight,
+    bias,
+    labels,
+    cu_seqlens,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    ref_logps,
+    head_tensors,
+    *options_and_head,
+) -> list[torch.Tensor]:
+    options, head = _unflat(options_and_head)
+    num_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    size = labels.numel() if options.per_position else num_sequences
+    compute = options.compute_dtype
+    logps = hidden.new_empty(size, dtype=compute if options.per_position else torch.float64)
     counts = hidden.new_empty(size, dtype=torch.int64)
     means = [hidden.new_empty(size, dtype=compute) for _ in range(3)]
-    ref_logps = torch.empty_like(logps) if ref_hidden is not None else hidden.new_empty(0)
-    needs, statistics = (needs_hidden, needs_weight, needs_bias), hidden.new_empty(0)
-    if (needs_weight or needs_bias) and (not head_name or reduction == "none"):
-        needs = (False, False, False)
-        statistics = hidden.new_empty(NUM_STATISTICS, labels.numel(), dtype=compute)
-    results = heads.HEADS[head_name].outputs(logps, reduction, loss_dtype) if head_name else ()
-    gradients = _fake_gradients((hidden, weight, bias), needs)
-    return [logps, counts, *means, ref_logps, *gradients, statistics, *results]
+    mode = gradient_mode(options.needs, head)
+    is_in_backward = mode is GradientMode.IN_BACKWARD
+    statistics = hidden.new_empty(NUM_STATISTICS, labels.numel(), dtype=compute) if is_in_backward else None
+    loss, head_grads, *reported = (
+        (None, None) if head is None else head.outputs(logps, head.reduction, None, head.loss_dtype)
+    )
+    return HiddenResults(
+        SequenceValues(logps, counts, *means),
+        None if ref_hidden is None else torch.empty_like(logps),
+        _fake_gradients((hidden, weight, bias), Needs() if is_in_backward else options.needs),
+        statistics,
+        loss,
+        head_grads,
+        tuple(reported),
+    ).to_list()
 
 
-@opaque(fake=_fake_forward, waits=True)
+@opaque(
+    fake=_fake_forward,
+    waits=True,
+    schema=f"({_POLICY_SCHEMA}, {_REFERENCE_SCHEMA}, {HIDDEN_SCHEMA}, {_HEAD_SCHEMA}) -> Tensor[]",
+)
 def linear_forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    labels: torch.Tensor,
-    cu_seqlens: Optional[torch.Tensor],
-    ref_hidden: Optional[torch.Tensor],
-    ref_weight: Optional[torch.Tensor],
-    ref_bias: Optional[torch.Tensor],
-    ref_logps: Optional[torch.Tensor],
-    head_tensors: list[Optional[torch.Tensor]],
-    ignore_index: int,
-    shift: bool,
-    average: bool,
-    temperature: float,
-    scale: float,
-    softcap: Optional[float],
-    backend: str,
-    dtype: torch.dtype,
-    ref_dtype: torch.dtype,
-    chunk_bytes: int,
-    per_position: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    head_name: str,
-    loss_type: str,
-    reduction: str,
-    loss_dtype: torch.dtype,
-    head_numbers: list[float],
+    hidden,
+    weight,
+    bias,
+    labels,
+    cu_seqlens,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    ref_logps,
+    head_tensors,
+    *options_and_head,
 ) -> list[torch.Tensor]:
-    """``forward``, flattened: [logps, token_counts, entropy, mean_logits, token_accuracy, the reference's logps,
-    gradients by hidden, weight and bias, statistics, loss, head_grads, *reported]; what there is not is empty.
-    """
-    options = _unflatten_options(
-        ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes,
-        per_position, needs_hidden, needs_weight, needs_bias,
-    )  # fmt: skip
-    head = heads.rebuild(head_name, loss_type, reduction, loss_dtype, backend, head_numbers) if head_name else None
-    outputs = forward(
-        hidden, weight, bias, labels, cu_seqlens, options, head, (ref_hidden, ref_weight, ref_bias), ref_logps,
-        tuple(head_tensors),
-    )  # fmt: skip
-    sequences, computed_ref_logps, results, gradients, statistics = outputs
-    optional = (computed_ref_logps if ref_hidden is not None else None, *gradients, statistics)
-    return [*sequences, *(hidden.new_empty(0) if x is None else x for x in optional), *results]
+    """``hidden.forward``, its results as ``HiddenResults.to_list``."""
+    options, head = _unflat(options_and_head)
+    reference = None if ref_hidden is None else Reference(ref_hidden, ref_weight, ref_bias)
+    policy = hidden, weight, bias, labels, cu_seqlens
+    return forward(*policy, options, head, reference, ref_logps, tuple(head_tensors)).to_list()
 
 
-def _fake_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statistics, *arguments) -> list[torch.Tensor]:
-    return _fake_gradients((hidden, weight, bias), arguments[-3:])
+def _fake_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statistics, *options) -> list[torch.Tensor]:
+    return _no_none(hidden, _fake_gradients((hidden, weight, bias), HiddenOptions.unflat(options).needs))
 
 
-@opaque(fake=_fake_backward, waits=True)
-def linear_backward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    labels: torch.Tensor,
-    cu_seqlens: Optional[torch.Tensor],
-    logp_grads: torch.Tensor,
-    statistics: torch.Tensor,
-    ignore_index: int,
-    shift: bool,
-    average: bool,
-    temperature: float,
-    scale: float,
-    softcap: Optional[float],
-    backend: str,
-    dtype: torch.dtype,
-    ref_dtype: torch.dtype,
-    chunk_bytes: int,
-    per_position: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> list[torch.Tensor]:
-    """``backward``, flattened; a gradient that is not wanted is empty."""
-    options = _unflatten_options(
-        ignore_index, shift, average, temperature, scale, softcap, backend, dtype, ref_dtype, chunk_bytes,
-        per_position, needs_hidden, needs_weight, needs_bias,
-    )  # fmt: skip
-    gradients = backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statistics, options)
-    return [hidden.new_empty(0) if x is None else x for x in gradients]
+@opaque(
+    fake=_fake_backward,
+    waits=True,
+    schema=f"({_POLICY_SCHEMA}, Tensor logp_grads, Tensor statistics, {HIDDEN_SCHEMA}) -> Tensor[]",
+)
+def linear_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statistics, *options) -> list[torch.Tensor]:
+    """``hidden.backward``: the fields of ``Gradients``, an empty tensor where no gradient is wanted."""
+    policy = hidden, weight, bias, labels, cu_seqlens
+    return _no_none(hidden, backward(*policy, logp_grads, statistics, HiddenOptions.unflat(options)))
+
+
+def _no_none(like: torch.Tensor, gradients: Gradients) -> list[torch.Tensor]:
+    return [like.new_empty(0) if grad is None else grad for grad in gradients]

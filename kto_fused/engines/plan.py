@@ -1,5 +1,12 @@
-"""Which completion tokens are in which chunk, and what a chunk is made for."""
+"""Plans: which completion tokens share a chunk, how large a chunk may be, and which gradients it prepares.
 
+The engine (``hidden.py``) visits all tokens once or twice. A plan describes one visit: the ``ChunkSpec`` that all its
+chunks are made for, and the range of tokens of each chunk. Sizes follow from ``chunk_bytes``; the constants below were
+chosen by measurement. ``kto-fused estimate`` asks the same functions.
+"""
+
+import bisect
+import itertools
 import logging
 from dataclasses import replace
 from typing import NamedTuple
@@ -7,40 +14,44 @@ from typing import NamedTuple
 import torch
 
 from .chunks import NUM_STATISTICS, ChunkSpec, FoldedRows, Keeps, WholeRows
-from .options import HiddenOptions
+from .options import GradientMode, HiddenOptions
 
 logger = logging.getLogger(__name__)
 
-# One chunk for all tokens writes the weight's gradient once, and needs no float32 sum of it. How many times the memory
-# of several chunks and their sum it may take on the first visit, and on the second:
+# A single chunk for all tokens writes the weight's gradient once, so that no float32 sum of it is needed. It is taken
+# if its memory is at most this many times the memory of several chunks and their sum, on the first and second visit:
 ONE_CHUNK_MEMORY = 1.05
 ONE_CHUNK_MEMORY_AGAIN = 0.75
-# How many times ``chunk_bytes`` it may take on the second; more only with the narrowest panels.
+# On the second visit a single chunk takes at most this many ``chunk_bytes``, or what the narrowest panels take.
 ONE_CHUNK_BUDGETS_AGAIN = 2
-# Bytes of a position while the completion tokens are looked for, before the first chunk is made.
+# Bytes per position while the completion tokens are searched for, before the first chunk is made.
 SEARCH_BYTES = 80
 
 
-exceeded_budgets: set[int] = set()  # of which a warning was given
+exceeded_budgets: set[int] = set()  # values of chunk_bytes for which a warning was given
 
 
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient between forward and backward. A float16 one would underflow: no loss scaling has reached it yet."""
+    """Return the dtype of a gradient between forward and backward: float32 for float16, else the input's own.
+
+    A float16 gradient would underflow before the backward's loss scaling reaches it.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Room(NamedTuple):
-    """What a first visit's chunks are made for where their loss is known in time, and how many tokens one holds."""
+    """The first visit's chunks if the loss is known in time: their spec, and how many tokens one chunk holds."""
 
     spec: ChunkSpec
-    usual: int  # with several sequences: as many as its GEMMs need, or as are worth their memory
-    most: int  # as fit the budget
-    most_alone: int  # the same where it is the only one
+    usual: int  # tokens of several sequences: as many as its GEMMs need, or as are worth their memory
+    most: int  # tokens that fit the budget
+    most_alone: int  # tokens that fit the budget in the only chunk
 
 
 class Plan(NamedTuple):
-    """A visit to all tokens: what its chunks are made for, which tokens are in which, and whether the loss of a chunk's
-    sequences is known before its logits are dropped.
+    """One visit to all tokens: the spec and the ranges of tokens, start to stop, of its chunks.
+
+    ``is_loss_in_time``: the loss of a chunk's sequences is known before the chunk's logits are dropped.
     """
 
     spec: ChunkSpec
@@ -49,12 +60,13 @@ class Plan(NamedTuple):
 
 
 def chunk_room(weight: torch.Tensor, options: HiddenOptions) -> Room:
-    keeps = "all" if options.is_head_trained else "panels" if options.needs[0] else "nothing"
+    """Return the room of a first visit's chunks for the gradients that ``options`` want."""
+    keeps = "all" if options.is_head_trained else "panels" if options.needs.hidden else "nothing"
     spec = chunk_spec(weight, options, keeps)
     alone, most = _lone_chunk_spec(weight, options, spec), spec.capacity()
     usual = min(most, spec.enough_tokens)
     if keeps == "all" and spec.kind is FoldedRows:
-        # several chunks go with a float32 sum of the weight's gradient: up to its size they are not what takes most
+        # several chunks need a float32 sum of the weight's gradient: up to its size, a chunk is not the peak
         enough_bytes = max(spec.num_bytes // 2, weight.numel() * spec.compute_dtype.itemsize)
         usual = min(usual, replace(spec, num_bytes=enough_bytes).capacity())
     return Room(spec, usual, most, most if alone == spec else alone.capacity())
@@ -66,17 +78,17 @@ def plan_visit(
     weight: torch.Tensor,
     options: HiddenOptions,
     *,
-    is_total: bool,
-    paired: bool,
-    couples: bool,
+    mode: GradientMode,
+    group: int | None,
 ) -> Plan:
-    """The first visit to sequences of ``counts`` tokens. Where their loss is one number, ``is_total``, and known in
-    time, it is the only one.
+    """Plan the first visit to packed sequences of ``counts`` tokens. One loss value reads ``group`` of them, None: all.
+
+    With ``is_loss_in_time`` the first visit is the only one.
     """
     num_tokens = sum(counts)
-    if is_total and any(options.needs) and num_tokens:
+    if mode is GradientMode.OF_LOSS and num_tokens:
         alone = _lone_chunk_spec(weight, options, room.spec)
-        several = None if couples else _whole_ranges(counts, room, 2 if paired else 1)
+        several = None if group is None else _whole_ranges(counts, room, group)
         if several is None:
             is_one = num_tokens <= room.most_alone
         else:
@@ -86,15 +98,15 @@ def plan_visit(
             return Plan(alone, [(0, num_tokens)], is_loss_in_time=True)
         if several is not None:
             return Plan(room.spec, several, is_loss_in_time=True)
-    if room.spec.keeps == "all":  # the loss comes too late for what would be kept
+    if room.spec.keeps == "all":  # the loss comes too late: what a chunk would keep is dropped before it is known
         spec = chunk_spec(weight, options, "nothing")
         return Plan(spec, even_ranges(num_tokens, spec.capacity()))
     return Plan(room.spec, even_ranges(num_tokens, room.usual))
 
 
 def plan_second_visit(num_tokens: int, weight: torch.Tensor, options: HiddenOptions) -> Plan:
-    """The second visit. Where it saves a quarter of the memory of several chunks and their sum, one chunk in panels may
-    exceed ``chunk_bytes``: up to twice, or as far as its narrowest panels do.
+    """Plan the second visit. A single chunk in panels may exceed ``chunk_bytes`` where it saves a quarter of the memory
+    of several chunks and their sum: up to twice ``chunk_bytes``, or as much as the narrowest panels take.
     """
     spec = chunk_spec(weight, options, "panels")
     ranges = even_ranges(num_tokens, spec.capacity())
@@ -107,13 +119,13 @@ def plan_second_visit(num_tokens: int, weight: torch.Tensor, options: HiddenOpti
 
 
 def even_ranges(num_tokens: int, limit: int) -> list[tuple[int, int]]:
-    """As few chunks as fit, of nearly equal size."""
+    """Return as few ranges of at most ``limit`` tokens as possible, of nearly equal size."""
     count = -(-num_tokens // limit)
     return [(num_tokens * i // count, num_tokens * (i + 1) // count) for i in range(count)]
 
 
 def _whole_ranges(counts: list[int], room: Room, group: int) -> list[tuple[int, int]] | None:
-    """Chunks of whole groups of sequences; None where one group alone is more than a chunk can hold."""
+    """Return ranges of whole groups of sequences; None where a single group exceeds a chunk."""
     ranges, start, stop = [], 0, 0
     for first in range(0, len(counts), group):
         size = sum(counts[first : first + group])
@@ -128,21 +140,35 @@ def _whole_ranges(counts: list[int], room: Room, group: int) -> list[tuple[int, 
     return ranges
 
 
+def group_ranges(counts: list[int], ranges: list[tuple[int, int]], group: int) -> list[tuple[int, int]]:
+    """Return which groups, first to last + 1, each range of tokens holds. A group without tokens joins the groups
+    before it, so that every group belongs to one range.
+    """
+    ends, end = [], 0
+    for first in range(0, len(counts), group):
+        end += sum(counts[first : first + group])
+        ends.append(end)
+    bounds = [0, *(bisect.bisect_right(ends, stop) for _, stop in ranges)]
+    return list(itertools.pairwise(bounds))
+
+
 def _several_bytes(ranges: list[tuple[int, int]], weight: torch.Tensor, options: HiddenOptions, spec: ChunkSpec) -> int:
-    """The most that several chunks take beyond the weight's gradient itself: a chunk beside the float32 sum, or the
-    whole sum beside its rounded copy. 0 where one chunk would write a gradient as wide as the sum.
+    """Return the peak bytes of several chunks beyond the weight's gradient: a chunk beside the float32 sum, or the
+    whole sum beside its rounded copy. 0 where a single chunk would write a gradient as wide as the sum.
     """
     wide, held = weight.numel() * spec.compute_dtype.itemsize, weight.nbytes
-    if not options.needs[1] or spec.grad_dtype != weight.dtype or wide == held:
+    if not options.needs.weight or spec.grad_dtype != weight.dtype or wide == held:
         return 0
     return max(spec.size(longest_range(ranges)) + wide - held, wide)
 
 
 def longest_range(ranges: list[tuple[int, int]]) -> int:
+    """Return the tokens of the longest range, 0 where there is none."""
     return max((stop - start for start, stop in ranges), default=0)
 
 
 def chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> ChunkSpec:
+    """Return the spec of chunks within ``options.chunk_bytes`` for an LM head [V, H]."""
     logits = options.logits
     return ChunkSpec(
         *weight.shape,
@@ -150,47 +176,51 @@ def chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> Ch
         device=weight.device,
         backend=logits.backend,
         keeps=keeps,
-        transform={"scale": logits.logit_scale, "softcap": logits.logit_softcap, "factor": logits.factor},
-        by_hidden=options.needs[0],
+        transform=logits.transform,
+        by_hidden=options.needs.hidden,
         by_head=options.is_head_trained,
         num_bytes=options.chunk_bytes,
     )
 
 
 def _lone_chunk_spec(weight: torch.Tensor, options: HiddenOptions, spec: ChunkSpec) -> ChunkSpec:
-    """Of a chunk of all tokens, whose buffer may lie where its last GEMM writes the weight's gradient."""
-    if spec.keeps != "all" or not options.needs[1]:
+    """Return the spec of a single chunk of all tokens: its buffer may lie in the memory of the weight's gradient, which
+    its last GEMM writes.
+    """
+    if spec.keeps != "all" or not options.needs.weight:
         return spec
     return replace(spec, lent_bytes=weight.numel() * _sum_dtype(1, weight, spec).itemsize)
 
 
 def _sum_dtype(num_chunks: int, weight: torch.Tensor, spec: ChunkSpec) -> torch.dtype:
-    """Of the weight's gradient while chunks add to it; the sum of several is rounded once, at its end."""
+    """Return the dtype in which chunks add up the weight's gradient: the sum of several is rounded once, at its end."""
     held = held_dtype(weight.dtype)
     return held if num_chunks == 1 and spec.grad_dtype == held else spec.compute_dtype
 
 
 def empty_weight_sum(plan: Plan, weight: torch.Tensor, options: HiddenOptions) -> torch.Tensor | None:
-    """For the weight's gradient, which the first chunk writes."""
-    if not options.needs[1]:
+    """Return memory for the weight's gradient, which the first chunk overwrites; None where it is not wanted."""
+    if not options.needs.weight:
         return None
     total = weight.new_empty(weight.shape, dtype=_sum_dtype(len(plan.ranges), weight, plan.spec))
     return total if plan.ranges else total.zero_()
 
 
 def make_chunk(plan: Plan, lent: torch.Tensor | None = None) -> WholeRows | FoldedRows:
+    """Allocate the chunk that serves all ranges of a plan; ``lent`` is memory that its buffer may lie in."""
     longest, spec = longest_range(plan.ranges), plan.spec
     return FoldedRows(longest, spec, lent) if spec.kind is FoldedRows else WholeRows(longest, spec)
 
 
 def largest_chunk(
-    counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, paired: bool
+    counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, group: int
 ) -> tuple[WholeRows | FoldedRows, torch.Tensor | None]:
-    """(the longest chunk, what the weight's gradient adds up in) of a loss as a whole that does not couple its batch,
-    with sequences of ``counts`` completion tokens; of two visits those of the second, which takes more.
+    """Return the longest chunk, and the memory of the weight's gradient, of a reduced loss that reads ``group``
+    sequences of ``counts`` completion tokens. Of two visits, those of the second, which takes more.
     """
     room = chunk_room(weight, options)
-    plan = plan_visit(counts, room, weight, options, is_total=True, paired=paired, couples=False)
+    mode = GradientMode.OF_LOSS if any(options.needs) else GradientMode.NONE
+    plan = plan_visit(counts, room, weight, options, mode=mode, group=group)
     if room.spec.keeps == "all" and not plan.is_loss_in_time:
         plan = plan_second_visit(sum(counts), weight, options)
     weight_sum = empty_weight_sum(plan, weight, options)
@@ -198,11 +228,11 @@ def largest_chunk(
 
 
 def beside_bookkeeping(num_positions: int, weight: torch.Tensor, options: HiddenOptions) -> HiddenOptions:
-    """``options`` whose ``chunk_bytes`` are what the tokens' own numbers leave of the budget, on the PyTorch engine.
+    """Return ``options`` with ``chunk_bytes`` reduced by the bytes of the per-position numbers, on the PyTorch backend.
 
-    A position's numbers are its row and target, and in the compute dtype its four results, its gradient and, for a
-    second visit, its statistics. (On a GPU they are less than the allocator's own rounding of a chunk.) A budget that
-    holds no token beside them is exceeded by the least that is possible; a warning says by which size.
+    A position's numbers are its row and its target, and in the compute dtype its four results, its gradient and, for a
+    second visit, its statistics. On a GPU they take less than the allocator's rounding of a chunk. A budget that holds
+    not even one token beside them is exceeded by as little as possible, and a warning names the size.
     """
     if options.logits.backend != "torch":
         return options
@@ -213,8 +243,8 @@ def beside_bookkeeping(num_positions: int, weight: torch.Tensor, options: Hidden
     if options.chunk_bytes < least and options.chunk_bytes not in exceeded_budgets:
         exceeded_budgets.add(options.chunk_bytes)
         logger.warning(
-            "chunk_bytes=%d is exceeded: one token of this LM head beside the numbers of %d positions takes %d bytes, "
-            "the least that is possible",
+            "chunk_bytes=%d is exceeded: one token's logits of this LM head and the numbers of %d positions take %d "
+            "bytes, the least that is possible",
             options.chunk_bytes,
             num_positions,
             least,

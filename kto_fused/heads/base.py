@@ -1,22 +1,26 @@
 """What all loss heads share: their protocol, their registry, reductions, and the gradient of a plain formula.
 
 A loss head turns the log-probabilities of B sequences into a loss, the loss's gradient w.r.t. each log-probability, and
-values to report. It never sees the vocabulary. An engine calls ``head(logps, token_counts, ref_logps, *tensors)`` with
-[B] float64 log-probabilities and gets ``(loss, grads, *reported)``, all detached. A head is a frozen dataclass with
+values to report. It never sees the vocabulary. A head is a frozen dataclass. Its numbers and names are fields, its
+tensors come with each call: an engine calls ``head(logps, token_counts, ref_logps, *tensors, num_losses=None)`` with
+[B] float64 log-probabilities and gets ``(loss, grads, *reported)``, all detached. A head has
 
-- ``loss_type``, ``reduction``, ``loss_dtype``, ``backend``: fields that every head has
-- ``numbers``: its other fields as a list of floats; ``from_numbers(numbers, **fields of every head)`` is the inverse.
-  An operator of ``torch.compile`` takes no objects, so it takes these (``flatten``) and makes the head again
-  (``rebuild``)
+- ``group``: how many sequences one loss value reads. 1: each sequence alone. 2: sequence i together with i + B/2. None,
+  also where a head has no such attribute: the whole batch. An engine may call a head that has a group on some of the
+  batch's groups alone; ``num_losses`` is then the number of losses in the whole batch, by which a mean divides. A head
+  without a group is only called on the whole batch, and without ``num_losses``
+- ``reduction`` and ``loss_dtype``: fields that every head has. Its other fields are strings, floats and bools, because
+  an operator of ``torch.compile`` takes no object: ``flatten`` turns a head into plain values, ``rebuild`` inverts that
+- ``outputs(logps, ..., reduction, num_losses, loss_dtype)``: empty tensors shaped like the results of a call
+
+The public functions and their twins in ``kto_fused.reference`` need more:
+
 - ``prepare(policy, num_sequences, **options)``: checks the options of a call and returns the head and its ``tensors``
-- ``needs_reference``: whether ``ref_logps`` is a reference model's, or None
+- ``needs_reference``: whether the loss has a reference model
 - ``losses(logps, token_counts, ref_logps, *tensors)``: the formula in differentiable PyTorch, one loss per sequence or
-  pair. ``kto_fused.reference`` runs it under autograd
+  pair. The twins run it under autograd
 - ``report(logps, token_counts, ref_logps, *tensors)``: the reported values in plain PyTorch
-- ``metrics(reported, *tensors)``: the reported values as fields of ``LossMetrics``
-- ``couples_batch(*tensors)``: whether the gradient of a sequence depends on other sequences (of a pair, on other pairs)
-- ``paired``: whether sequence i and sequence i + B/2 form a pair
-- ``outputs(logps, ..., reduction, loss_dtype)``: empty tensors shaped like the results of a call
+- ``metrics(reported, *tensors)``: the reported values by the names of ``LossMetrics``' fields
 
 Heads compare by identity, because ``torch.compile`` of PyTorch 2.11 hashes an object before its fields are set. Of the
 engines, heads import only ``engines.backends``: how an operator is declared, and which GPU is the current one.
@@ -25,7 +29,8 @@ engines, heads import only ``engines.backends``: how an operator is declared, an
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,19 +48,34 @@ def register(name: str) -> Callable[[type], type]:
     return decorate
 
 
-def flatten(head: Any) -> tuple[str, str, str, torch.dtype, list[float]]:
-    """Return a head as the plain values that an operator takes: name, loss type, reduction, loss's dtype, numbers."""
+class FlatHead(NamedTuple):
+    """A head in the plain types that an operator takes. The name is ``""`` where there is no head."""
+
+    name: str = ""
+    reduction: str = "none"
+    loss_dtype: torch.dtype = torch.float32
+    texts: list[str] = []  # noqa: RUF012 (never changed)
+    numbers: list[float] = []  # noqa: RUF012
+
+
+_COMMON_FIELDS = ("reduction", "loss_dtype")  # of every head
+
+
+def flatten(head: Any) -> FlatHead:
+    """Return the head's name and fields."""
     (name,) = (name for name, kind in HEADS.items() if kind is type(head))
-    return name, head.loss_type, head.reduction, head.loss_dtype, head.numbers
+    own = [getattr(head, field.name) for field in fields(head) if field.name not in _COMMON_FIELDS]
+    texts = [value for value in own if isinstance(value, str)]
+    numbers = [float(value) for value in own if not isinstance(value, str)]
+    return FlatHead(name, head.reduction, head.loss_dtype, texts, numbers)
 
 
-def rebuild(
-    name: str, loss_type: str, reduction: str, loss_dtype: torch.dtype, backend: str, numbers: list[float]
-) -> Any:
-    """Make a head from the values that ``flatten`` returned."""
-    return HEADS[name].from_numbers(
-        numbers, loss_type=loss_type, reduction=reduction, loss_dtype=loss_dtype, backend=backend
-    )
+def rebuild(flat: FlatHead) -> Any:
+    """Return the head that was flattened."""
+    kind, texts, numbers = HEADS[flat.name], iter(flat.texts), iter(flat.numbers)
+    own = [field for field in fields(kind) if field.name not in _COMMON_FIELDS]
+    values = {field.name: next(texts) if field.type is str else field.type(next(numbers)) for field in own}
+    return kind(reduction=flat.reduction, loss_dtype=flat.loss_dtype, **values)
 
 
 def check_reference(head: Any, **references: torch.Tensor | None) -> None:
@@ -69,10 +89,13 @@ def check_reference(head: Any, **references: torch.Tensor | None) -> None:
         raise ValueError(f"expected exactly one of {' and '.join(references)}, got {came}")
 
 
-def reduce(losses: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Return the mean or the sum over all sequences or pairs, or with ``none`` the losses as they are."""
+def reduce(losses: torch.Tensor, reduction: str, num_losses: int | None = None) -> torch.Tensor:
+    """Return the mean or the sum over all sequences or pairs, or with ``none`` the losses as they are.
+
+    If ``losses`` are some of a batch's ``num_losses``, ``mean`` returns their share of the batch's mean.
+    """
     if reduction == "mean":
-        return losses.mean()
+        return losses.mean() if num_losses is None else losses.sum() / num_losses
     return losses.sum() if reduction == "sum" else losses
 
 
@@ -82,20 +105,24 @@ def loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
 
 
 def value_and_grads(
-    losses: Callable[[torch.Tensor], torch.Tensor], logps: torch.Tensor, reduction: str, loss_dtype: torch.dtype
+    losses: Callable[[torch.Tensor], torch.Tensor],
+    logps: torch.Tensor,
+    reduction: str,
+    loss_dtype: torch.dtype,
+    num_losses: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the reduced loss of a formula and its gradient w.r.t. each sequence's log-probability, by autograd.
 
-    With ``none`` this is the gradient of the sum of all losses. It serves each loss, because no two losses share a
-    sequence.
+    A mean divides by ``num_losses``, or if that is None by the number of these losses. With ``none`` this is the
+    gradient of the sum of all losses. It serves each loss, because no two losses share a sequence.
     """
     if torch.is_inference_mode_enabled():  # nobody can ask for the gradient
-        value, grads = reduce(losses(logps), reduction), torch.full_like(logps, math.nan)
+        value, grads = reduce(losses(logps), reduction, num_losses), torch.full_like(logps, math.nan)
     else:
         with _recording(), _no_hooks():
             # clone: a tensor made in inference mode cannot require a gradient
             logps = logps.detach().clone().requires_grad_()
-            value = reduce(losses(logps), reduction)
+            value = reduce(losses(logps), reduction, num_losses)
             (grads,) = torch.autograd.grad(value.sum(), logps)
     return value.detach().to(loss_dtype), grads
 

@@ -61,6 +61,16 @@ def kto_losses(
     return weight * one_minus_q
 
 
+def choose_z0(log_ratios: torch.Tensor, z0: torch.Tensor | None, number: float | None) -> torch.Tensor:
+    """Return KTO's reference point as a float64 scalar: ``z0``, else the ``number``, else the mean of the log-ratios.
+
+    It never has a gradient.
+    """
+    if z0 is not None:
+        return z0.detach().to(torch.float64, copy=True).reshape(())
+    return log_ratios.new_full((), number) if number is not None else log_ratios.detach().mean()
+
+
 def dpo_losses(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
@@ -200,36 +210,25 @@ def check_token_counts(token_counts: torch.Tensor, policy_logps: torch.Tensor) -
 class KTOHead:
     """``head(logps, token_counts, ref_logps, desirable, z0) -> (loss, grads, rewards, reference_point)``.
 
-    ``z0`` is a scalar tensor or None; None takes ``reference_point``: a number, or None for the batch's mean log-ratio.
+    ``reference`` says what the reference point is: ``"number"``: the field ``reference_point``; ``"batch_mean"``: the
+    mean log-ratio of the batch; ``"tensor"``: ``z0``, a scalar tensor that comes with the call and is None otherwise.
     """
 
-    paired: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
 
     loss_type: str
     beta: float
     desirable_weight: float
     undesirable_weight: float
-    reference_point: float | None
+    reference: str
+    reference_point: float
     reduction: str
     loss_dtype: torch.dtype
     backend: str
 
     @property
-    def numbers(self) -> list[float]:
-        numbers = [self.beta, self.desirable_weight, self.undesirable_weight]
-        return numbers if self.reference_point is None else [*numbers, self.reference_point]
-
-    @classmethod
-    def from_numbers(cls, numbers: list[float], **others: Any) -> "KTOHead":
-        beta, desirable_weight, undesirable_weight, *reference_point = numbers
-        return cls(
-            beta=beta,
-            desirable_weight=desirable_weight,
-            undesirable_weight=undesirable_weight,
-            reference_point=reference_point[0] if reference_point else None,
-            **others,
-        )
+    def group(self) -> int | None:
+        return None if self.reference == "batch_mean" else 1
 
     @classmethod
     def prepare(
@@ -249,23 +248,24 @@ class KTOHead:
         """Check a call's options. Returns the head and its tensors (desirable, z0)."""
         check_kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, fields["reduction"])
         check_desirable(desirable, num_sequences, policy)
-        z0 = None
-        if loss_type == "apo_zero_unpaired":
-            reference_point = 0.0
-        elif isinstance(reference_point, torch.Tensor):
+        reference, z0, number = "number", None, 0.0  # apo_zero_unpaired fixes the reference point at 0
+        if isinstance(reference_point, torch.Tensor):
             if reference_point.device != policy.device:
                 raise ValueError(
                     f"reference_point is on {reference_point.device}, expected the policy's device {policy.device}"
                 )
-            z0, reference_point = reference_point.detach(), None
-        elif reference_point == "batch_mean":
-            reference_point = None
+            reference, z0 = "tensor", reference_point.detach()
+        elif loss_type != "apo_zero_unpaired" and reference_point == "batch_mean":
+            reference = "batch_mean"
+        elif loss_type != "apo_zero_unpaired":
+            number = float(reference_point)
         head = cls(
             loss_type=loss_type,
             beta=float(beta),
             desirable_weight=float(desirable_weight),
             undesirable_weight=float(undesirable_weight),
-            reference_point=None if reference_point is None else float(reference_point),
+            reference=reference,
+            reference_point=number,
             **fields,
         )
         return head, (desirable, z0)
@@ -295,7 +295,7 @@ class KTOHead:
         return kto_losses(
             log_ratios,
             desirable,
-            self._reference_point(log_ratios, z0),
+            choose_z0(log_ratios, z0, self._number),
             loss_type=self.loss_type,
             beta=self.beta,
             desirable_weight=self.desirable_weight,
@@ -312,7 +312,7 @@ class KTOHead:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards [B] and the reference point []."""
         log_ratios = logps - ref_logps
-        return self.beta * log_ratios, self._reference_point(log_ratios, z0)
+        return self.beta * log_ratios, choose_z0(log_ratios, z0, self._number)
 
     @staticmethod
     def metrics(reported: Sequence[torch.Tensor], desirable: torch.Tensor, z0: torch.Tensor | None) -> dict[str, Any]:
@@ -321,21 +321,15 @@ class KTOHead:
             desirable = desirable == 1
         return {"rewards": rewards, "reference_point": reference_point, "desirable": desirable}
 
-    def _reference_point(self, log_ratios: torch.Tensor, z0: torch.Tensor | None) -> torch.Tensor:
-        """z0 as a float64 scalar without a gradient."""
-        if z0 is not None:
-            return z0.detach().to(torch.float64, copy=True).reshape(())
-        if self.reference_point is not None:
-            return log_ratios.new_full((), self.reference_point)
-        return log_ratios.detach().mean()
-
-    def couples_batch(self, desirable: torch.Tensor, z0: torch.Tensor | None) -> bool:
-        return z0 is None and self.reference_point is None
+    @property
+    def _number(self) -> float | None:
+        """The reference point, if it is a number."""
+        return self.reference_point if self.reference == "number" else None
 
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Empty; the last arguments are the reduction and the loss's dtype."""
-        *_, reduction, loss_dtype = arguments
+        """Empty; the last arguments are the reduction, ``num_losses`` and the loss's dtype."""
+        *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
             logps.new_empty(loss_shape(size, reduction), dtype=loss_dtype),
@@ -351,19 +345,21 @@ class KTOHead:
         ref_logps: torch.Tensor,
         desirable: torch.Tensor,
         z0: torch.Tensor | None,
+        num_losses: int | None = None,
     ) -> tuple[torch.Tensor, ...]:
         return _kto(
             logps,
             ref_logps,
             desirable,
             z0,
-            self.reference_point,
+            self._number,
             self.loss_type,
             self.beta,
             self.desirable_weight,
             self.undesirable_weight,
             self.backend,
             self.reduction,
+            num_losses,
             self.loss_dtype,
         )
 
@@ -376,7 +372,7 @@ class DPOHead:
     ``divide_by_length`` divides each side's log-ratio by its ``token_counts`` (``ipo`` and ``simpo`` on sums).
     """
 
-    paired: ClassVar[bool] = True
+    group: ClassVar[int] = 2
 
     loss_type: str
     beta: float
@@ -386,21 +382,6 @@ class DPOHead:
     reduction: str
     loss_dtype: torch.dtype
     backend: str
-
-    @property
-    def numbers(self) -> list[float]:
-        return [self.beta, self.label_smoothing, self.gamma, float(self.divide_by_length)]
-
-    @classmethod
-    def from_numbers(cls, numbers: list[float], **others: Any) -> "DPOHead":
-        beta, label_smoothing, gamma, divide_by_length = numbers
-        return cls(
-            beta=beta,
-            label_smoothing=label_smoothing,
-            gamma=gamma,
-            divide_by_length=divide_by_length != 0,
-            **others,
-        )
 
     @property
     def needs_reference(self) -> bool:
@@ -495,13 +476,10 @@ class DPOHead:
     def _lengths(self, token_counts: torch.Tensor | None) -> torch.Tensor | None:
         return token_counts if self.divide_by_length else None
 
-    def couples_batch(self) -> bool:
-        return False
-
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """As ``KTOHead.outputs``."""
-        *_, reduction, loss_dtype = arguments
+        *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
             logps.new_empty(loss_shape(size // 2, reduction), dtype=loss_dtype),
@@ -510,7 +488,11 @@ class DPOHead:
         )
 
     def __call__(
-        self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
+        self,
+        logps: torch.Tensor,
+        token_counts: torch.Tensor | None,
+        ref_logps: torch.Tensor | None,
+        num_losses: int | None = None,
     ) -> tuple[torch.Tensor, ...]:
         return _dpo(
             logps,
@@ -522,17 +504,9 @@ class DPOHead:
             self.gamma,
             self.backend,
             self.reduction,
+            num_losses,
             self.loss_dtype,
         )
-
-
-def scale_grads(grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:
-    """Chain rule for a loss of [], [B/2] or [B]: sequence s belongs to incoming entry s mod their number. [B]
-
-    A 0 stays one beside an incoming gradient that is not finite: what takes no part keeps a gradient of 0.
-    """
-    product = grads.view(-1, incoming.numel()) * incoming.reshape(1, -1)
-    return torch.where(grads == 0, grads, product.view(-1))
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
@@ -551,6 +525,7 @@ def _kto(
     undesirable_weight: float,
     backend: str,
     reduction: str,
+    num_losses: Optional[int],
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = {
@@ -562,7 +537,7 @@ def _kto(
     if backend == "triton":
         from ..kernels import kto
 
-        outputs = KTOHead.outputs(logps, reduction, loss_dtype)
+        outputs = KTOHead.outputs(logps, reduction, num_losses, loss_dtype)
         with on_device(logps):
             kto.forward(
                 logps.contiguous(),
@@ -571,23 +546,19 @@ def _kto(
                 z0 if z0 is not None else reference_point,
                 outputs,
                 reduction=reduction,
+                num_losses=num_losses,
                 **options,
             )
         return outputs
 
     logps, ref_logps = logps.double(), ref_logps.double()
     log_ratios = logps - ref_logps
-    if z0 is not None:
-        z0 = z0.to(torch.float64, copy=True).reshape(())
-    elif reference_point is not None:
-        z0 = log_ratios.new_full((), reference_point)
-    else:
-        z0 = log_ratios.mean()
+    z0 = choose_z0(log_ratios, z0, reference_point)
 
     def losses(logps: torch.Tensor) -> torch.Tensor:
         return kto_losses(logps - ref_logps, desirable, z0, **options)
 
-    return *value_and_grads(losses, logps, reduction, loss_dtype), beta * log_ratios, z0
+    return *value_and_grads(losses, logps, reduction, loss_dtype, num_losses), beta * log_ratios, z0
 
 
 @opaque(fake=DPOHead.outputs)
@@ -601,13 +572,14 @@ def _dpo(
     gamma: float,
     backend: str,
     reduction: str,
+    num_losses: Optional[int],
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     options = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "gamma": gamma}
     if backend == "triton":
         from ..kernels import dpo
 
-        outputs = DPOHead.outputs(logps, reduction, loss_dtype)
+        outputs = DPOHead.outputs(logps, reduction, num_losses, loss_dtype)
         with on_device(logps):
             dpo.forward(
                 logps.contiguous(),
@@ -615,6 +587,7 @@ def _dpo(
                 None if token_counts is None else token_counts.contiguous(),
                 outputs,
                 reduction=reduction,
+                num_losses=num_losses,
                 **options,
             )
         return outputs
@@ -624,4 +597,4 @@ def _dpo(
 
     logps = logps.double()
     rewards = pair_rewards(logps, ref_logps, token_counts, loss_type, beta)
-    return *value_and_grads(losses, logps, reduction, loss_dtype), rewards
+    return *value_and_grads(losses, logps, reduction, loss_dtype, num_losses), rewards

@@ -318,8 +318,26 @@ def test_modules_hold_the_keyword_arguments(module):
         type(loss_module)(bta=0.3)
 
 
-def test_twins_have_the_same_arguments():
-    """A program that swaps a function for its twin gets no TypeError and no other default."""
-    for name in reference.__all__:
-        fused = getattr(kto_fused, name if name in kto_fused.__all__ else f"fused_{name}")
-        assert inspect.signature(getattr(reference, name)) == inspect.signature(fused)
+def fused_of(name: str):
+    """The public function that ``kto_fused.reference`` holds the twin of, under ``name``."""
+    return getattr(kto_fused, name if name in kto_fused.__all__ else f"fused_{name}")
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_a_twin_takes_the_arguments_of_its_function(name):
+    """A program that swaps one for the other gets no TypeError and no other default."""
+    assert inspect.signature(getattr(reference, name)) == inspect.signature(fused_of(name))
+
+
+@pytest.mark.parametrize("name", ["kto_loss", "dpo_loss", "sequence_logps", "token_logps"])
+def test_hidden_states_take_the_options_of_logits(name):
+    def options(function) -> dict[str, object]:
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    from_logits, from_hidden = options(fused_of(name)), options(fused_of(f"linear_{name}"))
+    only_logits, only_hidden = from_logits.keys() - from_hidden.keys(), from_hidden.keys() - from_logits.keys()
+    assert only_logits <= {"inplace_backward", "ref_logits"}
+    of_lm_head = {"lm_head_bias", "ref_hidden", "ref_lm_head_weight", "ref_lm_head_bias", "chunk_bytes"}
+    assert only_hidden <= {*of_lm_head, "return_metrics"}
+    assert all(from_logits[option] == from_hidden[option] for option in from_logits.keys() - only_logits)

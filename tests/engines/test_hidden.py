@@ -1,6 +1,5 @@
 """Losses and log-probabilities from hidden states against their plain twins in float64, on both backends."""
 
-import inspect
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ import kto_fused
 from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps, reference
 from kto_fused.engines import chunks as chunk_module
 from kto_fused.engines.autograd import LossFromHidden
-from kto_fused.engines.options import HiddenOptions, LogitOptions
+from kto_fused.engines.options import HiddenOptions, LogitOptions, Needs
 from kto_fused.heads import base as heads
 from kto_fused.heads.base import REDUCTIONS
 from kto_fused.heads.preference import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE, WITH_LABEL_SMOOTHING
@@ -345,26 +344,6 @@ def test_modules_hold_the_keyword_arguments(module):
     assert "chunk_bytes=1048576" in repr(loss_module)
     with pytest.raises(TypeError, match="inplace_backward"):
         type(loss_module)(inplace_backward=True)
-
-
-def test_twins_have_the_same_arguments():
-    """Swapping a name for its twin's must never be a TypeError, nor change a default."""
-    from kto_fused.reference import _sequences, _tokens
-
-    def keywords(*functions) -> dict[str, object]:
-        parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-    engine = keywords(_tokens, _sequences)
-    del engine["inplace_backward"]
-    losses = {fused_linear_kto_loss: reference.kto_loss, fused_linear_dpo_loss: reference.dpo_loss}
-    for fused, from_logits in losses.items():
-        options = keywords(from_logits)
-        del options["ref_logits"]
-        assert keywords(fused) == keywords(TWINS[fused]) | options | engine
-    assert keywords(linear_sequence_logps) == keywords(reference.linear_sequence_logps) | engine
-    del engine["average_log_prob"]
-    assert keywords(linear_token_logps) == keywords(reference.linear_token_logps) | engine
 
 
 # ---- chunks -------------------------------------------------------------------------------------------------------
@@ -1141,31 +1120,18 @@ def test_a_strided_bias(kind, engine):
 class ClippedHead:
     """``head(logps, token_counts, ref_logps) -> (loss, grads, margins)``: a formula that no public function has."""
 
-    paired: ClassVar[bool] = False
+    group: ClassVar[int] = 1
 
-    loss_type: str
     reduction: str
     loss_dtype: torch.dtype
-    backend: str
     margin: float
-
-    @property
-    def numbers(self) -> list[float]:
-        return [self.margin]
-
-    @classmethod
-    def from_numbers(cls, numbers: list[float], **others) -> "ClippedHead":
-        return cls(margin=numbers[0], **others)
-
-    def couples_batch(self) -> bool:
-        return False
 
     def losses(self, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
         return (self.margin - torch.tanh(0.1 * (logps - ref_logps))).square()
 
-    def __call__(self, logps, token_counts, ref_logps):
+    def __call__(self, logps, token_counts, ref_logps, num_losses=None):
         value, grads = heads.value_and_grads(
-            lambda x: self.losses(x, ref_logps), logps, self.reduction, self.loss_dtype
+            lambda x: self.losses(x, ref_logps), logps, self.reduction, self.loss_dtype, num_losses
         )
         return value, grads, logps - ref_logps
 
@@ -1177,17 +1143,17 @@ def test_any_head_needs_no_more_than_its_formula(engine, trained, num_tokens, re
     monkeypatch.setitem(heads.HEADS, "clipped", ClippedHead)
     case = make_hidden_case(dtype=torch.float64, bias=True, **on(engine))
     ref_logps = torch.linspace(-20, -1, 4, dtype=torch.float64, device=engine[1])
-    head = ClippedHead("", reduction, torch.float64, engine[0], margin=0.3)
+    head = ClippedHead(reduction, torch.float64, margin=0.3)
     results = []
     for fused in (True, False):
         inputs = [getattr(case, name).clone().requires_grad_(name in trained) for name in INPUTS]
         hidden, weight, bias = inputs
         if fused:
-            needs = tuple(x.requires_grad for x in inputs)
+            needs = Needs(*(x.requires_grad for x in inputs))
             transform = {"temperature": 1.0, "logit_scale": 1.0, "logit_softcap": None}
             layout = {"ignore_index": MASKED, "shift": True, "average_log_prob": False}
             logits = LogitOptions(**layout, **transform, backend=engine[0])
-            options = HiddenOptions(logits, torch.float64, torch.float64, 2**30, needs)
+            options = HiddenOptions(logits, torch.float64, torch.float64, 2**30, needs=needs)
             tensors = (hidden, weight, bias, case.labels, None)
             with chunks_of(num_tokens):
                 loss, *_, margins = LossFromHidden.apply(*tensors, None, None, None, ref_logps, options, head)

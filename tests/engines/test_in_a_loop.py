@@ -1,5 +1,7 @@
 """Where a training loop uses the losses: torch.compile, autocast, checkpointing, accumulation, a model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import chunks_of, is_masked, make_case, make_hidden_case
@@ -19,7 +21,9 @@ from kto_fused import (
 from kto_fused.engines import logits as from_logits
 from kto_fused.engines import operators
 from kto_fused.engines.chunks import NUM_STATISTICS
-from kto_fused.heads import preference as heads
+from kto_fused.engines.options import HiddenOptions, LogitOptions, Needs
+from kto_fused.engines.results import HiddenResults
+from kto_fused.heads import base, preference
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
@@ -183,8 +187,8 @@ def test_the_operators_are_well_formed(engine):
     backend, device = engine
     case = make_case(batch=2, seq_len=3, vocab=8, device=device)
     check = torch.library.opcheck
-    transform = (1.5, 4.0, 0.7, backend)
-    of_rows = (case.logits, case.labels, None, -100, True, *transform)
+    options = LogitOptions(temperature=0.7, logit_scale=1.5, logit_softcap=4.0, backend=backend).flat()
+    of_rows = (case.logits, case.labels, None, *options)
     check(from_logits._token_logprobs.op, of_rows)
     targets, row_max, log_sum, per_token = from_logits._token_logprobs(*of_rows)
     of_sequences = (targets, per_token, None, 2, False, backend)
@@ -192,12 +196,12 @@ def test_the_operators_are_well_formed(engine):
     sequences, counts, *_ = from_logits.sequence_sums(*of_sequences)
     one = torch.ones((), device=device)
     check(from_logits.sequence_backward.op, (targets, counts, sequences, one, None, False, torch.float32, backend))
-    gradient = (targets, per_token[0], row_max, log_sum, *transform)
+    gradient = (targets, per_token[0], row_max, log_sum, *options)
     check(from_logits._token_logprobs_backward.op, (case.logits, torch.empty_like(case.logits), *gradient))
     check(from_logits._token_logprobs_backward_inplace.op, (case.logits.clone(), *gradient))
-    of_kto = (sequences, sequences - 1, case.desirable, None, 0.5, "kto", 0.1, 1.0, 1.0, backend, "mean", torch.float32)
-    check(heads._kto.op, of_kto)
-    check(heads._dpo.op, (sequences, None, counts, "simpo", 0.1, 0.0, 0.5, backend, "none", torch.float32))
+    of_kto = (sequences, sequences - 1, case.desirable, None, 0.5, "kto", 0.1, 1.0, 1.0, backend)
+    check(preference._kto.op, (*of_kto, "mean", 3, torch.float32))
+    check(preference._dpo.op, (sequences, None, counts, "simpo", 0.1, 0.0, 0.5, backend, "none", None, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -383,14 +387,16 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
     case.hidden.nan_to_num_()  # opcheck compares inputs before and after
     case.ref_hidden.nan_to_num_()
     tensors = (case.hidden, case.weight, case.bias, case.labels, None)
-    dtypes = (torch.float32, torch.float32)
-    options = (-100, True, False, 0.7, 1.5, 4.0, backend, *dtypes, 2**30, False, *needs)
-    of_positions = (*options[:-4], True, *needs)
+    logits = LogitOptions(temperature=0.7, logit_scale=1.5, logit_softcap=4.0, backend=backend)
+    of_sequences = HiddenOptions(logits, torch.float32, torch.float32, 2**30, needs=Needs(*needs))
+    options, of_positions = of_sequences.flat(), replace(of_sequences, per_position=True).flat()
+    kto = preference.KTOHead("kto", 0.1, 1.0, 1.0, "batch_mean", 0.0, "mean", torch.float32, backend)
+    ipo = preference.DPOHead("ipo", 0.1, 0.0, 0.5, True, "none", torch.float32, backend)
     logps = torch.zeros(2, device=device, dtype=torch.float64)
     forward = [
-        ((None, None, None, None, []), ("", "", "", torch.float32, [])),
-        ((None, None, None, logps, [case.desirable, None]), ("kto", "kto", "mean", torch.float32, [0.1, 1.0, 1.0])),
-        ((case.ref_hidden, case.weight, None, None, []), ("dpo", "ipo", "none", torch.float32, [0.1, 0.0, 0.5, 1.0])),
+        ((None, None, None, None, []), base.FlatHead()),
+        ((None, None, None, logps, [case.desirable, None]), base.flatten(kto)),
+        ((case.ref_hidden, case.weight, None, None, []), base.flatten(ipo)),
     ]
     for reference_and_tensors, head in forward:
         torch.library.opcheck(operators.linear_forward.op, (*tensors, *reference_and_tensors, *options, *head))
@@ -398,7 +404,9 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
     torch.library.opcheck(operators.linear_forward.op, (*tensors, *reference_and_tensors, *of_positions, *head))
     outputs = operators.linear_forward(*tensors, *reference_and_tensors, *options, *head)
     # left to the backward, where the head is trained; else nobody calls it
-    statistics = outputs[9] if needs[1] else torch.zeros(NUM_STATISTICS, 6, device=device)
+    statistics = (
+        HiddenResults.from_list(outputs).statistics if needs[1] else torch.zeros(NUM_STATISTICS, 6, device=device)
+    )
     for grads, of_each in ((logps + 1, options), (torch.ones(6, device=device), of_positions)):
         torch.library.opcheck(operators.linear_backward.op, (*tensors, grads, statistics, *of_each))
 
