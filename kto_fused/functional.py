@@ -1,6 +1,8 @@
-"""The public functions: check, choose a backend, call. What they compute is in ``heads/`` and ``engines/``.
+"""The public functions. Each is a signature, its documentation, and a call of checks and engine.
 
-Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in nats.
+``arguments`` checks a call, ``heads`` holds the losses, ``engines`` compute. Shapes are given for B sequences of T
+positions (N positions where sequences are packed), a vocabulary of V, and hidden states of width H.
+Log-probabilities are in nats.
 """
 
 import torch
@@ -39,42 +41,44 @@ def fused_kto_loss(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """KTO loss (Ethayarajh et al. 2024, arXiv 2402.01306) straight from logits.
+    """KTO loss (Ethayarajh et al. 2024, arXiv 2402.01306) from logits.
 
-    With L_s the log-probability of sequence s's completion, r_s = L_s - Lref_s, z0 the reference point, e_s = +1
-    (desirable) or -1, w_s the class weight and q_s = sigma(e_s beta (r_s - z0)):
+    Write L_s for the log-probability of sequence s's completion, r_s = L_s - Lref_s for its log-ratio, z0 for the
+    reference point, e_s for +1 (desirable) or -1 (undesirable), w_s for the class weight, sigma for the logistic
+    function, and q_s = sigma(e_s beta (r_s - z0)). ``loss_type`` is one of
 
-        kto                 w_s (1 - q_s)       the paper's
+        kto                 w_s (1 - q_s)       the paper's loss
         kto_squared         w_s (1 - q_s)^2     a variant of it
         apo_zero_unpaired   kto with z0 = 0     APO, D'Oosterlinck et al. 2024, arXiv 2408.06266
 
     Args:
-        policy_logits: [B, T, V] float16, bfloat16, float32 or float64, any strides with a contiguous last dimension;
-            [N, V] or [1, N, V] with ``cu_seqlens``. Half precision and float32 compute in float32.
+        policy_logits: [B, T, V] float16, bfloat16, float32 or float64; [N, V] or [1, N, V] with ``cu_seqlens``. The
+            last dimension is contiguous, the other strides are free. Half precision and float32 compute in float32.
         labels: [B, T] (or [N]) integer token ids; ``ignore_index`` at prompt and padding positions.
         desirable: [B] bool, or integers 0 and 1.
-        ref_logits: the reference model's logits, shaped as ``policy_logits``; never receives a gradient.
-        ref_logps: [B] the reference's log-probabilities instead, in nats and any floating dtype, summed, or averaged
-            with ``average_log_prob``: ``sequence_logps`` of its logits. Exactly one of the two.
-        reference_point: z0 in nats, a number or a scalar tensor (``kto_reference_point``), or ``"batch_mean"``: the
-            batch's mean log-ratio; for ``apo_zero_unpaired`` left out, or the number 0. Never receives a gradient.
-            Under ``torch.compile`` one that changes should be a tensor: each new number, this or ``beta`` or any
-            other, may be compiled anew.
-        beta: strength of the pull towards the reference, > 0.
+        ref_logits: the reference model's logits, in the shape of ``policy_logits``; they never receive a gradient.
+        ref_logps: [B] the reference model's log-probabilities instead, of any floating dtype: ``sequence_logps`` of its
+            logits, with the same ``average_log_prob``. Pass exactly one of ``ref_logits`` and ``ref_logps``.
+        reference_point: z0 in nats: a number, a scalar tensor (``kto_reference_point``), or ``"batch_mean"`` for the
+            batch's mean log-ratio. It never receives a gradient. For ``apo_zero_unpaired``, leave it out or
+            pass 0. Under ``torch.compile``, pass a value that changes as a tensor: a new Python number may compile
+            again.
+        beta: strength of the pull towards the reference model, > 0.
         desirable_weight, undesirable_weight: class weights, >= 0 (``kto_class_weights``).
         loss_type: ``kto``, ``kto_squared`` or ``apo_zero_unpaired``.
         reduction: ``mean`` over all sequences, ``sum``, or ``none`` ([B]).
         average_log_prob: L_s is the mean over completion tokens instead of the sum.
-        cu_seqlens: [B+1] int32 or int64, the packed sequences' offsets from 0 to N.
+        cu_seqlens: [B+1] int32 or int64 offsets of the packed sequences, from 0 to N.
         ignore_index: the label of a position that is not part of a completion.
-        shift: position t predicts ``labels[:, t + 1]``, as in Hugging Face models; else ``labels[:, t]``. A shift never
-            crosses from one packed sequence to the next.
-        temperature, logit_scale, logit_softcap: z = softcap tanh(scale x / softcap) / temperature, for the policy and
-            for ``ref_logits``. A soft cap makes even an infinite logit finite; without one, +inf gives a NaN loss.
-        inplace_backward: write the gradient over ``policy_logits``, which saves a tensor of that size. For logits that
-            nothing else needs in its backward: autograd raises an error if something does, but neither a compiled
-            model that uses them again nor saved-tensor hooks of one's own can notice. Refused for a leaf tensor; in a
-            checkpoint, or under ``save_on_cpu``, the gradient is a tensor of its own.
+        shift: position t predicts ``labels[:, t + 1]``, as in Hugging Face models; if False, ``labels[:, t]``. The last
+            position of a packed sequence predicts nothing.
+        temperature, logit_scale, logit_softcap: logits x become z = softcap tanh(scale x / softcap) / temperature, or
+            z = scale x / temperature without a soft cap, for the policy and for ``ref_logits``. A soft cap makes even
+            an infinite logit finite; without one, +inf gives a NaN loss.
+        inplace_backward: write the gradient over ``policy_logits``, which saves a tensor of that size. Use it only
+            if no other operation needs the logits in its backward. Autograd raises an error if one does, but does not
+            notice a compiled model that uses the logits again, nor your own saved-tensor hooks. A leaf tensor is
+            refused. In a checkpoint, or under ``save_on_cpu``, the gradient gets its own tensor.
         backend: ``triton``, ``torch``, or None for the faster one on the tensors' device.
 
     Returns:
@@ -82,9 +86,10 @@ def fused_kto_loss(
 
     Raises:
         ValueError, TypeError: an argument's shape, device, dtype or value is not as above; the message names it.
-        IndexError: a label outside [0, V), on a CPU. On a GPU its sequence's log-probability is NaN, unless
-            ``KTO_FUSED_VALIDATE=1`` checks labels there too.
-        RuntimeError: from autograd, for a second derivative.
+        IndexError: a label lies outside [0, V), on a CPU. On a GPU the sequence's log-probability becomes NaN instead,
+            because a check would wait for the device; the environment variable ``KTO_FUSED_VALIDATE=1`` turns the
+            check on there too.
+        RuntimeError: from autograd, if a second derivative is asked for.
 
     >>> import torch, kto_fused
     >>> logits = torch.randn(2, 5, 11, requires_grad=True)
@@ -145,30 +150,32 @@ def fused_dpo_loss(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """DPO loss (Rafailov et al. 2023, arXiv 2305.18290) and its relatives straight from logits.
+    """DPO loss (Rafailov et al. 2023, arXiv 2305.18290) and its relatives from logits.
 
-    The batch holds the chosen sequences in its first half and the rejected ones in its second: pair i is rows i and
-    i + B/2. With r_w, r_l their log-ratios, h = r_w - r_l and s the label smoothing, ``loss_type`` is one of
+    The first half of the batch holds the chosen sequences, the second half the rejected ones: pair i is sequences i and
+    i + B/2. Write r_w and r_l for the log-ratios of the chosen and the rejected sequence, h = r_w - r_l, s for the
+    label smoothing, and sigma for the logistic function. ``loss_type`` is one of
 
         sigmoid     -(1-s) log sigma(beta h) - s log sigma(-beta h)
         robust      [-(1-s) log sigma(beta h) + s log sigma(-beta h)] / (1 - 2s)
         hinge       max(0, 1 - beta h)
-        ipo         (h - 1 / (2 beta))^2, log-ratios divided by their lengths
-        simpo       sigmoid of beta h - gamma, log-probabilities divided by their lengths, no reference
+        ipo         (h - 1 / (2 beta))^2, with log-ratios divided by the completions' lengths
+        simpo       sigmoid of beta h - gamma, with log-probabilities divided by the lengths, no reference model
         apo_zero    [1 - sigma(beta r_w)] + sigma(beta r_l)
         apo_down    sigma(beta r_w) + [1 - sigma(beta h)]
 
-    Sources: ``sigmoid`` the DPO paper, with s > 0 Mitchell's note on conservative DPO (2023); ``robust`` Chowdhury et
+    Sources: ``sigmoid`` the DPO paper, for s > 0 Mitchell's note on conservative DPO (2023); ``robust`` Chowdhury et
     al. 2024, arXiv 2403.00409; ``hinge`` SLiC-HF, arXiv 2305.10425; ``ipo`` Azar et al. 2023, arXiv 2310.12036;
     ``simpo`` Meng et al. 2024, arXiv 2405.14734; ``apo_zero`` and ``apo_down`` D'Oosterlinck et al. 2024, arXiv
     2408.06266.
 
     Args:
-        beta: strength of the pull towards the reference, > 0; for ``simpo``, which has none, the reward's scale.
-        label_smoothing: s in [0, 0.5), the assumed share of flipped pairs; for ``sigmoid``, ``robust``, ``simpo``.
-        gamma: SimPO's target margin between rewards, in units of beta h: gamma / beta nats a token; for ``simpo``.
+        beta: strength of the pull towards the reference model, > 0. For ``simpo``, which has none, the reward's scale.
+        label_smoothing: s in [0, 0.5), the assumed share of pairs whose order is wrong; for ``sigmoid``, ``robust`` and
+            ``simpo``.
+        gamma: SimPO's target margin between rewards, in units of beta h (gamma / beta nats per token); for ``simpo``.
         reduction: ``mean`` over all pairs, ``sum``, or ``none`` ([B/2]).
-        ref_logits, ref_logps: the reference, exactly one of them; neither for ``simpo``.
+        ref_logits, ref_logps: the reference model; pass exactly one of them, or neither for ``simpo``.
 
     All other arguments, the return value and the errors are those of ``fused_kto_loss``; an odd batch is a
     ``ValueError``.
@@ -234,35 +241,42 @@ def fused_linear_kto_loss(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """KTO loss straight from hidden states and the LM head: ``fused_kto_loss`` of hidden @ lm_head_weight.T + bias,
-    whose logits never exist but for one chunk of completion tokens, in float32 (float64 for float64 hidden states).
+    """KTO loss from hidden states and the LM head: ``fused_kto_loss`` of hidden @ lm_head_weight.T + bias.
 
-    With N completion tokens (prompts and padding cost nothing) and a GEMM of 2 N H V operations, value and gradient
-    take 2 GEMMs where the head is frozen; 3 where it is trained; 4 where it is trained and one sequence alone exceeds
-    the chunk, or ``"batch_mean"`` couples a batch that does, or with ``reduction="none"``. The reference takes 1. The
-    gradients are found in the forward, and backward scales them by the loss's own; but for a trained head with
-    ``reduction="none"``, whose backward computes the logits again. The host waits for the device once in the forward,
-    for the number of completion tokens (and once in such a backward).
+    The logits exist for one chunk of completion tokens at a time, in float32 (float64 for float64 hidden states).
+    Prompts and padding cost nothing.
+
+    For N completion tokens a GEMM is 2 N H V operations. Loss and gradient take
+
+    - 2 GEMMs if the LM head is frozen
+    - 3 if it is trained
+    - 4 if it is trained and a single sequence exceeds the chunk, or ``"batch_mean"`` couples a batch that exceeds it,
+      or ``reduction="none"``
+
+    and the reference model takes 1. The forward finds the gradients, and the backward scales them by the incoming
+    gradient. A trained head with ``reduction="none"`` is the exception: its backward computes the logits again. The
+    host waits for the device once in the forward, for the number of completion tokens, and once in such a backward.
 
     Args:
         hidden: [B, T, H] float16, bfloat16, float32 or float64 (any strides); [N, H] or [1, N, H] with ``cu_seqlens``.
-        lm_head_weight: [V, H] in the dtype of ``hidden`` (under autocast both are cast, as for ``torch.nn.Linear``).
-            A weight that is tied to the embedding works like any other.
+        lm_head_weight: [V, H] in the dtype of ``hidden`` (autocast casts both, as for ``torch.nn.Linear``). It may be
+            tied to the embedding.
         labels, desirable: as in ``fused_kto_loss``.
         lm_head_bias: [V].
-        ref_hidden: the reference model's hidden states [B, T, H_ref]; never receives a gradient.
-        ref_lm_head_weight, ref_lm_head_bias: its LM head [V, H_ref] and bias [V]. A weight alone has no bias; without a
-            weight both are the policy's, without a gradient.
-        ref_logps: [B] the reference's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
-        chunk_bytes: memory to spend beside the gradients, enough for one token at the least. The default, 1 GiB, lets
-            the GEMMs run near their full rate. More can spare a long sequence or a coupled batch the fourth GEMM, and
-            makes small heads on a GPU (H = 896, 2 GiB) a few percent faster; what no GEMM would be faster for is not
-            taken. Less than a sequence needs takes the least memory on a GPU, with 4 GEMMs: their second visit takes
-            one chunk of up to twice ``chunk_bytes``, or of 6 (H + 1024) bytes a token, where that saves a quarter.
-            Gradients count in float32 for float16, and the weight's where several chunks add up, or one chunk takes
-            what that would; under autocast the cast head comes on top.
+        ref_hidden: the reference model's hidden states [B, T, H_ref]; they never receive a gradient.
+        ref_lm_head_weight, ref_lm_head_bias: the reference model's LM head [V, H_ref] and bias [V]. A weight alone
+            means no bias. Without a weight, both are the policy's and receive no gradient from the reference.
+        ref_logps: [B] the reference model's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
+        chunk_bytes: memory to spend beside the gradients, in bytes; one token always fits. The default, 1 GiB, lets the
+            GEMMs run near their full rate. More can spare a long sequence or a coupled batch the fourth GEMM, and makes
+            small heads on a GPU (H = 896, 2 GiB) a few percent faster. Memory that makes no GEMM faster is not taken.
+            Less than a sequence needs leads to the least memory on a GPU, with 4 GEMMs: the second visit of the logits
+            takes one chunk of up to twice ``chunk_bytes``, or of 6 (H + 1024) bytes per token, if that saves a quarter.
+            The gradients on top of this are float32 for float16 inputs. The weight's gradient is float32 too if it adds
+            up over several chunks, or if one chunk takes the memory of that sum. Under autocast the cast head comes on
+            top.
 
-    All other arguments are those of ``fused_kto_loss``, and so are the errors.
+    The other arguments and the errors are those of ``fused_kto_loss``.
 
     Returns:
         The loss (float32; float64 for float64 hidden states) and ``LossMetrics``.
@@ -335,11 +349,12 @@ def fused_linear_dpo_loss(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """DPO loss and its relatives straight from hidden states and the LM head: ``fused_dpo_loss`` of
+    """DPO loss and its relatives from hidden states and the LM head: ``fused_dpo_loss`` of
     hidden @ lm_head_weight.T + bias.
 
-    A chunk holds whole pairs; where the head is trained and one pair exceeds it, logits are computed twice (4 GEMMs).
-    Losses and pairs are those of ``fused_dpo_loss``, everything else is as in ``fused_linear_kto_loss``.
+    A chunk holds whole pairs. If the head is trained and a pair exceeds the chunk, the logits are computed twice
+    (4 GEMMs). Losses and pairs are those of ``fused_dpo_loss``; arguments, result and errors are those of
+    ``fused_linear_kto_loss``.
 
     >>> import torch, kto_fused
     >>> hidden = torch.randn(2, 5, 8, requires_grad=True)
@@ -395,7 +410,7 @@ def token_logps(
 ) -> torch.Tensor:
     """Log-probability of each position's target, log softmax(z)_target. Differentiable in ``logits``.
 
-    Arguments and errors as in ``fused_kto_loss``.
+    The arguments and errors are those of ``fused_kto_loss``.
 
     Returns:
         [B, T] (or [N]) in nats, float32 (float64 for float64 logits); 0 where the position predicts nothing. With
@@ -437,13 +452,13 @@ def sequence_logps(
 ) -> torch.Tensor:
     """Log-probability L_s of each sequence's completion. Differentiable in ``logits``.
 
-    Under ``torch.no_grad()`` this is the ``ref_logps`` of the losses.
-
-    Arguments and errors as in ``fused_kto_loss``.
+    Call it under ``torch.no_grad()`` on the reference model's logits for the ``ref_logps`` of a loss. The arguments and
+    errors are those of ``fused_kto_loss``.
 
     Returns:
-        [B] in nats, the sum over completion tokens or their mean with ``average_log_prob``; 0 for a sequence without
-        any. Always float64: a sum of thousands of tokens in float32 would lose more than a reward is worth.
+        [B] in nats: the sum over completion tokens, or their mean with ``average_log_prob``; 0 for a sequence without
+        completion tokens. Always float64: the rounding error of a float32 sum over thousands of tokens would exceed
+        the rewards.
 
     >>> import torch, kto_fused
     >>> kto_fused.sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
@@ -485,13 +500,12 @@ def linear_sequence_logps(
     """Log-probability L_s of each sequence's completion, from hidden states and the LM head. Differentiable in hidden
     states, weight and bias.
 
-    One GEMM of 2 N H V operations without a gradient, as for a reference model's ``ref_logps``; 2 with a frozen head,
-    4 with a trained one, whose logits are computed again in the backward.
-
-    Arguments and errors as in ``fused_linear_kto_loss``.
+    It takes 1 GEMM of 2 N H V operations without a gradient (a reference model's ``ref_logps``), 2 with a frozen head,
+    and 4 with a trained head, whose logits the backward computes again. The arguments and errors are those of
+    ``fused_linear_kto_loss``.
 
     Returns:
-        [B] float64 in nats, as ``sequence_logps``.
+        [B] float64 in nats, like ``sequence_logps``.
 
     >>> import torch, kto_fused
     >>> hidden, weight = torch.zeros(1, 3, 8), torch.randn(4, 8)
@@ -532,20 +546,21 @@ def linear_token_logps(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, TokenMetrics]:
-    """Log-probability of each position's target, log softmax(z)_target with z from hidden @ lm_head_weight.T + bias, as
-    ``token_logps``. Differentiable in hidden states, weight and bias.
+    """Log-probability of each position's target: ``token_logps`` of hidden @ lm_head_weight.T + bias. Differentiable in
+    hidden states, weight and bias.
 
-    For a loss of one's own on tokens: any gradient by the log-probabilities may come back. As many GEMMs as
-    ``linear_sequence_logps``: 1 without a gradient, 2 with a frozen head, 4 with a trained one.
+    Use it for your own loss on tokens: its backward takes any gradient w.r.t. the log-probabilities. It takes as many
+    GEMMs as ``linear_sequence_logps``: 1 without a gradient, 2 with a frozen head, 4 with a trained one.
 
-    Arguments and errors as in ``fused_linear_kto_loss``, and
+    Args:
+        return_metrics: return each position's ``TokenMetrics`` too. They need no further visit to the logits.
 
-        return_metrics: return each position's ``TokenMetrics`` too, found on the same visit to the logits.
+    The other arguments and the errors are those of ``fused_linear_kto_loss``.
 
     Returns:
         [B, T] (or [N]) in nats, float32 (float64 for float64 hidden states); 0 where the position predicts nothing.
-        With ``shift``, entry t belongs to ``labels[:, t + 1]``. With ``return_metrics`` a tuple of that and
-        ``TokenMetrics``, detached.
+        With ``shift``, entry t belongs to ``labels[:, t + 1]``. With ``return_metrics``, a tuple of these
+        log-probabilities and detached ``TokenMetrics``.
 
     >>> import torch, kto_fused
     >>> hidden, weight = torch.zeros(1, 3, 8), torch.randn(4, 8)
@@ -586,13 +601,13 @@ def kto_loss_from_logps(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """KTO loss of sequence log-probabilities already at hand. Differentiable in ``policy_logps``.
+    """KTO loss of sequence log-probabilities. Differentiable in ``policy_logps``.
 
     Args:
-        policy_logps, ref_logps: [B] floating-point, in nats, both sums or both means.
+        policy_logps, ref_logps: [B] floating-point, in nats, both sums or both means over completion tokens.
 
-    The formula and the other arguments are those of ``fused_kto_loss``; the loss is float64 for float64
-    ``policy_logps``, else float32. Raises ``ValueError`` and ``TypeError`` as there.
+    The formula, the other arguments and the errors are those of ``fused_kto_loss``. The loss is float64 for float64
+    ``policy_logps``, else float32.
 
     >>> import torch, kto_fused
     >>> logps = torch.tensor([-10.0, -12.0], requires_grad=True)
@@ -631,17 +646,17 @@ def dpo_loss_from_logps(
     token_counts: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """DPO-family loss of sequence log-probabilities already at hand. Differentiable in ``policy_logps``.
+    """DPO loss, or one of its relatives, of sequence log-probabilities. Differentiable in ``policy_logps``.
 
     Args:
-        policy_logps: [B] floating-point, in nats, chosen then rejected.
-        ref_logps: [B] likewise; None for ``simpo``.
-        average_log_prob: both are means over completion tokens, not sums.
-        token_counts: [B] integers >= 0, the completions' lengths; for ``ipo`` and ``simpo`` on sums, which are divided
-            by them.
+        policy_logps: [B] floating-point, in nats; the chosen sequences, then the rejected ones.
+        ref_logps: [B] the reference model's, in the same order; None for ``simpo``.
+        average_log_prob: the log-probabilities are means over completion tokens, not sums.
+        token_counts: [B] integers >= 0, the completions' lengths. ``ipo`` and ``simpo`` divide sums by them; no other
+            loss takes them.
 
-    The formulas and the other arguments are those of ``fused_dpo_loss``; the loss is float64 for float64
-    ``policy_logps``, else float32. Raises ``ValueError`` and ``TypeError`` as there.
+    The formulas, the other arguments and the errors are those of ``fused_dpo_loss``. The loss is float64 for float64
+    ``policy_logps``, else float32.
 
     >>> import torch, kto_fused
     >>> loss, metrics = kto_fused.dpo_loss_from_logps(torch.tensor([-9.0, -12.0]), torch.tensor([-10.0, -12.0]))
@@ -673,17 +688,18 @@ def kto_reference_point(
     """The KTO paper's reference point: z0 = max(0, mean_i [log pi(y_j | x_i) - log pi_ref(y_j | x_i)]), j = i+1 mod m.
 
     The log-probabilities are those of mismatched pairs: each prompt with the next prompt's completion (Ethayarajh et
-    al. 2024, arXiv 2402.01306, whose class weights ``kto_class_weights`` gives). Where ``torch.distributed`` is
-    initialised, the mean is over all ranks of ``process_group`` (None: all ranks), so every rank must call.
+    al. 2024, arXiv 2402.01306). If ``torch.distributed`` is initialised, the mean is over all ranks of
+    ``process_group`` (None: all ranks), so every rank must call.
 
     Args:
         policy_kl_logps, ref_kl_logps: [m] floating-point, in nats; a rank's m may be 0.
+        process_group: the ranks to average over.
 
     Returns:
-        A float64 scalar without a gradient; NaN where no rank holds a pair.
+        A float64 scalar without a gradient; NaN if no rank holds a pair.
 
     Raises:
-        ValueError, TypeError: shapes or devices that do not agree, or a dtype that is not floating-point.
+        ValueError, TypeError: shapes or devices do not agree, or a dtype is not floating-point.
 
     >>> import torch, kto_fused
     >>> kto_fused.kto_reference_point(torch.tensor([-5.0, -6.0]), torch.tensor([-6.0, -6.0]))
@@ -708,13 +724,14 @@ def kto_reference_point(
 
 
 def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, float]:
-    """(desirable_weight, undesirable_weight) for data with ``n_desirable`` and ``n_undesirable`` examples.
+    """Return (desirable_weight, undesirable_weight) for ``n_desirable`` and ``n_undesirable`` examples.
 
-    The KTO paper advises lambda_D n_D / (lambda_U n_U) in [1, 4/3]. Within it both weights are 1; outside, the rarer
-    side's weight is raised to the nearer bound.
+    The KTO paper (arXiv 2402.01306) advises desirable_weight n_desirable / (undesirable_weight n_undesirable) in
+    [1, 4/3]. If equal weights fulfil that, both are 1. Otherwise the rarer side's weight is raised until the ratio
+    reaches the nearer bound.
 
     Raises:
-        ValueError, TypeError: a count that is not a positive number.
+        ValueError, TypeError: a count is not a positive number.
 
     >>> import kto_fused
     >>> kto_fused.kto_class_weights(100, 1000), kto_fused.kto_class_weights(1000, 300)
@@ -722,7 +739,7 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
     """
     checks.number("n_desirable", n_desirable, above=0)
     checks.number("n_undesirable", n_undesirable, above=0)
-    ratio = float(n_desirable / n_undesirable)  # of NumPy's numbers too
+    ratio = float(n_desirable / n_undesirable)  # float: also for counts from NumPy
     return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
 
 
