@@ -17,6 +17,7 @@ The public functions and their twins in ``kto_fused.reference`` need more:
 
 - ``prepare(policy, num_sequences, **options)``: checks the options of a call and returns the head and its ``tensors``
 - ``needs_reference``: whether the loss has a reference model
+- ``check_logps(policy_logps, ref_logps, token_counts, average_log_prob)``: checks log-probabilities given as arguments
 - ``losses(logps, token_counts, ref_logps, *tensors)``: the formula in differentiable PyTorch, one loss per sequence or
   pair. The twins run it under autograd
 - ``report(logps, token_counts, ref_logps, *tensors)``: the reported values in plain PyTorch

@@ -146,6 +146,7 @@ def check_kto_options(
     reference_point: object,
     reduction: object,
 ) -> None:
+    """Check the numbers and names of a KTO loss. ``reference_point`` is a number, a scalar tensor or "batch_mean"."""
     checks.choice("loss_type", loss_type, KTO_LOSS_TYPES)
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.number("beta", beta, above=0)
@@ -166,6 +167,7 @@ def check_kto_options(
 
 
 def check_desirable(desirable: torch.Tensor, num_sequences: int, policy: torch.Tensor) -> None:
+    """Check that ``desirable`` [B] is bool, or integers 0 and 1. Their values are read where ``may_read`` allows."""
     kind = "bool (or 0/1 integers)"
     checks.per_sequence("desirable", desirable, (torch.bool, *checks.INTEGER_DTYPES), kind, num_sequences, policy)
     if desirable.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(desirable):
@@ -177,6 +179,7 @@ def check_desirable(desirable: torch.Tensor, num_sequences: int, policy: torch.T
 def check_dpo_options(
     loss_type: object, beta: object, label_smoothing: object, gamma: object, reduction: object
 ) -> None:
+    """Check the numbers and names of a DPO loss."""
     checks.choice("loss_type", loss_type, DPO_LOSS_TYPES)
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.number("beta", beta, above=0)
@@ -194,6 +197,7 @@ def check_dpo_options(
 
 
 def check_token_counts(token_counts: torch.Tensor, policy_logps: torch.Tensor) -> None:
+    """Check that ``token_counts`` [B] are integers >= 0. Their values are read where ``may_read`` allows."""
     kind, num_sequences = "integers", policy_logps.numel()
     checks.per_sequence("token_counts", token_counts, checks.INTEGER_DTYPES, kind, num_sequences, policy_logps)
     if not torch.compiler.is_compiling() and may_read(token_counts):
@@ -242,10 +246,13 @@ class KTOHead:
         beta: float,
         desirable_weight: float,
         undesirable_weight: float,
-        average_log_prob: bool,  # sums and means of token log-probabilities are taken alike
+        average_log_prob: bool,  # unused: KTO has the same formula for sums and means
         **fields: Any,
     ) -> tuple["KTOHead", tuple[torch.Tensor | None, ...]]:
-        """Check a call's options. Returns the head and its tensors (desirable, z0)."""
+        """Check a call's options for the policy's logits, hidden states or log-probabilities.
+
+        Returns the head and its tensors (desirable, z0). ``fields`` are those that every head has, and ``backend``.
+        """
         check_kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, fields["reduction"])
         check_desirable(desirable, num_sequences, policy)
         reference, z0, number = "number", None, 0.0  # apo_zero_unpaired fixes the reference point at 0
@@ -277,7 +284,7 @@ class KTOHead:
         token_counts: torch.Tensor | None,
         average_log_prob: bool,
     ) -> None:
-        """Check log-probabilities that came as arguments."""
+        """Check the log-probabilities of ``kto_loss_from_logps``."""
         checks.per_sequence(
             "ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, policy_logps.numel(), policy_logps
         )
@@ -290,7 +297,7 @@ class KTOHead:
         desirable: torch.Tensor,
         z0: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[B]"""
+        """Each sequence's loss. [B]"""
         log_ratios = logps - ref_logps
         return kto_losses(
             log_ratios,
@@ -310,7 +317,7 @@ class KTOHead:
         desirable: torch.Tensor,
         z0: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards [B] and the reference point []."""
+        """The rewards [B] and the reference point, a scalar."""
         log_ratios = logps - ref_logps
         return self.beta * log_ratios, choose_z0(log_ratios, z0, self._number)
 
@@ -328,7 +335,7 @@ class KTOHead:
 
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Empty; the last arguments are the reduction, ``num_losses`` and the loss's dtype."""
+        """Empty tensors like the results of ``_kto``, whose last arguments are reduction, ``num_losses``, loss's dtype."""
         *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
@@ -367,9 +374,11 @@ class KTOHead:
 @register("dpo")
 @dataclass(frozen=True, eq=False)
 class DPOHead:
-    """``head(logps, token_counts, ref_logps) -> (loss, grads, rewards)``; the first half chosen, the second rejected.
+    """``head(logps, token_counts, ref_logps) -> (loss, grads, rewards)``. The first half of the batch is chosen, the
+    second half rejected.
 
-    ``divide_by_length`` divides each side's log-ratio by its ``token_counts`` (``ipo`` and ``simpo`` on sums).
+    ``divide_by_length`` divides each sequence's log-ratio by its ``token_counts``: for ``ipo`` and ``simpo``, if the
+    log-probabilities are sums.
     """
 
     group: ClassVar[int] = 2
@@ -400,7 +409,7 @@ class DPOHead:
         average_log_prob: bool,
         **fields: Any,
     ) -> tuple["DPOHead", tuple[()]]:
-        """Check a call's options. Returns the head and no tensors."""
+        """Check a call's options, like ``KTOHead.prepare``. Returns the head and no tensors."""
         check_dpo_options(loss_type, beta, label_smoothing, gamma, fields["reduction"])
         if num_sequences % 2:
             raise ValueError(
@@ -424,8 +433,8 @@ class DPOHead:
         token_counts: torch.Tensor | None,
         average_log_prob: bool,
     ) -> None:
-        """Check log-probabilities that came as arguments: a reference unless the loss has none, and lengths if ``ipo``
-        or ``simpo`` gets sums.
+        """Check the log-probabilities of ``dpo_loss_from_logps``: the reference model's come unless the loss has none,
+        and lengths come if and only if ``ipo`` or ``simpo`` gets sums.
         """
         if (ref_logps is not None) != self.needs_reference:
             expected = "log-probabilities [B]" if self.needs_reference else "None"
@@ -451,7 +460,7 @@ class DPOHead:
     def losses(
         self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
     ) -> torch.Tensor:
-        """[B/2]"""
+        """Each pair's loss. [B/2]"""
         chosen, rejected = pair_scores(logps, ref_logps, self._lengths(token_counts)).chunk(2)
         return dpo_losses(
             chosen,
@@ -465,7 +474,7 @@ class DPOHead:
     def report(
         self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
     ) -> tuple[torch.Tensor]:
-        """Rewards [B]."""
+        """The rewards [B]."""
         return (pair_rewards(logps, ref_logps, self._lengths(token_counts), self.loss_type, self.beta),)
 
     @staticmethod
@@ -478,7 +487,7 @@ class DPOHead:
 
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """As ``KTOHead.outputs``."""
+        """Empty tensors like the results of ``_dpo``."""
         *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
