@@ -17,7 +17,7 @@ from .layout import compute_dtype
 # The type that an operator's schema has for a field's type.
 _SCHEMA_TYPES = {
     bool: "bool",
-    int: "int",
+    int: "SymInt",  # a number that changes from call to call stays symbolic, and nothing is compiled again
     float: "float",
     float | None: "float?",
     str: "str",

@@ -335,7 +335,7 @@ class KTOHead:
 
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Empty tensors like the results of ``_kto``, whose last arguments are reduction, ``num_losses``, loss's dtype."""
+        """Empty tensors like the results of ``_kto``. The last arguments are reduction, ``num_losses`` and dtype."""
         *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (

@@ -117,7 +117,9 @@ def test_huge_logits(engine, dtype, offset):
     case = case_on(engine, dtype=dtype, std=1.0, reduction="none", beta=0.01)
     exact = {"logits": case.logits.double() + offset, "ref_logits": case.ref_logits.double() + offset}
     case.logits, case.ref_logits = (exact[name].to(dtype) for name in ("logits", "ref_logits"))
-    check_against_twin(fused_kto_loss, case)  # no worse than around zero: everything is relative to the row's maximum
+    check_against_twin(
+        fused_kto_loss, case
+    )  # as exact as around zero: every logit is taken relative to the row's maximum
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -159,7 +161,7 @@ def test_a_banned_target_has_log_probability_minus_infinity(engine):
 
 @pytest.mark.parametrize("loss_type", kto_fused.heads.preference.WITH_LABEL_SMOOTHING)
 def test_a_banned_rejected_completion_has_a_loss_of_0(engine, loss_type):
-    """-log sigma(inf); the flipped pair's infinite loss is no part of it unless labels are smoothed."""
+    """The loss is -log sigma(inf) = 0. The flipped pair's infinite loss counts only with label smoothing."""
     labels = torch.tensor([[MASKED, 1], [MASKED, 1], [MASKED, 2], [MASKED, 1]], device=engine[1])
     values = torch.randn(4, 2, 4, device=engine[1])
     values[2, 0, 2] = -math.inf
@@ -178,7 +180,7 @@ def test_a_banned_rejected_completion_has_a_loss_of_0(engine, loss_type):
 
 @pytest.mark.parametrize("loss_type", [name for name in kto_fused.heads.preference.DPO_LOSS_TYPES if name != "ipo"])
 def test_a_banned_chosen_completion_has_the_gradient_of_the_formula(engine, loss_type):
-    """h = -inf, where every loss but ipo, a square, has a finite slope."""
+    """At h = -inf every loss has a finite slope, except ipo, which is a square."""
     chosen, rejected = torch.tensor([-math.inf, -2.0]), torch.tensor([-3.0, -1.0])
     ref_logps = None if loss_type == "simpo" else torch.zeros(4, device=engine[1])
     gradients = []
@@ -211,7 +213,7 @@ def test_tokens_banned_with_the_smallest_number(engine, function, dtype):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_labels_that_nobody_may_read_give_nan(engine, compiled, monkeypatch):
-    """-1 is no 0: where values are not checked, a sequence that is neither kind has no loss."""
+    """-1 is not 0: where values are not checked, a label that is neither 0 nor 1 gives a NaN loss."""
     monkeypatch.setattr(kto_fused.checks, "may_read", lambda tensor: False)
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
@@ -232,7 +234,7 @@ def test_evaluation(engine, mode):
             loss, metrics = function(
                 logits, case.labels, case.desirable, ref_logits=case.ref_logits.clone(), backend=engine[0]
             )
-            weight = 50  # as `run` weighs it
+            weight = 50  # the weight that `run` gives it
             assert_close(loss * weight, expected * weight, 1e-5, "loss")
             assert metrics.summary()["kl"].isfinite()
 
@@ -264,7 +266,7 @@ def test_labels_made_in_inference_mode(engine, packed):
     zeros = torch.zeros(4, device=engine[1])
 
     def gradients(changed):
-        """Of all functions by logits or hidden states, the head frozen and trained."""
+        """Yield the gradients of all functions by logits or hidden states, with a frozen and a trained LM head."""
         for module in (kto_fused, kto_fused.reference):
             for inputs, name in [(case, "token_logps"), (case, "sequence_logps"), (hidden_case, "linear_token_logps")]:
                 options = {key: changed(x) if torch.is_tensor(x) else x for key, x in inputs.options.items()}
@@ -305,7 +307,7 @@ def test_a_default_device_changes_nothing(engine):
 
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])
 def test_token_log_probabilities_can_be_changed_in_place(engine, linear):
-    """As the output of any operation: here positions that a loss of one's own leaves out."""
+    """Results behave like any operation's output: here a loss of one's own overwrites positions that it leaves out."""
     labels = torch.tensor([[MASKED, 1, 2]], device=engine[1])
     rows = torch.randn(1, 3, 4, device=engine[1], requires_grad=True)
     arguments = (rows, torch.randn(5, 4, device=engine[1]), labels) if linear else (rows, labels)
@@ -353,7 +355,7 @@ def test_a_pair_beyond_the_hinge_keeps_a_gradient_of_0_under_any_incoming_one(en
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_zeros_stay_zeros_under_every_way_to_scale(engine, dtype, monkeypatch):
-    """The device's own way, the kernel's, and that of a GPU without Triton."""
+    """Three ways to scale agree: the device's own, the kernel's, and a GPU's without Triton."""
     from kto_fused.kernels import rows
 
     def without_the_kernel(values, factor):
@@ -436,7 +438,7 @@ def test_a_label_outside_the_vocabulary(engine, bad, shift, monkeypatch):
 
 @pytest.mark.parametrize("dtype", checks.INTEGER_DTYPES, ids=str)
 def test_labels_of_every_integer_dtype(engine, dtype):
-    case = case_on(engine, vocab=9, ignore_index=9)  # what uint8 can hold
+    case = case_on(engine, vocab=9, ignore_index=9)  # a value that uint8 can hold
     expected = run(fused_kto_loss, case)
     case.labels = case.labels.to(dtype)
     actual = run(fused_kto_loss, case)
@@ -456,7 +458,7 @@ def test_metrics_carry_no_gradient(engine, function):
 
 
 def test_unchecked_labels_and_offsets_give_nan(engine, monkeypatch):
-    """What a GPU does without waiting: NaN for that sequence, and no read outside the row."""
+    """A GPU does not check labels: the sequence gets NaN, and nothing outside the row is read."""
     monkeypatch.setattr(kto_fused.engines.logits, "check_contents", lambda *args, **kwargs: None)
     case = case_on(engine, vocab=9)
     case.labels[:] = 1
@@ -516,7 +518,7 @@ def test_results_repeat_bit_for_bit(engine, function, inplace_backward):
 
 
 def test_few_rows_are_split_over_several_programs(monkeypatch):
-    """The combined result is the unsplit one's, to rounding, for every way to split."""
+    """However a row is split among programs, the merged result is the unsplit one, up to rounding."""
     from conftest import HAS_GPU
 
     engine = ("triton", "cuda" if HAS_GPU else "cpu")
@@ -532,8 +534,8 @@ def test_few_rows_are_split_over_several_programs(monkeypatch):
     "strides", [(2**31 + 64, 100, 1), (100, 2**30 + 128, 1)], ids=["between sequences", "between positions"]
 )
 def test_rows_beyond_2_to_the_31_logits(engine, strides):
-    """Memory that nobody touches costs nothing: rows far apart in 4 GiB of bfloat16."""
-    torch.use_deterministic_algorithms(False)  # which would fill it
+    """Two rows lie far apart in 4 GiB of bfloat16; the memory between them is never touched, so it costs nothing."""
+    torch.use_deterministic_algorithms(False)  # otherwise PyTorch would fill the memory
     memory = torch.empty(strides[0] + 2 * strides[1] + 100, dtype=torch.bfloat16, device=engine[1])
     logits = memory.as_strided((2, 3, 100), strides)
     logits.copy_(torch.randn(2, 3, 100) * 3)
@@ -553,7 +555,7 @@ def test_rows_beyond_2_to_the_31_logits(engine, strides):
 
 
 class AddZero(torch.autograd.Function):
-    """Makes a tensor the output of an operation without moving it."""
+    """Makes a tensor the output of an operation, in the same memory."""
 
     @staticmethod
     def forward(ctx, source, values):
@@ -577,7 +579,7 @@ def test_more_rows_than_a_grid_dimension_holds(engine, rows):
 
 
 def test_kernels_and_engines_mark_rows_alike():
-    """``kernels`` imports nothing from the package, so the numbers stand in both."""
+    """``kernels`` imports nothing from the package, so that the numbers stand in two places."""
     from kto_fused.kernels import online
 
     assert (online.MASKED_TARGET.value, online.INVALID_TARGET.value) == (layout.MASKED, layout.INVALID)

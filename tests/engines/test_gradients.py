@@ -32,7 +32,7 @@ def test_sequence_logps(engine, packed, average_log_prob):
     check_gradients(engine, lambda x: kto_fused.sequence_logps(x, case.labels, **options), logits)
 
 
-# not with batch_mean: the reference point then moves with the logits, but by definition has no gradient
+# not with batch_mean: that reference point moves with the logits, but by definition it has no gradient
 @pytest.mark.parametrize("loss_type", KTO_LOSS_TYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_kto(engine, loss_type, reduction):

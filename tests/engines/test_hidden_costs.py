@@ -37,12 +37,12 @@ by_function = pytest.mark.parametrize("function", [fused_linear_kto_loss, fused_
 
 @pytest.fixture(autouse=True)
 def unpoisoned_memory(poisoned_memory):
-    """The operators that fill new memory would be counted."""
+    """Poisoning fills new memory by operators, which these tests would count."""
     torch.use_deterministic_algorithms(False)
 
 
 def long_case(engine=("torch", "cpu"), *, tokens: int, prompt: int, vocab: int, hidden_size: int, **options):
-    """Four sequences of ``tokens`` completion tokens each, behind a prompt."""
+    """Return four sequences of ``tokens`` completion tokens each, behind a prompt."""
     seq_len = prompt + tokens + 1  # the first token of the prompt is never predicted
     case = make_hidden_case(
         seq_len=seq_len, vocab=vocab, hidden_size=hidden_size, device=engine[1], backend=engine[0], **options
@@ -56,7 +56,7 @@ def long_case(engine=("torch", "cpu"), *, tokens: int, prompt: int, vocab: int, 
 
 # ---- GEMMs --------------------------------------------------------------------------------------------------------
 
-# what a chunk holds of 4 sequences of 8 tokens
+# tokens that a chunk holds, of 4 sequences of 8 tokens
 ONE_TOKEN, ONE_SEQUENCE, ONE_PAIR, ALL = 1, 10, 18, None
 KTO, DPO, LOGPS, TOKEN_LOGPS = fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps, linear_token_logps
 FIXED = {"reference_point": 0.1}
@@ -93,12 +93,12 @@ V, H, TOKENS = 509, 64, 8
 
 
 def addmm_flops(total, a, b, *_, **__) -> int:
-    """Of the shapes; PyTorch's own formula does not know addmm's ``out_dtype``, which a GPU's half precision takes."""
+    """Count addmm's operations from shapes: PyTorch's formula does not know ``out_dtype``, used for half precision."""
     return 2 * a[0] * a[1] * b[1]
 
 
 def gemms(function, case, trained, **options) -> float:
-    """Units of 2 N H V operations of value and gradient."""
+    """Return how many GEMMs of 2 N H V operations value and gradient take."""
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: addmm_flops}) as counter:
         if function in (LOGPS, TOKEN_LOGPS):
             inputs = [getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS]
@@ -114,7 +114,9 @@ def gemms(function, case, trained, **options) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("setting", GEMMS)
 def test_gemms(engine, setting, dtype, monkeypatch):
-    monkeypatch.setattr(chunk_module, "_is_hopper", lambda device: False)  # whose own kernel the counter does not see
+    monkeypatch.setattr(
+        chunk_module, "_is_hopper", lambda device: False
+    )  # the counter does not see Hopper's own GEMM kernel
     function, trained, options, num_tokens, expected = GEMMS[setting]
     case = long_case(engine, tokens=TOKENS, prompt=7, vocab=V, hidden_size=H, bias=True, dtype=dtype)
     with chunks_of(num_tokens):
@@ -139,7 +141,7 @@ def test_a_reference_takes_one_gemm_more(function, trained, own_head):
 @pytest.mark.parametrize("prompt", [0, 3 * TOKENS - 1])
 @pytest.mark.parametrize("trained", [(), FROZEN, INPUTS], ids="-".join)
 def test_prompts_cost_no_gemm(prompt, trained):
-    """B T from N to 4 N."""
+    """The batch has N to 4 N positions for N completion tokens."""
     expected = 1 + len(trained[:2])
     case = long_case(tokens=TOKENS, prompt=prompt, vocab=V, hidden_size=H)
     assert gemms(fused_linear_kto_loss, case, trained) == pytest.approx(expected, rel=0.02)
@@ -162,7 +164,7 @@ MEMORY = {
 
 
 def inputs_and_step(function, case, trained, **options):
-    """(the tensors that get a gradient, a step of forward and backward that leaves nothing behind)."""
+    """Return the tensors that get a gradient, and a step of forward and backward that keeps nothing."""
     options = {**case.options, **options}
     inputs = [getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS[:2]]
     tensors = (*inputs, case.labels, *([case.desirable] if function is fused_linear_kto_loss else []))
@@ -180,7 +182,7 @@ def inputs_and_step(function, case, trained, **options):
 
 
 def extra_bytes(function, case, trained, **options) -> int:
-    """Peak of a step beyond the gradients it returns."""
+    """Return the peak bytes of a step beyond the gradients that it returns."""
     needed, step = inputs_and_step(function, case, trained, **options)
     return peak_bytes(step, case.hidden.device) - sum(x.numel() * x.element_size() for x in needed)
 
@@ -197,7 +199,7 @@ def test_memory_stays_within_the_budget(setting, chunk_bytes, tokens):
 @pytest.mark.parametrize("trained", [FROZEN, INPUTS], ids=["frozen", "trained"])
 @pytest.mark.parametrize("chunk_bytes", [8 * MIB, 32 * MIB], ids=["8 MiB", "32 MiB"])
 def test_tokens_without_a_gradient_do_not_exceed_the_budget(chunk_bytes, trained):
-    """Which leave the others not side by side, so that they are copied."""
+    """The remaining tokens' rows are not adjacent, so that they are copied."""
     case = make_hidden_case(batch=256, seq_len=9, vocab=8192, hidden_size=64)
     case.labels = torch.randint(8192, case.labels.shape)
     case.hidden = torch.randn_like(case.hidden)
@@ -216,7 +218,7 @@ def test_the_hidden_states_of_a_wider_reference_share_the_budget(chunk_bytes):
     case = make_hidden_case(batch=2, seq_len=256, vocab=64, hidden_size=16)
     case.labels = torch.randint(64, (2, 256))
     case.options |= {"ref_hidden": torch.randn(2, 256, 4096), "ref_lm_head_weight": torch.randn(64, 4096)}
-    # they come beside the policy's chunk, which is small
+    # the reference's hidden states are allocated beside the policy's chunk, which is small
     assert extra_bytes(KTO, case, FROZEN, chunk_bytes=chunk_bytes, **FIXED) <= 1.25 * chunk_bytes
 
 
@@ -240,7 +242,7 @@ def test_prompts_take_no_memory_where_a_narrow_gradient_is_scaled_by_a_wider_num
     ],
 )
 def test_a_chunk_on_a_cpu_is_no_larger_than_its_gemms_need(setting, chunk_tokens, products):
-    """Of four sequences of 512 tokens, unless a larger one spares a GEMM."""
+    """The batch has four sequences of 512 tokens. A chunk is larger only where that spares a GEMM."""
     function, trained, options = MEMORY[setting]
     case = long_case(tokens=512, prompt=20, vocab=8192, hidden_size=64)
     chunk_bytes = 4 * 8192 * chunk_tokens
@@ -255,7 +257,7 @@ def test_a_chunk_on_a_cpu_is_no_larger_than_its_gemms_need(setting, chunk_tokens
 )
 @pytest.mark.parametrize("chunk_bytes", [2 * MIB, 6 * MIB], ids=["2 MiB", "6 MiB"])
 def test_a_small_budget_is_kept_and_used(setting, dtype, chunk_bytes):
-    """Though it is less than what the row operations and casts of the weight would take at most."""
+    """The budget is smaller than the largest scratch of the row operations and of the weight's casts."""
     function, trained, options = MEMORY[setting]
     case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=512, dtype=dtype)
     case.weight, case.hidden = case.weight.to(dtype), case.hidden.to(dtype)
@@ -280,7 +282,7 @@ SMALL_BUDGETS = {
 @pytest.mark.parametrize("name", SMALL_BUDGETS)
 @pytest.mark.parametrize(("tokens", "vocab"), [(600, 128), (8, 8192)], ids=["many tokens", "wide rows"])
 def test_a_budget_below_4_mib_is_kept_or_named(tokens, vocab, name, chunk_bytes, caplog, monkeypatch):
-    """Of many tokens what exceeds it is their own numbers, of wide rows a single token; both are counted."""
+    """Many tokens exceed it by their per-position numbers, wide rows by a single token's logits; both are counted."""
     monkeypatch.setattr(plan, "exceeded_budgets", set())
     setting, dtype, more = SMALL_BUDGETS[name]
     function, trained, options = MEMORY[setting]
@@ -296,7 +298,7 @@ def test_a_budget_below_4_mib_is_kept_or_named(tokens, vocab, name, chunk_bytes,
 
 @pytest.fixture
 def without_arithmetic(monkeypatch):
-    """Nothing is computed from hidden states: memory is taken as on a GPU, at sizes no CPU could work through."""
+    """Compute nothing from hidden states: memory is allocated as on a GPU, at sizes that would take a CPU too long."""
 
     def nothing(*args, **kwargs) -> None: ...
 
@@ -309,7 +311,7 @@ def without_arithmetic(monkeypatch):
 
 
 def untouched_case(hidden_size: int, vocab: int, seq_len: int, batch: int = 4) -> HiddenCase:
-    """Half of each sequence is prompt; no memory is real but that of the labels."""
+    """Return sequences of which half is prompt; only the labels' memory is ever touched."""
     size = {"dtype": torch.bfloat16, "device": "cpu"}
     num_prompt = seq_len // 2 + 1
     labels = torch.zeros(batch, seq_len, dtype=torch.int64)
@@ -339,9 +341,9 @@ def test_memory_of_bf16_rows_stays_within_the_budget(
     function, trained, options = MEMORY[setting]
     case = untouched_case(hidden_size, 151936, 2 * tokens)
     extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
-    if "weight" not in trained:  # it would be no faster with more
+    if "weight" not in trained:  # a larger chunk would be no faster
         chunk_bytes = min(chunk_bytes, 384 * MIB)
-    # of several chunks whose loss is known in time the weight's gradients are added up in float32
+    # several chunks with the loss known in time add up the weight's gradient in float32
     sums = 4 * case.weight.numel() if setting in ("trained", "pairs") else 0
     assert extra <= 1.05 * chunk_bytes + sums
 
@@ -363,7 +365,7 @@ def test_a_reference_of_bf16_rows_shares_the_budget(without_arithmetic, chunk_by
 @pytest.mark.skipif(HAS_GPU, reason="of CPU tensors, which Triton's kernels take in its interpreter alone")
 @pytest.mark.parametrize(("is_hopper", "softcap"), [(True, None), (True, 30.0), (False, None)])
 def test_a_reference_in_registers_takes_as_few_chunks_as_fit(without_arithmetic, is_hopper, softcap, monkeypatch):
-    """The policy's hold a sequence each, for they keep its softmax."""
+    """The policy's chunks hold one sequence each, because they keep its softmax."""
     monkeypatch.setattr(chunk_module, "_is_hopper", lambda device: is_hopper)
     chunks, forward = {False: [], True: []}, chunk_module.FoldedRows.forward
 
@@ -382,7 +384,7 @@ def test_a_reference_in_registers_takes_as_few_chunks_as_fit(without_arithmetic,
 
 # H, completion tokens of each sequence, batch -> tokens of each chunk
 ONE_FOR_SEVERAL = {
-    "2 H tokens": (4096, 2048, 4, [8192]),  # their softmax takes what a float32 sum of the weight's gradients does
+    "2 H tokens": (4096, 2048, 4, [8192]),  # the softmax takes as much as a float32 sum of the weight's gradient
     "3 H tokens": (4096, 2048, 6, 6 * [2048]),
     "sequences that take more than half the budget": (896, 2200, 2, [2200, 2200]),
     "all within the budget, but several take less": (896, 400, 8, [1200, 1200, 800]),
@@ -417,8 +419,8 @@ def test_one_chunk_where_several_would_take_as_much(without_arithmetic, setting,
     [(151936, 3400, True), (151936, 3550, False), (32000, 14000, True), (32000, 15500, False)],
 )
 def test_lent_memory_may_spare_the_fourth_gemm(without_arithmetic, vocab, tokens, is_spared, monkeypatch):
-    """Of a batch that is coupled: more of its tokens fit one chunk whose buffer is the weight's gradient, if that is
-    large enough: at V = 32000 it is not.
+    """Where the head reads the whole batch: more tokens fit a single chunk if its buffer lies in the weight's gradient.
+    At V = 32000 that gradient is too small.
     """
     products = []
     monkeypatch.setattr(chunk_module.FoldedRows, "add_weight_gradient", lambda *args, **kwargs: products.append(1))
@@ -432,8 +434,8 @@ def test_lent_memory_may_spare_the_fourth_gemm(without_arithmetic, vocab, tokens
     ("hidden_size", "tokens", "least"), [(896, 1024, 92), (896, 4096, 360), (2048, 1024, 144), (4096, 1024, 240)]
 )
 def test_half_the_budget_never_takes_more(without_arithmetic, hidden_size, tokens, least, monkeypatch):
-    """Beside the gradients. In 4 GEMMs no float32 sum of the weight's gradients is needed: of all tokens one chunk is
-    taken, though by itself it exceeds the smallest budgets.
+    """Bytes beside the gradients. With 4 GEMMs a single chunk of all tokens needs no float32 sum of the weight's
+    gradient; it is taken although it exceeds the smallest budgets.
     """
     case = untouched_case(hidden_size, 151936, 2 * tokens + 2, batch=8)
     budgets = [2**power for power in range(30, 23, -1)]
@@ -441,7 +443,7 @@ def test_half_the_budget_never_takes_more(without_arithmetic, hidden_size, token
     assert extra == sorted(extra, reverse=True)
     assert extra[-1] == pytest.approx(least, rel=0.02)
     monkeypatch.setattr(plan, "ONE_CHUNK_MEMORY_AGAIN", 0)
-    wide = 4 * case.weight.numel() / MIB  # beside itself rounded, which is the gradient
+    wide = 4 * case.weight.numel() / MIB  # the float32 sum, beside the rounded gradient
     assert extra_bytes(KTO, case, INPUTS, chunk_bytes=budgets[-1], **FIXED) / MIB >= wide
 
 
@@ -450,9 +452,9 @@ def test_half_the_budget_never_takes_more(without_arithmetic, hidden_size, token
     ("tokens", "budget", "expected", "cols"),
     [
         (32768, 2**30, [32768], 2048),  # within the budget
-        (40960, 2**30, [40960], 6144),  # within less than twice that
+        (40960, 2**30, [40960], 6144),  # within twice the budget
         (65536, 2**30, [32768, 32768], 2048),  # one chunk would take more than it saves
-        (8192, 2**27, [8192], 1024),  # as narrow as panels can be, and still more than twice the budget
+        (8192, 2**27, [8192], 1024),  # the narrowest panels, which still take more than twice the budget
         (65536, 2**27, 16 * [4096], 1024),
     ],
 )
@@ -507,9 +509,9 @@ def test_what_a_step_takes(without_arithmetic, size, expected, monkeypatch):
         shape = estimate.LossShape(
             8, seq_len, seq_len // 2 - 1, vocab, hidden_size, *(2 * [torch.bfloat16]), is_head_trained=trained == INPUTS
         )
-        moments = estimate.fused_moments(shape, chunk_bytes, "triton")[:2]  # without those of mismatched pairs
+        moments = estimate.fused_moments(shape, chunk_bytes, "triton")[:2]  # without the moment of the mismatched pairs
         estimated = max(moment.total for moment in moments) - case.ref_hidden.nbytes
-        assert 0.97 * mib <= estimated / MIB <= 1.03 * mib + 100 * (expected is ON_HOPPER)  # which it does not ask for
+        assert 0.97 * mib <= estimated / MIB <= 1.03 * mib + 100 * (expected is ON_HOPPER)
 
 
 @pytest.mark.parametrize("chunk_bytes", [16 * MIB, 48 * MIB], ids=["16 MiB", "48 MiB"])
@@ -525,7 +527,7 @@ def test_a_reference_shares_the_budget(chunk_bytes):
 @pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
 @pytest.mark.parametrize("batch", [1, 4], ids=["one chunk", "several"])
 def test_a_references_head_cast_by_autocast_is_let_go(without_arithmetic, batch):
-    """Before the policy's turn, which takes more: gradients are summed in float32."""
+    """It is freed before the policy's visit, which needs more memory: gradients add up in float32."""
     case = untouched_case(4096, 151936, 4096, batch)
     del case.options["ref_logps"]
     case = replace(case, hidden=case.hidden.float(), weight=case.weight.float(), ref_hidden=case.ref_hidden.float())
@@ -539,7 +541,7 @@ def test_a_references_head_cast_by_autocast_is_let_go(without_arithmetic, batch)
 
 
 class Casts(TorchDispatchMode):
-    """Of tensors of one shape."""
+    """Counts casts of tensors of one shape."""
 
     def __init__(self, shape: torch.Size):
         super().__init__()
@@ -570,9 +572,11 @@ def test_memory_on_a_gpu_stays_within_the_budget(setting, dtype, chunk_bytes, to
     function, trained, options = MEMORY[setting]
     engine = ("triton", "cuda")
     case = long_case(engine, tokens=tokens, prompt=tokens, vocab=65536, hidden_size=512, dtype=dtype)
-    extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)  # compile, and cuBLAS's workspace
+    extra_bytes(
+        function, case, trained, chunk_bytes=chunk_bytes, **options
+    )  # compiles kernels and allocates cuBLAS's workspace
     extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
-    # a sum of several chunks' weight gradients is in float32 beside the rounded one
+    # several chunks' weight gradients add up in float32, beside the rounded sum
     sums = 4 * case.weight.numel() if dtype == torch.bfloat16 and "weight" in trained else 0
     assert extra <= 1.05 * chunk_bytes + sums
 
@@ -581,7 +585,7 @@ def test_memory_on_a_gpu_stays_within_the_budget(setting, dtype, chunk_bytes, to
 
 
 class Waits(TorchDispatchMode):
-    """Operators for which the host would wait for a GPU: those that return a number, or a shape that values decide."""
+    """Counts operators for which the host waits for a GPU: they return a number, or a shape that depends on values."""
 
     WAITING = (
         "_local_scalar_dense",
@@ -618,7 +622,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """No check reads a tensor, gradients are scaled by the kernel, and the interpreter's own operators do not count."""
+    """Read no tensor in checks, scale gradients by the kernel, and leave out the interpreter's own operators."""
     from kto_fused.kernels import rows
     from triton.runtime import interpreter
 
@@ -639,9 +643,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("setting", ["frozen", "trained", "one loss per sequence", "pairs", "no gradient"])
 def test_the_host_waits_once(as_on_a_gpu, monkeypatch, setting, packed, dtype):
-    """For the number of completion tokens. Log-probabilities by themselves and losses per sequence have a backward
-    that finds the tokens again, and may wait once more.
-    """
+    """The host waits for the number of completion tokens. A backward that computes the logits again may wait too."""
     function, trained, options = MEMORY[setting]
     case = make_hidden_case(dtype=dtype, bias=True, packed=packed, backend="triton", **options)
     waits = Waits(monkeypatch)
@@ -688,7 +690,7 @@ def test_the_host_waits_for_the_gpu_once(function, trained, packed, dtype, recwa
 
 
 def held_bytes(step) -> int:
-    """Bytes that ``step`` allocates and that are still held at its end."""
+    """Return the bytes that ``step`` allocates and that are still held at its end."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = step()
     events = profiler.profiler.kineto_results.events()
@@ -703,7 +705,7 @@ SMALL = 64 * 2**10  # [B]-sized results
 
 @pytest.mark.parametrize("setting", LIFETIMES)
 def test_nothing_but_gradients_outlives_backward(setting):
-    """With the loss and its metrics still held, and without the garbage collector."""
+    """The loss and its metrics are still held, and the garbage collector is off."""
     function, trained, options = LIFETIMES[setting]
     case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=64)
     inputs = [getattr(case, name).requires_grad_(name in trained) for name in INPUTS[:2]]

@@ -1,4 +1,4 @@
-"""Where a training loop uses the losses: torch.compile, autocast, checkpointing, accumulation, a model."""
+"""The losses in a training loop: under torch.compile, autocast and checkpointing, with accumulation, after a model."""
 
 from dataclasses import replace
 
@@ -30,12 +30,12 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch.use_deterministic_algorithms(False)  # which torch.compile guards on
+    torch.use_deterministic_algorithms(False)  # torch.compile has a guard on this setting
     torch._dynamo.reset()
 
 
 def head_and_inputs(packed: bool = False, dtype: torch.dtype = torch.float32, device: str = DEVICE):
-    """A projection to logits, hidden states, and the rest of a loss's arguments."""
+    """Return a projection to logits, hidden states, and a case with the other arguments of a loss."""
     case = make_case(seq_len=6, vocab=64, device=device, packed=packed, seed=2)
     head = torch.nn.Linear(16, 64, device=device, dtype=dtype)
     hidden = torch.randn(*case.labels.shape, 16, device=device, dtype=dtype)
@@ -99,8 +99,29 @@ def test_compiled_batches_of_many_lengths_share_one_graph(engine, function):
     assert len(compilations) == 1
 
 
+def test_a_changed_chunk_size_stays_symbolic():
+    """The first change compiles the loss again, with a symbolic size; later changes compile nothing."""
+    compilations = []
+
+    def count(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    case = make_hidden_case(vocab=32)
+    hidden = case.hidden.nan_to_num_()
+
+    @torch.compile(fullgraph=True, backend=count)
+    def step(chunk_bytes):
+        return linear_sequence_logps(hidden, case.weight, case.labels, chunk_bytes=chunk_bytes)
+
+    expected = linear_sequence_logps(hidden, case.weight, case.labels)
+    for chunk_bytes in (2**20, 2**21, 2**22, 2**23):
+        torch.testing.assert_close(step(chunk_bytes), expected)
+    assert len(compilations) == 2
+
+
 def every_loss(engine):
-    """name: (the leaf to train, a step that gives one number) of each differentiable function."""
+    """Return {name: (leaf to train, step from the leaf to one number)} of every differentiable function."""
     case = make_case(vocab=32, device=engine[1])
     hidden = make_hidden_case(vocab=32, device=engine[1])
     hidden.hidden.nan_to_num_()
@@ -147,7 +168,7 @@ def test_a_compiled_loss_where_nothing_needs_a_gradient(engine, name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_compiled_loss_under_hooks_on_saved_tensors(engine, name):
-    """As of checkpointing and offloading."""
+    """Checkpointing and offloading set such hooks."""
     leaf, step = every_loss(engine)[name]
     gradients = []
     for function in (step, torch.compile(step, backend="aot_eager")):
@@ -160,7 +181,7 @@ def test_a_compiled_loss_under_hooks_on_saved_tensors(engine, name):
 
 
 def test_compiled_batches_of_many_lengths_in_place(engine):
-    """Strides of symbolic lengths are compared, to see whether elements share memory."""
+    """The check for elements that share memory compares strides of symbolic lengths."""
     head, _, case = head_and_inputs(device=engine[1])
 
     def step(hidden, labels):
@@ -178,12 +199,12 @@ def test_compiled_batches_of_many_lengths_in_place(engine):
 def test_what_waits_for_the_device_stays_out_of_cuda_graphs():
     for function in (operators.linear_forward, operators.linear_backward):
         assert torch.Tag.cudagraph_unsafe in function.op._opoverload.tags
-    # waits on the PyTorch engine alone, which is there for GPUs without Triton
+    # this operator waits in its PyTorch version only, which serves GPUs without Triton
     assert torch.Tag.cudagraph_unsafe not in from_logits._token_logprobs.op._opoverload.tags
 
 
 def test_the_operators_are_well_formed(engine):
-    """Schemas, fake implementations and aliasing of everything that torch.compile sees as one operator."""
+    """Check schema, fake implementation and aliasing of every operator that torch.compile sees."""
     backend, device = engine
     case = make_case(batch=2, seq_len=3, vocab=8, device=device)
     check = torch.library.opcheck
@@ -301,7 +322,7 @@ def test_gradients_through_a_model_equal_the_twins():
 
 
 def linear_inputs(device: str = DEVICE, packed: bool = False, dtype: torch.dtype = torch.float32):
-    """An LM head, a layer below it, that layer's inputs, and the rest of a loss's arguments."""
+    """Return an LM head, a layer below it, that layer's inputs, and a case with the other arguments of a loss."""
     case = make_hidden_case(seq_len=6, vocab=64, device=device, packed=packed, dtype=dtype, seed=2)
     lm_head = torch.nn.Linear(16, 64, device=device, dtype=dtype)
     layer = torch.nn.Linear(16, 16, device=device, dtype=dtype)
@@ -403,7 +424,7 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
     reference_and_tensors, head = forward[0]
     torch.library.opcheck(operators.linear_forward.op, (*tensors, *reference_and_tensors, *of_positions, *head))
     outputs = operators.linear_forward(*tensors, *reference_and_tensors, *options, *head)
-    # left to the backward, where the head is trained; else nobody calls it
+    # with a trained LM head the backward computes the gradients; otherwise it is never called
     statistics = (
         HiddenResults.from_list(outputs).statistics if needs[1] else torch.zeros(NUM_STATISTICS, 6, device=device)
     )
@@ -413,7 +434,7 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_from_hidden_states(engine, dtype):
-    """As torch.nn.Linear under autocast: the GEMMs read half precision; gradients are the parameters' float32."""
+    """Like torch.nn.Linear under autocast, GEMMs read half precision, and gradients have the parameters' float32."""
     case = make_hidden_case(seq_len=6, vocab=64, bias=True, device=engine[1], backend=engine[0])
     rounded = case.map(lambda x: x.to(dtype).float())
     rounded.bias = case.bias

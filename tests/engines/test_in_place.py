@@ -1,4 +1,4 @@
-"""``inplace_backward``: the gradient takes the logits' memory, and nobody reads it as logits."""
+"""``inplace_backward``: the gradient is written over the logits, and nothing then reads it as logits."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_a_view_of_the_logits_is_protected_too(engine):
 
 
 def test_packed_logits_in_a_batch_of_one_are_overwritten_too(engine):
-    """The shape Hugging Face models return: no copy on the way there, none on the way back."""
+    """Hugging Face models return such logits: neither forward nor backward copies them."""
     source = torch.randn(1, 8, 11, device=engine[1], requires_grad=True)
     logits = source * 1
     seen = []
@@ -85,7 +85,7 @@ def checkpointed(function, *arguments):
 
 @pytest.mark.parametrize("keeping", [stored, checkpointed])
 def test_where_hooks_hide_the_version_nothing_is_overwritten(engine, keeping):
-    """Neither before another user of the logits reads them, nor before a second backward."""
+    """It is neither overwritten before another user of the logits reads them, nor before a second backward."""
     source, _ = policy_logits(engine)
     plain = source.detach().requires_grad_()
     (policy_loss(plain * 1, engine) + 2 * plain.square().sum()).backward()

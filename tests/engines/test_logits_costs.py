@@ -1,4 +1,4 @@
-"""Costs that no noise can hide: bytes moved, kernels launched, operators called, memory held."""
+"""What losses from logits cost, in counts that do not vary: bytes moved, kernels launched, operators, memory held."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def wide_case(dtype: torch.dtype, vocab: int, packed: bool = False, device: str = "cpu"):
-    """Two sequences, half of each a prompt. Returns (case, number of completion tokens)."""
+    """Return two sequences, half of each a prompt, and their number of completion tokens."""
     case = make_case(batch=2, seq_len=8, vocab=vocab, dtype=dtype, device=device, backend="triton")
     case.labels = torch.randint(vocab, (2, 8), device=device)
     case.labels[:, :4] = -100
@@ -30,7 +30,7 @@ def wide_case(dtype: torch.dtype, vocab: int, packed: bool = False, device: str 
 
 
 class MovedBytes:
-    """Bytes that interpreted kernels load and store; a masked lane costs nothing."""
+    """Counts the bytes that interpreted kernels load and store; a masked lane costs nothing."""
 
     def __init__(self, monkeypatch):
         from triton.runtime.interpreter import interpreter_builder as builder
@@ -100,7 +100,7 @@ def test_in_place_backward_moves_no_more(monkeypatch):
 
 
 class Operators(TorchDispatchMode):
-    """Every ATen operator called, but for those that only name or reserve memory."""
+    """Records every ATen operator called, except those that only make views or allocate memory."""
 
     FREE = (
         "empty",
@@ -128,7 +128,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """A counter of Triton launches by kernel, and no check that reads tensors, as on a GPU."""
+    """Return a counter of Triton launches by kernel. As on a GPU, no check reads tensors."""
     from triton.runtime import interpreter, jit
 
     counter = Counter()
@@ -152,13 +152,15 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("reference", ["ref_logps", "ref_logits"])
 @pytest.mark.parametrize("function", [fused_kto_loss, fused_dpo_loss], ids=["kto", "dpo"])
 def test_launches(monkeypatch, launches, function, reference, packed, multiprocessors, inplace_backward):
-    """At most 4 kernels forward, with a reference's logits 7, and 2 backward, and no other operator: nothing for the
-    host to wait for.
+    """The forward launches at most 4 kernels, with a reference's logits 7, the backward 2. Neither calls any other
+    operator, so that the host has nothing to wait for.
     """
     monkeypatch.setattr(from_logits, "multiprocessors", lambda device: multiprocessors)
     device = "cuda" if HAS_GPU else "cpu"
     case, _ = wide_case(torch.bfloat16, 16384, packed=packed, device=device)
-    logits = torch.nn.functional.pad(case.logits.requires_grad_(), (0, 8))[..., :-8]  # which a copy would close up
+    logits = torch.nn.functional.pad(case.logits.requires_grad_(), (0, 8))[
+        ..., :-8
+    ]  # rows with gaps, which a copy would close
     references = {"ref_logps": torch.zeros(2, device=device), "ref_logits": torch.zeros_like(case.logits)}
     tensors = (logits, case.labels) + ((case.desirable,) if function is fused_kto_loss else ())
     one = torch.ones((), device=device)

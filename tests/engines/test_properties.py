@@ -13,7 +13,7 @@ STRIDES = ["contiguous", "rows apart by 8", "rows apart by 3", "transposed"]
 
 
 def strided(values: torch.Tensor, kind: str) -> torch.Tensor:
-    """The same values in memory laid out as ``kind`` says, among others that must not be touched."""
+    """Return the values in memory laid out as ``kind`` says, between others that must not be touched."""
     if kind == "transposed" and values.ndim == 3:
         return values.transpose(0, 1).contiguous().transpose(0, 1)
     gap = {"contiguous": 0, "rows apart by 8": 8, "rows apart by 3": 3, "transposed": 1}[kind]
@@ -82,8 +82,8 @@ def test_random_losses(engine):
         case = Case(*(to_device(tensor, engine[1]) for tensor in tensors), options)
         # on the device: a copy to it closes the gaps between rows
         case.logits, case.ref_logits = strided(case.logits, strides[0]), strided(case.ref_logits, strides[1])
-        # what a log-ratio's error adds to a gradient: times the losses' weights, up to 100, and their curvature, which
-        # for ipo is 2 and for the others about 0.1
+        # a log-ratio's error enters the gradient times the losses' weights, up to 100, and their curvature: 2 for ipo,
+        # about 0.1 for the other losses
         grad_floor = 100 * (2 if case.options["loss_type"] == "ipo" else 0.1) * LOGP_TOLERANCE[case.logits.dtype]
         check_against_twin(function, case, grad_floor=grad_floor, backend=engine[0])
 

@@ -12,12 +12,12 @@ from kto_fused.engines import logits as from_logits
 
 MASKED = -100
 by_transform = pytest.mark.parametrize("transform", [{}, *TRANSFORMS.values()], ids=["plain", *TRANSFORMS])
-# both ways to a row's maximum: a program for the row, or for each part of it
+# one program finds a row's maximum, or one program for each part of the row
 by_split = pytest.mark.parametrize("multiprocessors", [0, 132], ids=["whole rows", "split rows"])
 
 
 def accuracy(engine, logits: torch.Tensor, labels: torch.Tensor, **options) -> list[float]:
-    """Of each sequence, position t predicting ``labels[:, t]``."""
+    """Return each sequence's accuracy, where position t predicts ``labels[:, t]``."""
     options = {"shift": False, "backend": engine[0], **options}
     desirable = torch.ones(len(labels), dtype=torch.bool, device=logits.device)
     ref_logps = torch.zeros(len(labels), device=logits.device)
@@ -32,7 +32,7 @@ def accuracy(engine, logits: torch.Tensor, labels: torch.Tensor, **options) -> l
 @by_split
 def test_the_most_likely_tokens_count_and_the_next_best_do_not(engine, dtype, transform, multiprocessors, monkeypatch):
     monkeypatch.setattr(from_logits, "multiprocessors", lambda device: multiprocessors)
-    # as far apart as half precision can tell
+    # adjacent numbers in half precision
     order = torch.stack([torch.randperm(2500) for _ in range(8)]).view(2, 4, 2500)
     logits = torch.where(order < 2400, -3.0, (order - 2400) / 16.0).to(dtype).to(engine[1])
     first, second = logits.topk(2).indices.unbind(-1)
@@ -62,7 +62,7 @@ def test_a_row_of_no_number_does_not_count(engine, multiprocessors, column, monk
     logits[1, 0, column] = math.nan
     logits[2, 0, column] = math.inf
     logits[3] = -math.inf
-    logits[4, 0, 1300] = -math.inf  # a banned target, beside others that are not
+    logits[4, 0, 1300] = -math.inf  # a banned target, among allowed tokens
     logits[5, 0, :1300] = -math.inf  # banned tokens beside the target
     labels = torch.full((6, 1), 1300, device=engine[1])
     assert accuracy(engine, logits, labels) == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
@@ -85,7 +85,7 @@ def test_a_sequence_without_completion_tokens_has_none_that_count(engine, packed
     ref_logps = torch.zeros(2, device=engine[1])
     _, metrics = fused_dpo_loss(logits, labels, ref_logps=ref_logps, backend=engine[0], **options)
     assert metrics.token_accuracy.tolist() == [0.0, 1.0]
-    assert metrics.summary()["mean_token_accuracy"].isnan()  # of the chosen, of which there is no token
+    assert metrics.summary()["mean_token_accuracy"].isnan()  # the mean over chosen tokens, of which there is none
 
 
 # ---- from hidden states -------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_a_sequence_without_completion_tokens_has_none_that_count(engine, packed
 @by_dtype
 @by_transform
 def test_the_most_likely_tokens_count_from_hidden_states(engine, dtype, transform, monkeypatch):
-    """Three tiles of columns where logits are folded."""
+    """Where logits are folded tile by tile, the row has three tiles of columns."""
     monkeypatch.setattr(chunk_module, "TILE_LOGITS", 1)
     hidden = torch.randn(2, 4, 16, dtype=torch.float64).to(dtype).to(engine[1])
     weight = (torch.randn(2500, 16, dtype=torch.float64) / 4).to(dtype).to(engine[1])
@@ -109,7 +109,7 @@ def test_the_most_likely_tokens_count_from_hidden_states(engine, dtype, transfor
     assert torch.equal(metrics.is_top1.double(), exact.is_top1)
 
     desirable, options["ref_logps"] = torch.ones(2, device=engine[1]).long(), torch.zeros(2, device=engine[1])
-    hidden.requires_grad_()  # which keeps the numerators of the gradient
+    hidden.requires_grad_()  # so that the chunk keeps the numerators of the gradient
     _, metrics = fused_linear_kto_loss(hidden, weight, labels, desirable, backend=engine[0], **options)
     torch.testing.assert_close(metrics.token_accuracy.double().cpu(), torch.tensor([3 / 4, 1 / 3]).double())
 
