@@ -191,7 +191,7 @@ def _logit_options(
     """Check the options of logits or hidden states ``values`` and choose their backend."""
     checks.integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must be an integer of 64 bits, as labels are, got {ignore_index}")
+        raise ValueError(f"ignore_index must fit in a signed 64-bit integer, as labels do, got {ignore_index}")
     checks.flag("shift", shift)
     checks.flag("average_log_prob", average_log_prob)
     checks.flag("inplace_backward", inplace_backward)

@@ -282,7 +282,7 @@ def reference_head(
     names = "ref_lm_head_weight", "ref_lm_head_bias"
     if ref_weight is None:
         ref_weight, ref_bias = weight, bias
-        names = "lm_head_weight, the reference's too,", "lm_head_bias, the reference's too,"
+        names = tuple(f"{name} (also the reference's)" for name in ("lm_head_weight", "lm_head_bias"))
     lm_head(names[0], ref_weight, names[1], ref_bias, "ref_hidden", ref_hidden)
     if len(ref_weight) != len(weight):
         raise ValueError(
