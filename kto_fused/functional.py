@@ -12,10 +12,12 @@ from .arguments import HiddenInputs, LogitInputs, LogpInputs
 from .engines.autograd import LogpsFromHidden, LossFromHidden
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps
+from .engines.results import SequenceValues
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
 from .metrics import LossMetrics, TokenMetrics
 
 DEFAULT_CHUNK_BYTES = 2**30
+NUM_VALUES = len(SequenceValues._fields)
 
 
 def fused_kto_loss(
@@ -527,7 +529,7 @@ def linear_sequence_logps(
         chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    return _logps_from_hidden(inputs)[0]
+    return _logps_from_hidden(inputs).logps
 
 
 def linear_token_logps(
@@ -583,9 +585,12 @@ def linear_token_logps(
         backend=backend,
         per_position=True,
     )
-    values = _logps_from_hidden(inputs)
-    logps, _, *metrics = (value.view(inputs.labels.shape) for value in values)
-    return (logps, TokenMetrics(*metrics)) if return_metrics else logps
+    shape, positions = inputs.labels.shape, _logps_from_hidden(inputs)
+    logps = positions.logps.view(shape)
+    if not return_metrics:
+        return logps
+    entropy, mean_logits = positions.entropy.view(shape), positions.mean_logits.view(shape)
+    return logps, TokenMetrics(entropy, mean_logits, is_top1=positions.token_accuracy.view(shape))
 
 
 def kto_loss_from_logps(
@@ -761,8 +766,8 @@ def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: obje
         ref_logps,
         *head_tensors,
     )
-    sequences, reported = values[:5], values[5:]
-    return loss, _metrics(*sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
+    sequences, reported = SequenceValues(*values[:NUM_VALUES]), values[NUM_VALUES:]
+    return loss, _metrics(sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
 
 
 def _sequence_logps(logits: torch.Tensor, inputs: LogitInputs) -> torch.Tensor:
@@ -786,16 +791,17 @@ def _loss_from_hidden(
         head,
         *head_tensors,
     )
-    sequences, computed_ref_logps, reported = values[:5], values[5], values[6:]
+    sequences, (computed_ref_logps, *reported) = SequenceValues(*values[:NUM_VALUES]), values[NUM_VALUES:]
     ref_logps = reference.logps if reference.hidden is None else computed_ref_logps
-    return loss, _metrics(*sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
+    return loss, _metrics(sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
 
 
-def _logps_from_hidden(inputs: HiddenInputs) -> tuple[torch.Tensor, ...]:
-    """(logps, token_counts, entropy, mean_logits, token_accuracy) of each sequence or each position."""
-    return LogpsFromHidden.apply(
+def _logps_from_hidden(inputs: HiddenInputs) -> SequenceValues:
+    """The values of each sequence, or of each position if the options say so."""
+    values = LogpsFromHidden.apply(
         inputs.hidden, inputs.weight, inputs.bias, inputs.labels, inputs.cu_seqlens, inputs.options
     )
+    return SequenceValues(*values)
 
 
 def _loss_from_logps(inputs: LogpInputs) -> tuple[torch.Tensor, LossMetrics]:
@@ -808,20 +814,13 @@ def _loss_from_logps(inputs: LogpInputs) -> tuple[torch.Tensor, LossMetrics]:
     return loss, LossMetrics(logps=logps, ref_logps=inputs.ref_logps, token_counts=inputs.token_counts, **named)
 
 
-def _metrics(
-    logps: torch.Tensor,
-    token_counts: torch.Tensor,
-    entropy: torch.Tensor,
-    mean_logits: torch.Tensor,
-    token_accuracy: torch.Tensor,
-    **named: torch.Tensor | None,
-) -> LossMetrics:
-    """Metrics from an engine's values of each sequence, in its order, and the loss head's ``named`` ones."""
+def _metrics(sequences: SequenceValues, **named: torch.Tensor | None) -> LossMetrics:
+    """Metrics from an engine's values of each sequence and the ``named`` fields that it does not know."""
     return LossMetrics(
-        logps=logps,
-        token_counts=token_counts,
-        entropy=entropy,
-        mean_logits=mean_logits,
-        token_accuracy=token_accuracy,
+        logps=sequences.logps,
+        token_counts=sequences.token_counts,
+        entropy=sequences.entropy,
+        mean_logits=sequences.mean_logits,
+        token_accuracy=sequences.token_accuracy,
         **named,
     )

@@ -20,6 +20,7 @@ from . import arguments, checks, functional
 from .arguments import HiddenInputs, LogitInputs
 from .engines.layout import check_contents, compute_dtype
 from .engines.options import LogitOptions
+from .engines.results import SequenceValues
 from .functional import kto_class_weights, kto_reference_point
 from .heads.base import reduce
 from .heads.preference import DPOHead, KTOHead
@@ -52,16 +53,6 @@ class Tokens(NamedTuple):
     mean_logits: torch.Tensor  # mean over the vocabulary
     is_top1: torch.Tensor  # 1 where no token is likelier than the target
     is_token: torch.Tensor  # bool: whether the position is a completion token
-
-
-class Sequences(NamedTuple):
-    """One value per sequence, [B]. The last three are means over its completion tokens, 0 where it has none."""
-
-    logps: torch.Tensor  # float64, in nats; a sum over completion tokens, or their mean
-    token_counts: torch.Tensor
-    entropy: torch.Tensor
-    mean_logits: torch.Tensor
-    token_accuracy: torch.Tensor
 
 
 def _targets(labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index: int, shift: bool) -> torch.Tensor:
@@ -119,7 +110,7 @@ def _tokens(logits: torch.Tensor, inputs: LogitInputs) -> Tokens:
     return Tokens(logps, entropy, mean_logits, is_top1.to(z.dtype), is_token)
 
 
-def _sequences(logits: torch.Tensor, inputs: LogitInputs) -> Sequences:
+def _sequences(logits: torch.Tensor, inputs: LogitInputs) -> SequenceValues:
     """Sum or average each sequence's completion tokens, log-probabilities in float64."""
 
     def add_up(values: torch.Tensor) -> torch.Tensor:
@@ -135,7 +126,7 @@ def _sequences(logits: torch.Tensor, inputs: LogitInputs) -> Sequences:
         (add_up(values.double()) / divisor).to(values.dtype)
         for values in (tokens.entropy, tokens.mean_logits, tokens.is_top1)
     )
-    return Sequences(sums / divisor if inputs.options.average_log_prob else sums, counts, *means)
+    return SequenceValues(sums / divisor if inputs.options.average_log_prob else sums, counts, *means)
 
 
 def _loss(
