@@ -199,6 +199,8 @@ class Engine:
 
 
 class HeadResult(NamedTuple):
+    """What a head returns for the whole batch; nothing where there is no head."""
+
     loss: torch.Tensor | None
     logp_grads: torch.Tensor | None  # [B] d loss / d log-probability
     reported: tuple[torch.Tensor, ...]
@@ -287,7 +289,7 @@ def forward(
     options = beside_bookkeeping(labels.numel(), weight, options)
     if mode is GradientMode.IN_BACKWARD:
         options = replace(options, needs=Needs())
-    # without gradients of the loss it does not matter which sequences share a chunk
+    # the other modes keep the batch's order: ``backward`` finds the tokens again, without a head to ask for groups
     group = head_group(head) if mode in (GradientMode.NONE, GradientMode.OF_LOSS) else None
     room = chunk_room(weight, options)  # its Python runs before the host waits for the device
     tokens = find_tokens(weight, labels, cu_seqlens, options, group or 1)
@@ -312,7 +314,7 @@ def forward(
         values, result = _visit_with_loss_in_time(engine, call, plan)
     else:
         is_direction = plan.spec.keeps == "panels"  # the chunk prepares d log-probability / d hidden, without a loss
-        ones = torch.ones_like(engine.per_token[0])
+        ones = engine.per_token.new_ones(len(tokens.rows))
         if mode is GradientMode.IN_BACKWARD or options.is_head_trained:
             engine.start_statistics()
         for start, stop in plan.ranges:
