@@ -105,7 +105,8 @@ def from_hidden(
     logit_options = _logit_options("hidden", hidden, **options)
     checks.integer("chunk_bytes", chunk_bytes, at_least=1)
     checks.ref_lm_head(ref_hidden, ref_lm_head_weight, ref_lm_head_bias)
-    reference = HiddenReference(logps=_ref_logps(ref_logps, num_sequences, rows))
+    ref_logps = _ref_logps(ref_logps, num_sequences, rows)
+    reference = HiddenReference(logps=ref_logps)
     if ref_hidden is not None:
         checks.ref_hidden(ref_hidden, hidden)
         weight, bias = checks.reference_head(
@@ -113,7 +114,7 @@ def from_hidden(
         )
         bias = None if bias is None else bias.detach()
         ref_rows = ref_hidden.detach().reshape(*rows.shape[:-1], ref_hidden.shape[-1])
-        reference = reference._replace(hidden=ref_rows, weight=weight.detach(), bias=bias)
+        reference = HiddenReference(ref_rows, weight.detach(), bias, ref_logps)
     trainable = (hidden, lm_head_weight, lm_head_bias)
     hidden_options = HiddenOptions(
         logits=logit_options,
