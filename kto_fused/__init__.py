@@ -1,4 +1,8 @@
-"""Fused KTO and DPO losses: exact, in a fraction of the memory, with hand-written backward passes."""
+"""Fused KTO and DPO losses: the plain formulas' results in a fraction of the memory, with hand-written backwards.
+
+Call the functions from a training loop, on logits, on hidden states or on log-probabilities. ``kto_fused.trainers``
+holds trainers for Hugging Face models, and ``kto_fused.reference`` the plain PyTorch definition of every function.
+"""
 
 from . import reference
 from .functional import (

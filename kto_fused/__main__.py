@@ -1,4 +1,4 @@
-"""The command ``kto-fused``, for launchers that start a module: ``torchrun -m kto_fused train``."""
+"""Runs the command ``kto-fused`` under launchers that start a module: ``torchrun -m kto_fused train``."""
 
 import sys
 

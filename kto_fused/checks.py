@@ -1,5 +1,8 @@
-"""Every argument is checked here, at the call: shapes, dtypes and numbers, and a tensor's values where
-``backends.may_read`` them, which is on a CPU: no check waits for a GPU, unless it is told to.
+"""Checks of tensors (type, layout, dtype, shape, device) and of plain numbers. Nothing here knows a loss.
+
+Each check takes the argument's name, and raises a ``TypeError`` or ``ValueError`` that says what came and what was
+expected. No check reads a tensor's values, so none waits for a GPU. A loss's own options are checked by its head, in
+``heads``; ``arguments`` says which checks a call of a public function goes through.
 """
 
 import math
@@ -9,31 +12,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .engines.backends import may_read, resolve
-from .heads.losses import (
-    DPO_LOSS_TYPES,
-    KTO_LOSS_TYPES,
-    LENGTH_AVERAGED,
-    REDUCTIONS,
-    REFERENCE_FREE,
-    WITH_LABEL_SMOOTHING,
-)
+from .engines.backends import resolve
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 A_FLOAT = "float16, bfloat16, float32 or float64"
-DEFAULT_GAMMA = 0.5
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number of Python, NumPy or ``fractions``; a bool is not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-# Layouts without plain strided memory, which no engine reads, and the way to a tensor that it reads.
+# Layouts without plain strided memory, which no engine reads: what to call them, and how to convert the tensor.
 LAYOUTS = {
     torch.sparse_coo: ("a sparse COO tensor", "pass its dense form (to_dense())"),
     torch.sparse_csr: ("a sparse CSR tensor", "pass its dense form (to_dense())"),
@@ -52,35 +47,36 @@ def plain(name: str, value: torch.Tensor) -> None:
             "ignore_index), or pass its values() packed, with cu_seqlens"
         )
     if value.layout != torch.strided:
-        came, way = LAYOUTS.get(value.layout, (f"a tensor of layout {value.layout}", "pass its dense form"))
-        raise TypeError(f"{name} is {came}, expected a plain strided one: {way}")
+        came, cure = LAYOUTS.get(value.layout, (f"a tensor of layout {value.layout}", "pass its dense form"))
+        raise TypeError(f"{name} is {came}, expected a plain strided one: {cure}")
     if value.is_quantized:
         raise TypeError(f"{name} is a quantised tensor ({value.dtype}), expected a plain one: pass dequantize()")
     if value.is_complex():
         raise TypeError(f"{name} is a complex tensor ({value.dtype}), expected a real one: pass its real part (.real)")
-    # kernels would read the stored numbers, without the sign; a graph that is traced cannot hold the question
+    # a kernel would read the stored numbers without the sign; torch.compile cannot trace the question
     if not torch.compiler.is_compiling() and value.is_neg():
         raise TypeError(f"{name} is a lazily negated view, expected plain numbers: pass resolve_neg()")
 
 
 def _wraps_others(value: torch.Tensor) -> bool:
-    """Whether the tensor is a subclass that dispatches to tensors inside it."""
+    """Whether the tensor is a subclass that computes with the tensors inside it."""
     has_dispatch = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return is_traceable_wrapper_subclass(value) or (has_dispatch and not isinstance(value, FakeTensor))
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], kind: str) -> torch.Tensor:
+    """Return ``value`` if it is a plain tensor of one of the ``dtypes``, which error messages call ``kind``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":  # whose shards alone would be another objective
+    if type(value).__name__ == "DTensor":  # the loss of one shard would be another objective
         raise TypeError(
             f"{name} is a DTensor, spread over ranks; pass the gathered tensor (full_tensor()), or the local one "
             "(to_local()) where it is replicated"
         )
     if not value.is_nested and not torch.compiler.is_compiling() and _wraps_others(value):
         raise TypeError(
-            f"{name} is a {type(value).__name__}, which wraps other tensors; pass a plain tensor, waited for or "
-            "dequantised"
+            f"{name} is a {type(value).__name__}, which wraps other tensors; pass a plain tensor: wait for an "
+            "asynchronous one, dequantise a quantised one"
         )
     plain(name, value)
     if value.dtype not in dtypes:
@@ -99,9 +95,9 @@ def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def number(name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # comparisons alone: torch.compile follows them where it cannot follow math.isfinite; a NaN fails them all
+    # comparisons, because torch.compile cannot trace math.isfinite; a NaN fails all of them
     if not (above < value < math.inf and value >= at_least):
         bound = f" > {above:g}" if above > -math.inf else f" >= {at_least:g}" if at_least > -math.inf else ""
         raise ValueError(f"{name} must be a finite number{bound}, got {value}")
@@ -119,7 +115,7 @@ def logits_and_labels(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
     """Check logits, labels and offsets against each other.
 
-    Returns logits [B, T, V] or [N, V], labels [B, T] or [N], contiguous offsets, and B.
+    Returns logits [B, T, V] or [N, V], labels [B, T] or [N], contiguous offsets, and the number B of sequences.
     """
     checked = rows_and_labels(name, logits, labels, cu_seqlens, last="V")
     if logits.shape[-1] == 0:
@@ -132,10 +128,11 @@ def logits_and_labels(
 def rows_and_labels(
     name: str, values: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, *, last: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
-    """Check logits [B, T, V] or hidden states [B, T, H], ``last`` naming that dimension, against labels and offsets;
-    returns what ``logits_and_labels`` does.
+    """Check logits [B, T, V] or hidden states [B, T, H] against labels and offsets. ``last`` is "V" or "H".
+
+    Returns the same as ``logits_and_labels``.
     """
-    resolve(None, tensor(name, values, FLOAT_DTYPES, A_FLOAT).device)  # raises for one that computes nothing
+    resolve(None, tensor(name, values, FLOAT_DTYPES, A_FLOAT).device)  # raises if the device cannot compute
     tensor("labels", labels, INTEGER_DTYPES, "integer token ids")
     same_device("labels", labels, name, values)
     if cu_seqlens is None:
@@ -149,7 +146,7 @@ def rows_and_labels(
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
             raise ValueError(f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {_shape(cu_seqlens)}")
         if values.ndim == 3 and values.shape[0] == 1:
-            values = values.squeeze(0)  # a view whose backward is one
+            values = values.squeeze(0)  # squeeze: its backward is a view too
         if values.ndim != 2:
             raise ValueError(
                 f"{name} must be [N, {last}] or [1, N, {last}] with cu_seqlens, got shape {_shape(values)}"
@@ -168,7 +165,7 @@ def rows_and_labels(
 
 
 def _savable(value: torch.Tensor) -> torch.Tensor:
-    """A copy of what was made in inference mode, which no backward may save."""
+    """Return a tensor that a backward may save: a copy if ``value`` was made in inference mode."""
     is_saved = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return value.clone() if is_saved and value.is_inference() else value
 
@@ -181,7 +178,9 @@ def lm_head(
     hidden_name: str,
     hidden: torch.Tensor,
 ) -> None:
-    """An LM head [V, H] and its bias [V] for hidden states [..., H], of one dtype unless autocast makes it one."""
+    """Check an LM head [V, H] and its bias [V] for hidden states [..., H]. All have one dtype unless autocast casts
+    them.
+    """
     matrices = {name: weight} if bias is None else {name: weight, bias_name: bias}
     for matrix_name, matrix in matrices.items():
         tensor(matrix_name, matrix, FLOAT_DTYPES, A_FLOAT)
@@ -198,7 +197,7 @@ def lm_head(
 
 
 def inplace(name: str, logits: torch.Tensor) -> None:
-    """Refuse to write the gradient over a leaf, or a view of one, or over elements that share memory."""
+    """Refuse to write the gradient over logits that are a leaf or a view of one, or whose elements share memory."""
     owners = [logits] if logits._base is None else [logits, logits._base]
     if any(owner.is_leaf and owner.requires_grad for owner in owners):
         raise ValueError(
@@ -216,7 +215,9 @@ def inplace(name: str, logits: torch.Tensor) -> None:
 
 
 def _spans_by_stride(values: torch.Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of each dimension longer than 1, by insertion: torch.compile cannot sort symbolic lengths."""
+    """Return (stride, size) of each dimension longer than 1, sorted by insertion: torch.compile cannot sort symbolic
+    lengths.
+    """
     spans: list[tuple[int, int]] = []
     for stride, size in zip(values.stride(), values.shape, strict=True):
         if size > 1:
@@ -229,58 +230,21 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def label_options(ignore_index: object, shift: object) -> None:
-    integer("ignore_index", ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must be an integer of 64 bits, as labels are, got {ignore_index}")
-    flag("shift", shift)
-
-
-def logit_options(
-    ignore_index: object,
-    shift: object,
-    average_log_prob: object,
-    temperature: object,
-    logit_scale: object,
-    logit_softcap: object,
-    inplace_backward: object,
-) -> None:
-    label_options(ignore_index, shift)
-    flag("average_log_prob", average_log_prob)
-    flag("inplace_backward", inplace_backward)
-    number("temperature", temperature, above=0)
-    number("logit_scale", logit_scale, above=0)
-    if logit_softcap is not None:
-        number("logit_softcap", logit_softcap, above=0)
-
-
 def per_sequence(
     name: str, value: torch.Tensor, dtypes: tuple[torch.dtype, ...], kind: str, num_sequences: int, like: torch.Tensor
 ) -> None:
-    """A [B] tensor beside logits or log-probabilities ``like``."""
+    """Check a tensor [B] on the device of ``like``, the policy's logits, hidden states or log-probabilities."""
     tensor(name, value, dtypes, kind)
     if value.shape != (num_sequences,):
         raise ValueError(f"{name} has shape {_shape(value)}, expected [{num_sequences}], one per sequence")
     same_device(name, value, "the policy", like)
 
 
-def logps(policy_logps: torch.Tensor, ref_logps: torch.Tensor | None, *, needs_reference: bool) -> None:
-    tensor("policy_logps", policy_logps, FLOAT_DTYPES, A_FLOAT)
-    if policy_logps.ndim != 1 or policy_logps.numel() == 0:
-        raise ValueError(f"policy_logps must be [B] with B >= 1, got shape {_shape(policy_logps)}")
-    if needs_reference or ref_logps is not None:
-        per_sequence("ref_logps", ref_logps, FLOAT_DTYPES, A_FLOAT, policy_logps.numel(), policy_logps)
-
-
-def one_reference(loss_type: str, **references: object) -> None:
-    """Exactly one of the two references, or none where the loss has no reference."""
-    given = [name for name, value in references.items() if value is not None]
-    if loss_type in REFERENCE_FREE:
-        if given:
-            raise ValueError(f"loss_type={loss_type!r} has no reference model, but {' and '.join(given)} came")
-    elif len(given) != 1:
-        came = "both" if given else "neither"
-        raise ValueError(f"expected exactly one of {' and '.join(references)}, got {came}")
+def policy_logps(value: torch.Tensor) -> None:
+    """Check log-probabilities [B] that came as the argument ``policy_logps``."""
+    tensor("policy_logps", value, FLOAT_DTYPES, A_FLOAT)
+    if value.ndim != 1 or value.numel() == 0:
+        raise ValueError(f"policy_logps must be [B] with B >= 1, got shape {_shape(value)}")
 
 
 def ref_logits(value: torch.Tensor, logits: torch.Tensor) -> None:
@@ -298,7 +262,7 @@ def ref_hidden(value: torch.Tensor, hidden: torch.Tensor) -> None:
 
 
 def ref_lm_head(ref_hidden: object, weight: object, bias: object) -> None:
-    """A reference's head comes with its hidden states, and a bias with its weight."""
+    """Require the reference's hidden states if its LM head came, and the head's weight if its bias came."""
     for name, value, needed_name, needed in (
         ("ref_lm_head_weight", weight, "ref_hidden", ref_hidden),
         ("ref_lm_head_bias", bias, "ref_lm_head_weight", weight),
@@ -314,106 +278,14 @@ def reference_head(
     ref_bias: torch.Tensor | None,
     ref_hidden: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The head of the reference's hidden states: its own weight [V, H_ref] and bias [V], or the policy's."""
+    """Return the LM head of the reference's hidden states: its own weight [V, H_ref] and bias [V], or the policy's."""
     names = "ref_lm_head_weight", "ref_lm_head_bias"
     if ref_weight is None:
         ref_weight, ref_bias = weight, bias
-        names = "lm_head_weight, the reference's too,", "lm_head_bias, the reference's too,"
+        names = tuple(f"{name} (also the reference's)" for name in ("lm_head_weight", "lm_head_bias"))
     lm_head(names[0], ref_weight, names[1], ref_bias, "ref_hidden", ref_hidden)
     if len(ref_weight) != len(weight):
         raise ValueError(
             f"ref_lm_head_weight has a vocabulary of {len(ref_weight)}, expected lm_head_weight's {len(weight)}"
         )
     return ref_weight, ref_bias
-
-
-def kto_options(
-    loss_type: object,
-    beta: object,
-    desirable_weight: object,
-    undesirable_weight: object,
-    reference_point: object,
-    reduction: object,
-    device: torch.device,
-) -> None:
-    choice("loss_type", loss_type, KTO_LOSS_TYPES)
-    choice("reduction", reduction, REDUCTIONS)
-    number("beta", beta, above=0)
-    number("desirable_weight", desirable_weight, at_least=0)
-    number("undesirable_weight", undesirable_weight, at_least=0)
-    if isinstance(reference_point, torch.Tensor):
-        tensor("reference_point", reference_point, FLOAT_DTYPES, A_FLOAT)
-        if reference_point.numel() != 1:
-            raise ValueError(f"reference_point must be a scalar, got shape {_shape(reference_point)}")
-        if reference_point.device != device:
-            raise ValueError(f"reference_point is on {reference_point.device}, expected the policy's device {device}")
-    elif _is_number(reference_point):
-        number("reference_point", reference_point)
-    elif not (isinstance(reference_point, str) and reference_point == "batch_mean"):
-        raise ValueError(f"reference_point must be a number, a scalar tensor or 'batch_mean', got {reference_point!r}")
-    if loss_type == "apo_zero_unpaired":
-        is_default = isinstance(reference_point, str) or (_is_number(reference_point) and reference_point == 0)
-        if not is_default:
-            raise ValueError(f"loss_type='apo_zero_unpaired' fixes reference_point at 0, got {reference_point!r}")
-
-
-def desirable(value: torch.Tensor, num_sequences: int, like: torch.Tensor) -> None:
-    per_sequence("desirable", value, (torch.bool, *INTEGER_DTYPES), "bool (or 0/1 integers)", num_sequences, like)
-    if value.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(value):
-        wrong = value[(value != 0) & (value != 1)]
-        if len(wrong):
-            raise ValueError(f"desirable must hold 0 or 1, got {wrong[0].item()}")
-
-
-def dpo_options(loss_type: object, beta: object, label_smoothing: object, gamma: object, reduction: object) -> None:
-    choice("loss_type", loss_type, DPO_LOSS_TYPES)
-    choice("reduction", reduction, REDUCTIONS)
-    number("beta", beta, above=0)
-    number("label_smoothing", label_smoothing)
-    number("gamma", gamma)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
-    if label_smoothing and loss_type not in WITH_LABEL_SMOOTHING:
-        raise ValueError(
-            f"label_smoothing={label_smoothing} has no meaning for loss_type={loss_type!r}; "
-            f"it belongs to {list(WITH_LABEL_SMOOTHING)}"
-        )
-    if gamma != DEFAULT_GAMMA and loss_type != "simpo":
-        raise ValueError(f"gamma={gamma} has no meaning for loss_type={loss_type!r}; it belongs to 'simpo'")
-
-
-def pairs(num_sequences: int) -> None:
-    if num_sequences % 2:
-        raise ValueError(
-            f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple of 2"
-        )
-
-
-def pair_logps(
-    ref_logps: torch.Tensor | None,
-    token_counts: torch.Tensor | None,
-    loss_type: str,
-    average_log_prob: object,
-    policy_logps: torch.Tensor,
-) -> None:
-    """A reference unless the loss has none; lengths where ``ipo`` and ``simpo`` get summed log-probabilities."""
-    flag("average_log_prob", average_log_prob)
-    if (ref_logps is None) != (loss_type in REFERENCE_FREE):
-        expected = "None" if loss_type in REFERENCE_FREE else "log-probabilities [B]"
-        raise ValueError(f"ref_logps must be {expected} for loss_type={loss_type!r}, got {type(ref_logps).__name__}")
-    needs_counts = loss_type in LENGTH_AVERAGED and not average_log_prob
-    if token_counts is None and needs_counts:
-        raise ValueError(
-            f"loss_type={loss_type!r} works on length-averaged log-probabilities: pass token_counts [B], "
-            "or average_log_prob=True if the log-probabilities are averages already"
-        )
-    if token_counts is not None:
-        if not needs_counts:
-            raise ValueError(
-                f"token_counts has no meaning for loss_type={loss_type!r} with average_log_prob={average_log_prob}"
-            )
-        per_sequence("token_counts", token_counts, INTEGER_DTYPES, "integers", policy_logps.numel(), policy_logps)
-        if not torch.compiler.is_compiling() and may_read(token_counts):
-            wrong = token_counts[token_counts < 0]
-            if len(wrong):
-                raise ValueError(f"token_counts must be >= 0, got {wrong[0].item()}")

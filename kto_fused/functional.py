@@ -1,22 +1,23 @@
-"""The public functions: check, choose a backend, call. What they compute is in ``heads/`` and ``engines/``.
+"""The public functions. Each is a signature, its documentation, and a call of checks and engine.
 
-Everywhere: B sequences of T positions, a vocabulary of V, log-probabilities in nats.
+``arguments`` checks a call, ``heads`` holds the losses, ``engines`` compute. Shapes are given for B sequences of T
+positions (N positions where sequences are packed), a vocabulary of V, and hidden states of width H.
+Log-probabilities are in nats.
 """
 
 import torch
 
-from . import checks
-from .engines import backends
+from . import arguments, checks
+from .arguments import HiddenInputs, LogitInputs, LogpInputs
 from .engines.autograd import LogpsFromHidden, LossFromHidden
-from .engines.layout import compute_dtype, gemm_dtype
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps
-from .engines.options import HiddenOptions, LogitOptions, Needs
-from .heads.losses import LENGTH_AVERAGED
-from .heads.preference import DPOHead, KTOHead
+from .engines.results import SequenceValues
+from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
 from .metrics import LossMetrics, TokenMetrics
 
 DEFAULT_CHUNK_BYTES = 2**30
+NUM_VALUES = len(SequenceValues._fields)
 
 
 def fused_kto_loss(
@@ -42,42 +43,44 @@ def fused_kto_loss(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """KTO loss (Ethayarajh et al. 2024, arXiv 2402.01306) straight from logits.
+    """KTO loss (Ethayarajh et al. 2024, arXiv 2402.01306) from logits.
 
-    With L_s the log-probability of sequence s's completion, r_s = L_s - Lref_s, z0 the reference point, e_s = +1
-    (desirable) or -1, w_s the class weight and q_s = sigma(e_s beta (r_s - z0)):
+    Write L_s for the log-probability of sequence s's completion, r_s = L_s - Lref_s for its log-ratio, z0 for the
+    reference point, e_s for +1 (desirable) or -1 (undesirable), w_s for the class weight, sigma for the logistic
+    function, and q_s = sigma(e_s beta (r_s - z0)). ``loss_type`` is one of
 
-        kto                 w_s (1 - q_s)       the paper's
+        kto                 w_s (1 - q_s)       the paper's loss
         kto_squared         w_s (1 - q_s)^2     a variant of it
         apo_zero_unpaired   kto with z0 = 0     APO, D'Oosterlinck et al. 2024, arXiv 2408.06266
 
     Args:
-        policy_logits: [B, T, V] float16, bfloat16, float32 or float64, any strides with a contiguous last dimension;
-            [N, V] or [1, N, V] with ``cu_seqlens``. Half precision and float32 compute in float32.
+        policy_logits: [B, T, V] float16, bfloat16, float32 or float64; [N, V] or [1, N, V] with ``cu_seqlens``. The
+            last dimension is contiguous, the other strides are free. Half precision and float32 compute in float32.
         labels: [B, T] (or [N]) integer token ids; ``ignore_index`` at prompt and padding positions.
         desirable: [B] bool, or integers 0 and 1.
-        ref_logits: the reference model's logits, shaped as ``policy_logits``; never receives a gradient.
-        ref_logps: [B] the reference's log-probabilities instead, in nats and any floating dtype, summed, or averaged
-            with ``average_log_prob``: ``sequence_logps`` of its logits. Exactly one of the two.
-        reference_point: z0 in nats, a number or a scalar tensor (``kto_reference_point``), or ``"batch_mean"``: the
-            batch's mean log-ratio; for ``apo_zero_unpaired`` left out, or the number 0. Never receives a gradient.
-            Under ``torch.compile`` one that changes should be a tensor: each new number, this or ``beta`` or any
-            other, may be compiled anew.
-        beta: strength of the pull towards the reference, > 0.
+        ref_logits: the reference model's logits, in the shape of ``policy_logits``; they never receive a gradient.
+        ref_logps: [B] the reference model's log-probabilities instead, of any floating dtype: ``sequence_logps`` of its
+            logits, with the same ``average_log_prob``. Pass exactly one of ``ref_logits`` and ``ref_logps``.
+        reference_point: z0 in nats: a number, a scalar tensor (``kto_reference_point``), or ``"batch_mean"`` for the
+            batch's mean log-ratio. It never receives a gradient. For ``apo_zero_unpaired``, leave it out or
+            pass 0. Under ``torch.compile``, pass a value that changes as a tensor: a new Python number may compile
+            again.
+        beta: strength of the pull towards the reference model, > 0.
         desirable_weight, undesirable_weight: class weights, >= 0 (``kto_class_weights``).
         loss_type: ``kto``, ``kto_squared`` or ``apo_zero_unpaired``.
         reduction: ``mean`` over all sequences, ``sum``, or ``none`` ([B]).
         average_log_prob: L_s is the mean over completion tokens instead of the sum.
-        cu_seqlens: [B+1] int32 or int64, the packed sequences' offsets from 0 to N.
+        cu_seqlens: [B+1] int32 or int64 offsets of the packed sequences, from 0 to N.
         ignore_index: the label of a position that is not part of a completion.
-        shift: position t predicts ``labels[:, t + 1]``, as in Hugging Face models; else ``labels[:, t]``. A shift never
-            crosses from one packed sequence to the next.
-        temperature, logit_scale, logit_softcap: z = softcap tanh(scale x / softcap) / temperature, for the policy and
-            for ``ref_logits``. A soft cap makes even an infinite logit finite; without one, +inf gives a NaN loss.
-        inplace_backward: write the gradient over ``policy_logits``, which saves a tensor of that size. For logits that
-            nothing else needs in its backward: autograd raises an error if something does, but neither a compiled
-            model that uses them again nor saved-tensor hooks of one's own can notice. Refused for a leaf tensor; in a
-            checkpoint, or under ``save_on_cpu``, the gradient is a tensor of its own.
+        shift: position t predicts ``labels[:, t + 1]``, as in Hugging Face models; if False, ``labels[:, t]``. The last
+            position of a packed sequence predicts nothing.
+        temperature, logit_scale, logit_softcap: logits x become z = softcap tanh(scale x / softcap) / temperature, or
+            z = scale x / temperature without a soft cap, for the policy and for ``ref_logits``. A soft cap makes even
+            an infinite logit finite; without one, +inf gives a NaN loss.
+        inplace_backward: write the gradient over ``policy_logits``, which saves a tensor of that size. Use it only
+            if no other operation needs the logits in its backward. Autograd raises an error if one does, but does not
+            notice a compiled model that uses the logits again, nor your own saved-tensor hooks. A leaf tensor is
+            refused. In a checkpoint, or under ``save_on_cpu``, the gradient gets its own tensor.
         backend: ``triton``, ``torch``, or None for the faster one on the tensors' device.
 
     Returns:
@@ -85,9 +88,10 @@ def fused_kto_loss(
 
     Raises:
         ValueError, TypeError: an argument's shape, device, dtype or value is not as above; the message names it.
-        IndexError: a label outside [0, V), on a CPU. On a GPU its sequence's log-probability is NaN, unless
-            ``KTO_FUSED_VALIDATE=1`` checks labels there too.
-        RuntimeError: from autograd, for a second derivative.
+        IndexError: a label lies outside [0, V), on a CPU. On a GPU the sequence's log-probability becomes NaN instead,
+            because a check would wait for the device; the environment variable ``KTO_FUSED_VALIDATE=1`` turns the
+            check on there too.
+        RuntimeError: from autograd, if a second derivative is asked for.
 
     >>> import torch, kto_fused
     >>> logits = torch.randn(2, 5, 11, requires_grad=True)
@@ -98,33 +102,33 @@ def fused_kto_loss(
     >>> loss.item(), metrics.token_counts.tolist()
     (0.5, [3, 2])
     """
-    logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels(
-        "policy_logits", policy_logits, labels, cu_seqlens
-    )
-    checks.kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits.device)
-    checks.desirable(desirable, num_sequences, logits)
-    options = _logit_options(
+    inputs = arguments.from_logits(
         "policy_logits",
         policy_logits,
+        labels,
+        cu_seqlens,
+        ref_logits=ref_logits,
+        ref_logps=ref_logps,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    ref_logps = _reference_logps(
-        policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences, options, loss_type
+    return _loss_from_logits(
+        inputs,
+        KTOHead,
+        desirable=desirable,
+        reference_point=reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        reduction=reduction,
     )
-    head, z0 = _kto_head(
-        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, logits, options.backend
-    )
-    loss, *sequences, rewards, z0 = LossFromLogits.apply(
-        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps, desirable, z0
-    )
-    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
 
 
 def fused_dpo_loss(
@@ -136,7 +140,7 @@ def fused_dpo_loss(
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    gamma: float = checks.DEFAULT_GAMMA,
+    gamma: float = DEFAULT_GAMMA,
     reduction: str = "mean",
     average_log_prob: bool = False,
     cu_seqlens: torch.Tensor | None = None,
@@ -148,30 +152,32 @@ def fused_dpo_loss(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """DPO loss (Rafailov et al. 2023, arXiv 2305.18290) and its relatives straight from logits.
+    """DPO loss (Rafailov et al. 2023, arXiv 2305.18290) and its relatives from logits.
 
-    The batch holds the chosen sequences in its first half and the rejected ones in its second: pair i is rows i and
-    i + B/2. With r_w, r_l their log-ratios, h = r_w - r_l and s the label smoothing, ``loss_type`` is one of
+    The first half of the batch holds the chosen sequences, the second half the rejected ones: pair i is sequences i and
+    i + B/2. Write r_w and r_l for the log-ratios of the chosen and the rejected sequence, h = r_w - r_l, s for the
+    label smoothing, and sigma for the logistic function. ``loss_type`` is one of
 
         sigmoid     -(1-s) log sigma(beta h) - s log sigma(-beta h)
         robust      [-(1-s) log sigma(beta h) + s log sigma(-beta h)] / (1 - 2s)
         hinge       max(0, 1 - beta h)
-        ipo         (h - 1 / (2 beta))^2, log-ratios divided by their lengths
-        simpo       sigmoid of beta h - gamma, log-probabilities divided by their lengths, no reference
+        ipo         (h - 1 / (2 beta))^2, with log-ratios divided by the completions' lengths
+        simpo       sigmoid of beta h - gamma, with log-probabilities divided by the lengths, no reference model
         apo_zero    [1 - sigma(beta r_w)] + sigma(beta r_l)
         apo_down    sigma(beta r_w) + [1 - sigma(beta h)]
 
-    Sources: ``sigmoid`` the DPO paper, with s > 0 Mitchell's note on conservative DPO (2023); ``robust`` Chowdhury et
+    Sources: ``sigmoid`` the DPO paper, for s > 0 Mitchell's note on conservative DPO (2023); ``robust`` Chowdhury et
     al. 2024, arXiv 2403.00409; ``hinge`` SLiC-HF, arXiv 2305.10425; ``ipo`` Azar et al. 2023, arXiv 2310.12036;
     ``simpo`` Meng et al. 2024, arXiv 2405.14734; ``apo_zero`` and ``apo_down`` D'Oosterlinck et al. 2024, arXiv
     2408.06266.
 
     Args:
-        beta: strength of the pull towards the reference, > 0; for ``simpo``, which has none, the reward's scale.
-        label_smoothing: s in [0, 0.5), the assumed share of flipped pairs; for ``sigmoid``, ``robust``, ``simpo``.
-        gamma: SimPO's target margin between rewards, in units of beta h: gamma / beta nats a token; for ``simpo``.
+        beta: strength of the pull towards the reference model, > 0. For ``simpo``, which has none, the reward's scale.
+        label_smoothing: s in [0, 0.5), the assumed share of pairs whose order is wrong; for ``sigmoid``, ``robust`` and
+            ``simpo``.
+        gamma: SimPO's target margin between rewards, in units of beta h (gamma / beta nats per token); for ``simpo``.
         reduction: ``mean`` over all pairs, ``sum``, or ``none`` ([B/2]).
-        ref_logits, ref_logps: the reference, exactly one of them; neither for ``simpo``.
+        ref_logits, ref_logps: the reference model; pass exactly one of them, or neither for ``simpo``.
 
     All other arguments, the return value and the errors are those of ``fused_kto_loss``; an odd batch is a
     ``ValueError``.
@@ -183,31 +189,31 @@ def fused_dpo_loss(
     >>> round(loss.item(), 4), metrics.rewards.tolist()
     (0.6931, [0.0, 0.0])
     """
-    logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels(
-        "policy_logits", policy_logits, labels, cu_seqlens
-    )
-    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
-    checks.pairs(num_sequences)
-    options = _logit_options(
+    inputs = arguments.from_logits(
         "policy_logits",
         policy_logits,
+        labels,
+        cu_seqlens,
+        ref_logits=ref_logits,
+        ref_logps=ref_logps,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    ref_logps = _reference_logps(
-        policy_logits, ref_logits, ref_logps, labels, cu_seqlens, num_sequences, options, loss_type
+    return _loss_from_logits(
+        inputs,
+        DPOHead,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        reduction=reduction,
     )
-    head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, logits, options.backend)
-    loss, *sequences, rewards = LossFromLogits.apply(
-        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps
-    )
-    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards)
 
 
 def fused_linear_kto_loss(
@@ -237,35 +243,42 @@ def fused_linear_kto_loss(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """KTO loss straight from hidden states and the LM head: ``fused_kto_loss`` of hidden @ lm_head_weight.T + bias,
-    whose logits never exist but for one chunk of completion tokens, in float32 (float64 for float64 hidden states).
+    """KTO loss from hidden states and the LM head: ``fused_kto_loss`` of hidden @ lm_head_weight.T + bias.
 
-    With N completion tokens (prompts and padding cost nothing) and a GEMM of 2 N H V operations, value and gradient
-    take 2 GEMMs where the head is frozen; 3 where it is trained; 4 where it is trained and one sequence alone exceeds
-    the chunk, or ``"batch_mean"`` couples a batch that does, or with ``reduction="none"``. The reference takes 1. The
-    gradients are found in the forward, and backward scales them by the loss's own; but for a trained head with
-    ``reduction="none"``, whose backward computes the logits again. The host waits for the device once in the forward,
-    for the number of completion tokens (and once in such a backward).
+    The logits exist for one chunk of completion tokens at a time, in float32 (float64 for float64 hidden states).
+    Prompts and padding cost nothing.
+
+    For N completion tokens a GEMM is 2 N H V operations. Loss and gradient take
+
+    - 2 GEMMs if the LM head is frozen
+    - 3 if it is trained
+    - 4 if it is trained and a single sequence exceeds the chunk, or ``"batch_mean"`` couples a batch that exceeds it,
+      or ``reduction="none"``
+
+    and the reference model takes 1. The forward finds the gradients, and the backward scales them by the incoming
+    gradient. A trained head with ``reduction="none"`` is the exception: its backward computes the logits again. The
+    host waits for the device once in the forward, for the number of completion tokens, and once in such a backward.
 
     Args:
         hidden: [B, T, H] float16, bfloat16, float32 or float64 (any strides); [N, H] or [1, N, H] with ``cu_seqlens``.
-        lm_head_weight: [V, H] in the dtype of ``hidden`` (under autocast both are cast, as for ``torch.nn.Linear``).
-            A weight that is tied to the embedding works like any other.
+        lm_head_weight: [V, H] in the dtype of ``hidden`` (autocast casts both, as for ``torch.nn.Linear``). It may be
+            tied to the embedding.
         labels, desirable: as in ``fused_kto_loss``.
         lm_head_bias: [V].
-        ref_hidden: the reference model's hidden states [B, T, H_ref]; never receives a gradient.
-        ref_lm_head_weight, ref_lm_head_bias: its LM head [V, H_ref] and bias [V]. A weight alone has no bias; without a
-            weight both are the policy's, without a gradient.
-        ref_logps: [B] the reference's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
-        chunk_bytes: memory to spend beside the gradients, enough for one token at the least. The default, 1 GiB, lets
-            the GEMMs run near their full rate. More can spare a long sequence or a coupled batch the fourth GEMM, and
-            makes small heads on a GPU (H = 896, 2 GiB) a few percent faster; what no GEMM would be faster for is not
-            taken. Less than a sequence needs takes the least memory on a GPU, with 4 GEMMs: their second visit takes
-            one chunk of up to twice ``chunk_bytes``, or of 6 (H + 1024) bytes a token, where that saves a quarter.
-            Gradients count in float32 for float16, and the weight's where several chunks add up, or one chunk takes
-            what that would; under autocast the cast head comes on top.
+        ref_hidden: the reference model's hidden states [B, T, H_ref]; they never receive a gradient.
+        ref_lm_head_weight, ref_lm_head_bias: the reference model's LM head [V, H_ref] and bias [V]. A weight alone
+            means no bias. Without a weight, both are the policy's and receive no gradient from the reference.
+        ref_logps: [B] the reference model's log-probabilities instead: ``linear_sequence_logps`` of its hidden states.
+        chunk_bytes: memory to spend beside the gradients, in bytes; one token always fits. The default, 1 GiB, lets the
+            GEMMs run near their full rate. More can spare a long sequence or a coupled batch the fourth GEMM, and makes
+            small heads on a GPU (H = 896, 2 GiB) a few percent faster. Memory that makes no GEMM faster is not taken.
+            Less than a sequence needs leads to the least memory on a GPU, with 4 GEMMs: the second visit of the logits
+            takes one chunk of up to twice ``chunk_bytes``, or of 6 (H + 1024) bytes per token, if that saves a quarter.
+            The gradients on top of this are float32 for float16 inputs. The weight's gradient is float32 too if it adds
+            up over several chunks, or if one chunk takes the memory of that sum. Under autocast the cast head comes on
+            top.
 
-    All other arguments are those of ``fused_kto_loss``, and so are the errors.
+    The other arguments and the errors are those of ``fused_kto_loss``.
 
     Returns:
         The loss (float32; float64 for float64 hidden states) and ``LossMetrics``.
@@ -281,50 +294,36 @@ def fused_linear_kto_loss(
     >>> loss.item(), list(hidden.grad.shape), list(lm_head.weight.grad.shape)
     (0.5, [2, 5, 8], [11, 8])
     """
-    *tensors, num_sequences, options = _hidden_arguments(
+    inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
         lm_head_bias,
         labels,
         cu_seqlens,
-        chunk_bytes,
         ref_hidden=ref_hidden,
+        ref_lm_head_weight=ref_lm_head_weight,
+        ref_lm_head_bias=ref_lm_head_bias,
+        ref_logps=ref_logps,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    checks.kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, hidden.device)
-    checks.desirable(desirable, num_sequences, hidden)
-    reference = _hidden_reference(
-        hidden,
-        lm_head_weight,
-        lm_head_bias,
-        ref_hidden,
-        ref_lm_head_weight,
-        ref_lm_head_bias,
-        ref_logps,
-        num_sequences,
-        loss_type,
+    return _loss_from_hidden(
+        inputs,
+        KTOHead,
+        desirable=desirable,
+        reference_point=reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        reduction=reduction,
     )
-    head, z0 = _kto_head(
-        loss_type,
-        beta,
-        desirable_weight,
-        undesirable_weight,
-        reference_point,
-        reduction,
-        hidden,
-        options.logits.backend,
-    )
-    loss, *sequences, computed_ref_logps, rewards, z0 = LossFromHidden.apply(
-        *tensors, *reference, options, head, desirable, z0
-    )
-    ref_logps = reference[-1] if ref_hidden is None else computed_ref_logps
-    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
 
 
 def fused_linear_dpo_loss(
@@ -340,7 +339,7 @@ def fused_linear_dpo_loss(
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    gamma: float = checks.DEFAULT_GAMMA,
+    gamma: float = DEFAULT_GAMMA,
     reduction: str = "mean",
     average_log_prob: bool = False,
     cu_seqlens: torch.Tensor | None = None,
@@ -352,11 +351,12 @@ def fused_linear_dpo_loss(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """DPO loss and its relatives straight from hidden states and the LM head: ``fused_dpo_loss`` of
+    """DPO loss and its relatives from hidden states and the LM head: ``fused_dpo_loss`` of
     hidden @ lm_head_weight.T + bias.
 
-    A chunk holds whole pairs; where the head is trained and one pair exceeds it, logits are computed twice (4 GEMMs).
-    Losses and pairs are those of ``fused_dpo_loss``, everything else is as in ``fused_linear_kto_loss``.
+    A chunk holds whole pairs. If the head is trained and a pair exceeds the chunk, the logits are computed twice
+    (4 GEMMs). Losses and pairs are those of ``fused_dpo_loss``; arguments, result and errors are those of
+    ``fused_linear_kto_loss``.
 
     >>> import torch, kto_fused
     >>> hidden = torch.randn(2, 5, 8, requires_grad=True)
@@ -367,41 +367,34 @@ def fused_linear_dpo_loss(
     >>> round(loss.item(), 4), metrics.rewards.tolist()
     (0.6931, [0.0, 0.0])
     """
-    *tensors, num_sequences, options = _hidden_arguments(
+    inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
         lm_head_bias,
         labels,
         cu_seqlens,
-        chunk_bytes,
         ref_hidden=ref_hidden,
+        ref_lm_head_weight=ref_lm_head_weight,
+        ref_lm_head_bias=ref_lm_head_bias,
+        ref_logps=ref_logps,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
-    checks.pairs(num_sequences)
-    reference = _hidden_reference(
-        hidden,
-        lm_head_weight,
-        lm_head_bias,
-        ref_hidden,
-        ref_lm_head_weight,
-        ref_lm_head_bias,
-        ref_logps,
-        num_sequences,
-        loss_type,
+    return _loss_from_hidden(
+        inputs,
+        DPOHead,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        reduction=reduction,
     )
-    head = _dpo_head(
-        loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, hidden, options.logits.backend
-    )
-    loss, *sequences, computed_ref_logps, rewards = LossFromHidden.apply(*tensors, *reference, options, head)
-    ref_logps = reference[-1] if ref_hidden is None else computed_ref_logps
-    return loss, _metrics(*sequences, ref_logps=ref_logps, rewards=rewards)
 
 
 def token_logps(
@@ -419,7 +412,7 @@ def token_logps(
 ) -> torch.Tensor:
     """Log-probability of each position's target, log softmax(z)_target. Differentiable in ``logits``.
 
-    Arguments and errors as in ``fused_kto_loss``.
+    The arguments and errors are those of ``fused_kto_loss``.
 
     Returns:
         [B, T] (or [N]) in nats, float32 (float64 for float64 logits); 0 where the position predicts nothing. With
@@ -429,20 +422,20 @@ def token_logps(
     >>> kto_fused.token_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
     tensor([[0.2500, 0.2500, 1.0000]])
     """
-    checked_logits, labels, cu_seqlens, _ = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
-    options = _logit_options(
+    inputs = arguments.from_logits(
         "logits",
         logits,
+        labels,
+        cu_seqlens,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=False,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return TokenLogps.apply(checked_logits, labels, cu_seqlens, options).view(labels.shape)
+    return TokenLogps.apply(inputs.logits, inputs.labels, inputs.cu_seqlens, inputs.options).view(inputs.labels.shape)
 
 
 def sequence_logps(
@@ -461,32 +454,33 @@ def sequence_logps(
 ) -> torch.Tensor:
     """Log-probability L_s of each sequence's completion. Differentiable in ``logits``.
 
-    Under ``torch.no_grad()`` this is the ``ref_logps`` of the losses.
-
-    Arguments and errors as in ``fused_kto_loss``.
+    Call it under ``torch.no_grad()`` on the reference model's logits for the ``ref_logps`` of a loss. The arguments and
+    errors are those of ``fused_kto_loss``.
 
     Returns:
-        [B] in nats, the sum over completion tokens or their mean with ``average_log_prob``; 0 for a sequence without
-        any. Always float64: a sum of thousands of tokens in float32 would lose more than a reward is worth.
+        [B] in nats: the sum over completion tokens, or their mean with ``average_log_prob``; 0 for a sequence without
+        completion tokens. Always float64: the rounding error of a float32 sum over thousands of tokens would exceed
+        the rewards.
 
     >>> import torch, kto_fused
     >>> kto_fused.sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).exp()
     tensor([0.0625], dtype=torch.float64)
     """
-    checked_logits, labels, cu_seqlens, num_sequences = checks.logits_and_labels("logits", logits, labels, cu_seqlens)
-    options = _logit_options(
+    inputs = arguments.from_logits(
         "logits",
         logits,
+        labels,
+        cu_seqlens,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return SequenceLogps.apply(checked_logits, labels, cu_seqlens, num_sequences, options)
+    return _sequence_logps(inputs.logits, inputs)
 
 
 def linear_sequence_logps(
@@ -508,35 +502,34 @@ def linear_sequence_logps(
     """Log-probability L_s of each sequence's completion, from hidden states and the LM head. Differentiable in hidden
     states, weight and bias.
 
-    One GEMM of 2 N H V operations without a gradient, as for a reference model's ``ref_logps``; 2 with a frozen head,
-    4 with a trained one, whose logits are computed again in the backward.
-
-    Arguments and errors as in ``fused_linear_kto_loss``.
+    It takes 1 GEMM of 2 N H V operations without a gradient (a reference model's ``ref_logps``), 2 with a frozen head,
+    and 4 with a trained head, whose logits the backward computes again. The arguments and errors are those of
+    ``fused_linear_kto_loss``.
 
     Returns:
-        [B] float64 in nats, as ``sequence_logps``.
+        [B] float64 in nats, like ``sequence_logps``.
 
     >>> import torch, kto_fused
     >>> hidden, weight = torch.zeros(1, 3, 8), torch.randn(4, 8)
     >>> kto_fused.linear_sequence_logps(hidden, weight, torch.tensor([[-100, 2, 1]])).exp()
     tensor([0.0625], dtype=torch.float64)
     """
-    *tensors, _, options = _hidden_arguments(
+    inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
         lm_head_bias,
         labels,
         cu_seqlens,
-        chunk_bytes,
+        average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=average_log_prob,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    return LogpsFromHidden.apply(*tensors, options)[0]
+    return _logps_from_hidden(inputs).logps
 
 
 def linear_token_logps(
@@ -555,20 +548,21 @@ def linear_token_logps(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, TokenMetrics]:
-    """Log-probability of each position's target, log softmax(z)_target with z from hidden @ lm_head_weight.T + bias, as
-    ``token_logps``. Differentiable in hidden states, weight and bias.
+    """Log-probability of each position's target: ``token_logps`` of hidden @ lm_head_weight.T + bias. Differentiable in
+    hidden states, weight and bias.
 
-    For a loss of one's own on tokens: any gradient by the log-probabilities may come back. As many GEMMs as
-    ``linear_sequence_logps``: 1 without a gradient, 2 with a frozen head, 4 with a trained one.
+    Use it for your own loss on tokens: its backward takes any gradient w.r.t. the log-probabilities. It takes as many
+    GEMMs as ``linear_sequence_logps``: 1 without a gradient, 2 with a frozen head, 4 with a trained one.
 
-    Arguments and errors as in ``fused_linear_kto_loss``, and
+    Args:
+        return_metrics: return each position's ``TokenMetrics`` too. They need no further visit to the logits.
 
-        return_metrics: return each position's ``TokenMetrics`` too, found on the same visit to the logits.
+    The other arguments and the errors are those of ``fused_linear_kto_loss``.
 
     Returns:
         [B, T] (or [N]) in nats, float32 (float64 for float64 hidden states); 0 where the position predicts nothing.
-        With ``shift``, entry t belongs to ``labels[:, t + 1]``. With ``return_metrics`` a tuple of that and
-        ``TokenMetrics``, detached.
+        With ``shift``, entry t belongs to ``labels[:, t + 1]``. With ``return_metrics``, a tuple of these
+        log-probabilities and detached ``TokenMetrics``.
 
     >>> import torch, kto_fused
     >>> hidden, weight = torch.zeros(1, 3, 8), torch.randn(4, 8)
@@ -576,25 +570,27 @@ def linear_token_logps(
     tensor([[0.2500, 0.2500, 1.0000]])
     """
     checks.flag("return_metrics", return_metrics)
-    hidden, weight, bias, labels, cu_seqlens, _, options = _hidden_arguments(
+    inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
         lm_head_bias,
         labels,
         cu_seqlens,
-        chunk_bytes,
         ignore_index=ignore_index,
         shift=shift,
-        average_log_prob=False,
         temperature=temperature,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
-        per_position=True,
+        chunk_bytes=chunk_bytes,
         backend=backend,
+        per_position=True,
     )
-    values = LogpsFromHidden.apply(hidden, weight, bias, labels, cu_seqlens, options)
-    logps, _, *metrics = (value.view(labels.shape) for value in values)
-    return (logps, TokenMetrics(*metrics)) if return_metrics else logps
+    shape, positions = inputs.labels.shape, _logps_from_hidden(inputs)
+    logps = positions.logps.view(shape)
+    if not return_metrics:
+        return logps
+    entropy, mean_logits = positions.entropy.view(shape), positions.mean_logits.view(shape)
+    return logps, TokenMetrics(entropy, mean_logits, is_top1=positions.token_accuracy.view(shape))
 
 
 def kto_loss_from_logps(
@@ -610,13 +606,13 @@ def kto_loss_from_logps(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """KTO loss of sequence log-probabilities already at hand. Differentiable in ``policy_logps``.
+    """KTO loss of sequence log-probabilities. Differentiable in ``policy_logps``.
 
     Args:
-        policy_logps, ref_logps: [B] floating-point, in nats, both sums or both means.
+        policy_logps, ref_logps: [B] floating-point, in nats, both sums or both means over completion tokens.
 
-    The formula and the other arguments are those of ``fused_kto_loss``; the loss is float64 for float64
-    ``policy_logps``, else float32. Raises ``ValueError`` and ``TypeError`` as there.
+    The formula, the other arguments and the errors are those of ``fused_kto_loss``. The loss is float64 for float64
+    ``policy_logps``, else float32.
 
     >>> import torch, kto_fused
     >>> logps = torch.tensor([-10.0, -12.0], requires_grad=True)
@@ -626,18 +622,20 @@ def kto_loss_from_logps(
     >>> loss.backward(); logps.grad
     tensor([-0.0125,  0.0125])
     """
-    checks.logps(policy_logps, ref_logps, needs_reference=True)
-    checks.kto_options(
-        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps.device
+    inputs = arguments.from_logps(
+        KTOHead,
+        policy_logps,
+        ref_logps,
+        desirable=desirable,
+        reference_point=reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        reduction=reduction,
+        backend=backend,
     )
-    checks.desirable(desirable, policy_logps.numel(), policy_logps)
-    backend = backends.resolve(backend, policy_logps.device)
-    head, z0 = _kto_head(
-        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps, backend
-    )
-    ref_logps = ref_logps.detach()
-    loss, rewards, z0 = LossFromLogps.apply(policy_logps, head, None, ref_logps, desirable, z0)
-    return loss, _metrics(policy_logps.detach(), ref_logps=ref_logps, rewards=rewards, desirable=desirable, z0=z0)
+    return _loss_from_logps(inputs)
 
 
 def dpo_loss_from_logps(
@@ -647,38 +645,43 @@ def dpo_loss_from_logps(
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    gamma: float = checks.DEFAULT_GAMMA,
+    gamma: float = DEFAULT_GAMMA,
     reduction: str = "mean",
     average_log_prob: bool = False,
     token_counts: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """DPO-family loss of sequence log-probabilities already at hand. Differentiable in ``policy_logps``.
+    """DPO loss, or one of its relatives, of sequence log-probabilities. Differentiable in ``policy_logps``.
 
     Args:
-        policy_logps: [B] floating-point, in nats, chosen then rejected.
-        ref_logps: [B] likewise; None for ``simpo``.
-        average_log_prob: both are means over completion tokens, not sums.
-        token_counts: [B] integers >= 0, the completions' lengths; for ``ipo`` and ``simpo`` on sums, which are divided
-            by them.
+        policy_logps: [B] floating-point, in nats; the chosen sequences, then the rejected ones.
+        ref_logps: [B] the reference model's, in the same order; None for ``simpo``.
+        average_log_prob: the log-probabilities are means over completion tokens, not sums.
+        token_counts: [B] integers >= 0, the completions' lengths. ``ipo`` and ``simpo`` divide sums by them; no other
+            loss takes them.
 
-    The formulas and the other arguments are those of ``fused_dpo_loss``; the loss is float64 for float64
-    ``policy_logps``, else float32. Raises ``ValueError`` and ``TypeError`` as there.
+    The formulas, the other arguments and the errors are those of ``fused_dpo_loss``. The loss is float64 for float64
+    ``policy_logps``, else float32.
 
     >>> import torch, kto_fused
     >>> loss, metrics = kto_fused.dpo_loss_from_logps(torch.tensor([-9.0, -12.0]), torch.tensor([-10.0, -12.0]))
     >>> round(loss.item(), 4)
     0.6444
     """
-    checks.logps(policy_logps, ref_logps, needs_reference=False)
-    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
-    checks.pairs(policy_logps.numel())
-    checks.pair_logps(ref_logps, token_counts, loss_type, average_log_prob, policy_logps)
-    backend = backends.resolve(backend, policy_logps.device)
-    head = _dpo_head(loss_type, beta, label_smoothing, gamma, average_log_prob, reduction, policy_logps, backend)
-    ref_logps = None if ref_logps is None else ref_logps.detach()
-    loss, rewards = LossFromLogps.apply(policy_logps, head, token_counts, ref_logps)
-    return loss, _metrics(policy_logps.detach(), token_counts, ref_logps=ref_logps, rewards=rewards)
+    inputs = arguments.from_logps(
+        DPOHead,
+        policy_logps,
+        ref_logps,
+        token_counts=token_counts,
+        average_log_prob=average_log_prob,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        reduction=reduction,
+        backend=backend,
+    )
+    return _loss_from_logps(inputs)
 
 
 def kto_reference_point(
@@ -690,17 +693,18 @@ def kto_reference_point(
     """The KTO paper's reference point: z0 = max(0, mean_i [log pi(y_j | x_i) - log pi_ref(y_j | x_i)]), j = i+1 mod m.
 
     The log-probabilities are those of mismatched pairs: each prompt with the next prompt's completion (Ethayarajh et
-    al. 2024, arXiv 2402.01306, whose class weights ``kto_class_weights`` gives). Where ``torch.distributed`` is
-    initialised, the mean is over all ranks of ``process_group`` (None: all ranks), so every rank must call.
+    al. 2024, arXiv 2402.01306). If ``torch.distributed`` is initialised, the mean is over all ranks of
+    ``process_group`` (None: all ranks), so every rank must call.
 
     Args:
         policy_kl_logps, ref_kl_logps: [m] floating-point, in nats; a rank's m may be 0.
+        process_group: the ranks to average over.
 
     Returns:
-        A float64 scalar without a gradient; NaN where no rank holds a pair.
+        A float64 scalar without a gradient; NaN if no rank holds a pair.
 
     Raises:
-        ValueError, TypeError: shapes or devices that do not agree, or a dtype that is not floating-point.
+        ValueError, TypeError: shapes or devices do not agree, or a dtype is not floating-point.
 
     >>> import torch, kto_fused
     >>> kto_fused.kto_reference_point(torch.tensor([-5.0, -6.0]), torch.tensor([-6.0, -6.0]))
@@ -725,13 +729,14 @@ def kto_reference_point(
 
 
 def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, float]:
-    """(desirable_weight, undesirable_weight) for data with ``n_desirable`` and ``n_undesirable`` examples.
+    """Return (desirable_weight, undesirable_weight) for ``n_desirable`` and ``n_undesirable`` examples.
 
-    The KTO paper advises lambda_D n_D / (lambda_U n_U) in [1, 4/3]. Within it both weights are 1; outside, the rarer
-    side's weight is raised to the nearer bound.
+    The KTO paper (arXiv 2402.01306) advises desirable_weight n_desirable / (undesirable_weight n_undesirable) in
+    [1, 4/3]. If equal weights fulfil that, both are 1. Otherwise the rarer side's weight is raised until the ratio
+    reaches the nearer bound.
 
     Raises:
-        ValueError, TypeError: a count that is not a positive number.
+        ValueError, TypeError: a count is not a positive number.
 
     >>> import kto_fused
     >>> kto_fused.kto_class_weights(100, 1000), kto_fused.kto_class_weights(1000, 300)
@@ -739,173 +744,83 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
     """
     checks.number("n_desirable", n_desirable, above=0)
     checks.number("n_undesirable", n_undesirable, above=0)
-    ratio = float(n_desirable / n_undesirable)  # of NumPy's numbers too
+    ratio = float(n_desirable / n_undesirable)  # float: also for counts from NumPy
     return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
 
 
-def _logit_options(name: str, values: torch.Tensor, *, backend: str | None, **options) -> LogitOptions:
-    checks.logit_options(**options)
-    if options["inplace_backward"]:
-        checks.inplace(name, values)
-    options["ignore_index"] = int(options["ignore_index"])
-    for number in ("temperature", "logit_scale", "logit_softcap"):
-        if options[number] is not None:
-            options[number] = float(options[number])  # NumPy's float32 would round what is computed from it
-    return LogitOptions(backend=backends.resolve(backend, values.device), **options)
+# ---- one path for all losses, one for all log-probabilities ---------------------------------------------------------
 
 
-def _reference_logps(
-    policy_logits: torch.Tensor,
-    ref_logits: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    num_sequences: int,
-    options: LogitOptions,
-    loss_type: str,
-) -> torch.Tensor | None:
-    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
-    if ref_logits is not None:
-        checks.ref_logits(ref_logits, policy_logits)
-        ref_logits, *_ = checks.logits_and_labels("ref_logits", ref_logits.detach(), labels, cu_seqlens)
-        return SequenceLogps.apply(ref_logits, labels, cu_seqlens, num_sequences, options)
-    if ref_logps is None:
-        return None
-    checks.per_sequence("ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, num_sequences, policy_logits)
-    return ref_logps.detach()
-
-
-def _hidden_arguments(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    chunk_bytes: int,
-    *,
-    ref_hidden: torch.Tensor | None = None,
-    per_position: bool = False,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, int, HiddenOptions]:
-    """(hidden, weight, bias, labels, cu_seqlens, number of sequences, options), all checked."""
-    rows, labels, cu_seqlens, num_sequences = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
-    checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
-    logits = _logit_options("hidden", hidden, inplace_backward=False, **options)
-    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    if ref_hidden is not None:
-        checks.ref_hidden(ref_hidden, hidden)
-    needs = Needs(*[x is not None and torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias)])
-    options = HiddenOptions(
-        logits=logits,
-        dtype=gemm_dtype(hidden),
-        ref_dtype=gemm_dtype(hidden if ref_hidden is None else ref_hidden),
-        chunk_bytes=int(chunk_bytes),
-        needs=needs,
-        per_position=per_position,
+def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: object) -> tuple[torch.Tensor, LossMetrics]:
+    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+    ref_logps = inputs.ref_logps
+    if inputs.ref_logits is not None:
+        ref_logps = _sequence_logps(inputs.ref_logits, inputs)
+    loss, *values = LossFromLogits.apply(
+        inputs.logits,
+        inputs.labels,
+        inputs.cu_seqlens,
+        inputs.num_sequences,
+        inputs.options,
+        head,
+        ref_logps,
+        *head_tensors,
     )
-    return rows, weight, bias, labels, cu_seqlens, num_sequences, options
+    sequences, reported = SequenceValues(*values[:NUM_VALUES]), values[NUM_VALUES:]
+    return loss, _metrics(sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
 
 
-def _hidden_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor | None,
-    ref_weight: torch.Tensor | None,
-    ref_bias: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    num_sequences: int,
-    loss_type: str,
-) -> tuple[torch.Tensor | None, ...]:
-    """The reference's (hidden, weight, bias, logps), checked and without a gradient; the policy's head if none came."""
-    checks.one_reference(loss_type, ref_hidden=ref_hidden, ref_logps=ref_logps)
-    checks.ref_lm_head(ref_hidden, ref_weight, ref_bias)
-    if ref_logps is not None:
-        checks.per_sequence("ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, num_sequences, hidden)
-        return None, None, None, ref_logps.detach()
-    if ref_hidden is None:
-        return None, None, None, None
-    ref_weight, ref_bias = checks.reference_head(weight, bias, ref_weight, ref_bias, ref_hidden)
-    return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), None
+def _sequence_logps(logits: torch.Tensor, inputs: LogitInputs) -> torch.Tensor:
+    """The policy's or the reference's log-probabilities. [B]"""
+    return SequenceLogps.apply(logits, inputs.labels, inputs.cu_seqlens, inputs.num_sequences, inputs.options)
 
 
-def _kto_head(
-    loss_type: str,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    reference_point: torch.Tensor | float | str,
-    reduction: str,
-    like: torch.Tensor,
-    backend: str,
-) -> tuple[KTOHead, torch.Tensor | None]:
-    """The head, and its reference point where that is a tensor."""
-    reference, z0, number = "number", None, 0.0
-    if isinstance(reference_point, torch.Tensor):
-        reference, z0 = "tensor", reference_point.detach()
-    elif loss_type != "apo_zero_unpaired" and reference_point == "batch_mean":
-        reference = "batch_mean"
-    elif loss_type != "apo_zero_unpaired":
-        number = float(reference_point)
-    head = KTOHead(
-        loss_type=loss_type,
-        beta=float(beta),
-        desirable_weight=float(desirable_weight),
-        undesirable_weight=float(undesirable_weight),
-        reference=reference,
-        reference_point=number,
-        reduction=reduction,
-        loss_dtype=compute_dtype(like),
-        backend=backend,
+def _loss_from_hidden(
+    inputs: HiddenInputs, head_type: type, **head_options: object
+) -> tuple[torch.Tensor, LossMetrics]:
+    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+    reference = inputs.reference
+    loss, *values = LossFromHidden.apply(
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias,
+        inputs.labels,
+        inputs.cu_seqlens,
+        *reference,
+        inputs.options,
+        head,
+        *head_tensors,
     )
-    return head, z0
+    sequences, (computed_ref_logps, *reported) = SequenceValues(*values[:NUM_VALUES]), values[NUM_VALUES:]
+    ref_logps = reference.logps if reference.hidden is None else computed_ref_logps
+    return loss, _metrics(sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
 
 
-def _dpo_head(
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    gamma: float,
-    average_log_prob: bool,
-    reduction: str,
-    like: torch.Tensor,
-    backend: str,
-) -> DPOHead:
-    return DPOHead(
-        loss_type=loss_type,
-        beta=float(beta),
-        label_smoothing=float(label_smoothing),
-        gamma=float(gamma),
-        divide_by_length=loss_type in LENGTH_AVERAGED and not average_log_prob,
-        reduction=reduction,
-        loss_dtype=compute_dtype(like),
-        backend=backend,
+def _logps_from_hidden(inputs: HiddenInputs) -> SequenceValues:
+    """The values of each sequence, or of each position if the options say so."""
+    values = LogpsFromHidden.apply(
+        inputs.hidden, inputs.weight, inputs.bias, inputs.labels, inputs.cu_seqlens, inputs.options
     )
+    return SequenceValues(*values)
 
 
-def _metrics(
-    logps: torch.Tensor,
-    token_counts: torch.Tensor | None = None,
-    entropy: torch.Tensor | None = None,
-    mean_logits: torch.Tensor | None = None,
-    token_accuracy: torch.Tensor | None = None,
-    *,
-    ref_logps: torch.Tensor | None,
-    rewards: torch.Tensor,
-    desirable: torch.Tensor | None = None,
-    z0: torch.Tensor | None = None,
-) -> LossMetrics:
-    """Of what an engine says of the sequences, in its order, and a loss head of them."""
-    if desirable is not None and desirable.dtype != torch.bool:
-        desirable = desirable == 1
+def _loss_from_logps(inputs: LogpInputs) -> tuple[torch.Tensor, LossMetrics]:
+    head, head_tensors = inputs.head, inputs.head_tensors
+    loss, *reported = LossFromLogps.apply(
+        inputs.policy_logps, head, inputs.token_counts, inputs.ref_logps, *head_tensors
+    )
+    named = head.metrics(reported, *head_tensors)
+    logps = inputs.policy_logps.detach()
+    return loss, LossMetrics(logps=logps, ref_logps=inputs.ref_logps, token_counts=inputs.token_counts, **named)
+
+
+def _metrics(sequences: SequenceValues, **named: torch.Tensor | None) -> LossMetrics:
+    """Metrics from an engine's values of each sequence and the ``named`` fields that it does not know."""
     return LossMetrics(
-        logps=logps,
-        ref_logps=ref_logps,
-        rewards=rewards,
-        desirable=desirable,
-        reference_point=z0,
-        token_counts=token_counts,
-        entropy=entropy,
-        mean_logits=mean_logits,
-        token_accuracy=token_accuracy,
+        logps=sequences.logps,
+        token_counts=sequences.token_counts,
+        entropy=sequences.entropy,
+        mean_logits=sequences.mean_logits,
+        token_accuracy=sequences.token_accuracy,
+        **named,
     )

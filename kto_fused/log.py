@@ -1,14 +1,14 @@
-"""The package's log: what a run assumes or decides is said at level INFO, which Python hides unless it is told to."""
+"""The package's log. It reports a run's assumptions and decisions at level INFO, which Python hides by default."""
 
 import logging
 import sys
 
 
 def show() -> None:
-    """Let the loggers of ``kto_fused`` say what they have at level INFO; calling it again changes nothing.
+    """Make the INFO messages of the loggers of ``kto_fused`` visible. A second call changes nothing.
 
-    Which reference a run uses is no warning, yet it must be seen. Where the application has set no logging up, the
-    messages go to stderr; otherwise they go where the application sends its own.
+    Some messages are no warnings and must still be seen: which reference model a run uses, for example. They go to
+    stderr if the application has not set up logging, and otherwise where the application sends its own messages.
     ``logging.getLogger("kto_fused").setLevel("WARNING")`` hides them.
     """
     package = logging.getLogger(__package__)
@@ -19,13 +19,13 @@ def show() -> None:
 
 
 class _Fallback(logging.Handler):
-    """Writes to stderr, as Python does with warnings, while the application has no handler of its own."""
+    """Writes messages to stderr, as Python does with warnings, as long as the application has no handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not logging.getLogger().handlers
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr)  # the stderr of now: pytest and notebooks replace it
+            print(self.format(record), file=sys.stderr)  # looked up each time: pytest and notebooks replace stderr
         except Exception:
             self.handleError(record)

@@ -1,4 +1,8 @@
-"""What is reported beside a loss or log-probabilities: detached device tensors, read without waiting for the device."""
+"""The metrics that come with a loss or with log-probabilities: detached tensors on the device.
+
+``LossMetrics`` and ``TokenMetrics`` belong to one call. ``Totals`` adds up many calls for a trainer's log. Nothing here
+waits for the device until the means are read.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -8,19 +12,24 @@ import torch
 
 @dataclass
 class LossMetrics:
-    """Per-sequence results of a KTO or DPO loss.
+    """Per-sequence results of a KTO or DPO loss, each [B].
 
-    ``logps`` and ``ref_logps`` are [B] log-probabilities in nats (sums, or means with ``average_log_prob``),
-    ``rewards`` [B] is beta times their difference; ``simpo``, which has no reference, defines its reward by the
-    length-averaged log-probability, beta ``logps`` / ``token_counts`` of sums. ``reference_point`` is KTO's z0 in nats
-    (None for pairs). ``desirable`` [B] is KTO's argument; None for pairs, whose first half is chosen and second
-    rejected. From logits or hidden states there are also ``token_counts`` [B], and ``entropy``, ``mean_logits`` and
-    ``token_accuracy`` [B], means over each sequence's completion tokens (0 where it has none). ``entropy`` is in nats,
-    ``mean_logits`` the mean over the vocabulary of the logits after scale, soft cap and temperature, ``token_accuracy``
-    the share of tokens that are the model's most likely one, a tie included.
+    - ``logps``, ``ref_logps``: log-probabilities in nats; sums over completion tokens, or means with
+      ``average_log_prob``
+    - ``rewards``: beta times their difference. ``simpo`` has no reference and defines its reward by the
+      length-averaged log-probability: beta ``logps`` / ``token_counts`` for sums
+    - ``desirable``: KTO's argument; None for pairs, whose first half is chosen and whose second half is rejected
+    - ``reference_point``: KTO's z0 in nats, a scalar; None for pairs
 
-    What was an argument of the loss (``desirable``, log-probabilities) is not copied: written to afterwards, it changes
-    here too.
+    A loss from logits or hidden states also fills the next fields. The last three are means over a sequence's
+    completion tokens, 0 for a sequence without any.
+
+    - ``token_counts``: number of completion tokens
+    - ``entropy``: in nats
+    - ``mean_logits``: mean over the vocabulary of the logits after scale, soft cap and temperature
+    - ``token_accuracy``: share of tokens that are the model's most likely ones, ties included
+
+    Arguments of the loss (``desirable``, log-probabilities) are not copied: a later write to them shows here too.
     """
 
     logps: torch.Tensor
@@ -34,11 +43,11 @@ class LossMetrics:
     token_accuracy: torch.Tensor | None = None
 
     def summary(self) -> dict[str, torch.Tensor]:
-        """Batch means under the names TRL logs, as scalar tensors still on the device.
+        """Return the batch's means under the names that TRL logs, as scalar tensors on the device.
 
-        Rewards and log-probabilities are means over sequences, ``logits/*`` and ``entropy`` over completion tokens.
-        ``mean_token_accuracy``, over the completion tokens of the chosen sequences, is logged for pairs alone. The mean
-        of a class that the batch does not hold is NaN.
+        Rewards and log-probabilities are means over sequences; ``logits/*`` and ``entropy`` are means over completion
+        tokens. Pairs alone have ``mean_token_accuracy``, over the chosen sequences' completion tokens. The mean of a
+        class that the batch does not hold is NaN.
 
         >>> import torch, kto_fused
         >>> _, metrics = kto_fused.kto_loss_from_logps(
@@ -50,7 +59,7 @@ class LossMetrics:
         return with_margins({name: total / weight for name, (total, weight) in self.totals().items()})
 
     def totals(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The (weighted sum, weight) of each mean in ``summary``, float64: these add up over batches and ranks."""
+        """Return the (weighted sum, weight) of each mean in ``summary``, in float64. Both add up over ranks."""
         chosen = self.desirable
         if chosen is None:
             chosen = torch.arange(self.rewards.numel(), device=self.rewards.device) < self.rewards.numel() // 2
@@ -62,12 +71,13 @@ class LossMetrics:
             if self.mean_logits is not None:
                 totals[f"logits/{side}"] = _total(self.mean_logits, members * self.token_counts)
         if self.desirable is None:
-            of_chosen, of_rejected = self.rewards.chunk(2)
-            totals["rewards/accuracies"] = _total(of_chosen > of_rejected, torch.ones_like(of_chosen))
+            chosen_rewards, rejected_rewards = self.rewards.chunk(2)
+            is_accurate = chosen_rewards > rejected_rewards
+            totals["rewards/accuracies"] = _total(is_accurate, torch.ones_like(chosen_rewards))
             if self.token_accuracy is not None:
                 totals["mean_token_accuracy"] = _total(self.token_accuracy, chosen * self.token_counts)
         if self.reference_point is not None:
-            # as the losses it is part of: each sequence's
+            # weighted by the number of sequences, like the losses that it is part of
             weight = torch.full_like(self.reference_point, self.rewards.numel())
             totals["kl"] = _total(self.reference_point, weight)
         if self.entropy is not None:
@@ -75,20 +85,20 @@ class LossMetrics:
         return totals
 
     def gathered(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> "LossMetrics":
-        """The same of all ranks' sequences; ``gather`` joins the ranks' tensors, one row per sequence or pair."""
+        """Return the metrics of all ranks' sequences. ``gather`` joins the ranks' rows, one per sequence or pair."""
 
-        def of_all_ranks(values: torch.Tensor | None) -> torch.Tensor | None:
+        def gather_field(values: torch.Tensor | None) -> torch.Tensor | None:
             if values is None or values.ndim == 0:
                 return values
             if self.desirable is None:
                 return gather(values.view(2, -1).T.contiguous()).T.flatten()
             return gather(values)
 
-        return replace(self, **{field.name: of_all_ranks(getattr(self, field.name)) for field in fields(self)})
+        return replace(self, **{field.name: gather_field(getattr(self, field.name)) for field in fields(self)})
 
 
 class Totals:
-    """Sums of many batches' ``LossMetrics.totals``, on the device until their means are asked for."""
+    """Sums of ``LossMetrics.totals`` over many batches. They stay on the device until ``pop`` reads their means."""
 
     def __init__(self):
         self.values: dict[str, torch.Tensor] = {}  # name: [2], weighted sum and weight
@@ -99,8 +109,9 @@ class Totals:
             self.values[name] = self.values[name] + values if name in self.values else values
 
     def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda values: values) -> dict[str, float]:
-        """The means, read from the device in one piece, without those of no weight; starts anew. ``reduce`` adds up
-        the ranks' tensors.
+        """Return the means and start again from zero. Means without weight are left out.
+
+        ``reduce`` adds up the ranks' tensors. The device is read once.
         """
         if not self.values:
             return {}
@@ -112,11 +123,12 @@ class Totals:
 
 @dataclass
 class TokenMetrics:
-    """What ``linear_token_logps`` finds beside each log-probability, shaped as they are; 0 where a position predicts
-    nothing.
+    """Per-position metrics of ``linear_token_logps``, in the shape of its log-probabilities. All are 0 where a position
+    predicts nothing.
 
-    ``entropy`` in nats, ``mean_logits`` the mean of z over the vocabulary, and ``is_top1``: 1 where no token is more
-    likely than the target, else 0, as where the log-probability is NaN.
+    - ``entropy``: in nats
+    - ``mean_logits``: mean of z over the vocabulary
+    - ``is_top1``: 1 where no token is more likely than the target, else 0; also 0 where the log-probability is NaN
 
     >>> import torch, kto_fused
     >>> hidden, weight, labels = torch.eye(3)[None], torch.eye(3), torch.tensor([[-100, 0, 2]])
@@ -131,13 +143,13 @@ class TokenMetrics:
 
 
 def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum, which a value of weight 0 cannot touch, not even a NaN, and the sum of the weights."""
+    """Return the weighted sum and the sum of the weights. A value of weight 0 adds nothing, even if it is NaN."""
     weights = weights.double()
     return torch.where(weights > 0, values.double() * weights, 0.0).sum(), weights.sum()
 
 
 def with_margins(means: dict) -> dict:
-    """The means, with the difference of both classes' rewards where the batch holds both."""
+    """Add the difference between chosen and rejected rewards to the ``means``, if both are there."""
     if "rewards/chosen" in means and "rewards/rejected" in means:
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

@@ -1,4 +1,4 @@
-"""The losses as ``torch.nn.Module``: keyword arguments held once, tensors at each call."""
+"""The losses as ``torch.nn.Module``: keyword arguments are given once, tensors come with each call."""
 
 import inspect
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from .metrics import LossMetrics
 
 
 class _LossModule(torch.nn.Module):
+    """Keeps keyword arguments of ``function``, which a subclass names, and calls it with them."""
+
     function: Callable[..., tuple[torch.Tensor, LossMetrics]]
 
     def __init__(self, **options: Any) -> None:
@@ -29,9 +31,9 @@ class _LossModule(torch.nn.Module):
 
 
 class FusedKTOLoss(_LossModule):
-    """``fused_kto_loss`` with some of its keyword arguments held; those given at a call win.
+    """``fused_kto_loss`` that keeps keyword arguments. A keyword argument of a call takes precedence.
 
-    Raises ``TypeError`` for an argument that ``fused_kto_loss`` does not have; values are checked at each call.
+    Raises ``TypeError`` for an argument that ``fused_kto_loss`` does not take. Values are checked at each call.
 
     >>> import torch, kto_fused
     >>> kto_loss = kto_fused.FusedKTOLoss(beta=0.2, desirable_weight=1.33)
@@ -43,9 +45,9 @@ class FusedKTOLoss(_LossModule):
 
 
 class FusedDPOLoss(_LossModule):
-    """``fused_dpo_loss`` with some of its keyword arguments held; those given at a call win.
+    """``fused_dpo_loss`` that keeps keyword arguments. A keyword argument of a call takes precedence.
 
-    Raises ``TypeError`` for an argument that ``fused_dpo_loss`` does not have; values are checked at each call.
+    Raises ``TypeError`` for an argument that ``fused_dpo_loss`` does not take. Values are checked at each call.
 
     >>> import torch, kto_fused
     >>> dpo_loss = kto_fused.FusedDPOLoss(beta=0.2, loss_type="ipo")
@@ -57,9 +59,9 @@ class FusedDPOLoss(_LossModule):
 
 
 class FusedLinearKTOLoss(_LossModule):
-    """``fused_linear_kto_loss`` with some of its keyword arguments held; those given at a call win.
+    """``fused_linear_kto_loss`` that keeps keyword arguments. A keyword argument of a call takes precedence.
 
-    Raises ``TypeError`` for an argument that ``fused_linear_kto_loss`` does not have; values are checked at each call.
+    Raises ``TypeError`` for an argument that ``fused_linear_kto_loss`` does not take. Values are checked at each call.
 
     >>> import torch, kto_fused
     >>> kto_loss = kto_fused.FusedLinearKTOLoss(beta=0.2, chunk_bytes=2**28)
@@ -72,9 +74,9 @@ class FusedLinearKTOLoss(_LossModule):
 
 
 class FusedLinearDPOLoss(_LossModule):
-    """``fused_linear_dpo_loss`` with some of its keyword arguments held; those given at a call win.
+    """``fused_linear_dpo_loss`` that keeps keyword arguments. A keyword argument of a call takes precedence.
 
-    Raises ``TypeError`` for an argument that ``fused_linear_dpo_loss`` does not have; values are checked at each call.
+    Raises ``TypeError`` for an argument that ``fused_linear_dpo_loss`` does not take. Values are checked at each call.
 
     >>> import torch, kto_fused
     >>> dpo_loss = kto_fused.FusedLinearDPOLoss(beta=0.2, loss_type="ipo")

@@ -1,4 +1,4 @@
-"""The public names of ``kto_fused.data`` under the path they have always had."""
+"""The public names of ``kto_fused.data``: load files of feedback, turn them into tokens, and collate batches."""
 
 from .data.collators import IGNORE_INDEX, PairedCollator, UnpairedCollator
 from .data.form import DataError

@@ -1,23 +1,29 @@
-"""The plain PyTorch twin of every public function: same arguments, same returns, autograd's own backward.
+"""The plain PyTorch twin of every public function: the definition that the fused functions are tested against.
 
-These are the definitions the fused paths are tested against. They build the whole log-softmax, several times the memory
-of the logits. float64 inputs compute in float64 throughout. ``inplace_backward``, ``chunk_bytes`` and ``backend`` say
-how a result is computed, not what it is: here they are checked and change nothing.
+A twin takes the arguments of its fused function, refuses the same calls with the same messages, and returns the same
+results. It builds the whole log-softmax, several times the memory of the logits, and leaves the backward to autograd.
+float64 inputs compute in float64 throughout. ``inplace_backward``, ``chunk_bytes`` and ``backend`` say how a result is
+computed, not what it is: a twin checks them and does nothing else with them.
+
+The definition reads from top to bottom: ``_logits`` from hidden states, ``_tokens``, ``_sequences``, ``_loss``. The
+formulas of the losses are in ``heads.preference``.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import torch
 
-from . import checks, functional
-from .engines import backends
-from .engines.layout import check_contents, compute_dtype, gemm_dtype
-from .functional import DEFAULT_CHUNK_BYTES, kto_class_weights, kto_reference_point
-from .heads.losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
-from .heads.preference import pair_rewards, pair_scores
+from . import arguments, checks, functional
+from .arguments import HiddenInputs, LogitInputs
+from .engines.layout import check_contents, compute_dtype
+from .engines.options import LogitOptions
+from .engines.results import SequenceValues
+from .functional import kto_class_weights, kto_reference_point
+from .heads.base import reduce
+from .heads.preference import DPOHead, KTOHead
 from .metrics import LossMetrics, TokenMetrics
 
 __all__ = [
@@ -36,280 +42,17 @@ __all__ = [
 ]
 
 
-def _twin_of(fused: Callable) -> Callable[[Callable], Callable]:
-    """Decorate a twin that passes its named arguments on: one that ``fused`` does not take is refused at the call."""
-    known = frozenset(inspect.signature(fused).parameters)
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def twin(*arguments: Any, **named_arguments: Any) -> Any:
-            for name in named_arguments:
-                if name not in known:
-                    raise TypeError(f"reference.{function.__name__}() got an unexpected keyword argument {name!r}")
-            return function(*arguments, **named_arguments)
-
-        return twin
-
-    return decorate
+# ---- the definition -------------------------------------------------------------------------------------------------
 
 
-@_twin_of(functional.token_logps)
-def token_logps(logits: torch.Tensor, labels: torch.Tensor, **engine: Any) -> torch.Tensor:
-    """Twin of ``kto_fused.token_logps``."""
-    return _tokens("logits", logits, labels, **engine)[0]
+class Tokens(NamedTuple):
+    """One value per position, [B, T] or [N]; 0 where a position is no completion token."""
 
-
-@_twin_of(functional.sequence_logps)
-def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, **engine: Any) -> torch.Tensor:
-    """Twin of ``kto_fused.sequence_logps``."""
-    return _sequences("logits", logits, labels, **engine)[0]
-
-
-@_twin_of(functional.fused_kto_loss)
-def kto_loss(
-    policy_logits: torch.Tensor,
-    labels: torch.Tensor,
-    desirable: torch.Tensor,
-    *,
-    ref_logits: torch.Tensor | None = None,
-    ref_logps: torch.Tensor | None = None,
-    reference_point: torch.Tensor | float | str = "batch_mean",
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    loss_type: str = "kto",
-    reduction: str = "mean",
-    **engine: Any,
-) -> tuple[torch.Tensor, LossMetrics]:
-    """Twin of ``kto_fused.fused_kto_loss``."""
-    sequences, ref_logps = _policy_and_ref_sequences(policy_logits, labels, ref_logits, ref_logps, loss_type, **engine)
-    result = kto_loss_from_logps(
-        sequences[0],
-        ref_logps,
-        desirable,
-        reference_point=reference_point,
-        beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-        loss_type=loss_type,
-        reduction=reduction,
-    )
-    return _with_metrics(*result, sequences, policy_logits)
-
-
-@_twin_of(functional.fused_dpo_loss)
-def dpo_loss(
-    policy_logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    ref_logits: torch.Tensor | None = None,
-    ref_logps: torch.Tensor | None = None,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    gamma: float = checks.DEFAULT_GAMMA,
-    reduction: str = "mean",
-    average_log_prob: bool = False,
-    **engine: Any,
-) -> tuple[torch.Tensor, LossMetrics]:
-    """Twin of ``kto_fused.fused_dpo_loss``."""
-    engine["average_log_prob"] = average_log_prob
-    sequences, ref_logps = _policy_and_ref_sequences(policy_logits, labels, ref_logits, ref_logps, loss_type, **engine)
-    result = dpo_loss_from_logps(
-        sequences[0],
-        ref_logps,
-        beta=beta,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        gamma=gamma,
-        reduction=reduction,
-        average_log_prob=average_log_prob,
-        token_counts=sequences[1] if loss_type in LENGTH_AVERAGED and not average_log_prob else None,
-    )
-    return _with_metrics(*result, sequences, policy_logits)
-
-
-@_twin_of(functional.linear_sequence_logps)
-def linear_sequence_logps(
-    hidden: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    lm_head_bias: torch.Tensor | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    **engine: Any,
-) -> torch.Tensor:
-    """Twin of ``kto_fused.linear_sequence_logps``."""
-    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    logits = _logits(hidden, lm_head_weight, lm_head_bias, labels, **engine)
-    return sequence_logps(logits, labels, **engine)
-
-
-@_twin_of(functional.linear_token_logps)
-def linear_token_logps(
-    hidden: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    lm_head_bias: torch.Tensor | None = None,
-    return_metrics: bool = False,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    **engine: Any,
-) -> torch.Tensor | tuple[torch.Tensor, TokenMetrics]:
-    """Twin of ``kto_fused.linear_token_logps``."""
-    checks.flag("return_metrics", return_metrics)
-    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    logits = _logits(hidden, lm_head_weight, lm_head_bias, labels, **engine)
-    logps, *metrics, _ = _tokens("logits", logits, labels, **engine)
-    return (logps, TokenMetrics(*metrics)) if return_metrics else logps
-
-
-@_twin_of(functional.fused_linear_kto_loss)
-def linear_kto_loss(
-    hidden: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    labels: torch.Tensor,
-    desirable: torch.Tensor,
-    *,
-    lm_head_bias: torch.Tensor | None = None,
-    ref_hidden: torch.Tensor | None = None,
-    ref_lm_head_weight: torch.Tensor | None = None,
-    ref_lm_head_bias: torch.Tensor | None = None,
-    ref_logps: torch.Tensor | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    **options: Any,
-) -> tuple[torch.Tensor, LossMetrics]:
-    """Twin of ``kto_fused.fused_linear_kto_loss``."""
-    head, ref_head = (lm_head_weight, lm_head_bias), (ref_lm_head_weight, ref_lm_head_bias)
-    logits, ref_logits = _policy_and_ref_logits(
-        hidden, head, labels, ref_hidden, ref_head, ref_logps, chunk_bytes, **options
-    )
-    return kto_loss(logits, labels, desirable, ref_logits=ref_logits, ref_logps=ref_logps, **options)
-
-
-@_twin_of(functional.fused_linear_dpo_loss)
-def linear_dpo_loss(
-    hidden: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    lm_head_bias: torch.Tensor | None = None,
-    ref_hidden: torch.Tensor | None = None,
-    ref_lm_head_weight: torch.Tensor | None = None,
-    ref_lm_head_bias: torch.Tensor | None = None,
-    ref_logps: torch.Tensor | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    **options: Any,
-) -> tuple[torch.Tensor, LossMetrics]:
-    """Twin of ``kto_fused.fused_linear_dpo_loss``."""
-    head, ref_head = (lm_head_weight, lm_head_bias), (ref_lm_head_weight, ref_lm_head_bias)
-    logits, ref_logits = _policy_and_ref_logits(
-        hidden, head, labels, ref_hidden, ref_head, ref_logps, chunk_bytes, **options
-    )
-    return dpo_loss(logits, labels, ref_logits=ref_logits, ref_logps=ref_logps, **options)
-
-
-def kto_loss_from_logps(
-    policy_logps: torch.Tensor,
-    ref_logps: torch.Tensor,
-    desirable: torch.Tensor,
-    *,
-    reference_point: torch.Tensor | float | str = "batch_mean",
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    loss_type: str = "kto",
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> tuple[torch.Tensor, LossMetrics]:
-    """Twin of ``kto_fused.kto_loss_from_logps``."""
-    checks.logps(policy_logps, ref_logps, needs_reference=True)
-    checks.kto_options(
-        loss_type, beta, desirable_weight, undesirable_weight, reference_point, reduction, policy_logps.device
-    )
-    checks.desirable(desirable, policy_logps.numel(), policy_logps)
-    backends.resolve(backend, policy_logps.device)
-    beta = float(beta)
-    log_ratios = policy_logps.double() - ref_logps.detach().double()
-    if loss_type == "apo_zero_unpaired":
-        reference_point = 0.0
-    elif isinstance(reference_point, str):
-        reference_point = log_ratios.mean()
-    z0 = torch.as_tensor(reference_point, dtype=torch.float64, device=policy_logps.device).detach().reshape(())
-    losses = kto_losses(
-        log_ratios,
-        desirable,
-        z0,
-        loss_type=loss_type,
-        beta=beta,
-        desirable_weight=float(desirable_weight),
-        undesirable_weight=float(undesirable_weight),
-    )
-    return reduce(losses, reduction).to(compute_dtype(policy_logps)), LossMetrics(
-        logps=policy_logps.detach(),
-        ref_logps=ref_logps.detach(),
-        rewards=beta * log_ratios.detach(),
-        desirable=desirable == 1,
-        reference_point=z0,
-    )
-
-
-def dpo_loss_from_logps(
-    policy_logps: torch.Tensor,
-    ref_logps: torch.Tensor | None = None,
-    *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    gamma: float = checks.DEFAULT_GAMMA,
-    reduction: str = "mean",
-    average_log_prob: bool = False,
-    token_counts: torch.Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[torch.Tensor, LossMetrics]:
-    """Twin of ``kto_fused.dpo_loss_from_logps``."""
-    checks.logps(policy_logps, ref_logps, needs_reference=False)
-    checks.dpo_options(loss_type, beta, label_smoothing, gamma, reduction)
-    checks.pairs(policy_logps.numel())
-    checks.pair_logps(ref_logps, token_counts, loss_type, average_log_prob, policy_logps)
-    backends.resolve(backend, policy_logps.device)
-    beta, label_smoothing, gamma = float(beta), float(label_smoothing), float(gamma)
-    logps = policy_logps.double()
-    reference = None if ref_logps is None else ref_logps.detach().double()
-    chosen, rejected = pair_scores(logps, reference, token_counts).chunk(2)
-    losses = dpo_losses(chosen, rejected, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
-    return reduce(losses, reduction).to(compute_dtype(policy_logps)), LossMetrics(
-        logps=policy_logps.detach(),
-        ref_logps=None if ref_logps is None else ref_logps.detach(),
-        rewards=pair_rewards(logps.detach(), reference, token_counts, loss_type, beta),
-        token_counts=token_counts,
-    )
-
-
-def _policy_and_ref_sequences(
-    policy_logits: torch.Tensor,
-    labels: torch.Tensor,
-    ref_logits: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    loss_type: str,
-    **engine: Any,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """``_sequences`` of the policy, and the reference's log-probabilities."""
-    sequences = _sequences("policy_logits", policy_logits, labels, **engine)
-    checks.one_reference(loss_type, ref_logits=ref_logits, ref_logps=ref_logps)
-    if ref_logits is not None:
-        checks.ref_logits(ref_logits, policy_logits)
-        engine["inplace_backward"] = False  # which is about the policy's logits
-        ref_logps = _sequences("ref_logits", ref_logits.detach(), labels, **engine)[0]
-    return sequences, ref_logps
-
-
-def _with_metrics(
-    loss: torch.Tensor, metrics: LossMetrics, sequences: tuple[torch.Tensor, ...], policy_logits: torch.Tensor
-) -> tuple[torch.Tensor, LossMetrics]:
-    """Loss and metrics of log-probabilities, and what else is known of their logits."""
-    _, metrics.token_counts, metrics.entropy, metrics.mean_logits, metrics.token_accuracy = sequences
-    return loss.to(compute_dtype(policy_logits)), metrics
+    logps: torch.Tensor  # log-probability of the target, in nats
+    entropy: torch.Tensor  # in nats
+    mean_logits: torch.Tensor  # mean over the vocabulary
+    is_top1: torch.Tensor  # 1 where no token is likelier than the target
+    is_token: torch.Tensor  # bool: whether the position is a completion token
 
 
 def _targets(labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index: int, shift: bool) -> torch.Tensor:
@@ -319,6 +62,7 @@ def _targets(labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index
         return targets
     targets = torch.cat([targets[..., 1:], torch.full_like(targets[..., :1], ignore_index)], dim=-1)
     if cu_seqlens is not None:
+        # the last row of a packed sequence would predict the first token of the next sequence
         last_rows = cu_seqlens[1:].long() - 1
         targets[last_rows[cu_seqlens.diff() > 0]] = ignore_index
     return targets
@@ -328,121 +72,173 @@ def _logits(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    *,
-    cu_seqlens: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    shift: bool = True,
-    **_: Any,
+    is_token: torch.Tensor,
+    gemm_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """hidden @ weight.T + bias in float32 (float64 for float64): logits are not rounded on their way. [..., V]"""
-    checks.label_options(ignore_index, shift)
-    hidden, labels, cu_seqlens, _ = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
-    # finds nothing in a reference's, which came here checked under its own names
-    checks.lm_head("lm_head_weight", weight, "lm_head_bias", bias, "hidden", hidden)
-    check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=len(weight))
-    is_token = _targets(labels, cu_seqlens, ignore_index, shift) != ignore_index
-    read, compute = gemm_dtype(hidden), compute_dtype(hidden)
+    """hidden @ weight.T + bias. Inputs are rounded to the GEMM's dtype; logits are float32 (float64 for float64) and
+    never rounded to half precision. [..., V]
+    """
+    compute = compute_dtype(hidden)
     # a masked position may hold anything, and 0 times the gradient of a NaN is a NaN
     hidden = hidden.masked_fill(~is_token[..., None], 0.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(read).to(compute) @ weight.to(read).to(compute).T
+        logits = hidden.to(gemm_dtype).to(compute) @ weight.to(gemm_dtype).to(compute).T
         return logits if bias is None else logits + bias.to(compute)
 
 
-def _policy_and_ref_logits(
-    hidden: torch.Tensor,
-    head: tuple[torch.Tensor, torch.Tensor | None],
-    labels: torch.Tensor,
-    ref_hidden: torch.Tensor | None,
-    ref_head: tuple[torch.Tensor | None, torch.Tensor | None],
-    ref_logps: torch.Tensor | None,
-    chunk_bytes: int,
-    loss_type: str = "",
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    checks.integer("chunk_bytes", chunk_bytes, at_least=1)
-    checks.one_reference(loss_type, ref_hidden=ref_hidden, ref_logps=ref_logps)
-    checks.ref_lm_head(ref_hidden, *ref_head)
-    logits = _logits(hidden, *head, labels, **options)
-    if ref_hidden is None:
-        return logits, None
-    checks.ref_hidden(ref_hidden, hidden)
-    ref_head = checks.reference_head(*head, *ref_head, ref_hidden)
-    with torch.no_grad():
-        return logits, _logits(ref_hidden, *ref_head, labels, **options)
+def _tokens(logits: torch.Tensor, inputs: LogitInputs) -> Tokens:
+    """log softmax(z) at each position's target, with z = softcap tanh(scale x / softcap) / temperature."""
+    options, vocab_size = inputs.options, logits.shape[-1]
+    targets = _targets(inputs.labels, inputs.cu_seqlens, options.ignore_index, options.shift)
+    is_token = targets != options.ignore_index
+    is_valid = (targets >= 0) & (targets < vocab_size)  # a target outside the vocabulary has log-probability NaN
+    index = targets.where(is_valid, 0)[..., None]
 
-
-def _tokens(
-    name: str,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    cu_seqlens: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    shift: bool = True,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    inplace_backward: bool = False,
-    backend: str | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """(log-probability, entropy, mean logit, whether no token is likelier than the target, whether it is a completion
-    token) of each position, [B, T] or [N].
-    """
-    checks.logit_options(ignore_index, shift, False, temperature, logit_scale, logit_softcap, inplace_backward)
-    backends.resolve(backend, checks.tensor(name, logits, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
-    if inplace_backward:
-        checks.inplace(name, logits)
-    logits, labels, cu_seqlens, _ = checks.logits_and_labels(name, logits, labels, cu_seqlens)
-    check_contents(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=logits.shape[-1])
-
-    targets = _targets(labels, cu_seqlens, ignore_index, shift)
-    is_token = targets != ignore_index
-    is_known = (targets >= 0) & (targets < logits.shape[-1])
-
-    z = logits.to(compute_dtype(logits)) * float(logit_scale)
-    if logit_softcap is not None:
-        logit_softcap = float(logit_softcap)
-        z = logit_softcap * torch.tanh(z / logit_softcap)
-    z = z / float(temperature)
-    # masked rows may hold anything, and 0 times the gradient of a NaN is a NaN
+    z = logits.to(compute_dtype(logits)) * options.logit_scale
+    if options.logit_softcap is not None:
+        z = options.logit_softcap * torch.tanh(z / options.logit_softcap)
+    z = z / options.temperature
+    # a masked row may hold anything, and 0 times the gradient of a NaN is a NaN
     z = z.masked_fill(~is_token[..., None], 0.0)
     log_p = z.log_softmax(-1)
-    known_targets = targets.where(is_known, 0)[..., None]
-    logps = log_p.gather(-1, known_targets)[..., 0]
-    logps = logps.where(is_known, torch.nan).where(is_token, 0.0)
+    logps = log_p.gather(-1, index)[..., 0].where(is_valid, torch.nan).where(is_token, 0.0)
     with torch.no_grad():
         p = log_p.exp()
         entropy = -(p * log_p).where(p != 0, 0.0).sum(-1).where(is_token, 0.0)
         mean_logits = z.mean(-1)
-        is_top1 = (z.gather(-1, known_targets)[..., 0] == z.amax(-1)) & ~logps.isnan() & is_token
-    return logps, entropy, mean_logits, is_top1.to(z.dtype), is_token
+        is_top1 = (z.gather(-1, index)[..., 0] == z.amax(-1)) & ~logps.isnan() & is_token
+    return Tokens(logps, entropy, mean_logits, is_top1.to(z.dtype), is_token)
 
 
-def _sequences(
-    name: str,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    average_log_prob: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, ...]:
-    """(log-probability in float64, token count, mean entropy, mean logit, token accuracy) of each sequence, [B]."""
-    checks.flag("average_log_prob", average_log_prob)
-    logps, *metrics, is_token = _tokens(name, logits, labels, cu_seqlens=cu_seqlens, **options)
+def _sequences(logits: torch.Tensor, inputs: LogitInputs) -> SequenceValues:
+    """Sum or average each sequence's completion tokens, log-probabilities in float64."""
 
-    def per_sequence(values: torch.Tensor) -> torch.Tensor:
-        if cu_seqlens is None:
+    def add_up(values: torch.Tensor) -> torch.Tensor:
+        if inputs.cu_seqlens is None:
             return values.sum(-1)
-        return torch.stack([part.sum() for part in values.split(cu_seqlens.diff().tolist())])
+        return torch.stack([part.sum() for part in values.split(inputs.cu_seqlens.diff().tolist())])
 
-    counts = per_sequence(is_token.long())
+    tokens = _tokens(logits, inputs)
+    counts = add_up(tokens.is_token.long())
     divisor = counts.clamp(min=1)
-    sums = per_sequence(logps.double())
-    return (
-        sums / divisor if average_log_prob else sums,
-        counts,
-        *((per_sequence(values.double()) / divisor).to(values.dtype) for values in metrics),
+    sums = add_up(tokens.logps.double())
+    means = (
+        (add_up(values.double()) / divisor).to(values.dtype)
+        for values in (tokens.entropy, tokens.mean_logits, tokens.is_top1)
     )
+    return SequenceValues(sums / divisor if inputs.options.average_log_prob else sums, counts, *means)
+
+
+def _loss(
+    head: Any,
+    head_tensors: tuple[torch.Tensor | None, ...],
+    logps: torch.Tensor,
+    token_counts: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """The head's formula in float64, reduced, and the metrics that log-probabilities alone give."""
+    exact = logps.double(), token_counts, None if ref_logps is None else ref_logps.double()
+    loss = reduce(head.losses(*exact, *head_tensors), head.reduction).to(head.loss_dtype)
+    with torch.no_grad():
+        named = head.metrics(head.report(*exact, *head_tensors), *head_tensors)
+    return loss, LossMetrics(logps=logps.detach(), ref_logps=ref_logps, token_counts=token_counts, **named)
+
+
+# ---- the twins ------------------------------------------------------------------------------------------------------
+
+ENGINE_ARGUMENTS = frozenset(
+    {
+        *("policy_logits", "logits", "ref_logits", "ref_logps", "labels", "cu_seqlens"),
+        *("hidden", "lm_head_weight", "lm_head_bias", "ref_hidden", "ref_lm_head_weight", "ref_lm_head_bias"),
+        *("chunk_bytes", *(field.name for field in fields(LogitOptions))),
+    }
+)
+
+
+def _checked(given: dict[str, Any]) -> tuple[LogitInputs | HiddenInputs, dict[str, Any]]:
+    """Check what an engine takes of the arguments ``given``. Returns the checked inputs and the other arguments."""
+    engine = {name: value for name, value in given.items() if name in ENGINE_ARGUMENTS}
+    others = {name: value for name, value in given.items() if name not in ENGINE_ARGUMENTS}
+    if "hidden" in engine:
+        return arguments.from_hidden(**engine), others
+    name = "logits" if "logits" in engine else "policy_logits"
+    return arguments.from_logits(name, engine.pop(name), **engine), others
+
+
+def _with_logits(inputs: LogitInputs | HiddenInputs) -> LogitInputs:
+    """Check the values of labels and offsets, and compute the logits of hidden states."""
+    is_hidden = isinstance(inputs, HiddenInputs)
+    options = inputs.options.logits if is_hidden else inputs.options
+    vocab_size = len(inputs.weight) if is_hidden else inputs.logits.shape[-1]
+    layout = {"ignore_index": options.ignore_index, "shift": options.shift}
+    check_contents(inputs.labels, inputs.cu_seqlens, vocab_size=vocab_size, **layout)
+    if not is_hidden:
+        return inputs
+    is_token = _targets(inputs.labels, inputs.cu_seqlens, **layout) != options.ignore_index
+    logits = _logits(inputs.hidden, inputs.weight, inputs.bias, is_token, inputs.options.dtype)
+    ref_logits, reference = None, inputs.reference
+    if reference.hidden is not None:
+        ref_logits = _logits(reference.hidden, reference.weight, reference.bias, is_token, inputs.options.ref_dtype)
+    labels_and_offsets = inputs.labels, inputs.cu_seqlens, inputs.num_sequences
+    return LogitInputs(logits, *labels_and_offsets, options, ref_logits, reference.logps)
+
+
+def _token_logps(given: dict[str, Any]) -> torch.Tensor | tuple[torch.Tensor, TokenMetrics]:
+    return_metrics = given.pop("return_metrics", False)
+    checks.flag("return_metrics", return_metrics)
+    inputs = _with_logits(_checked(given)[0])
+    tokens = _tokens(inputs.logits, inputs)
+    metrics = TokenMetrics(tokens.entropy, tokens.mean_logits, tokens.is_top1)
+    return (tokens.logps, metrics) if return_metrics else tokens.logps
+
+
+def _sequence_logps(given: dict[str, Any]) -> torch.Tensor:
+    inputs = _with_logits(_checked(given)[0])
+    return _sequences(inputs.logits, inputs).logps
+
+
+def _loss_of(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
+    inputs, head_options = _checked(given)
+    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+    inputs = _with_logits(inputs)
+    policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps
+    if inputs.ref_logits is not None:
+        ref_logps = _sequences(inputs.ref_logits, inputs).logps
+    loss, metrics = _loss(head, head_tensors, policy.logps, policy.token_counts, ref_logps)
+    means = {name: getattr(policy, name) for name in ("entropy", "mean_logits", "token_accuracy")}
+    return loss, replace(metrics, **means)
+
+
+def _loss_of_logps(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
+    inputs = arguments.from_logps(head_type, **given)
+    return _loss(inputs.head, inputs.head_tensors, inputs.policy_logps, inputs.token_counts, inputs.ref_logps)
+
+
+def _twin_of(fused: Callable, compute: Callable, *head_type: type) -> Callable:
+    """Make the twin of ``fused``: its signature, and ``compute(*head_type, arguments by name)`` as its body."""
+    signature, name = inspect.signature(fused), fused.__name__.removeprefix("fused_")
+
+    def twin(*positional: Any, **named: Any) -> Any:
+        for argument in named:
+            if argument not in signature.parameters:
+                raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
+        bound = signature.bind(*positional, **named)
+        bound.apply_defaults()
+        return compute(*head_type, bound.arguments)
+
+    twin.__name__ = twin.__qualname__ = name
+    twin.__doc__ = f"Twin of ``kto_fused.{fused.__name__}``."
+    twin.__signature__ = signature
+    return twin
+
+
+token_logps = _twin_of(functional.token_logps, _token_logps)
+sequence_logps = _twin_of(functional.sequence_logps, _sequence_logps)
+linear_token_logps = _twin_of(functional.linear_token_logps, _token_logps)
+linear_sequence_logps = _twin_of(functional.linear_sequence_logps, _sequence_logps)
+kto_loss = _twin_of(functional.fused_kto_loss, _loss_of, KTOHead)
+dpo_loss = _twin_of(functional.fused_dpo_loss, _loss_of, DPOHead)
+linear_kto_loss = _twin_of(functional.fused_linear_kto_loss, _loss_of, KTOHead)
+linear_dpo_loss = _twin_of(functional.fused_linear_dpo_loss, _loss_of, DPOHead)
+kto_loss_from_logps = _twin_of(functional.kto_loss_from_logps, _loss_of_logps, KTOHead)
+dpo_loss_from_logps = _twin_of(functional.dpo_loss_from_logps, _loss_of_logps, DPOHead)

@@ -1,4 +1,8 @@
-"""Random inputs, the comparison with the twin in float64, and one table of tolerances."""
+"""What the tests of losses share: random inputs, the comparison with the plain twin in float64, and the tolerances.
+
+``make_case`` and ``check_against_twin`` are for losses from logits, ``make_hidden_case`` and
+``check_hidden_against_twin`` for losses from hidden states.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,14 +26,15 @@ from kto_fused.engines import chunks as chunk_module
 from kto_fused.engines import plan
 from kto_fused.engines.layout import MASKED, row_targets
 
-# Largest error against float64 on the same inputs: a token's log-probability in nats, and a gradient's
-# ||error|| / ||gradient||, which for half precision is the rounding of the result (Triton's interpreter truncates).
+# The largest error against float64 on the same inputs: of a token's log-probability, in nats, and of a gradient, as
+# ||error|| / ||gradient||. In half precision the latter is the result's rounding (Triton's interpreter truncates).
 LOGP_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(LOGP_TOLERANCE)
 
-# MiB of a step of 8 sequences: (H, V, T), the head trained, with half, twice and an eighth of the budget, frozen
-ON_HOPPER = {  # on an H200 860, 1483, 203, 1087, 1864, 3767 and 465 were measured
+# Peak MiB of a step of 8 sequences on a Hopper GPU, by (H, V, T): with a trained head and the default chunk_bytes,
+# half, twice and an eighth of it, and with a frozen head. An H200 measured 860, 1483, 203, 1087, 1864, 3767 and 465.
+ON_HOPPER = {
     (896, 151936, 2048): (859, 859, 1481, 386, 203),
     (896, 151936, 8192): (1087, 766, 1878, 638, 285),
     (2048, 128256, 2048): (1863, 1567, 1863, 757, 262),
@@ -81,9 +86,9 @@ class Case(WithOptions):
 def make_labels(
     random: torch.Generator, batch: int, seq_len: int, vocab: int, packed: bool, device: str, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels, desirable): each sequence a prompt, a completion and padding of random lengths.
+    """Return (labels, desirable). Each sequence is a prompt, a completion and padding of random lengths.
 
-    ``packed`` cuts sequences to random lengths and adds their offsets to ``options``.
+    ``packed`` cuts the sequences to random lengths and adds their offsets to ``options``.
     """
     labels = torch.randint(vocab, (batch, seq_len), generator=random)
     bounds = torch.randint(seq_len + 1, (batch, 2), generator=random).sort(1).values
@@ -121,12 +126,12 @@ def make_case(
 
 
 def run(function, case: Case, **options: Any):
-    """(loss, metrics, gradient by the logits) of a KTO or DPO function; the losses weighted unevenly."""
+    """Return (loss, metrics, gradient w.r.t. the logits) of a KTO or DPO function. The losses get uneven weights."""
     logits = case.logits.detach().requires_grad_()
     options = {**case.options, **options}
     if not {"ref_logits", "ref_logps"} & set(options) and options.get("loss_type") != "simpo":
         options["ref_logits"] = case.ref_logits
-    # in place overwrites its input, which a leaf must not be
+    # in place overwrites its input, so the input must not be a leaf
     policy = logits.clone() if options.get("inplace_backward") else logits
     loss, metrics = function(policy, case.labels, *([case.desirable] if function in KTO else []), **options)
     weigh(loss).backward()
@@ -134,13 +139,13 @@ def run(function, case: Case, **options: Any):
 
 
 def weigh(losses: torch.Tensor) -> torch.Tensor:
-    """The sum of one or more losses, each with a weight of its own."""
+    """Return the sum of the losses, each with its own weight."""
     weights = torch.linspace(50, 100, losses.numel(), device=losses.device, dtype=losses.dtype)
     return (losses.flatten() * weights).sum()
 
 
 def truth(function, case: Case, **options: Any):
-    """The twin in float64 on the same inputs."""
+    """Run the twin of ``function`` in float64 on the same inputs."""
     exact = replace(case, logits=case.logits.double(), ref_logits=case.ref_logits.double())
     options = {key: value for key, value in options.items() if key not in ("backend", "inplace_backward")}
     return run(TWINS[function], exact, **options)
@@ -149,7 +154,7 @@ def truth(function, case: Case, **options: Any):
 def assert_same_gradient(
     actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0, roundings: float = 1.0
 ) -> None:
-    """||error|| <= tolerance ||gradient|| + floor, but for what the dtype cannot hold."""
+    """Require ||error|| <= roundings * tolerance * ||gradient|| + floor, plus what underflows in the dtype."""
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).norm().item()
     underflow = torch.finfo(actual.dtype).smallest_normal * actual.numel() ** 0.5
@@ -160,7 +165,7 @@ def assert_same_gradient(
 def check_gradients(
     engine: tuple[str, str], function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None
 ) -> None:
-    """Finite differences by every element; in the interpreter, which is slow, by one random direction."""
+    """Compare with finite differences along every element; in the slow interpreter, along one random direction."""
     assert gradcheck(function, inputs, fast_mode=engine == ("triton", "cpu"))
 
 
@@ -172,9 +177,9 @@ def assert_close(actual, expected, tolerance: float, what: str) -> None:
 
 
 def check_loss_and_metrics(actual, expected, dtype: torch.dtype) -> None:
-    """(loss, metrics) of inputs in ``dtype`` against those in float64."""
+    """Compare (loss, metrics) of inputs in ``dtype`` with those in float64."""
     (loss, metrics), (exact_loss, exact_metrics) = actual, expected
-    # a sequence's log-probability adds up its tokens' errors, and the loss sees beta <= 1 of that
+    # a sequence's log-probability adds up its tokens' errors; the loss multiplies them by beta <= 1
     tolerance = LOGP_TOLERANCE[dtype] * 10
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close(loss, exact_loss, tolerance, "loss")
@@ -190,9 +195,9 @@ def check_loss_and_metrics(actual, expected, dtype: torch.dtype) -> None:
 
 
 def check_against_twin(function, case: Case, *, grad_floor: float = 0.0, **options: Any) -> None:
-    """Loss, every metric and the gradient, against the twin in float64.
+    """Compare loss, every metric and the gradient with the twin in float64.
 
-    ``grad_floor`` is for losses whose gradient may vanish (``ipo`` at its target), where no relative error is small.
+    ``grad_floor`` is an absolute tolerance for losses whose gradient may vanish (``ipo`` at its target).
     """
     dtype = case.logits.dtype
     loss, metrics, grad = run(function, case, **options)
@@ -200,7 +205,7 @@ def check_against_twin(function, case: Case, *, grad_floor: float = 0.0, **optio
     check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), dtype)
     assert grad.dtype == dtype
     assert_same_gradient(grad, exact_grad, grad_floor)
-    # a 0 of the twin's may be two terms that cancel (``apo_down``), which a GPU rounds otherwise
+    # not "where the twin's gradient is 0": two terms may cancel there (``apo_down``) and round otherwise on a GPU
     assert grad[is_masked(case)].eq(0).all(), "masked rows must have a gradient of exactly 0"
 
 
@@ -222,7 +227,7 @@ class HiddenCase(WithOptions):
     options: dict[str, Any] = field(default_factory=dict)
 
     def map(self, change) -> "HiddenCase":
-        """The same with every floating-point tensor changed."""
+        """Return the case with ``change`` applied to every floating-point tensor."""
 
         def changed(value):
             is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -233,9 +238,9 @@ class HiddenCase(WithOptions):
 
 
 def is_masked(case: "Case | HiddenCase") -> torch.Tensor:
-    """Which positions are no completion token. [B, T] or [N]"""
+    """Which positions are not completion tokens. [B, T] or [N]"""
     layout = {"ignore_index": case.options.get("ignore_index", -100), "shift": case.options.get("shift", True)}
-    # the vocabulary says which labels are invalid, not which are masked
+    # the vocabulary's size decides which labels are invalid, not which are masked
     targets = row_targets(case.labels, case.options.get("cu_seqlens"), vocab_size=1, **layout)
     return targets == MASKED
 
@@ -270,7 +275,7 @@ def make_hidden_case(
 
 
 def run_hidden(function, case: HiddenCase, *, trained: tuple[str, ...] = INPUTS, **options: Any):
-    """(loss, metrics, gradients by name) of a loss from hidden states; the losses weighted unevenly."""
+    """Return (loss, metrics, gradients by name) of a loss from hidden states. The losses get uneven weights."""
     inputs = {name: getattr(case, name) for name in INPUTS}
     inputs = {name: x if x is None else x.detach().requires_grad_(name in trained) for name, x in inputs.items()}
     options = {**case.options, **options}
@@ -286,16 +291,16 @@ def run_hidden(function, case: HiddenCase, *, trained: tuple[str, ...] = INPUTS,
 def check_hidden_against_twin(
     function, case: HiddenCase, *, trained: tuple[str, ...] = INPUTS, grad_floor: float = 0.0, **options: Any
 ) -> None:
-    """Loss, every metric and all gradients, against the twin in float64 on the same inputs."""
+    """Compare loss, every metric and all gradients with the twin in float64 on the same inputs."""
     case, dtype = case.with_options(**options), case.hidden.dtype
     loss, metrics, grads = run_hidden(function, case, trained=trained)
     exact = case.map(torch.Tensor.double).with_options(backend=None)
     exact_loss, exact_metrics, exact_grads = run_hidden(TWINS[function], exact, trained=trained)
     check_loss_and_metrics((loss, metrics), (exact_loss, exact_metrics), dtype)
     assert grads.keys() == exact_grads.keys()
-    # softmax, d logp / d hidden and the result are rounded one after the other, and the interpreter truncates each time
+    # softmax, d logp / d hidden and the result are each rounded, and Triton's interpreter truncates each of them
     is_truncated = case.options.get("backend") == "triton" and case.hidden.device.type == "cpu"
-    # and in float32 the GEMM rounds logits of up to 20 before the softmax
+    # in float32 the GEMM rounds logits of up to 20 before the softmax
     roundings = {torch.bfloat16: 1.5 if is_truncated else 1.0, torch.float32: 2.0}.get(dtype, 1.0)
     for name, grad in grads.items():
         assert grad.dtype == dtype, name
@@ -315,7 +320,7 @@ def on(engine: tuple[str, str]) -> dict[str, str]:
 
 @contextmanager
 def chunks_of(num_tokens: int | None) -> Iterator[None]:
-    """Let a chunk hold that many tokens whatever ``chunk_bytes`` says; None changes nothing."""
+    """Let a chunk hold ``num_tokens`` tokens, whatever ``chunk_bytes`` says. None changes nothing."""
     with pytest.MonkeyPatch.context() as patch:
         if num_tokens is not None:
             patch.setattr(chunk_module.ChunkSpec, "capacity", lambda spec: num_tokens)

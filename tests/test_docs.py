@@ -16,7 +16,7 @@ import pytest
 from cases import ON_HOPPER
 
 import kto_fused
-from kto_fused.heads import losses
+from kto_fused.heads import preference
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,8 +44,8 @@ def test_every_public_name_has_an_example(name):
 @pytest.mark.parametrize(
     ("function", "formulas", "loss_types"),
     [
-        (kto_fused.fused_kto_loss, losses.kto_losses, losses.KTO_LOSS_TYPES),
-        (kto_fused.fused_dpo_loss, losses.dpo_losses, losses.DPO_LOSS_TYPES),
+        (kto_fused.fused_kto_loss, preference.kto_losses, preference.KTO_LOSS_TYPES),
+        (kto_fused.fused_dpo_loss, preference.dpo_losses, preference.DPO_LOSS_TYPES),
     ],
 )
 def test_help_has_each_losss_formula_and_source(function, formulas, loss_types):
@@ -148,8 +148,8 @@ def test_the_readmes_table_has_the_public_names_and_no_others():
 
 def test_the_readme_lists_the_loss_types():
     kto, dpo = re.search(r"- KTO `loss_type`: (.*?)\. DPO: (.*?)\. `help", README, re.DOTALL).groups()
-    assert tuple(re.findall(r"`(\w+)`", kto)) == losses.KTO_LOSS_TYPES
-    assert tuple(re.findall(r"`(\w+)`", dpo)) == losses.DPO_LOSS_TYPES
+    assert tuple(re.findall(r"`(\w+)`", kto)) == preference.KTO_LOSS_TYPES
+    assert tuple(re.findall(r"`(\w+)`", dpo)) == preference.DPO_LOSS_TYPES
 
 
 # ---- tables of measurements; the functions return the header first --------------------------------------------------

@@ -1,4 +1,4 @@
-"""Bad input gets one clear error at the call: which argument, what came, what was expected."""
+"""A wrong argument gets one clear error at the call: it names the argument, what came and what was expected."""
 
 import math
 import re
@@ -251,7 +251,7 @@ KTO_ERRORS = {
 
 @pytest.mark.parametrize("function", [fused_kto_loss, reference.kto_loss], ids=["fused", "reference"])
 @pytest.mark.parametrize("name", KTO_ERRORS)
-def test_kto(function, name):
+def test_kto_names_the_wrong_argument(function, name):
     changes, error, message = KTO_ERRORS[name]
     with pytest.raises(error, match=re.escape(message)):
         function(**arguments(**changes))
@@ -300,7 +300,7 @@ DPO_ERRORS = {
 
 @pytest.mark.parametrize("function", [fused_dpo_loss, reference.dpo_loss], ids=["fused", "reference"])
 @pytest.mark.parametrize("name", DPO_ERRORS)
-def test_dpo(function, name):
+def test_dpo_names_the_wrong_argument(function, name):
     changes, error, message = DPO_ERRORS[name]
     with pytest.raises(error, match=re.escape(message)):
         function(**arguments(desirable=..., **changes))
@@ -357,7 +357,7 @@ LOGPS_ERRORS = {
 
 @pytest.mark.parametrize("function", [kto_fused.dpo_loss_from_logps, reference.dpo_loss_from_logps])
 @pytest.mark.parametrize("name", LOGPS_ERRORS)
-def test_dpo_from_logps(function, name):
+def test_dpo_from_logps_names_the_wrong_argument(function, name):
     changes, error, message = LOGPS_ERRORS[name]
     with pytest.raises(error, match=re.escape(message)):
         function(**{"policy_logps": torch.zeros(4), "ref_logps": torch.zeros(4), **changes})
@@ -369,7 +369,7 @@ def test_kto_from_logps_needs_a_reference(function):
         function(torch.zeros(4), None, torch.tensor([True, False, True, False]))
 
 
-def test_tensors_that_hold_no_values():
+def test_tensors_without_values_are_refused():
     values, labels = torch.zeros(1, 2, 3, device="meta"), torch.zeros(1, 2, dtype=torch.long, device="meta")
     for call in (
         lambda: kto_fused.token_logps(values, labels),
@@ -406,7 +406,7 @@ UNREADABLE = {
 
 
 def refuses_unreadable(function, name: str, values: dict, kind: str) -> None:
-    """Each as the argument ``name``; what some layout cannot express of a tensor is left out."""
+    """Pass a tensor of this ``kind`` as the argument ``name``. Kinds that cannot hold such a tensor are left out."""
     make, message = UNREADABLE[kind]
     needs_matrix = kind in ("CSR", "CSC")
     if (needs_matrix and values[name].ndim < 2) or (kind.startswith("nested") and values[name].ndim == 0):
@@ -445,7 +445,7 @@ def test_log_probabilities_that_no_engine_reads_are_refused(function, kind):
         refuses_unreadable(function, name, dict(values), kind)
 
 
-def test_the_triton_backend_on_a_cpu_without_the_interpreter(monkeypatch):
+def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend='triton' needs a GPU, got tensors on cpu"):
         fused_kto_loss(**arguments(backend="triton"))
@@ -465,14 +465,14 @@ def test_an_unknown_keyword_names_the_function_that_was_called(name):
 
 @pytest.mark.parametrize("name", [name for name in reference.__all__ if name.startswith("linear_")])
 @pytest.mark.parametrize("argument", ["inplace_backward", "ref_logits"])
-def test_arguments_of_logits_are_none_of_hidden_states(name, argument):
+def test_arguments_for_logits_are_refused_with_hidden_states(name, argument):
     refuses(getattr(reference, name), argument)
 
 
 @pytest.mark.parametrize("function", [fused_kto_loss, reference.kto_loss], ids=["fused", "reference"])
-def test_in_place_is_about_the_policys_logits(function):
-    of_reference = torch.zeros(1, T, V).expand(B, T, V)  # elements that share memory are only read
-    loss, _ = function(**arguments(ref_logps=..., ref_logits=of_reference, inplace_backward=True))
+def test_in_place_concerns_the_policys_logits_alone(function):
+    ref_logits = torch.zeros(1, T, V).expand(B, T, V)  # its elements share memory, but it is only read
+    loss, _ = function(**arguments(ref_logps=..., ref_logits=ref_logits, inplace_backward=True))
     assert loss.isfinite()
 
 
@@ -480,7 +480,7 @@ def floats(options):
     return {name: float(number) for name, number in options.items()}
 
 
-def test_numbers_of_any_kind_are_numbers():
+def test_numbers_of_any_type_compute_like_floats():
     loss, _ = fused_kto_loss(**arguments(beta=np.float32(0.5), reference_point=np.float64(0.1), temperature=1))
     assert loss.isfinite()
     case = make_case(batch=B, seq_len=T, vocab=V, dtype=torch.float64)
@@ -500,15 +500,15 @@ def test_numbers_of_any_kind_are_numbers():
                 function = getattr(module, name)
                 assert torch.equal(function(*tensors, **transform), function(*tensors, **floats(transform)))
         logps, desirable = torch.randn(B, dtype=torch.float64), case.desirable
-        of_kto = dict.fromkeys(("beta", "desirable_weight", "undesirable_weight", "reference_point"), number)
-        of_dpo = {"beta": number, "gamma": number, "label_smoothing": number / 5}
+        kto_numbers = dict.fromkeys(("beta", "desirable_weight", "undesirable_weight", "reference_point"), number)
+        dpo_numbers = {"beta": number, "gamma": number, "label_smoothing": number / 5}
         for module in (kto_fused, reference):
-            loss, _ = module.kto_loss_from_logps(logps, logps - 1, desirable, **of_kto)
-            expected, _ = module.kto_loss_from_logps(logps, logps - 1, desirable, **floats(of_kto))
+            loss, _ = module.kto_loss_from_logps(logps, logps - 1, desirable, **kto_numbers)
+            expected, _ = module.kto_loss_from_logps(logps, logps - 1, desirable, **floats(kto_numbers))
             assert torch.equal(loss, expected)
             simpo = {"loss_type": "simpo", "average_log_prob": True}
-            loss, _ = module.dpo_loss_from_logps(logps, **simpo, **of_dpo)
-            assert torch.equal(loss, module.dpo_loss_from_logps(logps, **simpo, **floats(of_dpo))[0])
+            loss, _ = module.dpo_loss_from_logps(logps, **simpo, **dpo_numbers)
+            assert torch.equal(loss, module.dpo_loss_from_logps(logps, **simpo, **floats(dpo_numbers))[0])
 
 
 def test_apples_gpu_is_refused():
@@ -522,7 +522,7 @@ def test_a_gpu_without_float64_is_refused(monkeypatch):
         kto_fused.engines.backends.resolve(None, torch.device("xpu", 0))
 
 
-def test_reference_point_inputs():
+def test_the_reference_points_arguments_are_checked():
     zeros = torch.zeros(3)
     with pytest.raises(ValueError, match=re.escape("ref_kl_logps has shape [2], expected [3]")):
         kto_fused.kto_reference_point(zeros, zeros[:2])
@@ -533,7 +533,7 @@ def test_reference_point_inputs():
 
 
 @pytest.mark.parametrize("counts", [(0, 5), (5, -1)])
-def test_class_weights_of_an_empty_class(counts):
+def test_an_empty_class_has_no_weight(counts):
     with pytest.raises(ValueError, match="must be a finite number > 0"):
         kto_fused.kto_class_weights(*counts)
 
@@ -608,7 +608,11 @@ LM_HEAD_ERRORS = {
     "a flag as chunk_bytes": ({"chunk_bytes": True}, TypeError, "chunk_bytes must be an int, got bool"),
     "label V": ({"labels": torch.full((B, T), V)}, IndexError, "labels[0, 1] is 7: expected a token id in [0, 7)"),
     "no ignore_index": ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
-    "an ignore_index that no label can be": ({"ignore_index": 2**63}, ValueError, "ignore_index must be an integer of"),
+    "an ignore_index that no label can be": (
+        {"ignore_index": 2**63},
+        ValueError,
+        "ignore_index must fit in a signed 64-bit integer, as labels do, got 9223372036854775808",
+    ),
     "ignore_index as text": ({"ignore_index": "x"}, TypeError, "ignore_index must be an int, got str"),
     "a number as shift": ({"shift": 1}, TypeError, "shift must be True or False, got 1"),
 }
@@ -620,14 +624,14 @@ with_twins = pytest.mark.parametrize(
 
 @with_twins
 @pytest.mark.parametrize("name", LM_HEAD_ERRORS)
-def test_hidden_states_and_lm_head(function, name):
+def test_hidden_states_and_lm_head_are_checked(function, name):
     changes, error, message = LM_HEAD_ERRORS[name]
     with pytest.raises(error, match=re.escape(message)):
         function(**hidden_arguments(function, **changes))
 
 
 @pytest.mark.parametrize("function", [linear_token_logps, reference.linear_token_logps], ids=["fused", "reference"])
-def test_a_flag_that_is_none(function):
+def test_a_flag_must_be_a_bool(function):
     with pytest.raises(TypeError, match="return_metrics must be True or False, got 1"):
         function(**hidden_arguments(function, return_metrics=1))
 
@@ -658,7 +662,7 @@ HIDDEN_REFERENCE_ERRORS = {
     "ref_hidden of another size without a head": (
         {**FROM_HIDDEN, "ref_hidden": torch.zeros(B, T, H + 1)},
         ValueError,
-        "lm_head_weight, the reference's too, must be [V, H] with V >= 1 and ref_hidden's H = 4, got shape [7, 3]",
+        "lm_head_weight (also the reference's) must be [V, H] with V >= 1 and ref_hidden's H = 4, got shape [7, 3]",
     ),
     "ref_hidden of integers": (
         {**FROM_HIDDEN, "ref_hidden": HIDDEN.long()},
@@ -690,14 +694,14 @@ HIDDEN_REFERENCE_ERRORS = {
 
 @pytest.mark.parametrize("function", [*HIDDEN_FUNCTIONS[:2], reference.linear_kto_loss, reference.linear_dpo_loss])
 @pytest.mark.parametrize("name", HIDDEN_REFERENCE_ERRORS)
-def test_hidden_states_of_a_reference(function, name):
+def test_a_references_hidden_states_are_checked(function, name):
     changes, error, message = HIDDEN_REFERENCE_ERRORS[name]
     with pytest.raises(error, match=re.escape(message)):
         function(**hidden_arguments(function, **changes))
 
 
 @pytest.mark.parametrize("function", [*HIDDEN_FUNCTIONS[:2], reference.linear_kto_loss, reference.linear_dpo_loss])
-def test_a_reference_of_another_vocabulary(function):
+def test_a_reference_of_another_vocabulary_is_refused(function):
     changes = {**FROM_HIDDEN, "ref_lm_head_weight": torch.zeros(V + 1, H)}
     message = "ref_lm_head_weight has a vocabulary of 8, expected lm_head_weight's 7"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -706,7 +710,7 @@ def test_a_reference_of_another_vocabulary(function):
 
 @pytest.fixture
 def sharded():
-    """Spreads a tensor over two ranks, of which this process is one."""
+    """A function that shards a tensor over two ranks. This process is rank 0."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     distributed = torch.distributed

@@ -1,4 +1,4 @@
-"""What is installed: `kernels` lives inside the package, and nowhere else."""
+"""The installed package: `kernels` lies inside it and nowhere else, and imports stay cheap."""
 
 import os
 import re
@@ -28,9 +28,9 @@ def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    # from a copy: a build folder of the tree's own may hold modules that are gone
+    # from a copy: a build folder in the working tree may hold modules that are gone
     source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
-    # without isolation it needs no network; setuptools comes with torch
+    # no isolation, because that needs the network; setuptools comes with torch
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "-w", str(folder), str(source)], check=True, cwd=folder)
     return next(folder.glob("kto_fused-*.whl"))
@@ -56,12 +56,12 @@ def test_an_installed_wheel_imports_its_own_kernels(wheel, tmp_path):
 
 
 def test_the_folder_imports_cleanly_under_either_name():
-    """A Python started in the repository root sees the folder as a top-level `kernels`."""
+    """Python started in the repository's root finds the folder as a top-level package `kernels`."""
     code = "import sys, {0}; print({0}.__file__); assert 'torch' not in sys.modules and 'triton' not in sys.modules"
     assert Path(python(code.format("kernels"), cwd=ROOT)) == ROOT / "kernels" / "__init__.py"
 
 
-def test_the_version_stands_in_both_places_alike():
+def test_the_version_is_the_same_in_both_places():
     assert f'version="{version()}"' in (ROOT / "setup.py").read_text()
 
 

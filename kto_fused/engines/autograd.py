@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ..heads import preference as heads
+from ..heads import base as heads
 from .backends import HAS_TRITON, on_device
 from .cpu import BLOCK_BYTES
 from .first_derivative import first_derivative_only

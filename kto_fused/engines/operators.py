@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..heads import preference as heads
+from ..heads import base as heads
 from .backends import opaque
 from .chunks import NUM_STATISTICS
 from .hidden import Reference, backward, forward

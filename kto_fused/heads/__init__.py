@@ -1,1 +1,1 @@
-"""Losses: sequences' log-probabilities in, a loss and its gradient out."""
+"""Loss heads: from sequences' log-probabilities to a loss and its gradient."""

@@ -1,33 +1,215 @@
-"""Loss heads: sequence log-probabilities -> (loss, d loss / d log-probabilities, what to report). No vocabulary here.
+"""KTO and DPO with their relatives: the formulas, the checks of their options, and their heads (see ``heads.base``).
 
-A head is a frozen dataclass and a callable ``head(logps, token_counts, ref_logps, *tensors, num_losses=None)`` on [B]
-fp64 log-probabilities. Its fields are fixed when it is made, its tensors come with the call. It returns ``(loss, grads,
-*reported)``, all detached. ``HEADS`` names all heads: a new loss is a class there, its formula given to
-``value_and_grads`` in an operator. Beside the call a class has
-
-- ``group``: how many sequences one loss value reads. 1: each sequence alone. 2: sequence i together with i + B/2. None,
-  also where a head has no such attribute: the whole batch. An engine may call a head that has a group on some of the
-  batch's groups alone. ``num_losses`` is then the number of losses in the whole batch, by which a mean divides. A head
-  without a group is only called on the whole batch, and without ``num_losses``.
-- ``reduction``, ``loss_dtype``: fields that every head has. Its other fields are strings, floats and bools
-  (``flatten``).
-- ``outputs``: tensors shaped as its results
-
-(Heads compare by identity: torch.compile of PyTorch 2.11 hashes an object before its fields are set.)
+r_s = L_s - Lref_s is the log-ratio of sequence s in nats, sigma the logistic function. The formulas are plain PyTorch:
+the reference and the PyTorch backend differentiate them by autograd. The Triton kernels ``kernels/kto.py`` and
+``kernels/dpo.py`` hold value and gradient written out by hand.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Optional
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
 
 import torch
+import torch.nn.functional as F
 
-from ..engines.backends import on_device, opaque
-from .losses import dpo_losses, kto_losses, reduce
+from .. import checks
+from ..engines.backends import may_read, on_device, opaque
+from .base import REDUCTIONS, loss_shape, register, value_and_grads
+
+KTO_LOSS_TYPES = ("kto", "kto_squared", "apo_zero_unpaired")
+DPO_LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo", "simpo", "apo_zero", "apo_down")
+LENGTH_AVERAGED = ("ipo", "simpo")  # losses of length-averaged log-ratios
+REFERENCE_FREE = ("simpo",)  # losses without a reference model
+WITH_LABEL_SMOOTHING = ("sigmoid", "robust", "simpo")
+DEFAULT_GAMMA = 0.5
 
 
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+
+def kto_losses(
+    log_ratios: torch.Tensor,
+    desirable: torch.Tensor,
+    reference_point: torch.Tensor | float,
+    *,
+    loss_type: str,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> torch.Tensor:
+    """KTO losses (Ethayarajh et al. 2024, arXiv 2402.01306) of log-ratios r. [B] -> [B]
+
+    With e = +1 for desirable and -1 for undesirable, w the class weight, z0 the reference point and
+    q = sigma(e beta (r - z0)):
+
+    - ``kto``: w (1 - q)
+    - ``kto_squared``: w (1 - q)^2
+    - ``apo_zero_unpaired`` (D'Oosterlinck et al. 2024, arXiv 2408.06266): ``kto`` with z0 = 0
+
+    ``desirable`` holds 1 or 0. Any other value gives NaN.
+    """
+    sign = torch.where(desirable == 1, 1.0, -1.0).to(log_ratios.dtype)
+    # tensors of the right dtype: torch.where would round Python numbers to float32 first
+    desirable_weight, undesirable_weight, invalid = (
+        log_ratios.new_full((), number) for number in (desirable_weight, undesirable_weight, math.nan)
+    )
+    weight = torch.where(desirable == 1, desirable_weight, torch.where(desirable == 0, undesirable_weight, invalid))
+    one_minus_q = torch.sigmoid(-sign * beta * (log_ratios - reference_point))
+    if loss_type == "kto_squared":
+        return weight * one_minus_q**2
+    return weight * one_minus_q
+
+
+def choose_z0(log_ratios: torch.Tensor, z0: torch.Tensor | None, number: float | None) -> torch.Tensor:
+    """Return KTO's reference point as a float64 scalar: ``z0``, else the ``number``, else the mean of the log-ratios.
+
+    It never has a gradient.
+    """
+    if z0 is not None:
+        return z0.detach().to(torch.float64, copy=True).reshape(())
+    return log_ratios.new_full((), number) if number is not None else log_ratios.detach().mean()
+
+
+def dpo_losses(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    gamma: float,
+) -> torch.Tensor:
+    """DPO losses (Rafailov et al. 2023, arXiv 2305.18290) and their relatives. [B/2], [B/2] -> [B/2]
+
+    ``chosen`` r_w and ``rejected`` r_l are log-ratios. For ``ipo`` they are divided by the completions' lengths; for
+    ``simpo`` they are the policy's log-probabilities divided by the lengths. h = r_w - r_l, s = label smoothing.
+
+    - ``sigmoid``: -(1-s) log sigma(beta h) - s log sigma(-beta h) (s > 0: Mitchell's conservative DPO)
+    - ``robust`` (arXiv 2403.00409): [-(1-s) log sigma(beta h) + s log sigma(-beta h)] / (1 - 2s)
+    - ``hinge`` (SLiC-HF, arXiv 2305.10425): max(0, 1 - beta h)
+    - ``ipo`` (arXiv 2310.12036): (h - 1 / (2 beta))^2
+    - ``simpo`` (arXiv 2405.14734): ``sigmoid`` of beta h - gamma
+    - ``apo_zero`` (arXiv 2408.06266): [1 - sigma(beta r_w)] + sigma(beta r_l)
+    - ``apo_down`` (arXiv 2408.06266): sigma(beta r_w) + [1 - sigma(beta h)]
+    """
+    h = chosen - rejected
+    if loss_type == "hinge":
+        return torch.relu(1 - beta * h)
+    if loss_type == "ipo":
+        return (h - 1 / (2 * beta)) ** 2
+    if loss_type == "apo_zero":
+        return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+    if loss_type == "apo_down":
+        return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * h)
+    u = beta * h - gamma if loss_type == "simpo" else beta * h
+    kept = -(1 - label_smoothing) * F.logsigmoid(u)
+    if label_smoothing == 0:  # 0 times an infinite loss of the flipped pair would be NaN
+        return kept
+    flipped = -label_smoothing * F.logsigmoid(-u)
+    if loss_type == "robust":
+        return (kept - flipped) / (1 - 2 * label_smoothing)
+    return kept + flipped
+
+
+def pair_scores(logps: torch.Tensor, ref_logps: torch.Tensor | None, token_counts: torch.Tensor | None) -> torch.Tensor:
+    """Return the scores whose difference a pair loss reads. [B]
+
+    A score is a log-ratio, or a log-probability without a reference; divided by its length if ``token_counts`` came.
+    """
+    scores = logps if ref_logps is None else logps - ref_logps
+    return scores if token_counts is None else scores / token_counts.clamp(min=1)
+
+
+def pair_rewards(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    token_counts: torch.Tensor | None,
+    loss_type: str,
+    beta: float,
+) -> torch.Tensor:
+    """Return beta times each sequence's log-ratio. [B]
+
+    ``simpo`` alone divides by the length too: its paper defines the reward by the length-averaged log-probability.
+    """
+    return beta * pair_scores(logps, ref_logps, token_counts if loss_type == "simpo" else None)
+
+
+# ---- checks of options ----------------------------------------------------------------------------------------------
+
+
+def check_kto_options(
+    loss_type: object,
+    beta: object,
+    desirable_weight: object,
+    undesirable_weight: object,
+    reference_point: object,
+    reduction: object,
+) -> None:
+    """Check the numbers and names of a KTO loss. ``reference_point`` is a number, a scalar tensor or "batch_mean"."""
+    checks.choice("loss_type", loss_type, KTO_LOSS_TYPES)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.number("beta", beta, above=0)
+    checks.number("desirable_weight", desirable_weight, at_least=0)
+    checks.number("undesirable_weight", undesirable_weight, at_least=0)
+    is_number = checks.is_number(reference_point)
+    if isinstance(reference_point, torch.Tensor):
+        checks.tensor("reference_point", reference_point, checks.FLOAT_DTYPES, checks.A_FLOAT)
+        if reference_point.numel() != 1:
+            raise ValueError(f"reference_point must be a scalar, got shape {list(reference_point.shape)}")
+    elif is_number:
+        checks.number("reference_point", reference_point)
+    elif not (isinstance(reference_point, str) and reference_point == "batch_mean"):
+        raise ValueError(f"reference_point must be a number, a scalar tensor or 'batch_mean', got {reference_point!r}")
+    is_left_out = isinstance(reference_point, str)  # "batch_mean" is the default
+    if loss_type == "apo_zero_unpaired" and not is_left_out and not (is_number and reference_point == 0):
+        raise ValueError(f"loss_type='apo_zero_unpaired' fixes reference_point at 0, got {reference_point!r}")
+
+
+def check_desirable(desirable: torch.Tensor, num_sequences: int, policy: torch.Tensor) -> None:
+    """Check that ``desirable`` [B] is bool, or integers 0 and 1. Their values are read where ``may_read`` allows."""
+    kind = "bool (or 0/1 integers)"
+    checks.per_sequence("desirable", desirable, (torch.bool, *checks.INTEGER_DTYPES), kind, num_sequences, policy)
+    if desirable.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(desirable):
+        wrong = desirable[(desirable != 0) & (desirable != 1)]
+        if len(wrong):
+            raise ValueError(f"desirable must hold 0 or 1, got {wrong[0].item()}")
+
+
+def check_dpo_options(
+    loss_type: object, beta: object, label_smoothing: object, gamma: object, reduction: object
+) -> None:
+    """Check the numbers and names of a DPO loss."""
+    checks.choice("loss_type", loss_type, DPO_LOSS_TYPES)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.number("beta", beta, above=0)
+    checks.number("label_smoothing", label_smoothing)
+    checks.number("gamma", gamma)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
+    if label_smoothing and loss_type not in WITH_LABEL_SMOOTHING:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} has no meaning for loss_type={loss_type!r}; "
+            f"it belongs to {list(WITH_LABEL_SMOOTHING)}"
+        )
+    if gamma != DEFAULT_GAMMA and loss_type != "simpo":
+        raise ValueError(f"gamma={gamma} has no meaning for loss_type={loss_type!r}; it belongs to 'simpo'")
+
+
+def check_token_counts(token_counts: torch.Tensor, policy_logps: torch.Tensor) -> None:
+    """Check that ``token_counts`` [B] are integers >= 0. Their values are read where ``may_read`` allows."""
+    kind, num_sequences = "integers", policy_logps.numel()
+    checks.per_sequence("token_counts", token_counts, checks.INTEGER_DTYPES, kind, num_sequences, policy_logps)
+    if not torch.compiler.is_compiling() and may_read(token_counts):
+        wrong = token_counts[token_counts < 0]
+        if len(wrong):
+            raise ValueError(f"token_counts must be >= 0, got {wrong[0].item()}")
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+
+
+@register("kto")
 @dataclass(frozen=True, eq=False)
 class KTOHead:
     """``head(logps, token_counts, ref_logps, desirable, z0) -> (loss, grads, rewards, reference_point)``.
@@ -35,6 +217,8 @@ class KTOHead:
     ``reference`` says what the reference point is: ``"number"``: the field ``reference_point``; ``"batch_mean"``: the
     mean log-ratio of the batch; ``"tensor"``: ``z0``, a scalar tensor that comes with the call and is None otherwise.
     """
+
+    needs_reference: ClassVar[bool] = True
 
     loss_type: str
     beta: float
@@ -50,13 +234,112 @@ class KTOHead:
     def group(self) -> int | None:
         return None if self.reference == "batch_mean" else 1
 
+    @classmethod
+    def prepare(
+        cls,
+        policy: torch.Tensor,
+        num_sequences: int,
+        *,
+        desirable: torch.Tensor,
+        reference_point: torch.Tensor | float | str,
+        loss_type: str,
+        beta: float,
+        desirable_weight: float,
+        undesirable_weight: float,
+        average_log_prob: bool,  # unused: KTO has the same formula for sums and means
+        **fields: Any,
+    ) -> tuple["KTOHead", tuple[torch.Tensor | None, ...]]:
+        """Check a call's options for the policy's logits, hidden states or log-probabilities.
+
+        Returns the head and its tensors (desirable, z0). ``fields`` are those that every head has, and ``backend``.
+        """
+        check_kto_options(loss_type, beta, desirable_weight, undesirable_weight, reference_point, fields["reduction"])
+        check_desirable(desirable, num_sequences, policy)
+        reference, z0, number = "number", None, 0.0  # apo_zero_unpaired fixes the reference point at 0
+        if isinstance(reference_point, torch.Tensor):
+            if reference_point.device != policy.device:
+                raise ValueError(
+                    f"reference_point is on {reference_point.device}, expected the policy's device {policy.device}"
+                )
+            reference, z0 = "tensor", reference_point.detach()
+        elif loss_type != "apo_zero_unpaired" and reference_point == "batch_mean":
+            reference = "batch_mean"
+        elif loss_type != "apo_zero_unpaired":
+            number = float(reference_point)
+        head = cls(
+            loss_type=loss_type,
+            beta=float(beta),
+            desirable_weight=float(desirable_weight),
+            undesirable_weight=float(undesirable_weight),
+            reference=reference,
+            reference_point=number,
+            **fields,
+        )
+        return head, (desirable, z0)
+
+    def check_logps(
+        self,
+        policy_logps: torch.Tensor,
+        ref_logps: torch.Tensor | None,
+        token_counts: torch.Tensor | None,
+        average_log_prob: bool,
+    ) -> None:
+        """Check the log-probabilities of ``kto_loss_from_logps``."""
+        checks.per_sequence(
+            "ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, policy_logps.numel(), policy_logps
+        )
+
+    def losses(
+        self,
+        logps: torch.Tensor,
+        token_counts: torch.Tensor | None,
+        ref_logps: torch.Tensor,
+        desirable: torch.Tensor,
+        z0: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Each sequence's loss. [B]"""
+        log_ratios = logps - ref_logps
+        return kto_losses(
+            log_ratios,
+            desirable,
+            choose_z0(log_ratios, z0, self._number),
+            loss_type=self.loss_type,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+
+    def report(
+        self,
+        logps: torch.Tensor,
+        token_counts: torch.Tensor | None,
+        ref_logps: torch.Tensor,
+        desirable: torch.Tensor,
+        z0: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rewards [B] and the reference point, a scalar."""
+        log_ratios = logps - ref_logps
+        return self.beta * log_ratios, choose_z0(log_ratios, z0, self._number)
+
+    @staticmethod
+    def metrics(reported: Sequence[torch.Tensor], desirable: torch.Tensor, z0: torch.Tensor | None) -> dict[str, Any]:
+        rewards, reference_point = reported
+        if desirable.dtype != torch.bool:
+            desirable = desirable == 1
+        return {"rewards": rewards, "reference_point": reference_point, "desirable": desirable}
+
+    @property
+    def _number(self) -> float | None:
+        """The reference point, if it is a number."""
+        return self.reference_point if self.reference == "number" else None
+
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Empty; the last arguments are the reduction, ``num_losses`` and the loss's dtype."""
+        """Empty tensors like the results of ``_kto``. The last arguments are reduction, ``num_losses`` and dtype."""
         *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
-            logps.new_empty(_loss_shape(size, reduction), dtype=loss_dtype),
+            logps.new_empty(loss_shape(size, reduction), dtype=loss_dtype),
             logps.new_empty(size, dtype=torch.float64),
             logps.new_empty(size, dtype=torch.float64),
             logps.new_empty((), dtype=torch.float64),
@@ -76,7 +359,7 @@ class KTOHead:
             ref_logps,
             desirable,
             z0,
-            self.reference_point if self.reference == "number" else None,
+            self._number,
             self.loss_type,
             self.beta,
             self.desirable_weight,
@@ -88,11 +371,14 @@ class KTOHead:
         )
 
 
+@register("dpo")
 @dataclass(frozen=True, eq=False)
 class DPOHead:
-    """``head(logps, token_counts, ref_logps) -> (loss, grads, rewards)``; the first half chosen, the second rejected.
+    """``head(logps, token_counts, ref_logps) -> (loss, grads, rewards)``. The first half of the batch is chosen, the
+    second half rejected.
 
-    ``divide_by_length`` divides each side's log-ratio by its ``token_counts`` (``ipo`` and ``simpo`` on sums).
+    ``divide_by_length`` divides each sequence's log-ratio by its ``token_counts``: for ``ipo`` and ``simpo``, if the
+    log-probabilities are sums.
     """
 
     group: ClassVar[int] = 2
@@ -106,13 +392,106 @@ class DPOHead:
     loss_dtype: torch.dtype
     backend: str
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss_type not in REFERENCE_FREE
+
+    @classmethod
+    def prepare(
+        cls,
+        policy: torch.Tensor,
+        num_sequences: int,
+        *,
+        loss_type: str,
+        beta: float,
+        label_smoothing: float,
+        gamma: float,
+        average_log_prob: bool,
+        **fields: Any,
+    ) -> tuple["DPOHead", tuple[()]]:
+        """Check a call's options, like ``KTOHead.prepare``. Returns the head and no tensors."""
+        check_dpo_options(loss_type, beta, label_smoothing, gamma, fields["reduction"])
+        if num_sequences % 2:
+            raise ValueError(
+                f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple "
+                "of 2"
+            )
+        head = cls(
+            loss_type=loss_type,
+            beta=float(beta),
+            label_smoothing=float(label_smoothing),
+            gamma=float(gamma),
+            divide_by_length=loss_type in LENGTH_AVERAGED and not average_log_prob,
+            **fields,
+        )
+        return head, ()
+
+    def check_logps(
+        self,
+        policy_logps: torch.Tensor,
+        ref_logps: torch.Tensor | None,
+        token_counts: torch.Tensor | None,
+        average_log_prob: bool,
+    ) -> None:
+        """Check the log-probabilities of ``dpo_loss_from_logps``: the reference model's come unless the loss has none,
+        and lengths come if and only if ``ipo`` or ``simpo`` gets sums.
+        """
+        if (ref_logps is not None) != self.needs_reference:
+            expected = "log-probabilities [B]" if self.needs_reference else "None"
+            came = type(ref_logps).__name__
+            raise ValueError(f"ref_logps must be {expected} for loss_type={self.loss_type!r}, got {came}")
+        if ref_logps is not None:
+            checks.per_sequence(
+                "ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, policy_logps.numel(), policy_logps
+            )
+        if token_counts is None and self.divide_by_length:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} works on length-averaged log-probabilities: pass token_counts [B], "
+                "or average_log_prob=True if the log-probabilities are averages already"
+            )
+        if token_counts is not None:
+            if not self.divide_by_length:
+                raise ValueError(
+                    f"token_counts has no meaning for loss_type={self.loss_type!r} with "
+                    f"average_log_prob={average_log_prob}"
+                )
+            check_token_counts(token_counts, policy_logps)
+
+    def losses(
+        self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Each pair's loss. [B/2]"""
+        chosen, rejected = pair_scores(logps, ref_logps, self._lengths(token_counts)).chunk(2)
+        return dpo_losses(
+            chosen,
+            rejected,
+            loss_type=self.loss_type,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            gamma=self.gamma,
+        )
+
+    def report(
+        self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
+    ) -> tuple[torch.Tensor]:
+        """The rewards [B]."""
+        return (pair_rewards(logps, ref_logps, self._lengths(token_counts), self.loss_type, self.beta),)
+
+    @staticmethod
+    def metrics(reported: Sequence[torch.Tensor]) -> dict[str, Any]:
+        (rewards,) = reported
+        return {"rewards": rewards}
+
+    def _lengths(self, token_counts: torch.Tensor | None) -> torch.Tensor | None:
+        return token_counts if self.divide_by_length else None
+
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """As ``KTOHead.outputs``."""
+        """Empty tensors like the results of ``_dpo``."""
         *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
-            logps.new_empty(_loss_shape(size // 2, reduction), dtype=loss_dtype),
+            logps.new_empty(loss_shape(size // 2, reduction), dtype=loss_dtype),
             logps.new_empty(size, dtype=torch.float64),
             logps.new_empty(size, dtype=torch.float64),
         )
@@ -139,101 +518,7 @@ class DPOHead:
         )
 
 
-HEADS = {"kto": KTOHead, "dpo": DPOHead}
-
-
-class FlatHead(NamedTuple):
-    """A head in the plain types that an operator takes; the name is ``""`` where there is no head."""
-
-    name: str = ""
-    reduction: str = "none"
-    loss_dtype: torch.dtype = torch.float32
-    texts: list[str] = []  # noqa: RUF012 (never changed)
-    numbers: list[float] = []  # noqa: RUF012
-
-
-# Fields that every head has.
-_COMMON = ("reduction", "loss_dtype")
-
-
-def flatten(head: Any) -> FlatHead:
-    """Return the head's name and fields."""
-    (name,) = (name for name, kind in HEADS.items() if kind is type(head))
-    own = [getattr(head, field.name) for field in fields(head) if field.name not in _COMMON]
-    texts = [value for value in own if isinstance(value, str)]
-    numbers = [float(value) for value in own if not isinstance(value, str)]
-    return FlatHead(name, head.reduction, head.loss_dtype, texts, numbers)
-
-
-def rebuild(flat: FlatHead) -> Any:
-    """Return the head that was flattened."""
-    kind, texts, numbers = HEADS[flat.name], iter(flat.texts), iter(flat.numbers)
-    own = [field for field in fields(kind) if field.name not in _COMMON]
-    values = {field.name: next(texts) if field.type is str else field.type(next(numbers)) for field in own}
-    return kind(reduction=flat.reduction, loss_dtype=flat.loss_dtype, **values)
-
-
-def pair_scores(logps: torch.Tensor, ref_logps: torch.Tensor | None, token_counts: torch.Tensor | None) -> torch.Tensor:
-    """What a pair loss compares: log-ratios (log-probabilities without a reference), divided by length if asked. [B]"""
-    scores = logps if ref_logps is None else logps - ref_logps
-    return scores if token_counts is None else scores / token_counts.clamp(min=1)
-
-
-def pair_rewards(
-    logps: torch.Tensor,
-    ref_logps: torch.Tensor | None,
-    token_counts: torch.Tensor | None,
-    loss_type: str,
-    beta: float,
-) -> torch.Tensor:
-    """beta times the log-ratio of whole sequences; ``simpo`` defines its reward by the length-averaged one. [B]"""
-    return beta * pair_scores(logps, ref_logps, token_counts if loss_type == "simpo" else None)
-
-
-def value_and_grads(
-    losses: Callable[[torch.Tensor], torch.Tensor],
-    logps: torch.Tensor,
-    reduction: str,
-    loss_dtype: torch.dtype,
-    num_losses: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reduced loss and its gradient by each sequence's log-probability, for any formula. A mean divides by
-    ``num_losses``, or where that is None by the number of these losses.
-
-    With ``none`` the gradient of the sum serves: no two sequences' or pairs' losses share a log-probability.
-    """
-    if torch.is_inference_mode_enabled():  # where nobody can ask for the gradient
-        value, grads = reduce(losses(logps), reduction, num_losses), torch.full_like(logps, math.nan)
-    else:
-        with _recording(), _no_hooks():
-            # a copy: what was made in inference mode cannot require a gradient
-            logps = logps.detach().clone().requires_grad_()
-            value = reduce(losses(logps), reduction, num_losses)
-            (grads,) = torch.autograd.grad(value.sum(), logps)
-    return value.detach().to(loss_dtype), grads
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    """Let autograd record, inside an operator too: the dispatcher excludes autograd's keys below the operator's own."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    for name in ("AutogradCPU", "AutogradCUDA", "AutogradXPU"):
-        keys |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-    included = torch._C._dispatch_tls_local_include_set()
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded - keys), torch.enable_grad():
-        yield
-
-
-def _no_hooks() -> contextlib.AbstractContextManager:
-    """Hooks around the loss (checkpointing, offloading) are for what its own backward saves, not for the head's."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # then there are none, and none may be set
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
-def _loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
-    return (num_losses,) if reduction == "none" else ()
+# ---- operators ------------------------------------------------------------------------------------------------------
 
 
 @opaque(fake=KTOHead.outputs)
@@ -277,12 +562,7 @@ def _kto(
 
     logps, ref_logps = logps.double(), ref_logps.double()
     log_ratios = logps - ref_logps
-    if z0 is not None:
-        z0 = z0.to(torch.float64, copy=True).reshape(())
-    elif reference_point is not None:
-        z0 = log_ratios.new_full((), reference_point)
-    else:
-        z0 = log_ratios.mean()
+    z0 = choose_z0(log_ratios, z0, reference_point)
 
     def losses(logps: torch.Tensor) -> torch.Tensor:
         return kto_losses(logps - ref_logps, desirable, z0, **options)

@@ -14,7 +14,14 @@ from transformers import TrainingArguments
 from .. import checks
 from ..engines import backends
 from ..functional import DEFAULT_CHUNK_BYTES
-from ..heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE
+from ..heads.preference import (
+    DEFAULT_GAMMA,
+    DPO_LOSS_TYPES,
+    KTO_LOSS_TYPES,
+    REFERENCE_FREE,
+    check_dpo_options,
+    check_kto_options,
+)
 
 MISMATCHED = "mismatched"
 AUTO = "auto"
@@ -257,9 +264,7 @@ class FusedKTOConfig(FusedPreferenceConfig):
         # the functions take "batch_mean" here, because it is their default; it is not the default of this option
         if number == "batch_mean" and self.loss_type == "apo_zero_unpaired":
             raise ValueError("loss_type='apo_zero_unpaired' fixes reference_point at 0, got 'batch_mean'")
-        checks.kto_options(
-            self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean", None
-        )
+        check_kto_options(self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean")
 
     @property
     def needs_reference(self) -> bool:
@@ -283,12 +288,12 @@ class FusedDPOConfig(FusedPreferenceConfig):
         0.0, "Probability that a preference is wrong, in [0, 0.5); for sigmoid, robust and simpo."
     )
     gamma: float = _option(
-        checks.DEFAULT_GAMMA, "Target reward margin of simpo: its loss is -log sigmoid(beta x difference - gamma)."
+        DEFAULT_GAMMA, "Target reward margin of simpo: its loss is -log sigmoid(beta x difference - gamma)."
     )
 
     def __post_init__(self):
         super().__post_init__()
-        checks.dpo_options(self.loss_type, self.beta, self.label_smoothing, self.gamma, "mean")
+        check_dpo_options(self.loss_type, self.beta, self.label_smoothing, self.gamma, "mean")
 
     @property
     def needs_reference(self) -> bool:

@@ -1,4 +1,6 @@
-"""Every public function against its plain twin in float64, on both backends."""
+"""Every public function from logits or log-probabilities equals its plain twin in float64, on both backends."""
+
+import inspect
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from cases import (
 
 import kto_fused
 from kto_fused import fused_dpo_loss, fused_kto_loss, reference
-from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REDUCTIONS, REFERENCE_FREE
+from kto_fused.heads.base import REDUCTIONS
+from kto_fused.heads.preference import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REFERENCE_FREE
 
-# one column, two, just under and over a block's vector widths, a real block's edge
+# one column, two, just below and above the vector widths of a block, one column beyond a block of real size
 VOCABS = [1, 2, 127, 1000, 4097]
 
 FUNCTIONS = [fused_kto_loss, fused_dpo_loss]
@@ -29,26 +32,26 @@ by_function = pytest.mark.parametrize("function", FUNCTIONS, ids=["kto", "dpo"])
 @by_function
 @by_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_and_dtypes(engine, function, dtype, layout):
+def test_every_layout_and_dtype_equals_the_twin(engine, function, dtype, layout):
     check_against_twin(function, make_case(dtype=dtype, **LAYOUTS[layout], **on(engine)))
 
 
 @by_function
 @by_dtype
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_logit_transforms(engine, function, dtype, transform):
+def test_logit_transforms_equal_the_twins(engine, function, dtype, transform):
     check_against_twin(function, make_case(dtype=dtype, seq_len=3, **TRANSFORMS[transform], **on(engine)))
 
 
 @by_dtype
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_vocabulary_sizes(engine, dtype, vocab):
+def test_any_vocabulary_size_equals_the_twin(engine, dtype, vocab):
     check_against_twin(fused_kto_loss, make_case(vocab=vocab, dtype=dtype, seq_len=3, **on(engine)))
 
 
 @pytest.mark.parametrize("loss_type", KTO_LOSS_TYPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_kto_losses(engine, loss_type, reduction):
+def test_kto_losses_equal_the_twins(engine, loss_type, reduction):
     case = make_case(dtype=torch.float64, loss_type=loss_type, reduction=reduction, **on(engine))
     points = ["batch_mean", 0.0]
     if loss_type != "apo_zero_unpaired":
@@ -66,7 +69,7 @@ def test_kto_losses(engine, loss_type, reduction):
 @pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("average_log_prob", [False, True])
-def test_dpo_losses(engine, loss_type, reduction, average_log_prob):
+def test_dpo_losses_equal_the_twins(engine, loss_type, reduction, average_log_prob):
     options = {"loss_type": loss_type, "reduction": reduction, "average_log_prob": average_log_prob, "beta": 0.3}
     if loss_type in ("sigmoid", "robust", "simpo"):
         options["label_smoothing"] = 0.1
@@ -125,7 +128,7 @@ def test_strided_views_need_no_copy(engine, view, masked, inplace_backward):
 
     expected, _ = reference.kto_loss(logits, *inputs, **options)
     expected.backward()
-    logits, seen = VIEWS[view](actual_base * 1), []  # a view of an intermediate, which inplace_backward may overwrite
+    logits, seen = VIEWS[view](actual_base * 1), []  # in place may overwrite a view of an intermediate
     logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
     actual, _ = fused_kto_loss(logits, *inputs, backend=engine[0], inplace_backward=inplace_backward, **options)
     actual.backward()
@@ -148,7 +151,7 @@ def test_expanded_logits_are_read_but_not_overwritten(engine):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @by_dtype
-def test_token_and_sequence_logps(engine, dtype, layout):
+def test_token_and_sequence_logps_equal_the_twins(engine, dtype, layout):
     case = make_case(dtype=dtype, **LAYOUTS[layout], **on(engine))
     options = dict(case.options)
     average = options.pop("average_log_prob", False)
@@ -158,7 +161,7 @@ def test_token_and_sequence_logps(engine, dtype, layout):
         actual = getattr(kto_fused, name)(logits, case.labels, **options, **extra)
         expected = getattr(reference, name)(exact_logits, case.labels, **options, **extra)
         assert_close(actual, expected, LOGP_TOLERANCE[dtype] * 5, name)
-        # uneven incoming gradients, also on masked positions
+        # uneven incoming gradients, on masked positions too
         weights = torch.linspace(-1, 2, actual.numel(), device=engine[1]).view(actual.shape)
         (actual * weights).sum().backward()
         (expected * weights).sum().backward()
@@ -167,7 +170,7 @@ def test_token_and_sequence_logps(engine, dtype, layout):
 
 @pytest.mark.parametrize("loss_type", KTO_LOSS_TYPES)
 @by_dtype
-def test_kto_from_logps(engine, dtype, loss_type):
+def test_kto_from_logps_equals_the_twin(engine, dtype, loss_type):
     policy, ref = (torch.randn(2, 7, dtype=torch.float64) * 5 - 20).to(dtype).to(engine[1])
     desirable = torch.arange(7, device=engine[1]) % 3 == 0
     for labels in (desirable, desirable.long()):
@@ -184,7 +187,7 @@ def test_kto_from_logps(engine, dtype, loss_type):
 
 @pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
 @pytest.mark.parametrize("average_log_prob", [False, True])
-def test_dpo_from_logps(engine, loss_type, average_log_prob):
+def test_dpo_from_logps_equals_the_twin(engine, loss_type, average_log_prob):
     policy, ref = (torch.randn(2, 8, dtype=torch.float64) * 5 - 20).to(engine[1])
     options = {"loss_type": loss_type, "average_log_prob": average_log_prob, "reduction": "none"}
     if loss_type in LENGTH_AVERAGED and not average_log_prob:
@@ -242,7 +245,7 @@ def test_log_probabilities_may_be_strided(engine, loss):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_batches_of_more_sequences_than_a_block(engine, reduction):
+def test_a_batch_of_more_sequences_than_a_block_equals_the_twin(engine, reduction):
     policy, ref = (torch.randn(2, 1200, dtype=torch.float64) * 3).to(engine[1])
     desirable = torch.rand(1200, device=engine[1]) < 0.5
     options = {"reduction": reduction}
@@ -272,7 +275,7 @@ def test_summaries_agree(engine, function):
         assert_close(actual[name], expected[name], 1e-12, name)
 
 
-def test_summary_by_hand():
+def test_a_summary_equals_means_taken_by_hand():
     metrics = kto_fused.LossMetrics(
         logps=torch.tensor([-1.0, -2.0, -6.0, -4.0]),
         ref_logps=torch.zeros(4),
@@ -292,7 +295,7 @@ def test_summary_by_hand():
         "logps/rejected": -5.0,
         "logits/chosen": 1.0,  # over tokens: (1 * 4 + 3 * 0) / 4
         "logits/rejected": 3.0,
-        "mean_token_accuracy": 0.5,  # of the chosen alone: (1 * 1 + 3 * 1/3) / 4
+        "mean_token_accuracy": 0.5,  # over the chosen sequences alone: (1 * 1 + 3 * 1/3) / 4
         "entropy": 1.0,  # (1 * 2 + 3 * 1 + 2 * 0.5) / 6
     }
 
@@ -315,20 +318,26 @@ def test_modules_hold_the_keyword_arguments(module):
         type(loss_module)(bta=0.3)
 
 
-def test_twins_have_the_same_arguments():
-    """A call works with either function's name, with the same defaults."""
-    import inspect
+def fused_of(name: str):
+    """Return the public function whose twin ``kto_fused.reference`` holds under ``name``."""
+    return getattr(kto_fused, name if name in kto_fused.__all__ else f"fused_{name}")
 
-    from kto_fused.reference import _sequences, _tokens
 
-    def keywords(*functions) -> dict[str, object]:
-        parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+@pytest.mark.parametrize("name", reference.__all__)
+def test_a_twin_takes_the_arguments_of_its_function(name):
+    """A program that swaps one for the other gets no TypeError and no other default."""
+    assert inspect.signature(getattr(reference, name)) == inspect.signature(fused_of(name))
+
+
+@pytest.mark.parametrize("name", ["kto_loss", "dpo_loss", "sequence_logps", "token_logps"])
+def test_hidden_states_take_the_options_of_logits(name):
+    def options(function) -> dict[str, object]:
+        parameters = inspect.signature(function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    engine, sequences = keywords(_tokens), keywords(_tokens, _sequences)
-    assert keywords(fused_kto_loss) == keywords(reference.kto_loss) | sequences
-    assert keywords(fused_dpo_loss) == keywords(reference.dpo_loss) | sequences
-    assert keywords(kto_fused.token_logps) == engine
-    assert keywords(kto_fused.sequence_logps) == sequences
-    assert keywords(kto_fused.kto_loss_from_logps) == keywords(reference.kto_loss_from_logps)
-    assert keywords(kto_fused.dpo_loss_from_logps) == keywords(reference.dpo_loss_from_logps)
+    from_logits, from_hidden = options(fused_of(name)), options(fused_of(f"linear_{name}"))
+    only_logits, only_hidden = from_logits.keys() - from_hidden.keys(), from_hidden.keys() - from_logits.keys()
+    assert only_logits <= {"inplace_backward", "ref_logits"}
+    of_lm_head = {"lm_head_bias", "ref_hidden", "ref_lm_head_weight", "ref_lm_head_bias", "chunk_bytes"}
+    assert only_hidden <= {*of_lm_head, "return_metrics"}
+    assert all(from_logits[option] == from_hidden[option] for option in from_logits.keys() - only_logits)

@@ -159,7 +159,7 @@ def test_a_banned_target_has_log_probability_minus_infinity(engine):
     assert logps.tolist() == [[-math.inf, 0.0]]
 
 
-@pytest.mark.parametrize("loss_type", kto_fused.heads.losses.WITH_LABEL_SMOOTHING)
+@pytest.mark.parametrize("loss_type", kto_fused.heads.preference.WITH_LABEL_SMOOTHING)
 def test_a_banned_rejected_completion_has_a_loss_of_0(engine, loss_type):
     """The loss is -log sigma(inf) = 0. The flipped pair's infinite loss counts only with label smoothing."""
     labels = torch.tensor([[MASKED, 1], [MASKED, 1], [MASKED, 2], [MASKED, 1]], device=engine[1])
@@ -178,7 +178,7 @@ def test_a_banned_rejected_completion_has_a_loss_of_0(engine, loss_type):
         assert function(logits, labels, label_smoothing=0.1, **options)[0][0] == smoothed
 
 
-@pytest.mark.parametrize("loss_type", [name for name in kto_fused.heads.losses.DPO_LOSS_TYPES if name != "ipo"])
+@pytest.mark.parametrize("loss_type", [name for name in kto_fused.heads.preference.DPO_LOSS_TYPES if name != "ipo"])
 def test_a_banned_chosen_completion_has_the_gradient_of_the_formula(engine, loss_type):
     """At h = -inf every loss has a finite slope, except ipo, which is a square."""
     chosen, rejected = torch.tensor([-math.inf, -2.0]), torch.tensor([-3.0, -1.0])
@@ -214,7 +214,7 @@ def test_tokens_banned_with_the_smallest_number(engine, function, dtype):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_labels_that_nobody_may_read_give_nan(engine, compiled, monkeypatch):
     """-1 is not 0: where values are not checked, a label that is neither 0 nor 1 gives a NaN loss."""
-    monkeypatch.setattr(kto_fused.checks, "may_read", lambda tensor: False)
+    monkeypatch.setattr(kto_fused.heads.preference, "may_read", lambda tensor: False)
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
     function = torch.compile(kto_fused.kto_loss_from_logps) if compiled else kto_fused.kto_loss_from_logps
@@ -400,7 +400,7 @@ def test_kto_saturates_without_overflow(engine, sign, loss_type):
     assert logps.grad.abs().tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("loss_type", kto_fused.heads.losses.DPO_LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", kto_fused.heads.preference.DPO_LOSS_TYPES)
 @pytest.mark.parametrize("ratio", [1e5, -1e5])
 def test_dpo_is_finite_for_huge_log_ratios(engine, loss_type, ratio):
     logps = torch.tensor([ratio, 0.0], dtype=torch.float64, device=engine[1], requires_grad=True)

@@ -5,7 +5,7 @@ import torch
 from cases import check_gradients, make_case
 
 import kto_fused
-from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE
+from kto_fused.heads.preference import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE
 
 SMALL = {"batch": 2, "seq_len": 3, "vocab": 5, "dtype": torch.float64, "std": 1.0}
 TRANSFORM = {"temperature": 0.8, "logit_scale": 1.2, "logit_softcap": 4.0}

@@ -11,8 +11,8 @@ from cases import INPUTS, assert_close, chunks_of, make_hidden_case, on
 from kto_fused import reference
 from kto_fused.engines.autograd import LossFromHidden
 from kto_fused.engines.options import HiddenOptions, LogitOptions, Needs
-from kto_fused.heads import preference as heads
-from kto_fused.heads.losses import REDUCTIONS
+from kto_fused.heads import base as heads
+from kto_fused.heads.base import REDUCTIONS
 
 FROZEN = ("hidden",)
 # tokens in a chunk of a batch of four sequences with up to 4 completion tokens each

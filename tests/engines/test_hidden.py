@@ -1,6 +1,5 @@
 """Losses and log-probabilities from hidden states against their plain twins in float64, on both backends."""
 
-import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -34,7 +33,8 @@ from test_properties import to_device
 import kto_fused
 from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps, reference
 from kto_fused.engines import chunks as chunk_module
-from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REDUCTIONS, REFERENCE_FREE, WITH_LABEL_SMOOTHING
+from kto_fused.heads.base import REDUCTIONS
+from kto_fused.heads.preference import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REFERENCE_FREE, WITH_LABEL_SMOOTHING
 
 MASKED = -100
 FUNCTIONS = [fused_linear_kto_loss, fused_linear_dpo_loss]
@@ -333,26 +333,6 @@ def test_modules_hold_the_keyword_arguments(module):
     assert "chunk_bytes=1048576" in repr(loss_module)
     with pytest.raises(TypeError, match="inplace_backward"):
         type(loss_module)(inplace_backward=True)
-
-
-def test_twins_have_the_same_arguments():
-    """A call works with either function's name, with the same defaults."""
-    from kto_fused.reference import _sequences, _tokens
-
-    def keywords(*functions) -> dict[str, object]:
-        parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-    engine = keywords(_tokens, _sequences)
-    del engine["inplace_backward"]
-    losses = {fused_linear_kto_loss: reference.kto_loss, fused_linear_dpo_loss: reference.dpo_loss}
-    for fused, from_logits in losses.items():
-        options = keywords(from_logits)
-        del options["ref_logits"]
-        assert keywords(fused) == keywords(TWINS[fused]) | options | engine
-    assert keywords(linear_sequence_logps) == keywords(reference.linear_sequence_logps) | engine
-    del engine["average_log_prob"]
-    assert keywords(linear_token_logps) == keywords(reference.linear_token_logps) | engine
 
 
 # ---- gradients against finite differences -------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from kto_fused.engines import operators
 from kto_fused.engines.chunks import NUM_STATISTICS
 from kto_fused.engines.options import HiddenOptions, LogitOptions, Needs
 from kto_fused.engines.results import HiddenResults
-from kto_fused.heads import preference as heads
+from kto_fused.heads import base, preference
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
@@ -221,8 +221,8 @@ def test_the_operators_are_well_formed(engine):
     check(from_logits._token_logprobs_backward.op, (case.logits, torch.empty_like(case.logits), *gradient))
     check(from_logits._token_logprobs_backward_inplace.op, (case.logits.clone(), *gradient))
     of_kto = (sequences, sequences - 1, case.desirable, None, 0.5, "kto", 0.1, 1.0, 1.0, backend)
-    check(heads._kto.op, (*of_kto, "mean", 3, torch.float32))
-    check(heads._dpo.op, (sequences, None, counts, "simpo", 0.1, 0.0, 0.5, backend, "none", None, torch.float32))
+    check(preference._kto.op, (*of_kto, "mean", 3, torch.float32))
+    check(preference._dpo.op, (sequences, None, counts, "simpo", 0.1, 0.0, 0.5, backend, "none", None, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -411,13 +411,13 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
     logits = LogitOptions(temperature=0.7, logit_scale=1.5, logit_softcap=4.0, backend=backend)
     of_sequences = HiddenOptions(logits, torch.float32, torch.float32, 2**30, needs=Needs(*needs))
     options, of_positions = of_sequences.flat(), replace(of_sequences, per_position=True).flat()
-    kto = heads.KTOHead("kto", 0.1, 1.0, 1.0, "batch_mean", 0.0, "mean", torch.float32, backend)
-    ipo = heads.DPOHead("ipo", 0.1, 0.0, 0.5, True, "none", torch.float32, backend)
+    kto = preference.KTOHead("kto", 0.1, 1.0, 1.0, "batch_mean", 0.0, "mean", torch.float32, backend)
+    ipo = preference.DPOHead("ipo", 0.1, 0.0, 0.5, True, "none", torch.float32, backend)
     logps = torch.zeros(2, device=device, dtype=torch.float64)
     forward = [
-        ((None, None, None, None, []), heads.FlatHead()),
-        ((None, None, None, logps, [case.desirable, None]), heads.flatten(kto)),
-        ((case.ref_hidden, case.weight, None, None, []), heads.flatten(ipo)),
+        ((None, None, None, None, []), base.FlatHead()),
+        ((None, None, None, logps, [case.desirable, None]), base.flatten(kto)),
+        ((case.ref_hidden, case.weight, None, None, []), base.flatten(ipo)),
     ]
     for reference_and_tensors, head in forward:
         torch.library.opcheck(operators.linear_forward.op, (*tensors, *reference_and_tensors, *options, *head))

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_fused import fused_dpo_loss, fused_kto_loss
-from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, REDUCTIONS, WITH_LABEL_SMOOTHING
+from kto_fused.heads.base import REDUCTIONS
+from kto_fused.heads.preference import DPO_LOSS_TYPES, KTO_LOSS_TYPES, WITH_LABEL_SMOOTHING
 
 STRIDES = ["contiguous", "rows apart by 8", "rows apart by 3", "transposed"]
 

@@ -1,4 +1,4 @@
-"""KTO's reference point and class weights; the mean over ranks with real processes."""
+"""KTO's reference point and class weights. Real processes test the mean over ranks."""
 
 import math
 
@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 import kto_fused
 
 
-def test_the_papers_estimator():
-    """max(0, mean of policy - ref), in float64 from the first subtraction on."""
+def test_it_is_the_papers_estimator():
+    """max(0, mean of policy - ref), computed in float64 from the first subtraction on."""
     policy, ref = torch.randn(1000) * 30 + 5, torch.randn(1000) / 3
     z0 = kto_fused.kto_reference_point(policy, ref)
     assert z0.dtype == torch.float64
@@ -40,7 +40,7 @@ def test_the_mean_of_a_batch_is_not_clamped():
 
 def rank_main(rank: int, world_size: int, store: str, results) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    # ranks hold different numbers of pairs, one of them none: the mean is over pairs, not over ranks
+    # the ranks hold 3, 1 and 0 pairs: the mean is over pairs, not over ranks
     ratios = [torch.tensor([3.0, 1.0, 2.0]), torch.tensor([6.0]), torch.zeros(0)][rank]
     z0 = kto_fused.kto_reference_point(ratios, torch.zeros_like(ratios))
     alone = torch.distributed.new_subgroups(group_size=1)[0]

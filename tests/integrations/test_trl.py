@@ -25,12 +25,14 @@ class Model:
         self.logits = logits  # by a batch's first token: 0 for the completions, 1 for the mismatched pairs
 
     def __call__(self, input_ids, labels, **_):
-        logps, entropy, mean_logits, is_top1, _ = reference._tokens("logits", self.logits[int(input_ids[0, 0])], labels)
+        logits = self.logits[int(input_ids[0, 0])]
+        # from logits alone there are no token metrics, so an identity is the LM head
+        logps, metrics = reference.linear_token_logps(logits, torch.eye(V), labels, return_metrics=True)
         return SimpleNamespace(
             log_probs=logps[:, :-1],
-            entropy=entropy[:, :-1],
-            mean_logits=mean_logits[:, :-1],
-            is_top1=is_top1[:, :-1].bool(),
+            entropy=metrics.entropy[:, :-1],
+            mean_logits=metrics.mean_logits[:, :-1],
+            is_top1=metrics.is_top1[:, :-1].bool(),
             aux_loss=None,
         )
 

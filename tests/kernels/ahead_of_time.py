@@ -27,7 +27,8 @@ import kto_fused
 from kto_fused.engines import backends
 from kto_fused.engines import chunks as chunk_module
 from kto_fused.engines import logits as from_logits
-from kto_fused.heads.losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REDUCTIONS, REFERENCE_FREE
+from kto_fused.heads.base import REDUCTIONS
+from kto_fused.heads.preference import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REFERENCE_FREE
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
