@@ -13,16 +13,20 @@ from typing import Any
 import torch
 
 from . import checks, functional
-from .engines import backends
+from .advantages import checked_inputs
+from .engines import backends, scan
 from .engines.layout import check_contents, compute_dtype, gemm_dtype
 from .functional import DEFAULT_CHUNK_BYTES, kto_class_weights, kto_reference_point
 from .heads.losses import LENGTH_AVERAGED, dpo_losses, kto_losses, reduce
 from .heads.preference import pair_rewards, pair_scores
+from .heads.reward import bradley_terry_loss, value_loss
 from .metrics import LossMetrics, TokenMetrics
 
 __all__ = [
+    "bradley_terry_loss",
     "dpo_loss",
     "dpo_loss_from_logps",
+    "gae",
     "kto_class_weights",
     "kto_loss",
     "kto_loss_from_logps",
@@ -33,6 +37,7 @@ __all__ = [
     "linear_token_logps",
     "sequence_logps",
     "token_logps",
+    "value_loss",
 ]
 
 
@@ -284,6 +289,43 @@ def dpo_loss_from_logps(
         rewards=pair_rewards(logps.detach(), reference, token_counts, loss_type, beta),
         token_counts=token_counts,
     )
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    bootstrap: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of ``kto_fused.gae``: the recurrence token by token, in Python's float64."""
+    inputs = checked_inputs(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
+    backends.resolve(backend, rewards.device)
+    scan.check_contents(inputs.mask, inputs.cu_seqlens, rewards.numel())
+
+    if cu_seqlens is None:
+        offsets = [sequence * rewards.shape[1] for sequence in range(rewards.shape[0] + 1)]
+    else:
+        offsets = cu_seqlens.tolist()
+    r, v = rewards.flatten().tolist(), values.flatten().tolist()
+    is_token = [True] * len(r) if mask is None else mask.flatten().tolist()
+    after_end = [0.0] * (len(offsets) - 1) if bootstrap is None else bootstrap.tolist()
+    results = [[0.0] * len(r), [0.0] * len(r)]
+    for first, last, next_value in zip(offsets[:-1], offsets[1:], after_end, strict=True):
+        next_advantage = 0.0
+        for t in reversed(range(first, last)):
+            if is_token[t]:
+                delta = r[t] + gamma * next_value - v[t]
+                next_advantage = delta + gamma * lam * next_advantage
+                next_value = v[t]
+                results[0][t], results[1][t] = next_advantage, next_advantage + next_value
+    dtype = scan.result_dtype(rewards, values, bootstrap)
+    advantages, returns = (torch.tensor(x, dtype=dtype, device=rewards.device).view(rewards.shape) for x in results)
+    return advantages, returns
 
 
 def _policy_and_ref_sequences(
