@@ -72,7 +72,7 @@ def gae_kernel(
 
     It reads the mask of each position, and the reward and the value of each token, twice: the scan at position t needs
     the token at t + 1. The second read finds them in the cache, so memory moves 9 bytes in and 8 out per float32
-    token with a bool mask, and 1 byte in and 8 out per masked position. A program also reads ``cu_seqlens``.
+    token with a bool mask, and 1 byte in and 8 out per masked position. A program also reads all of ``cu_seqlens``.
 
     All arithmetic is float64: a sum of 100,000 rewards loses no digit of a float32 result. What a program carries from
     block to block is one number, U. The order of the additions depends on the block size alone, not on the batch.
@@ -110,7 +110,8 @@ def gae_kernel(
     if HAS_BOOTSTRAP:
         carry = gamma * tl.load(bootstrap_ptr + sequence).to(tl.float64)
     for start in range(0, last - first, BLOCK):
-        # lanes run backwards in time: associative_scan(reverse=True) is wrong for two operands (triton issue 4362)
+        # Lanes run backwards in time: associative_scan(reverse=True) has been reported to give wrong results for two
+        # operands (triton issue 4362).
         position = last - 1 - start - lanes
         inside = position >= first
         has_next = inside & (position + 1 < last)

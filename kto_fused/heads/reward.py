@@ -115,7 +115,7 @@ def value_loss(
 
     The clipped loss has no gradient where V_t has moved from Vold_t towards R_t by more than e. Sources: the squared
     error Schulman et al. 2017, arXiv 1707.06347; its clipping is in that paper's code (OpenAI baselines), not in its
-    text. There is no factor 1/2 here; baselines and TRL put one in front, so halve the loss's coefficient to match.
+    text. There is no factor 1/2 here; baselines and verl put one in front, so halve the loss's coefficient to match.
 
     Args:
         values: float16, bfloat16, float32 or float64 of any shape, [B, T] or packed [N].
