@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
+from ..engines.backends import may_read, resolve
 from ..engines.layout import compute_dtype
 from .losses import REDUCTIONS, reduce
 
@@ -55,7 +56,7 @@ def bradley_terry_loss(
     >>> round(loss.item(), 4), [round(x, 4) for x in chosen.grad.tolist()]
     (0.3709, [-0.25, -0.0237])
     """
-    checks.resolve(None, checks.tensor("chosen_scores", chosen_scores, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
+    resolve(None, checks.tensor("chosen_scores", chosen_scores, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
     if chosen_scores.ndim != 1 or chosen_scores.numel() == 0:
         raise ValueError(f"chosen_scores must be [P] with P >= 1, got shape {list(chosen_scores.shape)}")
     checks.tensor("rejected_scores", rejected_scores, checks.FLOAT_DTYPES, checks.A_FLOAT)
@@ -90,7 +91,7 @@ def bradley_terry_loss(
 
 
 def _check_weights(weights: torch.Tensor) -> None:
-    if not torch.compiler.is_compiling() and checks.may_read(weights):
+    if not torch.compiler.is_compiling() and may_read(weights):
         wrong = weights[~(weights >= 0)]
         if len(wrong):
             raise ValueError(f"weights must be >= 0, got {wrong[0].item()}")
@@ -143,7 +144,7 @@ def value_loss(
     >>> loss.item(), values.grad.tolist()
     (2.25, [[0.0, 0.0, 0.0]])
     """
-    checks.resolve(None, checks.tensor("values", values, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
+    resolve(None, checks.tensor("values", values, checks.FLOAT_DTYPES, checks.A_FLOAT).device)
     checks.tensor("returns", returns, checks.FLOAT_DTYPES, checks.A_FLOAT)
     checks.shaped_like("returns", returns, "values", values)
     if (old_values is None) != (clip is None):
@@ -178,7 +179,7 @@ def value_loss(
 
 
 def _check_mask(mask: torch.Tensor) -> None:
-    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and checks.may_read(mask):
+    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(mask):
         wrong = mask[(mask != 0) & (mask != 1)]
         if len(wrong):
             raise ValueError(f"mask must hold 0 or 1, got {wrong[0].item()}")
