@@ -5,6 +5,7 @@ holds trainers for Hugging Face models, and ``kto_fused.reference`` the plain Py
 """
 
 from . import reference
+from .advantages import gae
 from .functional import (
     dpo_loss_from_logps,
     fused_dpo_loss,
@@ -19,6 +20,7 @@ from .functional import (
     sequence_logps,
     token_logps,
 )
+from .heads.reward import bradley_terry_loss, value_loss
 from .metrics import LossMetrics, TokenMetrics
 from .modules import FusedDPOLoss, FusedKTOLoss, FusedLinearDPOLoss, FusedLinearKTOLoss
 
@@ -29,11 +31,13 @@ __all__ = [
     "FusedLinearKTOLoss",
     "LossMetrics",
     "TokenMetrics",
+    "bradley_terry_loss",
     "dpo_loss_from_logps",
     "fused_dpo_loss",
     "fused_kto_loss",
     "fused_linear_dpo_loss",
     "fused_linear_kto_loss",
+    "gae",
     "kto_class_weights",
     "kto_loss_from_logps",
     "kto_reference_point",
@@ -42,5 +46,6 @@ __all__ = [
     "reference",
     "sequence_logps",
     "token_logps",
+    "value_loss",
 ]
 __version__ = "0.2.0"

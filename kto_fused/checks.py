@@ -89,6 +89,18 @@ def same_device(name: str, value: torch.Tensor, like_name: str, like: torch.Tens
         raise ValueError(f"{name} is on {value.device}, but {like_name} is on {like.device}: expected the same device")
 
 
+def shaped_like(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(f"{name} has shape {_shape(value)}, expected the shape of {like_name}, {_shape(like)}")
+    same_device(name, value, like_name, like)
+
+
+def token_mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """A mask of the tokens that take part, shaped as ``like``; whoever reads its values checks that they are 0 or 1."""
+    tensor(name, value, (torch.bool, *INTEGER_DTYPES), "bool (or 0/1 integers)")
+    shaped_like(name, value, like_name, like)
+
+
 def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")

@@ -17,18 +17,23 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arguments, checks, functional
+from .advantages import checked_inputs
 from .arguments import HiddenInputs, LogitInputs
+from .engines import backends, scan
 from .engines.layout import check_contents, compute_dtype
 from .engines.options import LogitOptions
 from .engines.results import SequenceValues
 from .functional import kto_class_weights, kto_reference_point
 from .heads.base import reduce
 from .heads.preference import DPOHead, KTOHead
+from .heads.reward import bradley_terry_loss, value_loss
 from .metrics import LossMetrics, TokenMetrics
 
 __all__ = [
+    "bradley_terry_loss",
     "dpo_loss",
     "dpo_loss_from_logps",
+    "gae",
     "kto_class_weights",
     "kto_loss",
     "kto_loss_from_logps",
@@ -39,6 +44,7 @@ __all__ = [
     "linear_token_logps",
     "sequence_logps",
     "token_logps",
+    "value_loss",
 ]
 
 
@@ -242,3 +248,40 @@ linear_kto_loss = _twin_of(functional.fused_linear_kto_loss, _loss_of, KTOHead)
 linear_dpo_loss = _twin_of(functional.fused_linear_dpo_loss, _loss_of, DPOHead)
 kto_loss_from_logps = _twin_of(functional.kto_loss_from_logps, _loss_of_logps, KTOHead)
 dpo_loss_from_logps = _twin_of(functional.dpo_loss_from_logps, _loss_of_logps, DPOHead)
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    bootstrap: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twin of ``kto_fused.gae``: the recurrence token by token, in Python's float64."""
+    inputs = checked_inputs(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
+    backends.resolve(backend, rewards.device)
+    scan.check_contents(inputs.mask, inputs.cu_seqlens, rewards.numel())
+
+    if cu_seqlens is None:
+        offsets = [sequence * rewards.shape[1] for sequence in range(rewards.shape[0] + 1)]
+    else:
+        offsets = cu_seqlens.tolist()
+    r, v = rewards.flatten().tolist(), values.flatten().tolist()
+    is_token = [True] * len(r) if mask is None else mask.flatten().tolist()
+    after_end = [0.0] * (len(offsets) - 1) if bootstrap is None else bootstrap.tolist()
+    results = [[0.0] * len(r), [0.0] * len(r)]
+    for first, last, next_value in zip(offsets[:-1], offsets[1:], after_end, strict=True):
+        next_advantage = 0.0
+        for t in reversed(range(first, last)):
+            if is_token[t]:
+                delta = r[t] + gamma * next_value - v[t]
+                next_advantage = delta + gamma * lam * next_advantage
+                next_value = v[t]
+                results[0][t], results[1][t] = next_advantage, next_advantage + next_value
+    dtype = scan.result_dtype(rewards, values, bootstrap)
+    advantages, returns = (torch.tensor(x, dtype=dtype, device=rewards.device).view(rewards.shape) for x in results)
+    return advantages, returns

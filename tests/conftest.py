@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 import torch
+from devices import ENGINES, HAS_GPU
 
-HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -24,11 +24,6 @@ from triton.runtime import interpreter
 
 settings.register_profile("kto-fused", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("kto-fused")
-
-# (backend, device) pairs that run on this machine
-ENGINES = (
-    [("torch", "cpu"), ("triton", "cuda"), ("torch", "cuda")] if HAS_GPU else [("torch", "cpu"), ("triton", "cpu")]
-)
 
 
 def patch_language_once_a_launch() -> None:

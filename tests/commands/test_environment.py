@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HAS_GPU
+from devices import HAS_GPU
 
 import kto_fused
 from kto_fused.commands import environment

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import HAS_GPU
+from devices import HAS_GPU
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -519,7 +519,7 @@ def test_results_repeat_bit_for_bit(engine, function, inplace_backward):
 
 def test_few_rows_are_split_over_several_programs(monkeypatch):
     """However a row is split among programs, the merged result is the unsplit one, up to rounding."""
-    from conftest import HAS_GPU
+    from devices import HAS_GPU
 
     engine = ("triton", "cuda" if HAS_GPU else "cpu")
     for vocab in (2**13 + 5, 20_000):

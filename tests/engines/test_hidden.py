@@ -25,7 +25,7 @@ from cases import (
     run_hidden,
     some,
 )
-from conftest import HAS_GPU
+from devices import HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_properties import to_device

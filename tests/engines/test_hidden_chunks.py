@@ -21,7 +21,7 @@ from cases import (
     run_hidden,
     some,
 )
-from conftest import HAS_GPU
+from devices import HAS_GPU
 from kto_fused.kernels import memory_tiles, register_tiles
 
 import kto_fused

@@ -16,7 +16,7 @@ from cases import (
     make_hidden_case,
     run_hidden,
 )
-from conftest import HAS_GPU
+from devices import HAS_GPU
 from kto_fused.kernels import memory_tiles, register_tiles
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes

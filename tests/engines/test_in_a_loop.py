@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import chunks_of, is_masked, make_case, make_hidden_case
-from conftest import HAS_GPU
+from devices import HAS_GPU
 from torch.utils.checkpoint import checkpoint
 
 import kto_fused
@@ -121,7 +121,7 @@ def test_a_changed_chunk_size_stays_symbolic():
 
 
 def every_loss(engine):
-    """Return {name: (leaf to train, step from the leaf to one number)} of every differentiable function."""
+    """Return {name: (leaf to train, step from the leaf to one number)} of every hand-written backward."""
     case = make_case(vocab=32, device=engine[1])
     hidden = make_hidden_case(vocab=32, device=engine[1])
     hidden.hidden.nan_to_num_()
@@ -136,7 +136,7 @@ def every_loss(engine):
         if name.endswith("loss_from_logps"):
             others = (zeros, case.desirable) if "kto" in name else (zeros,)
             losses[name] = zeros.double(), lambda x, f=function, others=others: f(x, *others, **on_engine)[0]
-        elif name.endswith(("_loss", "_logps")):
+        elif name.startswith("fused_") or name.endswith("_logps"):
             leaf, head, labels, desirable = tensors["hidden" if "linear" in name else "logits"]
             others = (*head, labels, *([desirable] if "kto" in name else []))
             options = {"ref_logps": zeros, **on_engine} if name.endswith("_loss") else on_engine
@@ -152,7 +152,7 @@ def every_loss(engine):
 LOSSES = sorted(every_loss(("torch", "cpu")))
 
 
-def test_every_differentiable_function_is_looked_at():
+def test_every_hand_written_backward_is_looked_at():
     assert len(LOSSES) == 10
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from cases import make_case
-from conftest import HAS_GPU
+from devices import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import kto_fused

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import on
-from conftest import ENGINES
+from devices import ENGINES
 from kto_fused.kernels import online
 
 from kto_fused.engines import chunks as chunk_module

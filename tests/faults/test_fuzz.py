@@ -11,7 +11,7 @@ import loss_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from conftest import ENGINES
+from devices import ENGINES
 
 import kto_fused
 

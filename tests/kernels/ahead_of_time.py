@@ -110,6 +110,20 @@ def launch_hidden(
             loss.sum().backward()
 
 
+def launch_gae(dtype: torch.dtype, batch: int, seq_len: int, packed: bool = False, masked: bool = False) -> None:
+    """Advantages of rewards that start one element behind a 16-byte boundary."""
+    rewards = torch.empty(batch * seq_len + 1, dtype=dtype)[1:].view(batch, seq_len)
+    options = {}
+    if masked:
+        options = {"mask": torch.ones(batch, seq_len, dtype=torch.bool), "bootstrap": torch.zeros(batch)}
+    if packed:
+        options["cu_seqlens"] = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32)
+        rewards = rewards.flatten()
+        if masked:
+            options["mask"] = options["mask"].flatten()
+    kto_fused.gae(rewards, rewards, gamma=1.0, lam=0.95, **options)
+
+
 def nvidia_tool(name: str, *flags: str) -> str:
     return subprocess.run([NVIDIA_TOOLS / name, *flags], capture_output=True, text=True, check=True).stdout
 
@@ -182,6 +196,9 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
             torch.empty(4096, dtype=dtype),
             torch.ones((), dtype=torch.float64 if dtype.itemsize == 8 else torch.float32),
         )
+        launch_gae(dtype, 2, 300)
+        launch_gae(dtype, 2, 300, masked=True)
+        launch_gae(dtype, 2, 300, masked=True, packed=True)
     logps = torch.zeros(4)
     for loss_type, reduction in itertools.product(KTO_LOSS_TYPES, reductions):
         desirable = torch.ones(4, dtype=torch.bool)
@@ -230,6 +247,15 @@ def variants_of_hidden_lengths() -> list[dict[str, int]]:
     return counts
 
 
+def variants_of_gae_lengths() -> int:
+    """How many times the scan is compiled for batches of several lengths."""
+    kernel = launched["gae_kernel"]
+    kernel.device_caches.clear()
+    for batch, seq_len in ((1, 1), (2, 16), (7, 300), (1, 100_000)):
+        launch_gae(torch.float32, batch, seq_len, masked=True)
+    return len(kernel.device_caches[0][0])
+
+
 def main(target: str) -> None:
     prepare(TARGETS[target])
     # every reduction on one target; on the others it suffices that each kernel compiles
@@ -240,6 +266,7 @@ def main(target: str) -> None:
         "kernels": kernels,
         "variants_per_length": lengths,
         "variants_of_hidden_lengths": variants_of_hidden_lengths(),
+        "variants_of_gae_lengths": variants_of_gae_lengths(),
         "grids": sorted(set(grids)),
     }
     print(json.dumps(result, indent=1))

@@ -68,6 +68,7 @@ def test_every_kernel_compiles(reports, target):
         "add_target_rows_kernel",
         "move_rows_kernel",
         "scale_kernel",
+        "gae_kernel",
     }
 
 
@@ -115,6 +116,10 @@ def test_from_hidden_states_one_length_compiles_the_kernels_for_all(reports):
     for target in NVIDIA:
         after_one, after_several = reports[target]["variants_of_hidden_lengths"]
         assert after_one == after_several, target
+
+
+def test_one_compiled_scan_serves_every_length_and_alignment(reports):
+    assert [report["variants_of_gae_lengths"] for report in reports.values()] == [1] * len(reports)
 
 
 def test_tile_kernels_read_16_bytes_and_write_8_at_a_time_on_sm_90(reports):

@@ -6,11 +6,11 @@ import math
 import datasets
 import pytest
 import torch
-from conftest import HAS_GPU
+from devices import HAS_GPU
 from plain_training import assert_same_steps, plain_training
 from tiny_training import assert_near, by_kind, data, history, lora_config, make_trainer, model, weights
 
-from kto_fused.heads.losses import DPO_LOSS_TYPES
+from kto_fused.heads.preference import DPO_LOSS_TYPES
 from kto_fused.huggingface.padding import without_padding_mask
 from kto_fused.trainers import base as trainer_base
 
