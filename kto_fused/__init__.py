@@ -4,7 +4,7 @@ Call the functions from a training loop, on logits, on hidden states or on log-p
 holds trainers for Hugging Face models, and ``kto_fused.reference`` the plain PyTorch definition of every function.
 """
 
-from . import reference
+from . import heads, reference
 from .advantages import gae
 from .functional import (
     dpo_loss_from_logps,
@@ -12,23 +12,35 @@ from .functional import (
     fused_kto_loss,
     fused_linear_dpo_loss,
     fused_linear_kto_loss,
+    fused_linear_loss,
+    fused_loss,
     kto_class_weights,
     kto_loss_from_logps,
     kto_reference_point,
     linear_sequence_logps,
     linear_token_logps,
+    loss_from_logps,
     sequence_logps,
     token_logps,
 )
 from .heads.reward import bradley_terry_loss, value_loss
 from .metrics import LossMetrics, TokenMetrics
-from .modules import FusedDPOLoss, FusedKTOLoss, FusedLinearDPOLoss, FusedLinearKTOLoss
+from .modules import (
+    FusedDPOLoss,
+    FusedKTOLoss,
+    FusedLinearDPOLoss,
+    FusedLinearKTOLoss,
+    FusedLinearLoss,
+    FusedLoss,
+)
 
 __all__ = [
     "FusedDPOLoss",
     "FusedKTOLoss",
     "FusedLinearDPOLoss",
     "FusedLinearKTOLoss",
+    "FusedLinearLoss",
+    "FusedLoss",
     "LossMetrics",
     "TokenMetrics",
     "bradley_terry_loss",
@@ -37,12 +49,16 @@ __all__ = [
     "fused_kto_loss",
     "fused_linear_dpo_loss",
     "fused_linear_kto_loss",
+    "fused_linear_loss",
+    "fused_loss",
     "gae",
+    "heads",
     "kto_class_weights",
     "kto_loss_from_logps",
     "kto_reference_point",
     "linear_sequence_logps",
     "linear_token_logps",
+    "loss_from_logps",
     "reference",
     "sequence_logps",
     "token_logps",

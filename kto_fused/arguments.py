@@ -4,13 +4,14 @@
 therefore refused by the other, with the same message.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from . import checks
 from .engines import backends
-from .engines.layout import compute_dtype, gemm_dtype
+from .engines.layout import MASKED, compute_dtype, gemm_dtype, row_sequences, row_targets
 from .engines.options import HiddenOptions, LogitOptions, Needs
 from .heads.base import check_reference
 
@@ -126,6 +127,32 @@ def from_hidden(
     )
     return HiddenInputs(
         rows, lm_head_weight, lm_head_bias, labels, cu_seqlens, num_sequences, hidden_options, reference
+    )
+
+
+def of_reference(inputs: HiddenInputs) -> HiddenInputs:
+    """The call that gives the reference model's log-probabilities: its hidden states and LM head, no gradient."""
+    reference = inputs.reference
+    options = replace(inputs.options, dtype=inputs.options.ref_dtype, needs=Needs())
+    return inputs._replace(
+        hidden=reference.hidden,
+        weight=reference.weight,
+        bias=reference.bias,
+        options=options,
+        reference=HiddenReference(),
+    )
+
+
+def token_counts(inputs: LogitInputs) -> torch.Tensor:
+    """The number of completion tokens of each sequence. [B] int64"""
+    targets = row_targets(
+        inputs.labels, inputs.cu_seqlens, vocab_size=inputs.logits.shape[-1], **inputs.options.labelling
+    )
+    is_token = targets != MASKED
+    if inputs.cu_seqlens is None:
+        return is_token.sum(-1)
+    return is_token.new_zeros(inputs.num_sequences, dtype=torch.int64).index_add_(
+        0, row_sequences(inputs.cu_seqlens, len(targets)), is_token.long()
     )
 
 

@@ -5,15 +5,22 @@ positions (N positions where sequences are packed), a vocabulary of V, and hidde
 Log-probabilities are in nats.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from . import arguments, checks
 from .arguments import HiddenInputs, LogitInputs, LogpInputs
 from .engines.autograd import LogpsFromHidden, LossFromHidden
+from .engines.layout import compute_dtype
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps
 from .engines.results import SequenceValues
+from .heads.base import REDUCTIONS, reduce
+from .heads.formula import FormulaHead
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
+from .heads.protocol import Head, as_loss
 from .metrics import LossMetrics, TokenMetrics
 
 DEFAULT_CHUNK_BYTES = 2**30
@@ -684,6 +691,190 @@ def dpo_loss_from_logps(
     return _loss_from_logps(inputs)
 
 
+def fused_loss(
+    head: Head | str | Callable[..., torch.Tensor],
+    policy_logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ref_logits: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    reduction: str = "mean",
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+    **tensors: torch.Tensor,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """Any loss straight from logits.
+
+    Args:
+        head: the loss: a ``kto_fused.heads.Head``, a ``Mix``, a registered name such as ``"orpo"``, or a function of
+            your own, ``f(logps, counts, ref_logps, **tensors)``, which need not be registered.
+        ref_logits, ref_logps: the reference, exactly one of them; neither if the loss has none. A function of your own
+            may have either or neither.
+        reduction: ``mean`` over the losses, ``sum``, or ``none``: one loss per sequence or pair.
+        tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
+            name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
+            ``weights`` >= 0, one per loss, multiplies the losses of any head; a mean still divides by their number.
+
+    All other arguments, the return value and the errors are those of ``fused_kto_loss``. ``metrics.reported`` holds
+    what the head's ``report`` returns beside the rewards.
+
+    Raises:
+        TypeError: a tensor that the loss does not know, or lacks.
+        ValueError: the loss declares that groups of sequences do not depend on each other, and they do.
+
+    >>> import torch, kto_fused
+    >>> logits, labels = torch.randn(2, 5, 11, requires_grad=True), torch.randint(11, (2, 5))
+    >>> loss, metrics = kto_fused.fused_loss("simpo", logits, labels)
+    >>> loss.backward()
+    """
+    inputs = arguments.from_logits(
+        "policy_logits",
+        policy_logits,
+        labels,
+        cu_seqlens,
+        ref_logits=ref_logits,
+        ref_logps=ref_logps,
+        ignore_index=ignore_index,
+        shift=shift,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    loss = as_loss(head)
+    if isinstance(loss, Head):
+        head_type, options = _head_of(loss, tensors)
+        return _loss_from_logits(inputs, head_type, reduction=reduction, **options)
+    logps, ref_logps = _sequence_logps(inputs.logits, inputs), inputs.ref_logps
+    if inputs.ref_logits is not None:
+        ref_logps = _sequence_logps(inputs.ref_logits, inputs)
+    counts = arguments.token_counts(inputs)
+    return _plain_loss(loss, logps, counts, ref_logps, tensors, reduction, compute_dtype(policy_logits))
+
+
+def fused_linear_loss(
+    head: Head | str | Callable[..., torch.Tensor],
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_lm_head_weight: torch.Tensor | None = None,
+    ref_lm_head_bias: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    reduction: str = "mean",
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    backend: str | None = None,
+    **tensors: torch.Tensor,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """Any loss straight from hidden states and the LM head, without logits.
+
+    A registered head takes as many GEMMs as ``fused_linear_kto_loss``: 2 with a frozen LM head and 3 with a trained
+    one; 4 where one of its groups of sequences exceeds the chunk. A function that is not registered takes 4 with a
+    trained LM head.
+
+    Args:
+        head: as in ``fused_loss``.
+        ref_hidden, ref_logps: the reference, exactly one of them; neither if the loss has none.
+        tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
+            name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
+            ``weights`` >= 0, one per loss, multiplies the losses of any head; a mean still divides by their number.
+
+    All other arguments, the return value and the errors are those of ``fused_loss`` and ``fused_linear_kto_loss``.
+
+    >>> import torch, kto_fused
+    >>> hidden, lm_head = torch.randn(2, 5, 8, requires_grad=True), torch.nn.Linear(8, 11, bias=False)
+    >>> labels = torch.randint(11, (2, 5))
+    >>> loss, metrics = kto_fused.fused_linear_loss("orpo", hidden, lm_head.weight, labels)
+    >>> loss.backward()
+    """
+    inputs = arguments.from_hidden(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        labels,
+        cu_seqlens,
+        chunk_bytes=chunk_bytes,
+        ref_hidden=ref_hidden,
+        ref_lm_head_weight=ref_lm_head_weight,
+        ref_lm_head_bias=ref_lm_head_bias,
+        ref_logps=ref_logps,
+        ignore_index=ignore_index,
+        shift=shift,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        backend=backend,
+    )
+    loss = as_loss(head)
+    if isinstance(loss, Head):
+        head_type, options = _head_of(loss, tensors)
+        return _loss_from_hidden(inputs, head_type, reduction=reduction, **options)
+    policy, ref_logps = _logps_from_hidden(inputs), inputs.reference.logps
+    if inputs.reference.hidden is not None:
+        ref_logps = _logps_from_hidden(arguments.of_reference(inputs)).logps
+    return _plain_loss(loss, policy.logps, policy.token_counts, ref_logps, tensors, reduction, compute_dtype(hidden))
+
+
+def loss_from_logps(
+    head: Head | str | Callable[..., torch.Tensor],
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor | None = None,
+    *,
+    token_counts: torch.Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+    **tensors: torch.Tensor,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """Any loss of sequence log-probabilities that you already have. Differentiable in ``policy_logps``.
+
+    Args:
+        head: as in ``fused_loss``.
+        policy_logps: [B] floating-point, in nats, summed over completion tokens; for pairs chosen, then rejected.
+        ref_logps: [B] the reference model's; None if the loss has none.
+        token_counts: [B] integers >= 0, the completions' lengths, for losses that read them.
+        tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
+            name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
+            ``weights`` >= 0, one per loss, multiplies the losses of any head; a mean still divides by their number.
+
+    Returns and raises what ``fused_loss`` does.
+
+    >>> import torch, kto_fused
+    >>> loss, metrics = kto_fused.loss_from_logps("sigmoid", torch.tensor([-9.0, -12.0]), torch.tensor([-10.0, -12.0]))
+    >>> round(loss.item(), 4)
+    0.6444
+    """
+    loss = as_loss(head)
+    if isinstance(loss, Head):
+        inputs = arguments.from_logps(
+            FormulaHead,
+            policy_logps,
+            ref_logps,
+            token_counts=token_counts,
+            backend=backend,
+            loss=loss,
+            tensors=tensors,
+            reduction=reduction,
+        )
+        return _loss_from_logps(inputs)
+    checks.policy_logps(policy_logps)
+    return _plain_loss(loss, policy_logps, token_counts, ref_logps, tensors, reduction, compute_dtype(policy_logps))
+
+
 def kto_reference_point(
     policy_kl_logps: torch.Tensor,
     ref_kl_logps: torch.Tensor,
@@ -767,7 +958,8 @@ def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: obje
         *head_tensors,
     )
     sequences, reported = SequenceValues(*values[:NUM_VALUES]), values[NUM_VALUES:]
-    return loss, _metrics(sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
+    named = _named(head, reported, sequences.logps, sequences.token_counts, ref_logps, head_tensors)
+    return loss, _metrics(sequences, ref_logps=ref_logps, **named)
 
 
 def _sequence_logps(logits: torch.Tensor, inputs: LogitInputs) -> torch.Tensor:
@@ -793,7 +985,8 @@ def _loss_from_hidden(
     )
     sequences, (computed_ref_logps, *reported) = SequenceValues(*values[:NUM_VALUES]), values[NUM_VALUES:]
     ref_logps = reference.logps if reference.hidden is None else computed_ref_logps
-    return loss, _metrics(sequences, ref_logps=ref_logps, **head.metrics(reported, *head_tensors))
+    named = _named(head, reported, sequences.logps, sequences.token_counts, ref_logps, head_tensors)
+    return loss, _metrics(sequences, ref_logps=ref_logps, **named)
 
 
 def _logps_from_hidden(inputs: HiddenInputs) -> SequenceValues:
@@ -809,9 +1002,55 @@ def _loss_from_logps(inputs: LogpInputs) -> tuple[torch.Tensor, LossMetrics]:
     loss, *reported = LossFromLogps.apply(
         inputs.policy_logps, head, inputs.token_counts, inputs.ref_logps, *head_tensors
     )
-    named = head.metrics(reported, *head_tensors)
     logps = inputs.policy_logps.detach()
+    named = _named(head, reported, logps, inputs.token_counts, inputs.ref_logps, head_tensors)
     return loss, LossMetrics(logps=logps, ref_logps=inputs.ref_logps, token_counts=inputs.token_counts, **named)
+
+
+def _head_of(loss: Head, tensors: dict[str, torch.Tensor]) -> tuple[type, dict[str, Any]]:
+    """The kind of head that computes a loss fastest, and the options from which it is prepared."""
+    fast = loss.fast_options(tensors)
+    return (FormulaHead, {"loss": loss, "tensors": tensors}) if fast is None else fast
+
+
+def _named(
+    head: Any,
+    reported: Sequence[torch.Tensor],
+    logps: torch.Tensor,
+    token_counts: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    head_tensors: tuple[torch.Tensor | None, ...],
+) -> dict[str, Any]:
+    """The head's fields of ``LossMetrics``: from what its kernel reported, or from its formula's own ``report``."""
+    if isinstance(head, FormulaHead):
+        with torch.no_grad():
+            exact_ref = None if ref_logps is None else ref_logps.double()
+            reported = head.report(logps.double(), token_counts, exact_ref, *head_tensors)
+    return head.metrics(reported, *head_tensors)
+
+
+def _plain_loss(
+    function: Callable[..., torch.Tensor],
+    logps: torch.Tensor,
+    token_counts: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    tensors: dict[str, torch.Tensor],
+    reduction: str,
+    loss_dtype: torch.dtype,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """The loss of a function that is not registered, under autograd."""
+    checks.choice("reduction", reduction, REDUCTIONS)
+    exact = logps.double(), token_counts, None if ref_logps is None else ref_logps.double()
+    losses = function(*exact, **tensors)
+    if not isinstance(losses, torch.Tensor) or losses.ndim > 1:
+        came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        raise ValueError(f"head must return losses of one dimension, or one number, got {came}")
+    policy = logps.detach()
+    rewards = policy if ref_logps is None else policy - ref_logps
+    metrics = LossMetrics(
+        logps=policy, ref_logps=ref_logps, rewards=rewards, token_counts=token_counts, is_paired=False
+    )
+    return reduce(losses, reduction).to(loss_dtype), metrics
 
 
 def _metrics(sequences: SequenceValues, **named: torch.Tensor | None) -> LossMetrics:

@@ -5,20 +5,22 @@ waits for the device until the means are read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 
 @dataclass
 class LossMetrics:
-    """Per-sequence results of a KTO or DPO loss, each [B].
+    """Per-sequence results of a loss, each [B].
 
     - ``logps``, ``ref_logps``: log-probabilities in nats; sums over completion tokens, or means with
       ``average_log_prob``
     - ``rewards``: beta times their difference. ``simpo`` has no reference and defines its reward by the
       length-averaged log-probability: beta ``logps`` / ``token_counts`` for sums
     - ``desirable``: KTO's argument; None for pairs, whose first half is chosen and whose second half is rejected
+    - ``is_paired``: whether sequences without ``desirable`` are such pairs; True unless the loss reads single sequences
+    - ``reported``: what else the loss reports, by name: tensors of one dimension or none
     - ``reference_point``: KTO's z0 in nats, a scalar; None for pairs
 
     A loss from logits or hidden states also fills the next fields. The last three are means over a sequence's
@@ -41,6 +43,8 @@ class LossMetrics:
     entropy: torch.Tensor | None = None
     mean_logits: torch.Tensor | None = None
     token_accuracy: torch.Tensor | None = None
+    is_paired: bool = True
+    reported: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def summary(self) -> dict[str, torch.Tensor]:
         """Return the batch's means under the names that TRL logs, as scalar tensors on the device.
@@ -60,17 +64,20 @@ class LossMetrics:
 
     def totals(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return the (weighted sum, weight) of each mean in ``summary``, in float64. Both add up over ranks."""
-        chosen = self.desirable
-        if chosen is None:
+        chosen, is_paired = self.desirable, self.desirable is None and self.is_paired
+        if is_paired:
             chosen = torch.arange(self.rewards.numel(), device=self.rewards.device) < self.rewards.numel() // 2
-        sides = {"chosen": chosen, "rejected": ~chosen}
+        if chosen is None:
+            sides = {"": torch.ones_like(self.rewards, dtype=torch.bool)}
+        else:
+            sides = {"/chosen": chosen, "/rejected": ~chosen}
         totals = {}
         for side, members in sides.items():
-            totals[f"rewards/{side}"] = _total(self.rewards, members)
-            totals[f"logps/{side}"] = _total(self.logps, members)
+            totals[f"rewards{side}"] = _total(self.rewards, members)
+            totals[f"logps{side}"] = _total(self.logps, members)
             if self.mean_logits is not None:
-                totals[f"logits/{side}"] = _total(self.mean_logits, members * self.token_counts)
-        if self.desirable is None:
+                totals[f"logits{side}"] = _total(self.mean_logits, members * self.token_counts)
+        if is_paired:
             chosen_rewards, rejected_rewards = self.rewards.chunk(2)
             is_accurate = chosen_rewards > rejected_rewards
             totals["rewards/accuracies"] = _total(is_accurate, torch.ones_like(chosen_rewards))
@@ -82,6 +89,8 @@ class LossMetrics:
             totals["kl"] = _total(self.reference_point, weight)
         if self.entropy is not None:
             totals["entropy"] = _total(self.entropy, self.token_counts)
+        for name, values in self.reported.items():
+            totals[name] = _total(values, torch.ones_like(values))
         return totals
 
     def gathered(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> "LossMetrics":
@@ -90,11 +99,14 @@ class LossMetrics:
         def gather_field(values: torch.Tensor | None) -> torch.Tensor | None:
             if values is None or values.ndim == 0:
                 return values
-            if self.desirable is None:
+            if self.desirable is None and self.is_paired and len(values) == len(self.rewards):
                 return gather(values.view(2, -1).T.contiguous()).T.flatten()
             return gather(values)
 
-        return replace(self, **{field.name: gather_field(getattr(self, field.name)) for field in fields(self)})
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        gathered = {name: gather_field(value) for name, value in own.items() if name not in ("is_paired", "reported")}
+        reported = {name: gather_field(value) for name, value in self.reported.items()}
+        return replace(self, **gathered, reported=reported)
 
 
 class Totals:

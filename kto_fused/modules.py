@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from .functional import fused_dpo_loss, fused_kto_loss, fused_linear_dpo_loss, fused_linear_kto_loss
+from .functional import (
+    fused_dpo_loss,
+    fused_kto_loss,
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    fused_linear_loss,
+    fused_loss,
+)
+from .heads.protocol import Head, as_loss
 from .metrics import LossMetrics
 
 
@@ -28,6 +36,43 @@ class _LossModule(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class FusedLoss(_LossModule):
+    """``fused_loss`` of one head that keeps keyword arguments. A keyword argument of a call takes precedence.
+
+    Raises ``TypeError`` for an argument that ``fused_loss`` does not take. Values are checked at each call.
+
+    >>> import torch, kto_fused
+    >>> simpo = kto_fused.FusedLoss("simpo", logit_softcap=30.0)
+    >>> logits, labels = torch.randn(2, 5, 11), torch.randint(11, (2, 5))
+    >>> loss, metrics = simpo(logits, labels)
+    """
+
+    function = staticmethod(fused_loss)
+
+    def __init__(self, head: Head | str | Callable[..., torch.Tensor], **options: Any) -> None:
+        super().__init__(**options)
+        as_loss(head)  # refuses what is no loss
+        self.head = head
+
+    def forward(self, *tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, LossMetrics]:
+        return super().forward(self.head, *tensors, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (repr(self.head), super().extra_repr())))
+
+
+class FusedLinearLoss(FusedLoss):
+    """``fused_linear_loss`` of one head that keeps keyword arguments, like ``FusedLoss``.
+
+    >>> import torch, kto_fused
+    >>> orpo = kto_fused.FusedLinearLoss("orpo", chunk_bytes=2**28)
+    >>> hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(11, 8), torch.randint(11, (2, 5))
+    >>> loss, metrics = orpo(hidden, weight, labels)
+    """
+
+    function = staticmethod(fused_linear_loss)
 
 
 class FusedKTOLoss(_LossModule):

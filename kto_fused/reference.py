@@ -25,7 +25,9 @@ from .engines.options import LogitOptions
 from .engines.results import SequenceValues
 from .functional import kto_class_weights, kto_reference_point
 from .heads.base import reduce
+from .heads.formula import FormulaHead
 from .heads.preference import DPOHead, KTOHead
+from .heads.protocol import Head, as_loss
 from .heads.reward import bradley_terry_loss, value_loss
 from .metrics import LossMetrics, TokenMetrics
 
@@ -40,8 +42,11 @@ __all__ = [
     "kto_reference_point",
     "linear_dpo_loss",
     "linear_kto_loss",
+    "linear_loss",
     "linear_sequence_logps",
     "linear_token_logps",
+    "loss",
+    "loss_from_logps",
     "sequence_logps",
     "token_logps",
     "value_loss",
@@ -203,6 +208,29 @@ def _sequence_logps(given: dict[str, Any]) -> torch.Tensor:
     return _sequences(inputs.logits, inputs).logps
 
 
+def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
+    """The twin of ``fused_loss`` and ``fused_linear_loss``: the head's formula, registered or not."""
+    loss, tensors, reduction = as_loss(given.pop("head")), given.pop("tensors"), given.pop("reduction")
+    if isinstance(loss, Head):
+        return _loss_of(FormulaHead, {**given, "loss": loss, "tensors": tensors, "reduction": reduction})
+    inputs = _with_logits(_checked(given)[0])
+    policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps
+    if inputs.ref_logits is not None:
+        ref_logps = _sequences(inputs.ref_logits, inputs).logps
+    dtype = compute_dtype(inputs.logits)
+    return functional._plain_loss(loss, policy.logps, policy.token_counts, ref_logps, tensors, reduction, dtype)
+
+
+def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
+    loss, tensors, reduction = as_loss(given.pop("head")), given.pop("tensors"), given.pop("reduction")
+    if isinstance(loss, Head):
+        return _loss_of_logps(FormulaHead, {**given, "loss": loss, "tensors": tensors, "reduction": reduction})
+    given.pop("backend")
+    logps, ref_logps, token_counts = given["policy_logps"], given["ref_logps"], given["token_counts"]
+    checks.policy_logps(logps)
+    return functional._plain_loss(loss, logps, token_counts, ref_logps, tensors, reduction, compute_dtype(logps))
+
+
 def _loss_of(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     inputs, head_options = _checked(given)
     head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
@@ -225,8 +253,9 @@ def _twin_of(fused: Callable, compute: Callable, *head_type: type) -> Callable:
     signature, name = inspect.signature(fused), fused.__name__.removeprefix("fused_")
 
     def twin(*positional: Any, **named: Any) -> Any:
+        takes_tensors = "tensors" in signature.parameters
         for argument in named:
-            if argument not in signature.parameters:
+            if argument not in signature.parameters and not takes_tensors:
                 raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
         bound = signature.bind(*positional, **named)
         bound.apply_defaults()
@@ -238,6 +267,9 @@ def _twin_of(fused: Callable, compute: Callable, *head_type: type) -> Callable:
     return twin
 
 
+loss = _twin_of(functional.fused_loss, _any_loss)
+linear_loss = _twin_of(functional.fused_linear_loss, _any_loss)
+loss_from_logps = _twin_of(functional.loss_from_logps, _any_loss_of_logps)
 token_logps = _twin_of(functional.token_logps, _token_logps)
 sequence_logps = _twin_of(functional.sequence_logps, _sequence_logps)
 linear_token_logps = _twin_of(functional.linear_token_logps, _token_logps)

@@ -245,7 +245,8 @@ class HeadCall:
             return columns.clone(memory_format=torch.contiguous_format).view(-1)
 
         tensors = map(part, (values.logps, values.token_counts, self.ref_logps, *self.tensors))
-        _, grads, *_ = self.head(*tensors, num_losses=num_groups)
+        whole = {"batch_counts": values.token_counts} if getattr(self.head, "reads_batch_counts", False) else {}
+        _, grads, *_ = self.head(*tensors, num_losses=num_groups, **whole)
         logp_grads = torch.zeros_like(values.logps)
         logp_grads.view(-1, num_groups)[:, first:last] = grads.view(-1, last - first)
         return logp_grads

@@ -1,1 +1,11 @@
-"""Loss heads: from sequences' log-probabilities to a loss and its gradient."""
+"""Losses: from sequences' log-probabilities to a loss. Make one by its name, mix several, or register your own.
+
+>>> from kto_fused import heads
+>>> heads.make("ipo", beta=0.2)
+IPO(beta=0.2, f_divergence_type='reverse_kl', f_alpha_divergence_coef=0.5)
+"""
+
+from . import completions, pairs
+from .protocol import Head, Mix, make, names, register
+
+__all__ = ["Head", "Mix", "completions", "make", "names", "pairs", "register"]

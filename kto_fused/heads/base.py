@@ -7,8 +7,9 @@ tensors come with each call: an engine calls ``head(logps, token_counts, ref_log
 
 - ``group``: how many sequences one loss value reads. 1: each sequence alone. 2: sequence i together with i + B/2. None,
   also where a head has no such attribute: the whole batch. An engine may call a head that has a group on some of the
-  batch's groups alone; ``num_losses`` is then the number of losses in the whole batch, by which a mean divides. A head
-  without a group is only called on the whole batch, and without ``num_losses``
+  batch's groups alone; ``num_losses`` is then the number of losses in the whole batch, by which a mean divides, and a
+  head with the attribute ``reads_batch_counts`` gets the whole batch's token counts as ``batch_counts``. A head without
+  a group is only called on the whole batch, and without these two
 - ``reduction`` and ``loss_dtype``: fields that every head has. Its other fields are strings, floats and bools, because
   an operator of ``torch.compile`` takes no object: ``flatten`` turns a head into plain values, ``rebuild`` inverts that
 - ``outputs(logps, ..., reduction, num_losses, loss_dtype)``: empty tensors shaped like the results of a call
@@ -16,7 +17,7 @@ tensors come with each call: an engine calls ``head(logps, token_counts, ref_log
 The public functions and their twins in ``kto_fused.reference`` need more:
 
 - ``prepare(policy, num_sequences, **options)``: checks the options of a call and returns the head and its ``tensors``
-- ``needs_reference``: whether the loss has a reference model
+- ``needs_reference``: whether the loss has a reference model; ``loss_name``: what messages call the loss
 - ``check_logps(policy_logps, ref_logps, token_counts, average_log_prob)``: checks log-probabilities given as arguments
 - ``losses(logps, token_counts, ref_logps, *tensors)``: the formula in differentiable PyTorch, one loss per sequence or
   pair. The twins run it under autograd
@@ -84,7 +85,7 @@ def check_reference(head: Any, **references: torch.Tensor | None) -> None:
     given = [name for name, value in references.items() if value is not None]
     if not head.needs_reference:
         if given:
-            raise ValueError(f"loss_type={head.loss_type!r} has no reference model, but {' and '.join(given)} came")
+            raise ValueError(f"{head.loss_name} has no reference model, but {' and '.join(given)} came")
     elif len(given) != 1:
         came = "both" if given else "neither"
         raise ValueError(f"expected exactly one of {' and '.join(references)}, got {came}")

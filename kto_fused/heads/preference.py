@@ -231,6 +231,10 @@ class KTOHead:
     backend: str
 
     @property
+    def loss_name(self) -> str:
+        return f"loss_type={self.loss_type!r}"
+
+    @property
     def group(self) -> int | None:
         return None if self.reference == "batch_mean" else 1
 
@@ -391,6 +395,10 @@ class DPOHead:
     reduction: str
     loss_dtype: torch.dtype
     backend: str
+
+    @property
+    def loss_name(self) -> str:
+        return f"loss_type={self.loss_type!r}"
 
     @property
     def needs_reference(self) -> bool:

@@ -1,0 +1,232 @@
+"""The engines' side of any ``Head``: its formula differentiated by autograd inside one operator.
+
+``kto`` and ``dpo`` have heads with Triton kernels of their own (``heads.preference``); every other loss passes through
+``FormulaHead``. It works on [B] float64 log-probabilities, so that its cost does not depend on the vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .. import checks
+from ..engines.backends import may_read, opaque
+from .base import REDUCTIONS, loss_shape, register, value_and_grads
+from .protocol import Head, check_tensor_names, from_text, to_text, try_once
+
+
+@register("formula")
+@dataclass(frozen=True, eq=False)
+class FormulaHead:
+    """``head(logps, token_counts, ref_logps, *tensors) -> (loss, grads)`` of a ``Head``, see ``heads.base``."""
+
+    reads_batch_counts: ClassVar[bool] = True
+
+    text: str  # the head, as ``protocol.to_text`` writes it
+    tensor_names: str  # of the call's tensors in their order, joined by commas
+    reduction: str
+    loss_dtype: torch.dtype
+    backend: str
+
+    @property
+    def head(self) -> Head:
+        return from_text(self.text)
+
+    @property
+    def group(self) -> int | None:
+        return self.head.group
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.head.needs_reference
+
+    @property
+    def loss_name(self) -> str:
+        return repr(self.head)
+
+    @classmethod
+    def prepare(
+        cls,
+        policy: torch.Tensor,
+        num_sequences: int,
+        *,
+        loss: Head,
+        tensors: dict[str, torch.Tensor],
+        reduction: str,
+        average_log_prob: bool,  # False: heads divide by the token counts themselves
+        **fields: Any,
+    ) -> tuple["FormulaHead", tuple[torch.Tensor, ...]]:
+        """Check a call's tensors. Returns the head and its tensors."""
+        checks.choice("reduction", reduction, REDUCTIONS)
+        tensors = check_tensors(loss, tensors, num_sequences, policy)
+        if reduction == "none" and loss.group is None:
+            raise ValueError(
+                f"reduction='none' has no meaning for {loss!r}, which reads the whole batch: expected 'mean' or 'sum'"
+            )
+        if not torch.compiler.is_compiling():
+            try_once(loss, tensors)
+        head = cls(text=to_text(loss), tensor_names=",".join(tensors), reduction=reduction, **fields)
+        return head, tuple(tensors.values())
+
+    def check_logps(
+        self,
+        policy_logps: torch.Tensor,
+        ref_logps: torch.Tensor | None,
+        token_counts: torch.Tensor | None,
+        average_log_prob: bool,
+    ) -> None:
+        """Check the log-probabilities of ``loss_from_logps``."""
+        if (ref_logps is not None) != self.needs_reference:
+            expected = "log-probabilities [B]" if self.needs_reference else "None"
+            raise ValueError(f"ref_logps must be {expected} for {self.head!r}, got {type(ref_logps).__name__}")
+        if ref_logps is not None:
+            checks.per_sequence(
+                "ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, policy_logps.numel(), policy_logps
+            )
+
+    def named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.tensor_names.split(",") if self.tensor_names else [], tensors, strict=True))
+
+    def losses(
+        self,
+        logps: torch.Tensor,
+        token_counts: torch.Tensor | None,
+        ref_logps: torch.Tensor | None,
+        *tensors: torch.Tensor,
+        batch_counts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One loss per sequence or per pair; times the weight where ``weights`` came for a loss that has none."""
+        named, weights = self.named(tensors), None
+        if "weights" in named and "weights" not in self.head.tensor_names():
+            weights = named.pop("weights")
+        if self.head.reads_batch_counts():
+            named["batch_counts"] = token_counts if batch_counts is None else batch_counts
+        losses = self.head.losses(logps, token_counts, ref_logps if self.needs_reference else None, **named)
+        # a loss of weight 0 takes no part, even if it is infinite
+        return losses if weights is None else torch.where(weights > 0, losses * weights, 0.0)
+
+    def report(self, logps, token_counts, ref_logps, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What to log, by name."""
+        named = {name: value for name, value in self.named(tensors).items() if name in self.head.tensor_names()}
+        sequences = logps, token_counts, ref_logps if self.needs_reference else None
+        return {**Head.report(self.head, *sequences), **self.head.report(*sequences, **named)}
+
+    def metrics(self, reported: dict[str, torch.Tensor], *tensors: torch.Tensor) -> dict[str, Any]:
+        """What ``report`` returned, by the fields of ``LossMetrics``."""
+        known = {name: reported[name] for name in ("rewards", "reference_point") if name in reported}
+        others = {name: value for name, value in reported.items() if name not in known}
+        desirable = self.named(tensors).get("desirable")
+        if desirable is not None and desirable.dtype != torch.bool:
+            desirable = desirable == 1
+        return {**known, "desirable": desirable, "is_paired": self.head.is_paired, "reported": others}
+
+    def outputs(self, logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """Empty tensors like the results of ``_formula``: the loss and d loss / d log-probability [B]."""
+        *_, reduction, _, loss_dtype = arguments
+        num_losses = logps.shape[0] // (self.group or 1)
+        return logps.new_empty(loss_shape(num_losses, reduction), dtype=loss_dtype), logps.new_empty(
+            logps.shape[0], dtype=torch.float64
+        )
+
+    def __call__(
+        self,
+        logps: torch.Tensor,
+        token_counts: torch.Tensor | None,
+        ref_logps: torch.Tensor | None,
+        *tensors: torch.Tensor,
+        num_losses: int | None = None,
+        batch_counts: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.head.reads_batch_counts() and batch_counts is None:
+            batch_counts = token_counts
+        elif not self.head.reads_batch_counts():
+            batch_counts = None
+        return _formula(
+            logps,
+            token_counts,
+            ref_logps,
+            list(tensors),
+            batch_counts,
+            self.text,
+            self.tensor_names,
+            self.backend,
+            self.reduction,
+            num_losses,
+            self.loss_dtype,
+        )
+
+
+def check_tensors(
+    loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int, policy: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Check the tensors of a call by name and shape. Returns them detached, in the order of the head's names."""
+    check_tensor_names(loss, tensors)
+    if loss.group == 2 and num_sequences % 2:
+        raise ValueError(
+            f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple of 2"
+        )
+    num_losses = num_sequences // (loss.group or 1)
+    kinds = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
+    checked = {}
+    for name in dict.fromkeys((*loss.tensor_names(), "weights")):
+        value = tensors.get(name)
+        if value is None:
+            continue
+        if checks.is_number(value):
+            value = torch.tensor(float(value), dtype=torch.float64, device=policy.device)
+        checks.tensor(name, value, kinds, "bool, integer or floating-point")
+        checks.same_device(name, value, "the policy", policy)
+        if value.ndim > 1 or (value.ndim == 1 and len(value) not in (num_sequences, num_losses)):
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, expected [{num_sequences}] (sequences), "
+                f"[{num_losses}] (losses) or a scalar"
+            )
+        if name == "weights":
+            _check_weights(value, loss, num_losses)
+        if name == "desirable":
+            _check_desirable(value)
+        checked[name] = value.detach()
+    return checked
+
+
+def _check_weights(weights: torch.Tensor, loss: Head, num_losses: int) -> None:
+    if "weights" not in loss.tensor_names() and weights.shape != (num_losses,):
+        raise ValueError(f"weights has shape {list(weights.shape)}, expected [{num_losses}], one per loss of {loss!r}")
+    if not torch.compiler.is_compiling() and may_read(weights):
+        wrong = weights[~(weights >= 0)]
+        if len(wrong):
+            raise ValueError(f"weights must be >= 0, got {wrong[0].item()}")
+
+
+def _check_desirable(desirable: torch.Tensor) -> None:
+    if desirable.is_floating_point():
+        raise TypeError(f"desirable must be bool (or 0/1 integers), got {desirable.dtype}")
+    if desirable.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(desirable):
+        wrong = desirable[(desirable != 0) & (desirable != 1)]
+        if len(wrong):
+            raise ValueError(f"desirable must hold 0 or 1, got {wrong[0].item()}")
+
+
+def _fake_formula(
+    logps, counts, ref_logps, tensors, batch_counts, text, tensor_names, backend, reduction, num_losses, loss_dtype
+):
+    head = FormulaHead(text, tensor_names, reduction, loss_dtype, backend)
+    return head.outputs(logps, reduction, num_losses, loss_dtype)
+
+
+@opaque(
+    fake=_fake_formula,
+    schema="(Tensor logps, Tensor? counts, Tensor? ref_logps, Tensor[] tensors, Tensor? batch_counts, str text, "
+    "str tensor_names, str backend, str reduction, SymInt? num_losses, ScalarType loss_dtype) -> (Tensor, Tensor)",
+)
+def _formula(
+    logps, counts, ref_logps, tensors, batch_counts, text, tensor_names, backend, reduction, num_losses, loss_dtype
+):
+    """The reduced loss of a head's formula in float64, and its gradient by the log-probabilities [B]."""
+    head = FormulaHead(text, tensor_names, reduction, loss_dtype, backend)
+    ref_logps = None if ref_logps is None else ref_logps.double()
+
+    def losses(logps: torch.Tensor) -> torch.Tensor:
+        return head.losses(logps, counts, ref_logps, *tensors, batch_counts=batch_counts)
+
+    return value_and_grads(losses, logps.double(), reduction, loss_dtype, num_losses)

@@ -1,0 +1,451 @@
+"""What a loss is: the class ``Head``, the registry of losses by name, and ``Mix``, a weighted sum of losses.
+
+A loss is one frozen dataclass of plain PyTorch. Its numbers are fields, its formula is ``losses``; the engines do the
+rest, from logits or from hidden states, on every backend:
+
+>>> from dataclasses import dataclass
+>>> import torch, kto_fused
+>>> from kto_fused import heads
+>>> @heads.register("doc_margin")
+... @dataclass(frozen=True)
+... class Margin(heads.Head):
+...     margin: float = 1.0
+...     group = 2  # one loss reads a pair: the batch's first half is chosen, its second half rejected
+...     def losses(self, logps, counts, ref_logps):
+...         chosen, rejected = (logps - ref_logps).chunk(2)
+...         return torch.relu(self.margin - chosen + rejected)
+>>> logits, labels = torch.zeros(2, 4, 8), torch.ones(2, 4, dtype=torch.int64)
+>>> loss, metrics = kto_fused.fused_loss(heads.make("doc_margin", margin=2.0), logits, labels, ref_logits=logits)
+>>> loss.item()
+2.0
+"""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+_CLASSES: dict[str, type["Head"]] = {}
+# the parameters of ``losses`` that are not tensors of the call
+_GIVEN = ("self", "logps", "counts", "ref_logps", "batch_counts")
+
+
+class Head:
+    """A loss of log-probabilities. Subclass it as a frozen dataclass, and register the class under a name.
+
+    Class attributes:
+        level: ``"sequence"``: ``losses`` gets one log-probability per sequence. (``"token"`` is not built yet.)
+        group: how many sequences one loss value reads. 1: each sequence alone. 2: pairs; sequence i belongs together
+            with i + B/2. None, the default: the whole batch. A head that declares 1 or 2 may be called on some of the
+            batch's groups alone, which is what lets a long batch pass through the LM head in chunks with 3 GEMMs; a
+            head that declares it wrongly is refused.
+        needs_reference: whether ``losses`` reads the reference model's log-probabilities.
+        is_paired: whether the batch's first half is chosen and its second half rejected, for metrics; so it is with
+            ``group = 2``.
+
+    Fields are the loss's numbers: floats, integers, booleans, strings, or a tuple of floats. Check them in
+    ``__post_init__``. A number that changes from step to step should be a tensor of the call instead, so that
+    ``torch.compile`` compiles nothing again.
+    """
+
+    level: ClassVar[str] = "sequence"
+    group: ClassVar[int | None] = None
+    needs_reference: ClassVar[bool] = True
+
+    @property
+    def is_paired(self) -> bool:
+        return self.group == 2
+
+    def losses(
+        self, logps: torch.Tensor, counts: torch.Tensor, ref_logps: torch.Tensor | None, **tensors: torch.Tensor
+    ) -> torch.Tensor:
+        """Return one loss per sequence, or per pair, in differentiable PyTorch.
+
+        Args:
+            logps: [B] float64, each sequence's log-probability in nats, summed over its completion tokens.
+            counts: [B] int64, the numbers of completion tokens.
+            ref_logps: [B] float64, the reference model's log-probabilities; None without a reference.
+            tensors: a subclass names its own tensors as parameters; the caller passes them by these names. A parameter
+                with a default may be left out. A tensor has one entry per sequence, one per pair, or none (a scalar).
+                The name ``batch_counts`` is reserved: it gets the token counts of the whole batch, [B], also where the
+                head is called on a part of it.
+        """
+        raise NotImplementedError
+
+    def report(
+        self, logps: torch.Tensor, counts: torch.Tensor, ref_logps: torch.Tensor | None, **tensors: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return what to log beside the loss, by name: ``rewards`` [B], and any tensor of one dimension or none.
+
+        The default reward is ``beta`` (1 where the head has no such field) times the log-ratio, or the log-probability
+        without a reference.
+        """
+        return {"rewards": getattr(self, "beta", 1.0) * (logps if ref_logps is None else logps - ref_logps)}
+
+    def fast_options(self, tensors: dict[str, torch.Tensor]) -> tuple[type, dict[str, Any]] | None:
+        """Return a head with a kernel of its own and its options, if there is one for this call; see ``heads.base``."""
+        return None
+
+    @classmethod
+    def tensor_names(cls) -> tuple[str, ...]:
+        """The names of the tensors that ``losses`` takes from the caller."""
+        return tuple(name for name in inspect.signature(cls.losses).parameters if name not in _GIVEN)
+
+    @classmethod
+    def required_tensors(cls) -> tuple[str, ...]:
+        """Those of ``tensor_names`` that have no default."""
+        parameters = inspect.signature(cls.losses).parameters
+        return tuple(name for name in cls.tensor_names() if parameters[name].default is inspect.Parameter.empty)
+
+    @classmethod
+    def reads_batch_counts(cls) -> bool:
+        return "batch_counts" in inspect.signature(cls.losses).parameters
+
+
+def register(name: str) -> Callable[[type[Head]], type[Head]]:
+    """Decorate a head's class, which is then known as ``name`` to ``make``, to operators and to other processes.
+
+    The head is tried on random numbers, as far as its tensors can be made up: with ``group`` 1 or 2, a changed
+    log-probability must not change the gradient of another group.
+
+    Raises:
+        ValueError: the name is taken; ``level`` or ``group`` has no such value; the trial finds that groups depend on
+            each other, that the result has another shape than one loss per group, that the loss is not differentiable,
+            or that it changes its input.
+        TypeError: the class is no frozen dataclass derived from ``Head``, or a field is no number, string or boolean.
+
+    >>> from kto_fused import heads
+    >>> "ipo" in heads.names()
+    True
+    """
+
+    def decorate(kind: type[Head]) -> type[Head]:
+        _check_class(name, kind)
+        taken = _CLASSES.get(name)
+        # the same class may come again, when its module is reloaded or a notebook's cell runs twice
+        if taken is not None and (taken.__module__, taken.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ValueError(
+                f"the name {name!r} belongs to {taken.__module__}.{taken.__qualname__}: choose another one"
+            )
+        kind.name = name
+        before, _CLASSES[name] = taken, kind
+        try:
+            _try_out(name, kind)
+        except Exception:
+            if before is None:
+                del _CLASSES[name]
+            else:
+                _CLASSES[name] = before
+            raise
+        return kind
+
+    return decorate
+
+
+def make(name: str, **fields: Any) -> Head:
+    """Return the registered loss ``name`` with some of its fields set.
+
+    Raises:
+        ValueError: no loss has this name, or a field's value is refused.
+        TypeError: the loss has no such field.
+
+    >>> from kto_fused import heads
+    >>> heads.make("orpo", beta=0.25)
+    ORPO(beta=0.25)
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"no loss is registered as {name!r}: expected one of {list(names())}")
+    known = [field.name for field in dataclasses.fields(_CLASSES[name])]
+    for field in fields:
+        if field not in known:
+            raise TypeError(f"{name} has no field {field!r}: expected some of {known}")
+    return _CLASSES[name](**fields)
+
+
+def as_loss(loss: "Head | str | Callable[..., torch.Tensor]") -> "Head | Callable[..., torch.Tensor]":
+    """Return a registered head, or a function ``f(logps, counts, ref_logps, **tensors)`` for any other loss."""
+    if isinstance(loss, str):
+        return make(loss)
+    if not isinstance(loss, Head):
+        if isinstance(loss, type) or not callable(loss):
+            raise TypeError(f"head must be a Head, a name of {list(names())} or a function, got {loss!r}")
+        return loss
+    if is_registered(loss):
+        return loss
+    if not loss.reads_batch_counts():
+        return loss.losses
+    return lambda logps, counts, ref_logps, **tensors: loss.losses(
+        logps, counts, ref_logps, batch_counts=counts, **tensors
+    )
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all registered losses, in alphabetical order."""
+    return tuple(sorted(_CLASSES))
+
+
+def is_registered(head: Head) -> bool:
+    return isinstance(head, Mix) or _CLASSES.get(getattr(type(head), "name", "")) is type(head)
+
+
+class Mix(Head):
+    """A weighted sum of losses, found in one visit to the tokens: ``Mix((1.0, DPO()), (0.2, SFT()))``.
+
+    Losses of single sequences count as the mean over a pair's two sequences where others are losses of pairs.
+
+    Raises:
+        ValueError: no loss, or a weight below 0.
+        TypeError: a part is not (weight, head), or a head is not registered.
+
+    >>> from kto_fused import heads
+    >>> mix = heads.Mix((1.0, heads.make("sigmoid")), (0.2, heads.make("sft")))
+    >>> mix.group
+    2
+    """
+
+    def __init__(self, *parts: tuple[float, Head]):
+        if not parts:
+            raise ValueError("Mix holds no loss: expected (weight, head) pairs")
+        for part in parts:
+            if not (isinstance(part, tuple) and len(part) == 2 and isinstance(part[1], Head)):
+                raise TypeError(f"Mix takes (weight, head) pairs, got {part!r}")
+            weight, head = part
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                raise ValueError(f"a weight of Mix must be a finite number >= 0, got {weight!r}")
+            if not is_registered(head):
+                raise TypeError(f"{type(head).__name__} is not registered: decorate it with heads.register(name)")
+        self.parts = parts
+
+    @property
+    def heads(self) -> list[Head]:
+        return [head for _, head in self.parts]
+
+    @property
+    def group(self) -> int | None:
+        groups = [head.group for head in self.heads]
+        return None if None in groups else max(groups)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(head.needs_reference for head in self.heads)
+
+    @property
+    def is_paired(self) -> bool:
+        return any(head.is_paired for head in self.heads)
+
+    def tensor_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for head in self.heads for name in head.tensor_names()))
+
+    def required_tensors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for head in self.heads for name in head.required_tensors()))
+
+    def reads_batch_counts(self) -> bool:
+        return any(head.reads_batch_counts() for head in self.heads)
+
+    def losses(self, logps, counts, ref_logps, **tensors):
+        total, batch_counts = None, tensors.pop("batch_counts", None)
+        results = [
+            (weight, self._losses_of(head, logps, counts, ref_logps, batch_counts, tensors))
+            for weight, head in self.parts
+        ]
+        fewest = min(len(losses) for _, losses in results)
+        for weight, losses in results:
+            if len(losses) != fewest:  # of single sequences: the mean over each pair
+                losses = losses.view(2, fewest).mean(0)
+            total = weight * losses if total is None else total + weight * losses
+        return total
+
+    @staticmethod
+    def _losses_of(head, logps, counts, ref_logps, batch_counts, tensors) -> torch.Tensor:
+        own = {name: tensors[name] for name in head.tensor_names() if name in tensors}
+        if head.reads_batch_counts():
+            own["batch_counts"] = batch_counts
+        return head.losses(logps, counts, ref_logps if head.needs_reference else None, **own)
+
+    def report(self, logps, counts, ref_logps, **tensors):
+        """The first loss's report."""
+        head = self.parts[0][1]
+        own = {name: tensors[name] for name in head.tensor_names() if name in tensors}
+        return head.report(logps, counts, ref_logps if head.needs_reference else None, **own)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mix) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    def __repr__(self) -> str:
+        return f"Mix({', '.join(repr(part) for part in self.parts)})"
+
+
+def check_tensor_names(loss: Head, tensors: dict[str, Any]) -> None:
+    """Refuse tensors that a loss does not know, and name those that it lacks."""
+    known = (*loss.tensor_names(), *(() if "weights" in loss.tensor_names() else ("weights",)))
+    for name in tensors:
+        if name not in known:
+            raise TypeError(f"{loss!r} takes no tensor {name!r}: expected some of {list(known)}")
+    missing = [name for name in loss.required_tensors() if tensors.get(name) is None]
+    if missing:
+        raise TypeError(f"{loss!r} needs the tensors {missing}: pass them by name")
+
+
+# ---- a head as a string: an operator of torch.compile takes no object ------------------------------------------------
+
+
+def to_text(head: Head) -> str:
+    """Return the head's name, module and fields as JSON."""
+    return json.dumps(_description(head))
+
+
+def _description(head: Head) -> dict[str, Any]:
+    if isinstance(head, Mix):
+        return {"mix": [[weight, _description(part)] for weight, part in head.parts]}
+    fields = {field.name: getattr(head, field.name) for field in dataclasses.fields(head)}
+    return {"name": head.name, "module": type(head).__module__, "fields": fields}
+
+
+@functools.lru_cache(maxsize=1024)
+def from_text(text: str) -> Head:
+    """Return the head that ``to_text`` described. In a new process it imports the module that registers the head."""
+    return _described(json.loads(text))
+
+
+def _described(description: dict[str, Any]) -> Head:
+    if "mix" in description:
+        return Mix(*((weight, _described(part)) for weight, part in description["mix"]))
+    name, module = description["name"], description["module"]
+    if name not in _CLASSES and module not in sys.modules:
+        importlib.import_module(module)
+    if name not in _CLASSES:
+        raise ValueError(f"no loss is registered as {name!r}, not even by its module {module}: register it there")
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in description["fields"].items()}
+    return _CLASSES[name](**fields)
+
+
+# ---- a head is not trusted ------------------------------------------------------------------------------------------
+
+
+def _check_class(name: object, kind: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"register takes a name, a string that is not empty, got {name!r}")
+    if not isinstance(kind, type) or not issubclass(kind, Head):
+        raise TypeError(f"register({name!r}) decorates a class derived from kto_fused.heads.Head, got {kind!r}")
+    if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:
+        raise TypeError(f"{kind.__name__} must be a frozen dataclass: decorate it with @dataclass(frozen=True)")
+    if kind.level not in ("sequence", "token"):
+        raise ValueError(f"{kind.__name__}.level must be 'sequence' or 'token', got {kind.level!r}")
+    if not isinstance(kind.group, property) and kind.group not in (None, 1, 2):
+        raise ValueError(f"{kind.__name__}.group must be 1, 2 or None (the whole batch), got {kind.group!r}")
+    for field in dataclasses.fields(kind):
+        if field.default is not dataclasses.MISSING:
+            check_field(kind, field.name, field.default)
+
+
+def check_field(kind: type, name: str, value: object) -> None:
+    """Refuse a field that does not survive the way through a string."""
+    is_plain = isinstance(value, (bool, int, float, str))
+    if not is_plain and not (isinstance(value, tuple) and all(isinstance(x, (bool, int, float, str)) for x in value)):
+        raise TypeError(
+            f"{kind.__name__}.{name} is {type(value).__name__}, expected a number, a string, a boolean or a tuple of "
+            "them; a tensor is passed with the call, as a parameter of losses"
+        )
+
+
+def _try_out(name: str, kind: type[Head]) -> None:
+    """Try the class at its registration, where its fields have defaults and its tensors can be made up."""
+    if any(field.default is dataclasses.MISSING for field in dataclasses.fields(kind)):
+        return
+    if set(kind.required_tensors()) <= {"desirable", "weights"}:
+        try_head(kind(), {})
+
+
+_tried: set[tuple[type, tuple[str, ...]]] = set()
+
+
+def try_once(head: Head, tensors: dict[str, torch.Tensor]) -> None:
+    """Try a head at its first call, with tensors shaped as the call's."""
+    kind = type(head)
+    parts = head.heads if isinstance(head, Mix) else [head]
+    for part in parts:
+        given = {key: value for key, value in tensors.items() if key in part.tensor_names()}
+        key = kind if parts == [head] else type(part), tuple(sorted(given))
+        if key not in _tried:
+            try_head(part, given)
+            _tried.add(key)
+
+
+def try_head(head: Head, tensors: dict[str, torch.Tensor]) -> None:
+    """Call the head on random numbers and check shape, differentiability, and that groups do not depend on each other.
+
+    ``tensors`` are the call's; only their kinds and numbers of dimensions are looked at.
+    """
+    group, kind = head.group, type(head).__name__
+    num_sequences = 4 * (group or 2)
+    generator = torch.Generator().manual_seed(0)
+
+    def random() -> torch.Tensor:
+        return torch.randn(num_sequences, dtype=torch.float64, generator=generator, device="cpu")
+
+    counts = torch.randint(2, 9, (num_sequences,), generator=generator, device="cpu")
+    inputs = {"logps": random() - 3 * counts, "ref_logps": random() - 3 * counts if head.needs_reference else None}
+    made_up = {}
+    for name in head.tensor_names():
+        if name == "desirable":
+            made_up[name] = torch.arange(num_sequences, device="cpu") % 2 == 0
+        elif name in tensors or name in head.required_tensors():
+            like = tensors.get(name)
+            value = random().abs() if like is None or like.ndim else random()[0].abs()
+            if like is not None and like.ndim and group == 2 and name == "weights":
+                value = value[: num_sequences // 2]
+            made_up[name] = value if like is None or like.is_floating_point() else (value > 1).to(like.dtype)
+    if head.reads_batch_counts():
+        made_up["batch_counts"] = counts
+
+    def gradient(values: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            logps = values["logps"].clone().requires_grad_()
+            given = logps * 1  # no leaf, so that a change in place raises nothing by itself
+            before = given.detach().clone()
+            losses = head.losses(given, counts, values["ref_logps"], **made_up)
+            if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
+                came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+                raise ValueError(f"{kind}.losses must return one loss per group, a tensor of one dimension, got {came}")
+            if group is not None and len(losses) != num_sequences // group:
+                raise ValueError(
+                    f"{kind}.losses returned {len(losses)} losses for {num_sequences} sequences, expected "
+                    f"{num_sequences // group} with group={group}"
+                )
+            if not torch.equal(given.detach(), before):
+                raise ValueError(f"{kind}.losses changes its argument logps in place: work on a copy")
+            if not losses.requires_grad:
+                raise ValueError(
+                    f"{kind}.losses is not differentiable by logps: it must use PyTorch operations on them"
+                )
+            (grads,) = torch.autograd.grad(losses.sum(), logps, allow_unused=True)
+            if grads is None:
+                raise ValueError(f"{kind}.losses does not depend on logps")
+        return losses.detach(), grads
+
+    _, before = gradient(inputs)
+    if group is None:
+        return
+    num_groups = num_sequences // group
+    for changed in ("logps", "ref_logps"):
+        if inputs[changed] is None:
+            continue
+        perturbed = dict(inputs)
+        perturbed[changed] = inputs[changed].clone()
+        perturbed[changed][0] += 0.5
+        _, after = gradient(perturbed)
+        others = torch.arange(num_sequences, device="cpu") % num_groups != 0
+        if not torch.allclose(before[others], after[others], rtol=1e-9, atol=1e-12, equal_nan=True):
+            raise ValueError(
+                f"{kind} declares group={group}, but a change of one group's {changed} changes another group's "
+                "gradient: set group = None, by which the head reads the whole batch"
+            )
