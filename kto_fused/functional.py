@@ -21,6 +21,7 @@ from .heads.base import REDUCTIONS, reduce
 from .heads.formula import FormulaHead
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
 from .heads.protocol import Head, as_loss
+from .heads.token_formula import TokenFormulaHead
 from .metrics import LossMetrics, TokenMetrics
 
 DEFAULT_CHUNK_BYTES = 2**30
@@ -861,7 +862,7 @@ def loss_from_logps(
     loss = as_loss(head)
     if isinstance(loss, Head):
         inputs = arguments.from_logps(
-            FormulaHead,
+            FormulaHead if loss.level == "sequence" else TokenFormulaHead,
             policy_logps,
             ref_logps,
             token_counts=token_counts,
@@ -1010,6 +1011,8 @@ def _loss_from_logps(inputs: LogpInputs) -> tuple[torch.Tensor, LossMetrics]:
 def _head_of(loss: Head, tensors: dict[str, torch.Tensor]) -> tuple[type, dict[str, Any]]:
     """The kind of head that computes a loss fastest, and the options from which it is prepared."""
     fast = loss.fast_options(tensors)
+    if loss.level == "token":
+        return TokenFormulaHead, {"loss": loss, "tensors": tensors}
     return (FormulaHead, {"loss": loss, "tensors": tensors}) if fast is None else fast
 
 
@@ -1022,7 +1025,7 @@ def _named(
     head_tensors: tuple[torch.Tensor | None, ...],
 ) -> dict[str, Any]:
     """The head's fields of ``LossMetrics``: from what its kernel reported, or from its formula's own ``report``."""
-    if isinstance(head, FormulaHead):
+    if isinstance(head, (FormulaHead, TokenFormulaHead)):
         with torch.no_grad():
             exact_ref = None if ref_logps is None else ref_logps.double()
             reported = head.report(logps.double(), token_counts, exact_ref, *head_tensors)

@@ -29,6 +29,7 @@ from .heads.formula import FormulaHead
 from .heads.preference import DPOHead, KTOHead
 from .heads.protocol import Head, as_loss
 from .heads.reward import bradley_terry_loss, value_loss
+from .heads.token_formula import TokenFormulaHead
 from .metrics import LossMetrics, TokenMetrics
 
 __all__ = [
@@ -211,6 +212,8 @@ def _sequence_logps(given: dict[str, Any]) -> torch.Tensor:
 def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     """The twin of ``fused_loss`` and ``fused_linear_loss``: the head's formula, registered or not."""
     loss, tensors, reduction = as_loss(given.pop("head")), given.pop("tensors"), given.pop("reduction")
+    if isinstance(loss, Head) and loss.level == "token":
+        return _token_loss({**given, "loss": loss, "tensors": tensors, "reduction": reduction})
     if isinstance(loss, Head):
         return _loss_of(FormulaHead, {**given, "loss": loss, "tensors": tensors, "reduction": reduction})
     inputs = _with_logits(_checked(given)[0])
@@ -219,6 +222,43 @@ def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
         ref_logps = _sequences(inputs.ref_logits, inputs).logps
     dtype = compute_dtype(inputs.logits)
     return functional._plain_loss(loss, policy.logps, policy.token_counts, ref_logps, tensors, reduction, dtype)
+
+
+def _token_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
+    """A token-level loss: each completion token's loss times its factor, added up in float64."""
+    inputs, head_options = _checked(given)
+    head, head_tensors = arguments.loss_head(TokenFormulaHead, inputs, **head_options)
+    inputs = _with_logits(inputs)
+    tokens, policy = _tokens(inputs.logits, inputs), _sequences(inputs.logits, inputs)
+    if inputs.cu_seqlens is None:
+        sequence = torch.arange(inputs.num_sequences, device=tokens.logps.device)[:, None].expand(tokens.logps.shape)
+    else:
+        lengths = inputs.cu_seqlens.diff().long()
+        sequence = torch.arange(inputs.num_sequences, device=tokens.logps.device).repeat_interleave(lengths)
+
+    def of_completion(x: torch.Tensor) -> torch.Tensor:
+        """The entries of the completion tokens: of their labels, of their sequences, or a scalar as it is."""
+        if x.ndim == 0:
+            return x
+        if x.shape == inputs.labels.shape:
+            x = x.roll(-1, -1) if inputs.options.shift else x
+            return x[tokens.is_token]
+        return x[sequence[tokens.is_token]]
+
+    weights = head.weights_of(policy.token_counts, head_tensors)[sequence[tokens.is_token]]
+    own = tuple(of_completion(x) for x in head_tensors)
+    loss = head.losses(tokens.logps[tokens.is_token].double(), weights, own).sum()
+    metrics = LossMetrics(
+        logps=policy.logps.detach(),
+        ref_logps=None,
+        rewards=policy.logps.detach(),
+        is_paired=False,
+        token_counts=policy.token_counts,
+        entropy=policy.entropy,
+        mean_logits=policy.mean_logits,
+        token_accuracy=policy.token_accuracy,
+    )
+    return loss.to(head.loss_dtype), metrics
 
 
 def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:

@@ -37,6 +37,8 @@ from .logits import row_outputs
 # Bytes of the LM head's weight that are cast at once where a GEMM cannot read it as it is; at most a quarter of a
 # chunk's bytes.
 CAST_BYTES = 2**24
+# Bytes of rows that move together at a time, where rows without a gradient are left out.
+MOVED_BYTES = 2**22
 # Logits of one tile: enough for a GEMM that fills a GPU many times over and runs longer than its launch takes.
 TILE_LOGITS = 3 * 2**23
 # Logits of one panel, which is several tiles. Each panel's GEMM adds to the same gradient by the hidden states.
@@ -362,6 +364,12 @@ class WholeRows:
             logits.add_(lm_head.bias)
         return logits
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only these ``rows`` of what ``backward`` reads, ascending indices [m]; it then takes [m] gradients."""
+        _move_together(self.logits, rows)
+        row_max, log_sum, _ = self.statistics
+        self.targets, self.statistics = self.targets[rows], RowStatistics(row_max[rows], log_sum[rows], None)
+
     def backward(self, token_grads: torch.Tensor) -> None:
         """Compute d loss / d logits [n, V] from ``token_grads`` = d loss / d logps [n]."""
         row_max, log_sum, _ = self.statistics
@@ -624,6 +632,12 @@ class FoldedRows:
             _multiply(hidden, lm_head.weight[columns].T, tile[:, : columns.stop - first])
             yield tile, columns
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only some rows, see ``WholeRows.select``. For ``keeps="all"``, after ``finish``."""
+        _move_together(self.current, rows)
+        self.current, self.targets = self.current[: len(rows)], self.targets[rows]
+        self.statistics = RowStatistics(*[None if x is None else x[rows].contiguous() for x in self.statistics])
+
     def backward(self, token_grads: torch.Tensor) -> None:
         """Compute ``row_scale`` from ``token_grads`` = d loss / d logps [n]."""
         factor = self.spec.transform["factor"]
@@ -658,6 +672,15 @@ class FoldedRows:
         sums = row_scale.new_empty(num_cols, 2)
         _multiply(self.current.T, torch.stack([high, low], dim=1), sums)
         total.add_(sums.sum(1))
+
+
+def _move_together(values: torch.Tensor, rows: torch.Tensor) -> None:
+    """values[:m] = values[rows] for ascending ``rows`` [m], in place, a few rows at a time."""
+    size = max(1, MOVED_BYTES // (values.shape[1] * values.element_size()))
+    for start in range(0, len(rows), size):
+        # rows are ascending: what a step overwrites, no later step reads
+        moved = values.index_select(0, rows[start : start + size])
+        values[start : start + len(moved)] = moved
 
 
 def move_rows(

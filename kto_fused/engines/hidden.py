@@ -41,6 +41,10 @@ from .plan import (
     plan_visit,
 )
 from .results import Gradients, HiddenResults, SequenceValues, TokenValues
+from .tokens import TokenCall, is_token_level
+
+# Share of a chunk's tokens with a gradient from which on the gradient's GEMMs take all of its tokens.
+MOST_ALIVE = 0.9
 
 # ---- engine -------------------------------------------------------------------------------------------------------
 
@@ -103,8 +107,30 @@ class Engine:
     def backward(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
         """Add the gradients of tokens start..stop, which ``forward`` has just visited with ``keep``."""
         self.chunk.backward(token_grads[start:stop])
-        self._write_hidden_gradient(start, stop)
+        self._write_hidden_gradient(self.tokens.rows[start:stop])
         self._add_head_gradients(slice(None), add=start > 0)
+
+    def backward_of_some(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
+        """``backward`` that leaves tokens whose gradient is exactly 0 out of its GEMMs. The host waits for the device.
+
+        Tokens are left out where they are at least a tenth of the chunk, since moving the others' rows together costs
+        a pass over them.
+        """
+        grads = token_grads[start:stop]
+        if self.chunk.spec.keeps != "all" and not isinstance(self.chunk, WholeRows):
+            self.backward(start, stop, token_grads)  # the GEMM by hidden states is done already, without these factors
+            return
+        alive = (grads != 0).nonzero().flatten()
+        if len(alive) > MOST_ALIVE * len(grads):
+            self.backward(start, stop, token_grads)
+        elif len(alive):
+            self.chunk.select(alive)
+            self.chunk_hidden = self.chunk_hidden[alive]
+            self.chunk.backward(grads[alive])
+            self._write_hidden_gradient(self.tokens.rows[start:stop][alive])
+            self._add_head_gradients(slice(None), add=start > 0)
+        elif start == 0 and self.weight_sum is not None:
+            self.weight_sum.zero_()  # which the first chunk would have written
 
     def visit_again(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
         """Compute the logits of tokens start..stop again, and add gradients by the first visit's ``statistics``."""
@@ -114,12 +140,12 @@ class Engine:
         grads = token_grads[start:stop]
         for panel in self.chunk.again(self.chunk_hidden, self.lm_head, targets, statistics, grads):
             self._add_head_gradients(panel, add=start > 0)
-        self._write_hidden_gradient(start, stop)
+        self._write_hidden_gradient(self.tokens.rows[start:stop])
 
-    def _write_hidden_gradient(self, start: int, stop: int) -> None:
+    def _write_hidden_gradient(self, rows: torch.Tensor) -> None:
         if self.grad_hidden is not None:
             grad, factors = self.chunk.hidden_gradient(self.lm_head)
-            rows, backend = self.tokens.rows[start:stop], self.options.logits.backend
+            backend = self.options.logits.backend
             move_rows(grad, self.grad_hidden.view(-1, grad.shape[1]), backend, target_rows=rows, factors=factors)
 
     def _add_head_gradients(self, panel: slice, *, add: bool) -> None:
@@ -296,7 +322,9 @@ def forward(
     group = head_group(head) if mode in (GradientMode.NONE, GradientMode.OF_LOSS) else None
     room = chunk_room(weight, options)  # its Python runs before the host waits for the device
     tokens = find_tokens(weight, labels, cu_seqlens, options, group or 1)
-    plan = plan_visit(tokens.counts, room, weight, options, mode=mode, group=group)
+    plan = plan_visit(
+        tokens.counts, room, weight, options, mode=mode, group=group, may_split_sequences=is_token_level(head)
+    )
     weight_sum = empty_weight_sum(plan, weight, options) if plan.spec.lent_bytes else None
 
     chunk = gemm_weight = computed_ref_logps = None
@@ -311,10 +339,17 @@ def forward(
     engine = Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
     call = HeadCall(head, ref_logps, head_tensors)
+    token_call = None
+    if is_token_level(head):
+        layout = {"num_rows": labels.numel(), "is_packed": cu_seqlens is not None, "shift": options.logits.shift}
+        token_call = TokenCall.of_packed(head, head_tensors, tokens, **layout)
 
     if plan.is_loss_in_time:
         engine.start_sums(empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
-        values, result = _visit_with_loss_in_time(engine, call, plan)
+        if token_call is None:
+            values, result = _visit_with_loss_in_time(engine, call, plan)
+        else:
+            values, result = _visit_tokens(engine, token_call, plan)
     else:
         is_direction = plan.spec.keeps == "panels"  # the chunk prepares d log-probability / d hidden, without a loss
         ones = engine.per_token.new_ones(len(tokens.rows))
@@ -325,7 +360,11 @@ def forward(
             if is_direction:
                 engine.backward(start, stop, ones)
         values = engine.values()
-        result = call.on_batch(values)
+        if token_call is None:
+            result = call.on_batch(values)
+        else:
+            total, _ = token_call(engine.per_token[0], 0, len(tokens.rows))
+            result = _token_result(head, total)
         if mode is GradientMode.OF_LOSS:
             token_grads = engine.token_grads(result.logp_grads)
             if is_direction:
@@ -357,6 +396,27 @@ def _visit_with_loss_in_time(engine: Engine, call: HeadCall, plan: Plan) -> tupl
             logp_grads = result.logp_grads
         engine.backward(start, stop, engine.token_grads(logp_grads))
     return values, result
+
+
+def _visit_tokens(engine: Engine, call: TokenCall, plan: Plan) -> tuple[SequenceValues, HeadResult]:
+    """Find log-probabilities, the loss and the gradients of a token-level head, chunk by chunk."""
+    total = engine.per_token.new_zeros((), dtype=torch.float64)
+    token_grads = torch.zeros_like(engine.per_token[0])
+    for start, stop in plan.ranges:
+        engine.forward(start, stop, keep=True)
+        loss, grads = call(engine.per_token[0, start:stop], start, stop)
+        total += loss
+        token_grads[start:stop] = grads
+        if call.head.may_be_zero:
+            engine.backward_of_some(start, stop, token_grads)
+        else:
+            engine.backward(start, stop, token_grads)
+    return engine.values(), _token_result(call.head, total)
+
+
+def _token_result(head: Any, total: torch.Tensor) -> HeadResult:
+    """The loss of all tokens; a token-level head has no gradient by sequences."""
+    return HeadResult(total.to(head.loss_dtype), total.new_empty(0), ())
 
 
 def find_tokens(

@@ -15,12 +15,14 @@ from typing import Any, Optional
 
 import torch
 
+from ..heads import base as heads
 from . import cpu
 from .backends import multiprocessors, on_device, opaque
 from .first_derivative import first_derivative_only
-from .layout import check_contents, compute_dtype
+from .layout import check_contents, compute_dtype, scale_grads
 from .options import LOGIT_SCHEMA, LogitOptions
 from .results import RowResults, SequenceValues, TokenValues
+from .tokens import is_token_level, token_loss
 
 # ---- operators ----------------------------------------------------------------------------------------------------
 
@@ -268,7 +270,14 @@ class LossFromLogits(torch.autograd.Function):
         logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors = arguments
         rows = _rows_forward(logits, labels, cu_seqlens, options)
         values = _sequences_forward(rows, cu_seqlens, num_sequences, options)
-        loss, head_grads, *reported = head(values.logps, values.token_counts, *head_tensors)
+        ctx.is_token_level = is_token_level(head)
+        if ctx.is_token_level:
+            _, *tensors = head_tensors  # the first are the reference's log-probabilities of sequences
+            tokens = TokenValues(*rows.per_token).logps.contiguous(), rows.targets, values.token_counts, cu_seqlens
+            loss, head_grads = token_loss(*tokens, tensors, options.shift, *heads.flatten(head))
+            reported = []
+        else:
+            loss, head_grads, *reported = head(values.logps, values.token_counts, *head_tensors)
         saved = logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, head_grads, cu_seqlens
         _save(ctx, options, *saved)
         ctx.num_arguments = len(arguments)
@@ -279,4 +288,10 @@ class LossFromLogits(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, incoming, *_):
-        return _sequences_backward(ctx, incoming), *(None for _ in range(ctx.num_arguments - 1))
+        if ctx.is_token_level:
+            logits, targets, row_max, log_sum, _, head_grads, _ = ctx.saved_tensors
+            token_grads = scale_grads(head_grads, incoming).to(head_grads.dtype)
+            grad = _rows_backward(ctx, logits, targets, token_grads, row_max, log_sum)
+        else:
+            grad = _sequences_backward(ctx, incoming)
+        return grad, *(None for _ in range(ctx.num_arguments - 1))

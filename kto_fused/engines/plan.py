@@ -80,15 +80,20 @@ def plan_visit(
     *,
     mode: GradientMode,
     group: int | None,
+    may_split_sequences: bool = False,
 ) -> Plan:
-    """Plan the first visit to packed sequences of ``counts`` tokens. One loss value reads ``group`` of them, None: all.
+    """Plan the first visit to packed sequences of ``counts`` tokens. One loss value reads ``group`` of them, None: all;
+    or a token alone, where chunks ``may_split_sequences``.
 
     With ``is_loss_in_time`` the first visit is the only one.
     """
     num_tokens = sum(counts)
     if mode is GradientMode.OF_LOSS and num_tokens:
         alone = _lone_chunk_spec(weight, options, room.spec)
-        several = None if group is None else _whole_ranges(counts, room, group)
+        if may_split_sequences:
+            several = even_ranges(num_tokens, room.usual)
+        else:
+            several = None if group is None else _whole_ranges(counts, room, group)
         if several is None:
             is_one = num_tokens <= room.most_alone
         else:

@@ -5,7 +5,7 @@
 IPO(beta=0.2, f_divergence_type='reverse_kl', f_alpha_divergence_coef=0.5)
 """
 
-from . import completions, pairs
+from . import completions, pairs, tokens
 from .protocol import Head, Mix, make, names, register
 
-__all__ = ["Head", "Mix", "completions", "make", "names", "pairs", "register"]
+__all__ = ["Head", "Mix", "completions", "make", "names", "pairs", "register", "tokens"]

@@ -40,7 +40,8 @@ class Head:
     """A loss of log-probabilities. Subclass it as a frozen dataclass, and register the class under a name.
 
     Class attributes:
-        level: ``"sequence"``: ``losses`` gets one log-probability per sequence. (``"token"`` is not built yet.)
+        level: ``"sequence"``: ``losses`` gets one log-probability per sequence. ``"token"``: it gets those of single
+            completion tokens, see ``heads.tokens.TokenHead``.
         group: how many sequences one loss value reads. 1: each sequence alone. 2: pairs; sequence i belongs together
             with i + B/2. None, the default: the whole batch. A head that declares 1 or 2 may be called on some of the
             batch's groups alone, which is what lets a long batch pass through the LM head in chunks with 3 GEMMs; a
@@ -361,7 +362,7 @@ def _try_out(name: str, kind: type[Head]) -> None:
     """Try the class at its registration, where its fields have defaults and its tensors can be made up."""
     if any(field.default is dataclasses.MISSING for field in dataclasses.fields(kind)):
         return
-    if set(kind.required_tensors()) <= {"desirable", "weights"}:
+    if kind.level == "sequence" and set(kind.required_tensors()) <= {"desirable", "weights"}:
         try_head(kind(), {})
 
 

@@ -1,0 +1,102 @@
+"""Token-level loss heads: an engine calls them on the completion tokens that it has just visited.
+
+A token's loss reads that token alone. Its gradient is known with its log-probability, so chunks may split sequences.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..heads import base as heads
+from .backends import opaque
+from .layout import MASKED, CompletionTokens, row_sequences
+
+
+def is_token_level(head: Any) -> bool:
+    return getattr(head, "level", "sequence") == "token"
+
+
+@dataclass(frozen=True)
+class TokenCall:
+    """A token-level head with its tensors for N completion tokens."""
+
+    head: Any
+    weights: torch.Tensor  # [N] float64, the factors of the tokens' losses
+    tensors: tuple[torch.Tensor, ...]  # [N] each, or scalars
+
+    @classmethod
+    def of(
+        cls,
+        head: Any,
+        tensors: tuple[torch.Tensor, ...],
+        rows: torch.Tensor,
+        sequence: torch.Tensor,
+        token_counts: torch.Tensor,
+        *,
+        num_rows: int,
+        is_packed: bool,
+        shift: bool,
+    ) -> "TokenCall":
+        """Gather the tensors' entries of the tokens at ``rows`` [N], which belong to the sequences ``sequence`` [N].
+
+        A tensor has an entry for each label, for each of the batch's sequences, or is a scalar.
+        """
+
+        def gather(x: torch.Tensor) -> torch.Tensor:
+            if x.ndim == 0:
+                return x
+            is_of_labels = x.ndim == 2 or (is_packed and len(x) == num_rows)
+            return x.flatten()[rows + int(shift)] if is_of_labels else x[sequence]
+
+        weights = head.weights_of(token_counts, tensors)[sequence]
+        return cls(head, weights, tuple(gather(x) for x in tensors))
+
+    @classmethod
+    def of_packed(
+        cls,
+        head: Any,
+        tensors: tuple[torch.Tensor, ...],
+        tokens: CompletionTokens,
+        *,
+        num_rows: int,
+        is_packed: bool,
+        shift: bool,
+    ) -> "TokenCall":
+        """The call on packed completion tokens whose sequences keep the batch's order."""
+        counts = tokens.offsets.diff()
+        index = torch.arange(len(counts), device=counts.device)
+        sequence = index.repeat_interleave(counts, output_size=len(tokens.rows))
+        layout = {"num_rows": num_rows, "is_packed": is_packed, "shift": shift}
+        return cls.of(head, tensors, tokens.rows, sequence, counts, **layout)
+
+    def __call__(self, logps: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed loss of tokens start..stop, a float64 scalar, and its gradient by their ``logps``."""
+        tensors = tuple(x if x.ndim == 0 else x[start:stop] for x in self.tensors)
+        return self.head.on_tokens(logps, self.weights[start:stop], tensors)
+
+
+def _fake_token_loss(logps, targets, token_counts, cu_seqlens, tensors, shift, name, reduction, loss_dtype, *_):
+    return logps.new_empty((), dtype=loss_dtype), torch.empty_like(logps)
+
+
+@opaque(
+    fake=_fake_token_loss,
+    schema="(Tensor logps, Tensor targets, Tensor token_counts, Tensor? cu_seqlens, Tensor[] tensors, bool shift, "
+    "str name, str reduction, ScalarType loss_dtype, str[] texts, float[] numbers) -> (Tensor, Tensor)",
+    waits=True,
+)
+def token_loss(
+    logps, targets, token_counts, cu_seqlens, tensors, shift, name, reduction, loss_dtype, texts, numbers
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of all rows' log-probabilities [rows] and its gradient by each; 0 where a row is masked."""
+    head = heads.rebuild(heads.FlatHead(name, reduction, loss_dtype, texts, numbers))
+    rows, num_rows = (targets != MASKED).nonzero().flatten(), len(targets)
+    if cu_seqlens is None:
+        sequence = rows // max(1, num_rows // len(token_counts))
+    else:
+        sequence = row_sequences(cu_seqlens, num_rows)[rows]
+    layout = {"num_rows": num_rows, "is_packed": cu_seqlens is not None, "shift": shift}
+    call = TokenCall.of(head, tuple(tensors), rows, sequence, token_counts, **layout)
+    value, grads = call(logps[rows], 0, len(rows))
+    return value.to(loss_dtype), torch.zeros_like(logps).index_copy_(0, rows, grads)

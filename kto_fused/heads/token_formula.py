@@ -1,0 +1,158 @@
+"""The engines' side of a token-level ``Head``: its formula on completion tokens, differentiated by autograd."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .. import checks
+from .base import register, value_and_grads
+from .protocol import Head, check_tensor_names, from_text, to_text
+
+ANY_DTYPE = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
+
+
+@register("token_formula")
+@dataclass(frozen=True, eq=False)
+class TokenFormulaHead:
+    """A token-level head, which an engine calls on the completion tokens that it has just visited.
+
+    ``weights_of`` gives the factor of each sequence's tokens, ``on_tokens`` the loss of some tokens and its gradient.
+    """
+
+    level: ClassVar[str] = "token"
+    group: ClassVar[int] = 1
+    needs_reference: ClassVar[bool] = False
+
+    text: str  # the head, as ``protocol.to_text`` writes it
+    tensor_names: str  # of the call's tensors in their order, joined by commas
+    reduction: str
+    loss_dtype: torch.dtype
+    backend: str
+
+    @property
+    def head(self) -> Head:
+        return from_text(self.text)
+
+    @property
+    def loss_name(self) -> str:
+        return repr(self.head)
+
+    @classmethod
+    def prepare(
+        cls,
+        policy: torch.Tensor,
+        num_sequences: int,
+        *,
+        loss: Head,
+        tensors: dict[str, torch.Tensor],
+        reduction: str,
+        average_log_prob: bool,
+        **fields: Any,
+    ) -> tuple["TokenFormulaHead", tuple[torch.Tensor, ...]]:
+        """Check a call's tensors. Returns the head and its tensors."""
+        if reduction == "none":
+            raise ValueError(
+                f"reduction='none' has no meaning for the token-level {loss!r}: take linear_token_logps or "
+                "token_logps, and apply the formula to its result"
+            )
+        checks.choice("reduction", reduction, ("mean", "sum"))
+        tensors = _checked_tensors(loss, tensors, num_sequences, policy)
+        head = cls(text=to_text(loss), tensor_names=",".join(tensors), reduction=reduction, **fields)
+        return head, tuple(tensors.values())
+
+    def check_logps(self, *_: Any) -> None:
+        raise ValueError(
+            f"{self.head!r} is a loss of single tokens, and policy_logps are those of sequences: pass logits or hidden "
+            "states to fused_loss or fused_linear_loss"
+        )
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether gradients of exactly 0 are worth looking for: clipped ratios, advantages and weights of 0."""
+        return bool(self.tensor_names)
+
+    def named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.tensor_names.split(",") if self.tensor_names else [], tensors, strict=True))
+
+    def weights_of(self, token_counts: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return the factor of the losses of each sequence's tokens, [B] float64, for sequences of ``token_counts``."""
+        counts = token_counts.double()
+        if self.reduction == "sum":
+            return torch.ones_like(counts)
+        head = self.head
+        if head.normalizer == "tokens":
+            return (1 / counts.sum().clamp(min=1)).expand_as(counts)
+        if head.normalizer == "sequences":
+            return 1 / (counts.clamp(min=1) * len(counts))
+        if head.normalizer == "constant":
+            return torch.full_like(counts, 1 / (len(counts) * head.max_tokens))
+        return (1 / self.named(tensors)["num_items"].double()).expand_as(counts)
+
+    def losses(self, logps: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return the weighted losses of n tokens, [n] float64. ``tensors`` have one entry per token, or are scalars."""
+        named = self.named(tensors)
+        named.pop("num_items", None)
+        extra = named.pop("weights", None)
+        if extra is not None:
+            weights = weights * extra
+        losses = self.head.losses(logps, **named)
+        # a token of weight 0 takes no part, even if its loss is infinite
+        return torch.where(weights > 0, losses * weights, 0.0)
+
+    def on_tokens(
+        self, logps: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of n tokens' weighted losses, a float64 scalar, and its gradient by ``logps`` [n]."""
+        value, grads = value_and_grads(
+            lambda logps: self.losses(logps, weights, tensors), logps.double(), "sum", torch.float64
+        )
+        return value, grads.to(logps.dtype)
+
+    def report(self, logps, token_counts, ref_logps, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"rewards": logps}
+
+    def metrics(self, reported: Any, *tensors: torch.Tensor) -> dict[str, Any]:
+        return {"rewards": reported["rewards"], "is_paired": False}
+
+    @staticmethod
+    def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """Empty tensors like the loss and the gradient by sequences, of which there is none."""
+        *_, loss_dtype = arguments
+        return logps.new_empty((), dtype=loss_dtype), logps.new_empty(0, dtype=torch.float64)
+
+
+def _checked_tensors(
+    loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int, policy: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Check the tensors by name and shape. Returns them detached, with one entry per position, per sequence or none."""
+    num_items = tensors.get("num_items")
+    check_tensor_names(loss, {name: value for name, value in tensors.items() if name != "num_items"})
+    if (num_items is None) == (loss.normalizer == "items"):
+        came = "none" if num_items is None else "one"
+        raise TypeError(
+            "num_items is the number of tokens that normalizer='items' divides by: expected one for it and none for "
+            f"any other, got {came} with normalizer={loss.normalizer!r}"
+        )
+    shape = tuple(policy.shape[:-1])
+    checked = {}
+    for name in dict.fromkeys((*loss.tensor_names(), "weights", "num_items")):
+        value = tensors.get(name)
+        if value is None:
+            continue
+        if checks.is_number(value):
+            value = torch.tensor(float(value), dtype=torch.float64, device=policy.device)
+        checks.tensor(name, value, ANY_DTYPE, "bool, integer or floating-point")
+        checks.same_device(name, value, "the policy", policy)
+        if name == "num_items" and value.numel() != 1:
+            raise ValueError(f"num_items must be a number, got shape {list(value.shape)}")
+        value = value.reshape(()) if name == "num_items" else value
+        if value.ndim == 2 and value.shape[0] == 1 and len(shape) == 1:
+            value = value[0]
+        if tuple(value.shape) not in (shape, (num_sequences,), ()):
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, expected labels' shape {list(shape)}, [{num_sequences}], one "
+                "per sequence, or a scalar"
+            )
+        checked[name] = value.detach()
+    return checked

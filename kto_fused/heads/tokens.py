@@ -1,0 +1,161 @@
+"""Losses of single tokens: supervised fine-tuning and policy gradients.
+
+A token-level loss reads each completion token by itself, so that the gradient of a token is known as soon as its
+log-probability is: from hidden states it takes 3 GEMMs with a trained LM head and 2 with a frozen one, whatever the
+sequences' lengths. Throughout, l is a token's log-probability in nats under the policy, lold under the policy that
+sampled it, lref under the reference model, A the advantage, and rho = exp(l - lold) the importance ratio.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .. import checks
+from .protocol import Head, register
+
+# How the tokens' losses become one number. n_s: completion tokens of sequence s; B: sequences of the batch.
+NORMALIZERS = ("tokens", "sequences", "constant", "items")
+
+
+@dataclass(frozen=True)
+class TokenHead(Head):
+    """What token-level losses share: the way in which ``reduction="mean"`` turns the tokens' losses into one number.
+
+    ``normalizer`` is ``"tokens"``: the mean over the batch's completion tokens; ``"sequences"``: the mean over each
+    sequence's tokens, then over the sequences; ``"constant"``: the sum divided by B ``max_tokens``; ``"items"``: the
+    sum divided by the call's scalar ``num_items``, the number of tokens in all accumulated batches and ranks.
+    """
+
+    normalizer: str = "tokens"
+    max_tokens: int = 0
+
+    level: ClassVar[str] = "token"
+    group: ClassVar[int | None] = 1
+    needs_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        checks.choice("normalizer", self.normalizer, NORMALIZERS)
+        checks.integer("max_tokens", self.max_tokens, at_least=0)
+        if (self.normalizer == "constant") != (self.max_tokens > 0):
+            raise ValueError(
+                f"max_tokens={self.max_tokens} with normalizer={self.normalizer!r}: expected a number > 0 for "
+                "'constant', and 0 for any other"
+            )
+
+
+@register("nll")
+@dataclass(frozen=True)
+class NLL(TokenHead):
+    """The negative log-likelihood of supervised fine-tuning: -l."""
+
+    def losses(self, logps):
+        return -logps
+
+
+@register("dft")
+@dataclass(frozen=True)
+class DFT(TokenHead):
+    """Dynamic fine-tuning (Wu et al. 2025, arXiv 2508.05629): -sg(exp l) l, where sg has no gradient."""
+
+    def losses(self, logps):
+        return -logps.detach().exp() * logps
+
+
+@dataclass(frozen=True)
+class _PolicyGradient(TokenHead):
+    """A policy-gradient loss plus ``kl_beta`` times exp(d) - d - 1 with d = lref - l, an estimate of the KL divergence
+    to the reference model, whose log-probabilities come as ``ref_token_logps``.
+    """
+
+    kl_beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number("kl_beta", self.kl_beta, at_least=0)
+
+    def _with_kl(self, losses, logps, ref_token_logps):
+        if self.kl_beta == 0:
+            return losses
+        if ref_token_logps is None:
+            raise TypeError(f"kl_beta={self.kl_beta} needs the tensor ref_token_logps: pass it by name")
+        d = ref_token_logps - logps
+        return losses + self.kl_beta * (torch.expm1(d) - d)
+
+
+@register("ppo")
+@dataclass(frozen=True)
+class PPO(_PolicyGradient):
+    """PPO's clipped loss (Schulman et al. 2017, arXiv 1707.06347): -min(rho A, clip(rho, 1 - low, 1 + high) A).
+
+    ``clip`` is one number for low and high, or the pair (low, high). ``delta`` > 0 bounds rho from above in the first
+    term, which limits the loss of tokens with a negative advantage (two-sided clipping).
+    """
+
+    clip: float | tuple[float, float] = 0.2
+    delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for bound in self.clip if isinstance(self.clip, tuple) else (self.clip,):
+            checks.number("clip", bound, above=0)
+        checks.number("delta", self.delta, at_least=0)
+
+    def losses(self, logps, *, old_logps, advantages, ref_token_logps=None):
+        low, high = self.clip if isinstance(self.clip, tuple) else (self.clip, self.clip)
+        ratio = torch.exp(logps - old_logps)
+        clipped = ratio.clamp(1 - low, 1 + high)
+        if self.delta:
+            ratio = ratio.clamp(max=self.delta)
+        losses = -torch.minimum(ratio * advantages, clipped * advantages)
+        return self._with_kl(losses, logps, ref_token_logps)
+
+
+@register("grpo")
+@dataclass(frozen=True)
+class GRPO(PPO):
+    """PPO's loss as GRPO (Shao et al. 2024, arXiv 2402.03300) averages it: over each sequence, then over sequences."""
+
+    normalizer: str = "sequences"
+
+
+@register("bnpo")
+@dataclass(frozen=True)
+class BNPO(PPO):
+    """PPO's loss averaged over the batch's completion tokens, TRL's ``bnpo``."""
+
+
+@register("dr_grpo")
+@dataclass(frozen=True)
+class DrGRPO(PPO):
+    """PPO's loss as Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) averages it: its sum divided by B ``max_tokens``."""
+
+    normalizer: str = "constant"
+    max_tokens: int = 1024
+
+
+@register("dapo")
+@dataclass(frozen=True)
+class DAPO(PPO):
+    """PPO's loss as DAPO (Yu et al. 2025, arXiv 2503.14476) averages it: over the tokens of all accumulated batches
+    and ranks, whose number comes as the scalar ``num_items``. DAPO's clip-higher is ``clip=(0.2, 0.28)``.
+    """
+
+    normalizer: str = "items"
+
+
+@register("cispo")
+@dataclass(frozen=True)
+class CISPO(_PolicyGradient):
+    """CISPO (MiniMax 2025, arXiv 2506.13585): -sg(min(rho, ``clip_high``)) A l, where sg has no gradient."""
+
+    normalizer: str = "items"
+    clip_high: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number("clip_high", self.clip_high, above=0)
+
+    def losses(self, logps, *, old_logps, advantages, ref_token_logps=None):
+        weights = torch.exp(logps.detach() - old_logps).clamp(max=self.clip_high)
+        return self._with_kl(-weights * advantages * logps, logps, ref_token_logps)
