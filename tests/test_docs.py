@@ -6,6 +6,7 @@ It covers the docstrings, the README and the pages in docs/.
 import ast
 import doctest
 import importlib
+import importlib.util
 import json
 import pkgutil
 import re
@@ -16,6 +17,7 @@ import pytest
 from cases import ON_HOPPER
 
 import kto_fused
+from kto_fused import heads
 from kto_fused.heads import preference
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +146,16 @@ def test_the_readmes_table_has_the_public_names_and_no_others():
     names = re.findall(r"`([\w.]+)", " ".join(first_cells))
     of_huggingface = [f"huggingface.{name}" for name in ("apply", "apply_to_logits", "attach")]
     assert sorted(names) == sorted([*kto_fused.__all__, *of_huggingface])
+
+
+def test_the_catalogue_is_the_registrys():
+    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "docs" / "catalogue.py")
+    catalogue = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(catalogue)
+    page = catalogue.PAGE.read_text(encoding="utf-8")
+    assert catalogue.with_table(page) == page, "run python docs/catalogue.py"
+    listed = {name for losses in catalogue.TRL_TRAINERS.values() for name in losses}
+    assert listed <= set(heads.names())
 
 
 def test_the_readme_lists_the_loss_types():
