@@ -11,6 +11,7 @@ from kto_fused import heads
 
 PAGE = Path(__file__).with_name("losses.md")
 START, END = "<!-- catalogue: written by catalogue.py -->\n", "<!-- end of the catalogue -->"
+OWN_MODULES = [module.__name__ for module in (heads.completions, heads.pairs, heads.tokens)]
 READS = {1: "a completion", 2: "a pair", None: "the whole batch"}
 # where TRL 1.16 has the loss: the trainer whose option names it
 TRL_TRAINERS = {
@@ -37,6 +38,8 @@ def table() -> str:
     lines = ["| name | loss | one loss reads | fields and defaults | in TRL 1.16 |", "|---|---|---|---|---|"]
     for name in heads.names():
         kind = type(heads.make(name))
+        if kind.__module__ not in OWN_MODULES:  # a user's, registered in this process
+            continue
         reads = "a token" if kind.level == "token" else READS[heads.make(name).group]
         fields = ", ".join(f"`{field.name}={field.default!r}`" for field in dataclasses.fields(kind))
         trl = next((trainer for trainer, losses in TRL_TRAINERS.items() if name in losses), "-")
