@@ -17,6 +17,8 @@ once the loss is known.
 ``forward`` and ``backward`` are called by ``operators.py`` only.
 """
 
+import bisect
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -47,6 +49,19 @@ from .tokens import TokenCall, is_token_level
 MOST_ALIVE = 0.9
 
 # ---- engine -------------------------------------------------------------------------------------------------------
+
+
+class HeadSums(NamedTuple):
+    """Sums of gradients by the LM head: by its weight [V, H] and its bias [V]; None where none is wanted."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def add(self, other: "HeadSums", factor: torch.Tensor) -> None:
+        """self += factor * other, ``factor`` a scalar tensor on their device."""
+        for mine, others in zip(self, other, strict=True):
+            if mine is not None:
+                mine.addcmul_(others, factor)
 
 
 class Engine:
@@ -104,11 +119,39 @@ class Engine:
         self.chunk_hidden = self.hidden.new_empty(len(rows), self.hidden.shape[-1], dtype=self.options.dtype)
         move_rows(self.hidden, self.chunk_hidden, self.options.logits.backend, source_rows=rows)
 
-    def backward(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
-        """Add the gradients of tokens start..stop, which ``forward`` has just visited with ``keep``."""
+    def backward(self, start: int, stop: int, token_grads: torch.Tensor, into: "HeadSums | None" = None) -> None:
+        """Add the gradients of tokens start..stop, which ``forward`` has just visited with ``keep``.
+
+        Those by the LM head go ``into`` sums that hold a value already; by default into the engine's, which the first
+        chunk overwrites.
+        """
         self.chunk.backward(token_grads[start:stop])
         self._write_hidden_gradient(self.tokens.rows[start:stop])
-        self._add_head_gradients(slice(None), add=start > 0)
+        if into is None:
+            self._add_head_gradients(slice(None), add=start > 0)
+            return
+        if into.weight is not None:
+            self.chunk.add_weight_gradient(into.weight, self.chunk_hidden, add=True)
+        if into.bias is not None:
+            self.chunk.add_bias_gradient(into.bias)
+
+    def zeroed_sums(self) -> "HeadSums":
+        """Return zeroed memory for gradients by weight and bias, in the precision of their sums."""
+        compute, needs = self.options.compute_dtype, self.options.needs
+        weight, bias = self.lm_head
+        return HeadSums(
+            torch.zeros_like(weight, dtype=compute) if needs.weight else None,
+            torch.zeros_like(bias, dtype=compute) if needs.bias else None,
+        )
+
+    def scale_rows(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
+        """Turn d token log-probability / d hidden of tokens start..stop into d loss / d hidden, in place."""
+        if self.grad_hidden is None or start == stop:
+            return
+        backend, hidden_size = self.options.logits.backend, self.hidden.shape[-1]
+        grads = self.grad_hidden.view(self.hidden.shape), self.grad_hidden.view(-1, hidden_size)
+        rows = self.tokens.rows[start:stop]
+        move_rows(*grads, backend, source_rows=rows, target_rows=rows, factors=token_grads[start:stop])
 
     def backward_of_some(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
         """``backward`` that leaves tokens whose gradient is exactly 0 out of its GEMMs. The host waits for the device.
@@ -164,11 +207,8 @@ class Engine:
     def scale_hidden_gradient(self, token_grads: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
         """Turn d token log-probability / d hidden into d loss / d hidden, in place. Frees the chunk."""
         self.chunk = self.chunk_hidden = None
-        backend, hidden_size = self.options.logits.backend, self.hidden.shape[-1]
-        grads = self.grad_hidden.view(self.hidden.shape), self.grad_hidden.view(-1, hidden_size)
         for start, stop in ranges:
-            rows = self.tokens.rows[start:stop]
-            move_rows(*grads, backend, source_rows=rows, target_rows=rows, factors=token_grads[start:stop])
+            self.scale_rows(start, stop, token_grads)
 
     def values(self) -> SequenceValues:
         """Return the values of the sequences, each [B]; with ``options.per_position`` of the positions, each [rows]."""
@@ -345,8 +385,11 @@ def forward(
         token_call = TokenCall.of_packed(head, head_tensors, tokens, **layout)
 
     if plan.is_loss_in_time:
-        engine.start_sums(empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
-        if token_call is None:
+        if not plan.num_accumulators:
+            engine.start_sums(empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
+        if plan.num_accumulators:
+            values, result = _visit_split_groups(engine, call, plan)
+        elif token_call is None:
             values, result = _visit_with_loss_in_time(engine, call, plan)
         else:
             values, result = _visit_tokens(engine, token_call, plan)
@@ -365,7 +408,7 @@ def forward(
         else:
             total, _ = token_call(engine.per_token[0], 0, len(tokens.rows))
             result = _token_result(head, total)
-        if mode is GradientMode.OF_LOSS:
+        if mode is GradientMode.OF_LOSS and token_call is None:  # a token-level loss comes too late only for no tokens
             token_grads = engine.token_grads(result.logp_grads)
             if is_direction:
                 engine.scale_hidden_gradient(token_grads, plan.ranges)
@@ -396,6 +439,43 @@ def _visit_with_loss_in_time(engine: Engine, call: HeadCall, plan: Plan) -> tupl
             logp_grads = result.logp_grads
         engine.backward(start, stop, engine.token_grads(logp_grads))
     return values, result
+
+
+def _visit_split_groups(engine: Engine, call: HeadCall, plan: Plan) -> tuple[SequenceValues, HeadResult]:
+    """Find log-probabilities and gradients in one visit where a group exceeds a chunk, see ``plan._split_groups``.
+
+    A chunk holds whole groups, or some tokens of a single sequence. In the second case its gradients are those of the
+    log-probabilities alone, until the group's last chunk brings the loss: it scales the accumulators and the rows of
+    the gradient by the hidden states.
+    """
+    counts, group = engine.tokens.counts, call.head.group
+    ends = list(itertools.accumulate(counts))
+    ones = engine.per_token.new_ones(len(engine.tokens.rows))
+    accumulators: dict[int, HeadSums] = {}  # of the present group's sequences
+    total = engine.zeroed_sums()
+    for start, stop in plan.ranges:
+        engine.forward(start, stop, keep=True)
+        sequence = bisect.bisect_right(ends, start)  # that of the first token; empty sequences are passed over
+        first = sequence // group
+        first_token = ends[first * group - 1] if first else 0
+        is_whole = start == first_token and stop in ends and (stop >= ends[(first + 1) * group - 1])
+        last = bisect.bisect_right(ends, stop) // group if is_whole else first + 1
+        if not is_whole and stop < ends[(first + 1) * group - 1]:
+            sums = accumulators.get(sequence)
+            if sums is None:
+                accumulators[sequence] = sums = engine.zeroed_sums()
+            engine.backward(start, stop, ones, into=sums)
+            continue
+        token_grads = engine.token_grads(call.grads_of_groups(engine.values(), first, max(last, first + 1)))
+        engine.backward(start, stop, token_grads, into=total)
+        for sequence, sums in accumulators.items():
+            begin, end = ends[sequence] - counts[sequence], min(ends[sequence], start)
+            total.add(sums, token_grads[begin])  # one factor for all tokens of a sequence
+            engine.scale_rows(begin, end, token_grads)
+        accumulators.clear()
+    engine.weight_sum, engine.bias_sum = total
+    values = engine.values()
+    return values, call.on_batch(values)
 
 
 def _visit_tokens(engine: Engine, call: TokenCall, plan: Plan) -> tuple[SequenceValues, HeadResult]:

@@ -24,6 +24,9 @@ ONE_CHUNK_MEMORY = 1.05
 ONE_CHUNK_MEMORY_AGAIN = 0.75
 # On the second visit a single chunk takes at most this many ``chunk_bytes``, or what the narrowest panels take.
 ONE_CHUNK_BUDGETS_AGAIN = 2
+# A group of at least so many tokens that exceeds its chunk is split, instead of computing all logits again: the
+# accumulator of a sequence of n tokens costs 12 V H bytes of traffic, the second visit 2 n H V operations.
+SPLIT_TOKENS = 256
 # Bytes per position while the completion tokens are searched for, before the first chunk is made.
 SEARCH_BYTES = 80
 
@@ -57,6 +60,8 @@ class Plan(NamedTuple):
     spec: ChunkSpec
     ranges: list[tuple[int, int]]
     is_loss_in_time: bool = False
+    # how many sequences' gradients by the LM head add up unscaled at the same time, where a group exceeds a chunk
+    num_accumulators: int = 0
 
 
 def chunk_room(weight: torch.Tensor, options: HiddenOptions) -> Room:
@@ -103,6 +108,9 @@ def plan_visit(
             return Plan(alone, [(0, num_tokens)], is_loss_in_time=True)
         if several is not None:
             return Plan(room.spec, several, is_loss_in_time=True)
+        split = None if group is None or room.spec.keeps != "all" else _split_groups(counts, room, weight, group)
+        if split is not None:
+            return split
     if room.spec.keeps == "all":  # the loss comes too late: what a chunk would keep is dropped before it is known
         spec = chunk_spec(weight, options, "nothing")
         return Plan(spec, even_ranges(num_tokens, spec.capacity()))
@@ -143,6 +151,44 @@ def _whole_ranges(counts: list[int], room: Room, group: int) -> list[tuple[int, 
     if stop > start:
         ranges.append((start, stop))
     return ranges
+
+
+def _split_groups(counts: list[int], room: Room, weight: torch.Tensor, group: int) -> Plan | None:
+    """Plan one visit in which groups that exceed a chunk are split, sequence by sequence.
+
+    The weight's gradient of a split sequence adds up unscaled in an accumulator [V, H], until the group's last
+    log-probability is known. None where the accumulators would take more than ``chunk_bytes`` on top of the chunk, or
+    where a split group is too short to be worth the passes over its accumulators.
+    """
+    ranges, start, stop, num_accumulators = [], 0, 0, 0
+    for first in range(0, len(counts), group):
+        own = counts[first : first + group]
+        is_split = sum(own) > room.most
+        if is_split and sum(own) < SPLIT_TOKENS:
+            return None
+        if (is_split or stop + sum(own) - start > room.usual) and stop > start:
+            ranges.append((start, stop))
+            start = stop
+        if not is_split:
+            stop += sum(own)
+            continue
+        pieces = [even_ranges(count, room.usual) for count in own if count]
+        for of_sequence in pieces:
+            ranges += [(stop + begin, stop + end) for begin, end in of_sequence]
+            stop += of_sequence[-1][1]
+        start = stop
+        # the group's last chunk is scaled at once: its sequence needs an accumulator only for chunks before that one
+        num_accumulators = max(num_accumulators, len(pieces) - (len(pieces[-1]) == 1))
+    if stop > start:
+        ranges.append((start, stop))
+    if num_accumulators * accumulator_bytes(weight, room.spec) > room.spec.num_bytes:
+        return None
+    return Plan(room.spec, ranges, is_loss_in_time=True, num_accumulators=num_accumulators)
+
+
+def accumulator_bytes(weight: torch.Tensor, spec: ChunkSpec) -> int:
+    """Return the bytes of one sequence's unscaled gradient by the LM head's weight."""
+    return weight.numel() * spec.compute_dtype.itemsize
 
 
 def group_ranges(counts: list[int], ranges: list[tuple[int, int]], group: int) -> list[tuple[int, int]]:
