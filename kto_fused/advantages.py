@@ -100,12 +100,7 @@ def checked_inputs(
         if num_sequences == 0:
             raise ValueError(f"rewards must hold at least one sequence, got shape {shape}")
     else:
-        checks.tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 or int64 offsets")
-        checks.same_device("cu_seqlens", cu_seqlens, "rewards", rewards)
-        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(
-                f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {list(cu_seqlens.shape)}"
-            )
+        checks.offsets(cu_seqlens, "rewards", rewards)
         if rewards.ndim != 1 and not (rewards.ndim == 2 and shape[0] == 1):
             raise ValueError(f"rewards must be [N] or [1, N] with cu_seqlens, got shape {shape}")
         num_sequences = cu_seqlens.numel() - 1

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..engines.backends import may_read, on_device, opaque
+from ..engines.backends import on_device, opaque
 from .base import REDUCTIONS, loss_shape, register, value_and_grads
 
 KTO_LOSS_TYPES = ("kto", "kto_squared", "apo_zero_unpaired")
@@ -167,13 +167,10 @@ def check_kto_options(
 
 
 def check_desirable(desirable: torch.Tensor, num_sequences: int, policy: torch.Tensor) -> None:
-    """Check that ``desirable`` [B] is bool, or integers 0 and 1. Their values are read where ``may_read`` allows."""
+    """Check that ``desirable`` [B] is bool, or integers 0 and 1."""
     kind = "bool (or 0/1 integers)"
     checks.per_sequence("desirable", desirable, (torch.bool, *checks.INTEGER_DTYPES), kind, num_sequences, policy)
-    if desirable.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(desirable):
-        wrong = desirable[(desirable != 0) & (desirable != 1)]
-        if len(wrong):
-            raise ValueError(f"desirable must hold 0 or 1, got {wrong[0].item()}")
+    checks.zero_or_one("desirable", desirable)
 
 
 def check_dpo_options(
@@ -197,13 +194,10 @@ def check_dpo_options(
 
 
 def check_token_counts(token_counts: torch.Tensor, policy_logps: torch.Tensor) -> None:
-    """Check that ``token_counts`` [B] are integers >= 0. Their values are read where ``may_read`` allows."""
+    """Check that ``token_counts`` [B] are integers >= 0."""
     kind, num_sequences = "integers", policy_logps.numel()
     checks.per_sequence("token_counts", token_counts, checks.INTEGER_DTYPES, kind, num_sequences, policy_logps)
-    if not torch.compiler.is_compiling() and may_read(token_counts):
-        wrong = token_counts[token_counts < 0]
-        if len(wrong):
-            raise ValueError(f"token_counts must be >= 0, got {wrong[0].item()}")
+    checks.not_negative("token_counts", token_counts)
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------

@@ -22,11 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
+from kto_fused import checks, fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
 from kto_fused.commands import estimate
 from kto_fused.engines import autograd, hidden, layout, plan
 from kto_fused.engines import chunks as chunk_module
-from kto_fused.heads import preference
 from kto_fused.measure import peak_bytes
 
 MIB = 2**20
@@ -628,7 +627,7 @@ def as_on_a_gpu(monkeypatch):
     from kto_fused.kernels import rows
     from triton.runtime import interpreter
 
-    for module in (layout, preference):
+    for module in (checks, layout):
         monkeypatch.setattr(module, "may_read", lambda tensor: False)
     monkeypatch.setattr(autograd, "scale_", rows.scale_)
     run = interpreter.InterpretedFunction.run

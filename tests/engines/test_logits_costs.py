@@ -9,10 +9,9 @@ from devices import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import kto_fused
-from kto_fused import fused_dpo_loss, fused_kto_loss
+from kto_fused import checks, fused_dpo_loss, fused_kto_loss
 from kto_fused.engines import layout
 from kto_fused.engines import logits as from_logits
-from kto_fused.heads import preference
 from kto_fused.measure import peak_bytes
 
 interpreted = pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
@@ -134,7 +133,7 @@ def launches(monkeypatch):
 
     counter = Counter()
     monkeypatch.setattr(layout, "may_read", lambda tensor: False)
-    monkeypatch.setattr(preference, "may_read", lambda tensor: False)
+    monkeypatch.setattr(checks, "may_read", lambda tensor: False)
     function = jit.JITFunction if HAS_GPU else interpreter.InterpretedFunction
     run = function.run
 

@@ -2,8 +2,10 @@
 
 import math
 from collections import defaultdict
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -69,6 +71,26 @@ def test_a_margin_of_one_number_is_that_of_every_pair():
     expected = bradley_terry_loss(chosen, rejected, margin=torch.full((5,), 0.7, dtype=torch.float64))
     assert torch.equal(bradley_terry_loss(chosen, rejected, margin=0.7), expected)
     torch.testing.assert_close(bradley_terry_loss(chosen - 0.7, rejected), expected)
+
+
+def test_a_margin_does_not_decide_the_losss_dtype():
+    chosen, rejected = scores(dtype=torch.float32)
+    for dtype in (torch.float64, torch.bfloat16):
+        margin = torch.full((5,), 0.5, dtype=dtype)
+        assert torch.equal(
+            bradley_terry_loss(chosen, rejected, margin=margin), bradley_terry_loss(chosen, rejected, margin=0.5)
+        )
+
+
+@pytest.mark.parametrize("number", [np.float32(0.3), np.int64(2), Fraction(1, 3)], ids=repr)
+def test_numbers_of_any_type_compute_like_floats(number):
+    chosen, rejected = scores(dtype=torch.float32)
+    for function, tensors, names in (
+        (bradley_terry_loss, {}, ("margin", "centering")),
+        (value_loss, {"old_values": torch.zeros(5)}, ("clip",)),
+    ):
+        loss = function(chosen, rejected, **tensors, **dict.fromkeys(names, number))
+        assert torch.equal(loss, function(chosen, rejected, **tensors, **dict.fromkeys(names, float(number))))
 
 
 def test_margin_and_weights_receive_no_gradient():
