@@ -1,7 +1,9 @@
 """Generalised advantage estimates: both backends against the recurrence in float64, and what the scan costs."""
 
 from collections import Counter
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from devices import HAS_GPU
@@ -111,6 +113,15 @@ def test_one_float64_tensor_makes_the_results_float64(engine, small_blocks):
         assert check(engine, *tensors, options)[0].dtype == torch.float64
     options["bootstrap"] = torch.ones(2, dtype=torch.float64, device=engine[1])
     assert check(engine, rewards, values, options)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("number", [np.float32(0.9), np.int64(1), Fraction(1, 3)], ids=repr)
+def test_discounts_of_any_type_compute_like_floats(number):
+    rewards, values = torch.randn(2, 1, 40, dtype=torch.float64)
+    for function in (gae, reference.gae):
+        results = function(rewards, values, gamma=number, lam=number)
+        expected = function(rewards, values, gamma=float(number), lam=float(number))
+        assert all(torch.equal(result, x) for result, x in zip(results, expected, strict=True))
 
 
 def test_a_skipped_position_changes_nothing(engine, small_blocks):
