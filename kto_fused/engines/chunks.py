@@ -33,6 +33,7 @@ from . import cpu
 from .backends import multiprocessors, on_device
 from .layout import INVALID, MASKED, compute_dtype
 from .logits import row_outputs
+from .results import TokenValues
 
 # Bytes of the LM head's weight that are cast at once where a GEMM cannot read it as it is; at most a quarter of a
 # chunk's bytes.
@@ -261,9 +262,8 @@ class WholeRows:
         buffers = logits * (wide + grad if is_kept and grad != wide else wide)
         # beside the buffers: the GEMMs' other operands and results, or the scratch memory of the row operations
         passing = 0
-        if not spec.is_native or (
-            is_kept and spec.grad_dtype != spec.dtype
-        ):  # casts: hidden states, a block of the weight
+        if not spec.is_native or (is_kept and spec.grad_dtype != spec.dtype):
+            # casts: hidden states, a block of the weight
             passing = hidden * wide + min(spec.cast_bytes, spec.vocab_size * spec.hidden_size * wide)
         elif is_kept:  # the gradient by the hidden states
             passing = hidden * grad
@@ -495,7 +495,7 @@ class FoldedRows:
             elif self.references is not None:
                 self._settle(slice(0, self.spec.vocab_size))
             self.references = self.sums = None
-            per_token = self.state_rows.new_empty(4, len(self.targets))
+            per_token = self.state_rows.new_empty(len(TokenValues._fields), len(self.targets))
             factor = self.spec.transform["factor"]
             memory_tiles.finish(self.targets, self.state_rows, per_token, vocab_size=vocab_size, factor=factor)
         self.statistics = RowStatistics(*self.state_rows[:NUM_STATISTICS])
@@ -567,7 +567,7 @@ class FoldedRows:
         )
 
     def _kept_columns(self, hidden: torch.Tensor, columns: slice, panel: slice) -> torch.Tensor:
-        """Return the memory for P of a panel's ``columns``, which extends to the end of the buffer."""
+        """Return the memory for P of a panel from ``columns.start`` on, to the end of the buffer."""
         return self.kept[: len(hidden), columns.start - panel.start :]
 
     def _kept_panel(self, hidden: torch.Tensor, panel: slice) -> torch.Tensor:

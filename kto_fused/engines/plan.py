@@ -27,7 +27,6 @@ ONE_CHUNK_BUDGETS_AGAIN = 2
 # Bytes per position while the completion tokens are searched for, before the first chunk is made.
 SEARCH_BYTES = 80
 
-
 exceeded_budgets: set[int] = set()  # values of chunk_bytes for which a warning was given
 
 
