@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import TWINS, make_case, make_hidden_case
+from cases import TWINS, fused_of, make_case, make_hidden_case
 from torch.testing._internal.two_tensor import TwoTensor
 
 import kto_fused
@@ -459,7 +459,7 @@ def refuses(function, argument: str) -> None:
 
 @pytest.mark.parametrize("name", reference.__all__)
 def test_an_unknown_keyword_names_the_function_that_was_called(name):
-    refuses(getattr(kto_fused, name if name in kto_fused.__all__ else f"fused_{name}"), "bta")
+    refuses(fused_of(name), "bta")
     refuses(getattr(reference, name), "bta")
 
 
