@@ -58,8 +58,8 @@ MOST_TOKENS = 2**24  # of any chunk
 # took 16.9 ms with it and 20.3 ms without (H = 896), 30.1 and 31.1 (2048), 81.7 and 83.8 (2560), 69.2 and 65.9 (4096).
 REGISTER_HIDDEN_SIZE = 2560
 
-# The columns whose softmax numerators a chunk keeps for the gradient: none, all of them, or, where the loss is already
-# known or is not needed yet, those of one panel at a time.
+# The columns whose softmax numerators a chunk keeps for the gradient: none, all, or one panel's at a time. Panels serve
+# a frozen head, where the loss only scales the rows of d loss / d hidden, and a second visit, when the loss is known.
 Keeps = Literal["nothing", "all", "panels"]
 
 
@@ -279,8 +279,9 @@ class WholeRows:
         finishes in one launch, so the results of ``finish`` are already there. It leaves 8 bytes of state per row, all
         that the backward reads, instead of the whole state.
 
-        The row kernel does not read ``MASKED`` rows. So a row whose target lies in columns of another chunk must be
-        given a target here. A merge drops its logit, but the backward would take it for the row's own.
+        The row kernel does not read ``MASKED`` rows. So a row whose target lies in another chunk's columns must be
+        given one of this chunk's columns as its target. A merged state replaces that column's logit, but ``backward``
+        would still treat the column as the row's target.
         """
         logits = self._logits(hidden, lm_head)
         options = {"ignore_index": MASKED, "shift": False, **self.spec.transform}

@@ -265,10 +265,10 @@ class LossFromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):  # torch.compile may drop the first of named arguments where nothing needs a gradient
-        logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors = arguments
+        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps, *head_tensors = arguments
         rows = _rows_forward(logits, labels, cu_seqlens, options)
         values = _sequences_forward(rows, cu_seqlens, num_sequences, options)
-        loss, head_grads, *reported = head(values.logps, values.token_counts, *head_tensors)
+        loss, head_grads, *reported = head(values.logps, values.token_counts, ref_logps, *head_tensors)
         saved = logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, head_grads, cu_seqlens
         _save(ctx, options, *saved)
         ctx.num_arguments = len(arguments)

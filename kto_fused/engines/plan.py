@@ -42,7 +42,7 @@ class Room(NamedTuple):
     """The first visit's chunks if the loss is known in time: their spec, and how many tokens one chunk holds."""
 
     spec: ChunkSpec
-    usual: int  # tokens of several sequences: as many as its GEMMs need, or as are worth their memory
+    usual: int  # tokens of a chunk of several sequences; more would be no faster, or not worth their memory
     most: int  # tokens that fit the budget
     most_alone: int  # tokens that fit the budget in the only chunk
 
