@@ -110,12 +110,8 @@ def checked_inputs(
     if mask is not None:
         checks.token_mask("mask", mask, "rewards", rewards)
     if bootstrap is not None:
-        checks.tensor("bootstrap", bootstrap, checks.FLOAT_DTYPES, checks.A_FLOAT)
-        if bootstrap.shape != (num_sequences,):
-            raise ValueError(
-                f"bootstrap has shape {list(bootstrap.shape)}, expected [{num_sequences}], one per sequence"
-            )
-        checks.same_device("bootstrap", bootstrap, "rewards", rewards)
+        floats = checks.FLOAT_DTYPES, checks.A_FLOAT
+        checks.per_sequence("bootstrap", bootstrap, *floats, num_sequences, rewards, like_name="rewards")
         bootstrap = bootstrap.detach().contiguous()
     for name, value in (("gamma", gamma), ("lam", lam)):
         checks.number(name, value)

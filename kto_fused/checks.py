@@ -271,13 +271,20 @@ def flag(name: str, value: object) -> None:
 
 
 def per_sequence(
-    name: str, value: torch.Tensor, dtypes: tuple[torch.dtype, ...], kind: str, num_sequences: int, like: torch.Tensor
+    name: str,
+    value: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    kind: str,
+    num_sequences: int,
+    like: torch.Tensor,
+    *,
+    like_name: str = "the policy",
 ) -> None:
-    """Check a tensor [B] on the device of ``like``, the policy's logits, hidden states or log-probabilities."""
+    """Check a tensor [B] on the device of ``like``, which by default holds the policy's values."""
     tensor(name, value, dtypes, kind)
     if value.shape != (num_sequences,):
         raise ValueError(f"{name} has shape {_shape(value)}, expected [{num_sequences}], one per sequence")
-    same_device(name, value, "the policy", like)
+    same_device(name, value, like_name, like)
 
 
 def policy_logps(value: torch.Tensor) -> None:

@@ -291,7 +291,7 @@ class KTOHead:
         desirable: torch.Tensor,
         z0: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Each sequence's loss. [B]"""
+        """Return each sequence's loss. [B]"""
         log_ratios = logps - ref_logps
         return kto_losses(
             log_ratios,
@@ -311,12 +311,13 @@ class KTOHead:
         desirable: torch.Tensor,
         z0: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rewards [B] and the reference point, a scalar."""
+        """Return the rewards [B] and the reference point, a scalar."""
         log_ratios = logps - ref_logps
         return self.beta * log_ratios, choose_z0(log_ratios, z0, self._number)
 
     @staticmethod
     def metrics(reported: Sequence[torch.Tensor], desirable: torch.Tensor, z0: torch.Tensor | None) -> dict[str, Any]:
+        """Return the fields of ``LossMetrics`` that the head knows."""
         rewards, reference_point = reported
         if desirable.dtype != torch.bool:
             desirable = desirable == 1
@@ -329,7 +330,7 @@ class KTOHead:
 
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Empty tensors like the results of ``_kto``. The last arguments are reduction, ``num_losses`` and dtype."""
+        """Return empty tensors like ``_kto``'s results. Its last arguments are reduction, ``num_losses`` and dtype."""
         *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
@@ -454,7 +455,7 @@ class DPOHead:
     def losses(
         self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
     ) -> torch.Tensor:
-        """Each pair's loss. [B/2]"""
+        """Return each pair's loss. [B/2]"""
         chosen, rejected = pair_scores(logps, ref_logps, self._lengths(token_counts)).chunk(2)
         return dpo_losses(
             chosen,
@@ -468,11 +469,12 @@ class DPOHead:
     def report(
         self, logps: torch.Tensor, token_counts: torch.Tensor | None, ref_logps: torch.Tensor | None
     ) -> tuple[torch.Tensor]:
-        """The rewards [B]."""
+        """Return the rewards [B]."""
         return (pair_rewards(logps, ref_logps, self._lengths(token_counts), self.loss_type, self.beta),)
 
     @staticmethod
     def metrics(reported: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return the fields of ``LossMetrics`` that the head knows."""
         (rewards,) = reported
         return {"rewards": rewards}
 
@@ -481,7 +483,7 @@ class DPOHead:
 
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """Empty tensors like the results of ``_dpo``."""
+        """Return empty tensors like the results of ``_dpo``."""
         *_, reduction, _, loss_dtype = arguments
         size = logps.shape[0]
         return (
@@ -531,6 +533,7 @@ def _kto(
     num_losses: Optional[int],
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute ``KTOHead.__call__``. The reference point is ``z0``, else ``reference_point``, else the batch's mean."""
     options = {
         "loss_type": loss_type,
         "beta": beta,
@@ -578,6 +581,7 @@ def _dpo(
     num_losses: Optional[int],
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute ``DPOHead.__call__``. ``token_counts``, if given, divide the log-ratios."""
     options = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "gamma": gamma}
     if backend == "triton":
         from ..kernels import dpo
