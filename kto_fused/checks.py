@@ -124,7 +124,7 @@ def _may_read(value: torch.Tensor) -> bool:
 
 
 def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array would be compared element by element
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
 
 

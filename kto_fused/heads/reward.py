@@ -38,8 +38,8 @@ def bradley_terry_loss(
         margin: how far apart the scores of a pair should be, a number or [P]. Never receives a gradient.
         centering: c >= 0.
         reduction: ``mean`` over the P pairs, whatever their weights; ``sum``; or ``none`` ([P]).
-        weights: [P], >= 0. A pair of weight 0 contributes exactly 0 to loss and gradient, even if its scores are not
-            finite. Never receives a gradient.
+        weights: [P], >= 0. A pair of weight 0 contributes exactly 0 to loss and gradient, even if its scores and its
+            margin are not finite. Never receives a gradient.
 
     Returns:
         The loss, float32 (float64 if a score is float64).
@@ -65,6 +65,7 @@ def bradley_terry_loss(
         checks.shaped_like("margin", margin, "chosen_scores", chosen_scores)
     elif margin is not None:
         checks.number("margin", margin)
+        margin = float(margin)  # Python's own number: from NumPy or ``fractions`` too
     checks.number("centering", centering, at_least=0)
     checks.choice("reduction", reduction, REDUCTIONS)
     if weights is not None:
@@ -74,15 +75,17 @@ def bradley_terry_loss(
         weights = weights.detach()
 
     chosen, rejected = _in_one_dtype(chosen_scores, rejected_scores)
-    if weights is not None:
-        # their scores may be anything, and 0 times a NaN is a NaN
-        chosen, rejected = (x.masked_fill(weights == 0, 0.0) for x in (chosen, rejected))
-    h = chosen - rejected
-    # Python's own numbers, and tensors in the scores' dtype: others would change the dtype of the loss
     if isinstance(margin, torch.Tensor):
-        h = h - margin.detach().to(h.dtype)
-    elif margin is not None:
-        h = h - float(margin)
+        margin = margin.detach().to(chosen.dtype)  # another dtype would change that of the loss
+    if weights is not None:
+        # a pair of weight 0 may hold anything, and 0 times a NaN is a NaN
+        is_out = weights == 0
+        chosen, rejected = (x.masked_fill(is_out, 0.0) for x in (chosen, rejected))
+        if isinstance(margin, torch.Tensor):
+            margin = margin.masked_fill(is_out, 0.0)
+    h = chosen - rejected
+    if margin is not None:
+        h = h - margin
     losses = -F.logsigmoid(h)
     if centering:
         losses = losses + float(centering) * (chosen + rejected) ** 2

@@ -109,11 +109,12 @@ def test_bradley_terry_of_scores_far_apart_neither_overflows_nor_loses_its_gradi
     assert chosen.grad.tolist() == [-1.0, 0.0]
 
 
-def test_a_pair_of_weight_0_contributes_0_whatever_its_scores_are():
+def test_a_pair_of_weight_0_contributes_0_whatever_it_holds():
     weights = torch.tensor([1.0, 0.0, 0.0])
     chosen = torch.tensor([0.5, NAN, -math.inf], requires_grad=True)
     rejected = torch.tensor([0.0, 1.0, math.inf], requires_grad=True)
-    loss = bradley_terry_loss(chosen, rejected, centering=0.1, weights=weights)
+    margin = torch.tensor([0.0, math.inf, NAN])
+    loss = bradley_terry_loss(chosen, rejected, margin=margin, centering=0.1, weights=weights)
     loss.backward()
     torch.testing.assert_close(loss, bradley_terry_loss(chosen[:1], rejected[:1], centering=0.1) / 3)
     assert chosen.grad[1:].tolist() == rejected.grad[1:].tolist() == [0.0, 0.0]
