@@ -123,8 +123,9 @@ def _may_read(value: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and may_read(value)
 
 
-def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:  # an array would be compared element by element
+def choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    # an array would be compared element by element
+    if not isinstance(value, (str, type(None))) or value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
 
 

@@ -218,6 +218,11 @@ KTO_ERRORS = {
         ValueError,
         "reduction must be one of ['mean', 'sum', 'none'], got 'avg'",
     ),
+    "an array as reduction": (
+        {"reduction": np.array(["mean", "sum"])},
+        ValueError,
+        "reduction must be one of ['mean', 'sum', 'none'], got array(",
+    ),
     "unknown backend": (
         {"backend": "cuda"},
         ValueError,
