@@ -17,7 +17,7 @@ import tiny_training
 from command_runs import command, losses, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kto_fused.commands import cli, progress, results
+from kto_fused.commands import cli, progress, results, train
 from kto_fused.trainers import FusedTrainer
 
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
@@ -178,6 +178,14 @@ def test_fewer_examples_than_a_whole_batch_are_refused(files, capsys):
     assert cli.main(command(files, "kto", *arguments)) == 2
     assert "16 examples are fewer than a batch of 17" in capsys.readouterr().err
     assert not Path("runs/kto/config.json").exists()
+
+
+@pytest.mark.parametrize("loss", ["kto", "dpo"])
+def test_the_metrics_to_choose_the_best_model_by_are_those_that_evaluations_report(files, loss):
+    assert cli.main(command(files, loss, "--eval_data", str(files / f"{loss}-eval.jsonl"), "--max_steps", "1")) == 0
+    (evaluation,) = read_metrics(f"runs/{loss}")["evaluations"]
+    of_trainer = {"epoch", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    assert evaluation.keys() - of_trainer == {f"eval_{name}" for name in train.evaluation_metrics(loss)}
 
 
 def test_a_metric_of_both_labels_evaluated_on_one_is_one_sentence(files, tmp_path, capsys):
