@@ -66,8 +66,8 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     returned = model(**model_inputs, fused_call=FusedCall(function, arguments))
     if not isinstance(returned, tuple) or not isinstance(returned[-1], Outcome):
         raise UnsupportedModelError(
-            f"model ({type(model).__name__}) calls the forward that it found when it was made: call "
-            "kto_fused.huggingface.attach(model) before the wrapping"
+            f"model ({type(model).__name__}) still calls the forward from before attach: call "
+            "kto_fused.huggingface.attach(model) before it is wrapped"
         )
     gradient_path, outcome = returned
     first, *others = outcome.results(gradient_path)
