@@ -135,7 +135,7 @@ def _check_call(function: Callable, model_inputs: Any, arguments: dict[str, Any]
     }
     for name in ("logit_scale", "logit_softcap"):
         if name in held:
-            raise ValueError(f"{name}={held[name]} is given, expected none: the model's configuration says it")
+            raise ValueError(f"{name}={held[name]} is given, expected none: the model's configuration sets it")
 
 
 def attach(model: nn.Module) -> None:
@@ -174,7 +174,7 @@ def attach(model: nn.Module) -> None:
     is_attached = hasattr(inner, "_unfused_forward") and forward_of(inner) is not type(inner).forward
     if not is_attached and "_original_forward" in inner.__dict__:
         raise UnsupportedModelError(
-            "model was prepared by accelerate before it knew the fused loss, which would run outside of autocast: "
+            "model was prepared by accelerate before attach, so the fused loss would run outside of its autocast: "
             "call kto_fused.huggingface.attach(model) before accelerator.prepare(model)"
         )
     for layer in layers:  # at every call, because the head may have been replaced since the last one

@@ -81,8 +81,8 @@ def with_adapters(model: nn.Module, peft_config: Any, seed: int) -> nn.Module:
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "model carries adapters without being a PeftModel, so its reference cannot be told from it: wrap it with "
-            "peft (get_peft_model, PeftModel.from_pretrained) instead of add_adapter or load_adapter"
+            "model carries adapters without being a PeftModel, so they cannot be switched off for the reference: "
+            "wrap it with peft (get_peft_model, PeftModel.from_pretrained) instead of add_adapter or load_adapter"
         )
     if peft_config is None:
         return model
