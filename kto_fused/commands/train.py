@@ -27,7 +27,6 @@ from transformers.utils import is_peft_available, is_torch_bf16_gpu_available
 from .. import preference_data
 from ..engines import backends
 from ..huggingface import files as model_files
-from ..huggingface.files import load_pretrained
 from ..metrics import LossMetrics
 from ..trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, checkpoints
 from ..trainers.configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
@@ -308,7 +307,7 @@ def load(
         )
     if Path(name).is_dir() and (damage := model_files.damaged_file(name)):
         raise CommandError(f"--{flag} {name} cannot be loaded: {damage}")
-    load_part = functools.partial(load_pretrained, name=name, trust_remote_code=trust_remote_code)
+    load_part = functools.partial(model_files.load_pretrained, name=name, trust_remote_code=trust_remote_code)
     try:
         load_part(AutoConfig)  # first, because its errors are the clearest
         return load_part(AutoTokenizer), model_files.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
