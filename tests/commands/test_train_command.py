@@ -132,7 +132,7 @@ def test_a_reference_of_its_own_gives_another_loss(files):
     assert abs(losses("other")[0] - 0.6931) > 0.01
 
 
-def test_metrics_and_curves_are_written_both_or_neither(tmp_path, monkeypatch):
+def test_metrics_and_curves_are_written_both_or_neither(monkeypatch):
     entry = {"step": 1, "loss": 0.5, "rewards/chosen": 0.1}
     results.write("out", {"steps": [entry], "evaluations": []})
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}

@@ -166,7 +166,7 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path):
 # ---- without a manifest -------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_without_a_manifest_is_taken_only_when_asked_for(run, tmp_path, whole, caplog):
+def test_a_checkpoint_without_a_manifest_is_taken_only_when_asked_for(run, whole, caplog):
     for checkpoint in run.glob("checkpoint-*"):
         (checkpoint / MANIFEST).unlink()
     settings = {"num_train_epochs": 2, **SAVING}
@@ -550,7 +550,7 @@ def hold(folder: Path, is_held) -> None:
         signal.pause()
 
 
-def test_a_second_run_is_refused_with_the_first_ones_process_and_a_killed_one_blocks_none(tmp_path, caplog):
+def test_a_second_run_is_refused_with_the_first_ones_process_and_a_killed_one_blocks_none(tmp_path):
     context = multiprocessing.get_context("fork")
     is_held = context.Event()
     first = context.Process(target=hold, args=(tmp_path, is_held))
@@ -605,8 +605,7 @@ def test_a_folder_that_cannot_be_locked_gives_a_warning(tmp_path, monkeypatch, c
     assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
 
 
-def test_torch_says_nothing_of_a_full_disk_that_is_not_passed_on(tmp_path, file_limit):
-    """The reason in the sentence is the system's, however deep it lies."""
+def test_an_error_of_torch_on_a_full_disk_has_a_reason(tmp_path, file_limit):
     file_limit(100)
     with pytest.raises((OSError, RuntimeError)) as raised:
         torch.save({"values": torch.zeros(1000)}, tmp_path / "file.pt")
