@@ -385,7 +385,7 @@ class FusedTrainer(ResumableTrainer):
         if not self.args.precompute_ref_log_probs:  # then these columns are another trainer's, of another reference
             return dataset.remove_columns([name for name in self.ref_columns if name in dataset.column_names])
         is_scored = set(self.ref_columns) <= set(dataset.column_names)
-        if self._reference.adapters is None and not is_scored:
+        if self._reference.is_gone and not is_scored:
             raise ValueError(
                 "eval_dataset is new, and with precompute_ref_log_probs there is no reference model left to score it: "
                 "pass it to the trainer's constructor"
