@@ -28,7 +28,7 @@ from .. import preference_data
 from ..engines import backends
 from ..huggingface import files as model_files
 from ..metrics import LossMetrics
-from ..trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, checkpoints
+from ..trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, checkpoints, folder_lock
 from ..trainers.configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from . import progress, results, resuming
 from .cli import INSTALL
@@ -136,7 +136,7 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     check_names(config.output_dir, settings.model, *settings.data)  # names from the YAML file too
     check_writable(config.output_dir)
     try:
-        with user_errors(checkpoints.FolderInUseError, checkpoints.CheckpointError), checkpoints.only_run_in(config):
+        with user_errors(checkpoints.FolderInUseError, checkpoints.CheckpointError), folder_lock.only_run_in(config):
             return run_alone(settings, config)
     except RuntimeError as error:
         # torch raises this from a signal handler, so it can come from any line

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..huggingface.running import keeping_trainable
 from ..metrics import Totals
-from . import adapters, checkpoints, fingerprints, models, runs
+from . import adapters, checkpoints, fingerprints, folder_lock, models, runs
 from .reference import Reference
 
 
@@ -50,7 +50,7 @@ class ResumableTrainer(Trainer):
             checkpoints.FolderInUseError: another run writes into ``args.output_dir``.
         """
         args, checkpoint = self.args, None
-        with checkpoints.only_run_in(args):
+        with folder_lock.only_run_in(args):
             if resume_from_checkpoint:
                 wanted = resume_from_checkpoint if resume_from_checkpoint is True else str(resume_from_checkpoint)
                 checkpoint = checkpoints.agreed(

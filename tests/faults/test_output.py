@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from kto_fused.commands import cli, process, progress, results
-from kto_fused.trainers import checkpoints
+from kto_fused.trainers import folder_lock
 
 pytestmark = pytest.mark.usefixtures("small_machine", "module_cache")
 SENTENCE = "kto-fused: stdout cannot be written ({}): the run continues without it and writes its results"
@@ -309,7 +309,7 @@ def test_a_killed_loader_is_one_sentence_wherever_torch_says_so(files, tmp_path)
         def fails(*_, **__):
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
-        checkpoints.FileLock.release = fails
+        folder_lock.FileLock.release = fails
 
     outcome = forked_command.run(command(files, tmp_path / "out"), tmp_path, before)
     assert outcome.code == 2
