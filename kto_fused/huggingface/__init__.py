@@ -157,6 +157,7 @@ def attach(model: nn.Module) -> None:
             - The LM head has hooks that expect logits.
             - Prompts are learned, or attention sees later tokens.
             - The logits are not finite, or are more than the LM head's output with a scale and a soft cap.
+            - The backbone is not found beside the LM head, or a router's auxiliary loss is not a known one.
             - ``config.return_dict`` is off.
             - The model is wrapped in ``nn.DataParallel``, was prepared by accelerate before, lies on the meta device,
               or was partitioned by DeepSpeed ZeRO-3 and is not in an engine.

@@ -1,8 +1,8 @@
 """The policy and the reference model as the trainers take them: loaded, given adapters, checked and frozen.
 
-Functions named ``check_...`` refuse, before the first step, a model on which training would fail or would be other
-training than was asked for. The others load, limit or prepare a model. ``keeping_random_state`` keeps all of this from
-changing the numbers that training draws.
+Functions named ``check_...`` refuse, before the first step, a model on which training would fail or would train
+something else than was asked for. The others load, limit or prepare a model. ``keeping_random_state`` keeps all of this
+from changing the numbers that training draws.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Saving and resuming: ``transformers.Trainer`` with checkpoints that are whole or do not count.
+"""Saving and resuming: ``transformers.Trainer`` whose checkpoints are either complete or ignored.
 
 A run that is resumed goes on as if it had not been stopped: same weights, same log. ``checkpoints`` holds the work on
 files; this module puts it into the places where ``Trainer`` saves and loads.
