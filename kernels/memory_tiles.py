@@ -230,10 +230,9 @@ def keep_tile_kernel(
     reference = tl.load(state_ptr + REFERENCE * num_rows + row)
     row_factor = tl.load(factors_ptr + row)
     target = tl.load(targets_ptr + row) - first
-    others = others_sum(
-        tl.load(state_ptr + TARGET_LOGIT * num_rows + row), reference, tl.load(state_ptr + EXP_SUM * num_rows + row),
-        log2_factor, softcap, HAS_SOFTCAP,
-    )  # fmt: skip
+    u_target = tl.load(state_ptr + TARGET_LOGIT * num_rows + row)
+    row_sum = tl.load(state_ptr + EXP_SUM * num_rows + row)
+    others = others_sum(u_target, reference, row_sum, log2_factor, softcap, HAS_SOFTCAP)
     for start in range(0, cols, LANES * VEC):
         u, slope, inside = load_tile(
             row_ptr, bias_ptr + first, start, cols, scale, softcap, HAS_BIAS, HAS_SOFTCAP, LANES, VEC
@@ -270,10 +269,10 @@ def settle_rows_kernel(
 ):
     """Grid: (rows,). Make a panel of P, columns first .. first + cols, ready for its GEMM.
 
-    Rescales tiles that are relative to another reference than the row has now; there are rarely any, and then only they
-    are read and written (4 bytes per entry). With HAS_SUMS, rescales in the same way the sum of earlier panels'
-    products, ``product`` [rows, hidden_size], which is relative to ``product_references`` [rows]. Writes the target's
-    entry of P: ``-others``, or with HAS_SUMS 0, because s is not known yet.
+    Rescales the tiles whose P is relative to an earlier reference of the row. Such tiles are rare, and only they are
+    read and written (4 bytes per entry). With HAS_SUMS, rescales in the same way the sum of earlier panels' products,
+    ``product`` [rows, hidden_size], which is relative to ``product_references`` [rows]. Writes the target's entry of P:
+    ``-others``, or with HAS_SUMS 0, because s is not known yet.
     """
     row = tl.program_id(0).to(tl.int64)
     reference = tl.load(state_ptr + REFERENCE * num_rows + row)
@@ -308,10 +307,10 @@ def settle_rows_kernel(
     if (target >= first) & (target < first + cols):
         entry = tl.full([], 0.0, tl.float32)
         if not HAS_SUMS:
-            entry = -others_sum(
-                tl.load(state_ptr + TARGET_LOGIT * num_rows + row), reference, tl.load(state_ptr + EXP_SUM * num_rows +
-                row), log2_factor, tl.full([], softcap, tl.float32), HAS_SOFTCAP,
-            )  # fmt: skip
+            u_target = tl.load(state_ptr + TARGET_LOGIT * num_rows + row)
+            row_sum = tl.load(state_ptr + EXP_SUM * num_rows + row)
+            softcap32 = tl.full([], softcap, tl.float32)
+            entry = -others_sum(u_target, reference, row_sum, log2_factor, softcap32, HAS_SOFTCAP)
         tl.store(kept_ptr + row * kept_stride + target - first, entry.to(kept_ptr.dtype.element_ty))
 
 
@@ -368,18 +367,20 @@ def add_target_rows_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows,). product[row] -= others * weight[target]: the target's part of P @ weight, once s is known.
+    """Grid: (rows,). One program subtracts others * weight[target] from its row of ``product``.
 
-    Reads and writes one row of the product (8 bytes per hidden unit) and reads one row of the weight.
+    That is the target's part of P @ weight, added once s is known. Reads and writes one row of the product (8 bytes per
+    hidden unit) and reads one row of the weight.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     if target >= 0:
-        others = others_sum(
-            tl.load(state_ptr + TARGET_LOGIT * num_rows + row), tl.load(state_ptr + REFERENCE * num_rows + row),
-            tl.load(state_ptr + EXP_SUM * num_rows + row), tl.full([], factor, tl.float32) * LOG2_E, tl.full([],
-            softcap, tl.float32), HAS_SOFTCAP,
-        )  # fmt: skip
+        u_target = tl.load(state_ptr + TARGET_LOGIT * num_rows + row)
+        reference = tl.load(state_ptr + REFERENCE * num_rows + row)
+        row_sum = tl.load(state_ptr + EXP_SUM * num_rows + row)
+        log2_factor = tl.full([], factor, tl.float32) * LOG2_E
+        softcap32 = tl.full([], softcap, tl.float32)
+        others = others_sum(u_target, reference, row_sum, log2_factor, softcap32, HAS_SOFTCAP)
         for start in range(0, hidden_size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < hidden_size
@@ -520,8 +521,8 @@ def settle(
     """Make a panel of P, ``columns`` of the vocabulary, ready for its GEMM.
 
     Rescales to the rows' present references: the panel's tiles, which are relative to ``references`` [rows, tiles], and
-    the product in ``sums``. Writes the targets' entries: ``-others`` without ``sums``; 0 with ``sums``, since its GEMM
-    adds to them before s is known.
+    the product in ``sums``. Writes the targets' entries: ``-others`` without ``sums``; 0 with ``sums``, whose GEMM runs
+    before s is known.
     """
     settle_rows_kernel[(len(targets),)](
         kept,

@@ -37,7 +37,7 @@ from .online import (
 # The tile of a program: the fastest one on an H200 when P is not kept. It takes 144 KiB of shared memory.
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 NUM_WARPS, NUM_STAGES = 8, 3
-# So many blocks of rows visit the same columns of the weight together, and find them in the L2 cache.
+# Blocks of rows that visit the same columns of the weight one after another, and so find them in the L2 cache.
 GROUP_ROWS = 16
 # Rows of one program of the merge, and partial results per row that it loads at a time.
 MERGE_ROWS, MERGE_TILES = 32, 32
@@ -243,7 +243,7 @@ def merge_register_tiles_kernel(
     is_row = rows < num_rows
     log2_factor = tl.full([], factor, tl.float32) * LOG2_E
     reference = tl.load(state_ptr + REFERENCE * num_rows + rows, mask=is_row, other=0.0)
-    # the state so far is one more partial result
+    # the state so far counts as one more partial result
     is_first = (tl.arange(0, MERGE_TILES) == 0)[:, None] & is_row[None, :]
     old = state_ptr + rows[None, :] + tl.zeros([MERGE_TILES, MERGE_ROWS], tl.int64)
     references = tl.where(is_first, reference[None, :], float("-inf"))
@@ -335,15 +335,15 @@ def keep_register_tiles_kernel(
 def serves(weight: torch.Tensor) -> bool:
     """Return whether the kernels can read this LM head weight [V, H].
 
-    H must be a multiple of DEPTH, rows must start at 16-byte boundaries, and 32-bit offsets must reach the last
-    element.
+    H must be a multiple of DEPTH, each row contiguous, the distance between rows a multiple of 16 elements, the first
+    row at a 16-byte boundary, and 32-bit offsets must reach the last element.
     """
     is_aligned = weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0
     return is_aligned and weight.shape[1] % DEPTH == 0 and len(weight) * weight.stride(0) < 2**31
 
 
 def partial_bytes(num_columns: int, is_kept: bool) -> int:
-    """Return bytes per row beside the state: a partial result per tile, and a reference per tile whose P is kept."""
+    """Return the bytes per row beside the state: a partial result per tile, and with ``is_kept`` its P's reference."""
     return (PARTIAL_ROWS.value + is_kept) * 4 * -(-num_columns // COLUMNS)
 
 

@@ -13,7 +13,7 @@ from . import COMPILER_OPTIONS
 
 BLOCK = 1024
 SCALE_BLOCK = 2048
-SCALE_BLOCKS = 32  # blocks of one program; with fewer programs a factor of 1, which only starts them, costs less
+SCALE_BLOCKS = 32  # blocks of one program: a factor of 1 starts all programs for nothing, so there should be few
 # elements in one 16-byte access of the narrowest dtype, two bytes
 ALIGNMENT = tl.constexpr(8)
 
@@ -66,7 +66,7 @@ def move_rows(
     target_rows: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
 ) -> None:
-    """target[target_rows] = (source[source_rows] * factors[:, None]).to(target.dtype).
+    """Write target[target_rows] = (source[source_rows] * factors[:, None]).to(target.dtype).
 
     ``source`` is [rows, columns] or [B, T, columns] with a contiguous last dimension; row b * T + t of the latter is
     position t of sequence b. ``target`` is [rows, columns]. Without ``source_rows`` or ``target_rows``, rows are taken
@@ -97,7 +97,7 @@ def move_rows(
 
 @triton.jit
 def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Grid: (size / (BLOCK * BLOCKS),). values *= factor, in float32 or float64.
+    """Grid: (size / (BLOCK * BLOCKS),). One program multiplies BLOCKS blocks of values by the factor, in fp32 or fp64.
 
     Reads and writes each value once; touches none if the factor is 1. A value of 0 stays 0 even if the factor is not
     finite, so masked positions keep a gradient of exactly 0.

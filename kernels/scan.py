@@ -25,13 +25,13 @@ RUNTIME = ["seq_len", "num_positions", "num_sequences", "rewards_stride", "value
 
 @triton.jit
 def compose(factor, summand, next_factor, next_summand):
-    """The map x -> summand + factor x, followed by the map x -> next_summand + next_factor x."""
+    """Return (factor, summand) of x -> summand + factor x, followed by x -> next_summand + next_factor x."""
     return factor * next_factor, next_summand + next_factor * summand
 
 
 @triton.jit
 def is_no_partition(cu_seqlens_ptr, num_positions, num_sequences, BLOCK: tl.constexpr):
-    """Whether the offsets do not rise from 0 to ``num_positions``. Reads all of them, two at a time."""
+    """Return whether the offsets fail to rise from 0 to ``num_positions``. Reads all of them, two at a time."""
     falls = tl.zeros([BLOCK], tl.int32)
     for start in range(0, num_sequences, BLOCK):
         sequence = start + tl.arange(0, BLOCK)
@@ -153,9 +153,10 @@ def gae(
     gamma: float,
     lam: float,
 ) -> None:
-    """Fill the contiguous ``advantages`` and ``returns`` from tensors [B, T], or [N] with ``cu_seqlens`` [B+1].
+    """Fill ``advantages`` and ``returns`` from tensors [B, T], or [N] with ``cu_seqlens`` [B+1].
 
-    ``mask`` holds 1 at completion tokens; ``bootstrap`` [B] holds the values after each sequence's last token.
+    ``mask`` holds 1 at completion tokens; ``bootstrap`` [B] holds the values after each sequence's last token. The
+    results are contiguous; the inputs may have any strides.
     """
     packed = cu_seqlens is not None
     rewards, values, mask = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (rewards, values, mask))

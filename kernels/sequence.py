@@ -97,7 +97,7 @@ def sequence_backward_kernel(
     HAS_HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows / BLOCK,). token_grads[row] = incoming[s mod num_incoming] * head_grads[s], 0 where masked.
+    """Grid: (rows / BLOCK,). Write token_grads[row] = incoming[s mod num_incoming] * head_grads[s], 0 where masked.
 
     s is the row's sequence; with AVERAGE the result is divided by its number of completion tokens. ``incoming`` holds
     one number, one per pair, or one per sequence; in each case entry s mod num_incoming belongs to sequence s. Where

@@ -460,6 +460,7 @@ def _row_view(logits: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _compute_dtype(logits: torch.Tensor) -> tl.dtype:
+    """Return COMPUTE: float64 for float64 logits, else float32."""
     return tl.float64 if logits.dtype == torch.float64 else tl.float32
 
 

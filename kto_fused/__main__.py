@@ -1,4 +1,4 @@
-"""Runs the command ``kto-fused`` under launchers that start a module: ``torchrun -m kto_fused train``."""
+"""Run the command ``kto-fused`` under launchers that start a module: ``torchrun -m kto_fused train``."""
 
 import sys
 

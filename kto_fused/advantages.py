@@ -100,12 +100,7 @@ def checked_inputs(
         if num_sequences == 0:
             raise ValueError(f"rewards must hold at least one sequence, got shape {shape}")
     else:
-        checks.tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 or int64 offsets")
-        checks.same_device("cu_seqlens", cu_seqlens, "rewards", rewards)
-        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(
-                f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {list(cu_seqlens.shape)}"
-            )
+        checks.offsets(cu_seqlens, "rewards", rewards)
         if rewards.ndim != 1 and not (rewards.ndim == 2 and shape[0] == 1):
             raise ValueError(f"rewards must be [N] or [1, N] with cu_seqlens, got shape {shape}")
         num_sequences = cu_seqlens.numel() - 1
@@ -115,12 +110,8 @@ def checked_inputs(
     if mask is not None:
         checks.token_mask("mask", mask, "rewards", rewards)
     if bootstrap is not None:
-        checks.tensor("bootstrap", bootstrap, checks.FLOAT_DTYPES, checks.A_FLOAT)
-        if bootstrap.shape != (num_sequences,):
-            raise ValueError(
-                f"bootstrap has shape {list(bootstrap.shape)}, expected [{num_sequences}], one per sequence"
-            )
-        checks.same_device("bootstrap", bootstrap, "rewards", rewards)
+        floats = checks.FLOAT_DTYPES, checks.A_FLOAT
+        checks.per_sequence("bootstrap", bootstrap, *floats, num_sequences, rewards, like_name="rewards")
         bootstrap = bootstrap.detach().contiguous()
     for name, value in (("gamma", gamma), ("lam", lam)):
         checks.number(name, value)

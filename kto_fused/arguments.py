@@ -77,7 +77,7 @@ def from_logits(
     checked_options = _logit_options(name, logits, **options)
     if ref_logits is not None:
         checks.ref_logits(ref_logits, logits)
-        ref_logits, *_ = checks.logits_and_labels("ref_logits", ref_logits.detach(), labels, cu_seqlens)
+        ref_logits = checks.logits_and_labels("ref_logits", ref_logits.detach(), labels, cu_seqlens).values
     ref_logps = _ref_logps(ref_logps, num_sequences, rows)
     return LogitInputs(rows, labels, cu_seqlens, num_sequences, checked_options, ref_logits, ref_logps)
 

@@ -1,18 +1,20 @@
 """Checks of tensors (type, layout, dtype, shape, device) and of plain numbers. Nothing here knows a loss.
 
 Each check takes the argument's name, and raises a ``TypeError`` or ``ValueError`` that says what came and what was
-expected. No check reads a tensor's values, so none waits for a GPU. A loss's own options are checked by its head, in
-``heads``; ``arguments`` says which checks a call of a public function goes through.
+expected. Only ``zero_or_one`` and ``not_negative`` read a tensor's values, and only where that waits for no device
+(``backends.may_read``). A loss's own options are checked by its head, in ``heads``; ``arguments`` says which checks a
+call of a public function goes through.
 """
 
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .engines.backends import resolve
+from .engines.backends import may_read, resolve
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -96,13 +98,34 @@ def shaped_like(name: str, value: torch.Tensor, like_name: str, like: torch.Tens
 
 
 def token_mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """A mask of the tokens that take part, shaped as ``like``; whoever reads its values checks that they are 0 or 1."""
+    """Check a mask of the tokens that take part: bool or integers, shaped as ``like``."""
     tensor(name, value, (torch.bool, *INTEGER_DTYPES), "bool (or 0/1 integers)")
     shaped_like(name, value, like_name, like)
 
 
-def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def zero_or_one(name: str, value: torch.Tensor) -> None:
+    """Check that a tensor of bools or integers holds 0 and 1 alone, where its values may be read."""
+    if value.dtype != torch.bool and _may_read(value):
+        wrong = value[(value != 0) & (value != 1)]
+        if len(wrong):
+            raise ValueError(f"{name} must hold 0 or 1, got {wrong[0].item()}")
+
+
+def not_negative(name: str, value: torch.Tensor) -> None:
+    """Check that a tensor holds neither a negative number nor NaN, where its values may be read."""
+    if _may_read(value):
+        wrong = value[~(value >= 0)]
+        if len(wrong):
+            raise ValueError(f"{name} must be >= 0, got {wrong[0].item()}")
+
+
+def _may_read(value: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and may_read(value)
+
+
+def choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    # an array would be compared element by element
+    if not isinstance(value, (str, type(None))) or value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
 
 
@@ -122,13 +145,25 @@ def integer(name: str, value: object, *, at_least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
-def logits_and_labels(
-    name: str, logits: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
-    """Check logits, labels and offsets against each other.
+class Rows(NamedTuple):
+    """Checked logits or hidden states and their labels. A packed batch has lost its leading dimension of 1."""
 
-    Returns logits [B, T, V] or [N, V], labels [B, T] or [N], contiguous offsets, and the number B of sequences.
-    """
+    values: torch.Tensor  # [B, T, V] or [B, T, H]; packed [N, V] or [N, H]
+    labels: torch.Tensor  # [B, T], or [N] packed
+    cu_seqlens: torch.Tensor | None  # [B+1], contiguous; None unless packed
+    num_sequences: int  # B
+
+
+def offsets(cu_seqlens: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Check the type, device and shape of the offsets [B+1] of packed sequences."""
+    tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 or int64 offsets")
+    same_device("cu_seqlens", cu_seqlens, like_name, like)
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {_shape(cu_seqlens)}")
+
+
+def logits_and_labels(name: str, logits: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Rows:
+    """Check logits, labels and offsets against each other."""
     checked = rows_and_labels(name, logits, labels, cu_seqlens, last="V")
     if logits.shape[-1] == 0:
         raise ValueError(f"{name} has an empty vocabulary: shape {_shape(logits)}")
@@ -139,11 +174,8 @@ def logits_and_labels(
 
 def rows_and_labels(
     name: str, values: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, *, last: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
-    """Check logits [B, T, V] or hidden states [B, T, H] against labels and offsets. ``last`` is "V" or "H".
-
-    Returns the same as ``logits_and_labels``.
-    """
+) -> Rows:
+    """Check logits [B, T, V] or hidden states [B, T, H] against labels and offsets. ``last`` is "V" or "H"."""
     resolve(None, tensor(name, values, FLOAT_DTYPES, A_FLOAT).device)  # raises if the device cannot compute
     tensor("labels", labels, INTEGER_DTYPES, "integer token ids")
     same_device("labels", labels, name, values)
@@ -153,10 +185,7 @@ def rows_and_labels(
                 f"{name} must be [B, T, {last}], got shape {_shape(values)}; packed, [N, {last}], it needs cu_seqlens"
             )
     else:
-        tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32 or int64 offsets")
-        same_device("cu_seqlens", cu_seqlens, name, values)
-        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(f"cu_seqlens must be [B+1] offsets of B >= 1 sequences, got shape {_shape(cu_seqlens)}")
+        offsets(cu_seqlens, name, values)
         if values.ndim == 3 and values.shape[0] == 1:
             values = values.squeeze(0)  # squeeze: its backward is a view too
         if values.ndim != 2:
@@ -172,8 +201,8 @@ def rows_and_labels(
     num_sequences = values.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if num_sequences == 0:
         raise ValueError(f"{name} must hold at least one sequence, got shape {_shape(values)}")
-    offsets = None if cu_seqlens is None else _savable(cu_seqlens.contiguous())
-    return values, _savable(labels), offsets, num_sequences
+    cu_seqlens = None if cu_seqlens is None else _savable(cu_seqlens.contiguous())
+    return Rows(values, _savable(labels), cu_seqlens, num_sequences)
 
 
 def _savable(value: torch.Tensor) -> torch.Tensor:
@@ -243,13 +272,20 @@ def flag(name: str, value: object) -> None:
 
 
 def per_sequence(
-    name: str, value: torch.Tensor, dtypes: tuple[torch.dtype, ...], kind: str, num_sequences: int, like: torch.Tensor
+    name: str,
+    value: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    kind: str,
+    num_sequences: int,
+    like: torch.Tensor,
+    *,
+    like_name: str = "the policy",
 ) -> None:
-    """Check a tensor [B] on the device of ``like``, the policy's logits, hidden states or log-probabilities."""
+    """Check a tensor [B] on the device of ``like``, which by default holds the policy's values."""
     tensor(name, value, dtypes, kind)
     if value.shape != (num_sequences,):
         raise ValueError(f"{name} has shape {_shape(value)}, expected [{num_sequences}], one per sequence")
-    same_device(name, value, "the policy", like)
+    same_device(name, value, like_name, like)
 
 
 def policy_logps(value: torch.Tensor) -> None:

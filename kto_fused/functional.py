@@ -940,7 +940,7 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
     return max(1.0, 1 / ratio), max(1.0, 3 * ratio / 4)
 
 
-# ---- one path for all losses, one for all log-probabilities ---------------------------------------------------------
+# ---- from checked arguments to results ------------------------------------------------------------------------------
 
 
 def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: object) -> tuple[torch.Tensor, LossMetrics]:
@@ -964,7 +964,7 @@ def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: obje
 
 
 def _sequence_logps(logits: torch.Tensor, inputs: LogitInputs) -> torch.Tensor:
-    """The policy's or the reference's log-probabilities. [B]"""
+    """Return the log-probabilities [B] of the policy's or the reference's logits."""
     return SequenceLogps.apply(logits, inputs.labels, inputs.cu_seqlens, inputs.num_sequences, inputs.options)
 
 
@@ -991,7 +991,7 @@ def _loss_from_hidden(
 
 
 def _logps_from_hidden(inputs: HiddenInputs) -> SequenceValues:
-    """The values of each sequence, or of each position if the options say so."""
+    """Return the values of each sequence, or of each position if the options say so."""
     values = LogpsFromHidden.apply(
         inputs.hidden, inputs.weight, inputs.bias, inputs.labels, inputs.cu_seqlens, inputs.options
     )
@@ -1057,7 +1057,7 @@ def _plain_loss(
 
 
 def _metrics(sequences: SequenceValues, **named: torch.Tensor | None) -> LossMetrics:
-    """Metrics from an engine's values of each sequence and the ``named`` fields that it does not know."""
+    """Return the metrics: an engine's values of each sequence, and the ``named`` fields that it does not know."""
     return LossMetrics(
         logps=sequences.logps,
         token_counts=sequences.token_counts,

@@ -116,6 +116,7 @@ class Totals:
         self.values: dict[str, torch.Tensor] = {}  # name: [2], weighted sum and weight
 
     def add(self, totals: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add the (weighted sum, weight) of each name, as ``LossMetrics.totals`` returns them."""
         for name, total_and_weight in totals.items():
             values = torch.stack(total_and_weight)
             self.values[name] = self.values[name] + values if name in self.values else values
@@ -161,7 +162,7 @@ def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def with_margins(means: dict) -> dict:
-    """Add the difference between chosen and rejected rewards to the ``means``, if both are there."""
+    """Add the difference between chosen and rejected rewards to ``means``, if both are there, and return it."""
     if "rewards/chosen" in means and "rewards/rejected" in means:
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

@@ -6,7 +6,8 @@ float64 inputs compute in float64 throughout. ``inplace_backward``, ``chunk_byte
 computed, not what it is: a twin checks them and does nothing else with them.
 
 The definition reads from top to bottom: ``_logits`` from hidden states, ``_tokens``, ``_sequences``, ``_loss``. The
-formulas of the losses are in ``heads.preference``.
+formulas of the losses are in ``heads.preference``. ``gae`` has a definition of its own. The losses of reward and value
+models are plain PyTorch already, and are their own twins.
 """
 
 import inspect
@@ -16,8 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import arguments, checks, functional
-from .advantages import checked_inputs
+from . import advantages, arguments, checks, functional
 from .arguments import HiddenInputs, LogitInputs
 from .engines import backends, scan
 from .engines.layout import check_contents, compute_dtype
@@ -68,7 +68,7 @@ class Tokens(NamedTuple):
 
 
 def _targets(labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index: int, shift: bool) -> torch.Tensor:
-    """The label that each position predicts. [B, T] or [N]"""
+    """Return the label that each position predicts. [B, T] or [N]"""
     targets = labels.long()
     if not shift:
         return targets
@@ -87,8 +87,9 @@ def _logits(
     is_token: torch.Tensor,
     gemm_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """hidden @ weight.T + bias. Inputs are rounded to the GEMM's dtype; logits are float32 (float64 for float64) and
-    never rounded to half precision. [..., V]
+    """Return hidden @ weight.T + bias. [..., V]
+
+    Inputs are rounded to the GEMM's dtype; logits are float32 (float64 for float64), never rounded to half precision.
     """
     compute = compute_dtype(hidden)
     # a masked position may hold anything, and 0 times the gradient of a NaN is a NaN
@@ -99,7 +100,7 @@ def _logits(
 
 
 def _tokens(logits: torch.Tensor, inputs: LogitInputs) -> Tokens:
-    """log softmax(z) at each position's target, with z = softcap tanh(scale x / softcap) / temperature."""
+    """Return log softmax(z) at each position's target, with z = softcap tanh(scale x / softcap) / temperature."""
     options, vocab_size = inputs.options, logits.shape[-1]
     targets = _targets(inputs.labels, inputs.cu_seqlens, options.ignore_index, options.shift)
     is_token = targets != options.ignore_index
@@ -148,7 +149,7 @@ def _loss(
     token_counts: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """The head's formula in float64, reduced, and the metrics that log-probabilities alone give."""
+    """Return the head's formula in float64, reduced, and the metrics that log-probabilities alone give."""
     exact = logps.double(), token_counts, None if ref_logps is None else ref_logps.double()
     loss = reduce(head.losses(*exact, *head_tensors), head.reduction).to(head.loss_dtype)
     with torch.no_grad():
@@ -288,6 +289,35 @@ def _loss_of_logps(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor
     return _loss(inputs.head, inputs.head_tensors, inputs.policy_logps, inputs.token_counts, inputs.ref_logps)
 
 
+def _gae(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence token by token, in Python's float64."""
+    backend, rewards = given.pop("backend"), given["rewards"]
+    inputs = advantages.checked_inputs(**given)
+    backends.resolve(backend, rewards.device)
+    scan.check_contents(inputs.mask, inputs.cu_seqlens, rewards.numel())
+
+    # Python's own numbers: NumPy's float32 would round what is computed from it
+    gamma, lam = float(given["gamma"]), float(given["lam"])
+    if inputs.cu_seqlens is None:
+        offsets = [sequence * rewards.shape[1] for sequence in range(rewards.shape[0] + 1)]
+    else:
+        offsets = inputs.cu_seqlens.tolist()
+    r, v = inputs.rewards.flatten().tolist(), inputs.values.flatten().tolist()
+    is_token = [True] * len(r) if inputs.mask is None else inputs.mask.flatten().tolist()
+    after_end = [0.0] * (len(offsets) - 1) if inputs.bootstrap is None else inputs.bootstrap.tolist()
+    results = [[0.0] * len(r), [0.0] * len(r)]
+    for first, last, next_value in zip(offsets[:-1], offsets[1:], after_end, strict=True):
+        next_advantage = 0.0
+        for t in reversed(range(first, last)):
+            if is_token[t]:
+                delta = r[t] + gamma * next_value - v[t]
+                next_advantage = delta + gamma * lam * next_advantage
+                next_value = v[t]
+                results[0][t], results[1][t] = next_advantage, next_advantage + next_value
+    dtype = scan.result_dtype(inputs.rewards, inputs.values, inputs.bootstrap)
+    return tuple(torch.tensor(x, dtype=dtype, device=rewards.device).view(rewards.shape) for x in results)
+
+
 def _twin_of(fused: Callable, compute: Callable, *head_type: type) -> Callable:
     """Make the twin of ``fused``: its signature, and ``compute(*head_type, arguments by name)`` as its body."""
     signature, name = inspect.signature(fused), fused.__name__.removeprefix("fused_")
@@ -320,40 +350,4 @@ linear_kto_loss = _twin_of(functional.fused_linear_kto_loss, _loss_of, KTOHead)
 linear_dpo_loss = _twin_of(functional.fused_linear_dpo_loss, _loss_of, DPOHead)
 kto_loss_from_logps = _twin_of(functional.kto_loss_from_logps, _loss_of_logps, KTOHead)
 dpo_loss_from_logps = _twin_of(functional.dpo_loss_from_logps, _loss_of_logps, DPOHead)
-
-
-def gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    gamma: float,
-    lam: float,
-    mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    bootstrap: torch.Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Twin of ``kto_fused.gae``: the recurrence token by token, in Python's float64."""
-    inputs = checked_inputs(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap)
-    backends.resolve(backend, rewards.device)
-    scan.check_contents(inputs.mask, inputs.cu_seqlens, rewards.numel())
-
-    if cu_seqlens is None:
-        offsets = [sequence * rewards.shape[1] for sequence in range(rewards.shape[0] + 1)]
-    else:
-        offsets = cu_seqlens.tolist()
-    r, v = rewards.flatten().tolist(), values.flatten().tolist()
-    is_token = [True] * len(r) if mask is None else mask.flatten().tolist()
-    after_end = [0.0] * (len(offsets) - 1) if bootstrap is None else bootstrap.tolist()
-    results = [[0.0] * len(r), [0.0] * len(r)]
-    for first, last, next_value in zip(offsets[:-1], offsets[1:], after_end, strict=True):
-        next_advantage = 0.0
-        for t in reversed(range(first, last)):
-            if is_token[t]:
-                delta = r[t] + gamma * next_value - v[t]
-                next_advantage = delta + gamma * lam * next_advantage
-                next_value = v[t]
-                results[0][t], results[1][t] = next_advantage, next_advantage + next_value
-    dtype = scan.result_dtype(rewards, values, bootstrap)
-    advantages, returns = (torch.tensor(x, dtype=dtype, device=rewards.device).view(rewards.shape) for x in results)
-    return advantages, returns
+gae = _twin_of(advantages.gae, _gae)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+import kto_fused
 from kto_fused import (
     fused_dpo_loss,
     fused_kto_loss,
@@ -67,6 +68,11 @@ TWINS = {
     linear_token_logps: reference.linear_token_logps,
 }
 KTO = (fused_kto_loss, fused_linear_kto_loss, reference.kto_loss, reference.linear_kto_loss)
+
+
+def fused_of(name: str) -> Callable:
+    """Return the public function whose twin ``kto_fused.reference`` holds under ``name``."""
+    return getattr(kto_fused, name if name in kto_fused.__all__ else f"fused_{name}")
 
 
 class WithOptions:
@@ -314,7 +320,13 @@ def some(engine: tuple[str, str], values: list, count: int = 1) -> list:
     return values[:count] if engine == ("triton", "cpu") else values
 
 
+def to_device(value: Any, device: str) -> Any:
+    """Return a tensor on the device; any other value as it is."""
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 def on(engine: tuple[str, str]) -> dict[str, str]:
+    """Return the options of a case on this engine."""
     return {"device": engine[1], "backend": engine[0]}
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import TWINS, make_case, make_hidden_case
+from cases import TWINS, fused_of, make_case, make_hidden_case
 from torch.testing._internal.two_tensor import TwoTensor
 
 import kto_fused
@@ -217,6 +217,11 @@ KTO_ERRORS = {
         {"reduction": "avg"},
         ValueError,
         "reduction must be one of ['mean', 'sum', 'none'], got 'avg'",
+    ),
+    "an array as reduction": (
+        {"reduction": np.array(["mean", "sum"])},
+        ValueError,
+        "reduction must be one of ['mean', 'sum', 'none'], got array(",
     ),
     "unknown backend": (
         {"backend": "cuda"},
@@ -459,7 +464,7 @@ def refuses(function, argument: str) -> None:
 
 @pytest.mark.parametrize("name", reference.__all__)
 def test_an_unknown_keyword_names_the_function_that_was_called(name):
-    refuses(getattr(kto_fused, name if name in kto_fused.__all__ else f"fused_{name}"), "bta")
+    refuses(fused_of(name), "bta")
     refuses(getattr(reference, name), "bta")
 
 

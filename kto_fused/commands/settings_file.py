@@ -1,4 +1,4 @@
-"""Reads the YAML file of ``kto-fused train --config``: names and values, within limits that a hostile file exceeds.
+"""Reads the YAML file of ``kto-fused train --config``: names and values, within limits that stop a hostile file.
 
 Values stay text, because the command parses them as it parses flags. YAML's own rules would read ``save_strategy: no``
 as False and ``learning_rate: 1e-3`` as text.

@@ -27,8 +27,8 @@ from transformers.utils import is_peft_available, is_torch_bf16_gpu_available
 from .. import preference_data
 from ..engines import backends
 from ..huggingface import files as model_files
-from ..huggingface.files import load_pretrained
-from ..trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, checkpoints
+from ..metrics import LossMetrics
+from ..trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, checkpoints, folder_lock
 from ..trainers.configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from . import progress, results, resuming
 from .cli import INSTALL
@@ -54,7 +54,10 @@ LEFT_OUT = (
     *("skip_memory_metrics", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
 )
 # flags that mean nothing in a run without evaluations
-EVALUATION_FLAGS = ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
+EVALUATION_FLAGS = (
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+    *("load_best_model_at_end", "metric_for_best_model"),
+)
 # How libraries begin an error about a checkpoint that does not fit the model: weights of other shapes, an adapter on
 # other layers, or an adapter where a whole model was expected.
 MISFITS = ("Error(s) in loading state_dict", "loaded state dict", "Can't find a checkpoint index")
@@ -133,7 +136,7 @@ def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     check_names(config.output_dir, settings.model, *settings.data)  # names from the YAML file too
     check_writable(config.output_dir)
     try:
-        with user_errors(checkpoints.FolderInUseError, checkpoints.CheckpointError), checkpoints.only_run_in(config):
+        with user_errors(checkpoints.FolderInUseError, checkpoints.CheckpointError), folder_lock.only_run_in(config):
             return run_alone(settings, config)
     except RuntimeError as error:
         # torch raises this from a signal handler, so it can come from any line
@@ -227,18 +230,30 @@ def flags_of(loss: str) -> FlagParser:
 
 
 def check_evaluation(values: dict[str, Any]) -> None:
-    """Check that flags about evaluations come with evaluations.
+    """Check that flags about evaluations come with evaluations, and that those report ``--metric_for_best_model``.
 
-    transformers would ignore such a flag, or refuse it only once the model is loaded.
+    transformers would ignore such a flag, or refuse it only once the model is loaded. It would look the metric up after
+    the first evaluation, perhaps hours later.
     """
-    is_off = values["eval_strategy"] == "no"
+    is_off, metric = values["eval_strategy"] == "no", values["metric_for_best_model"]
     if values["eval_data"] and not is_off:
+        reported = evaluation_metrics(values["loss"])
+        if metric is not None and metric.removeprefix("eval_") not in reported:
+            raise CommandError(f"--metric_for_best_model {metric} is unknown: choose one of {', '.join(reported)}")
         return
     for name in EVALUATION_FLAGS:
         is_unused = name == "eval_steps" and is_off  # a settings file that several runs share may hold it
         if values[name] not in (None, False, "no") and not is_unused:
             missing = "but --eval_strategy is no" if values["eval_data"] else "so --eval_data must be given"
             raise CommandError(f"--{name} needs evaluations, {missing}")
+
+
+def evaluation_metrics(loss: str) -> list[str]:
+    """Return the names of the values that an evaluation with ``loss`` reports, without their prefix ``eval_``."""
+    values = torch.ones(2)  # two sequences; only the names of their metrics count
+    per_token = dict.fromkeys(("token_counts", "entropy", "mean_logits", "token_accuracy"), values)
+    of_kto = {"desirable": values.bool(), "reference_point": values[0]} if loss == "kto" else {}
+    return ["loss", *LossMetrics(values, values, values, **per_token, **of_kto).summary()]
 
 
 def check_schedule(config: FusedPreferenceConfig) -> None:
@@ -292,7 +307,7 @@ def load(
         )
     if Path(name).is_dir() and (damage := model_files.damaged_file(name)):
         raise CommandError(f"--{flag} {name} cannot be loaded: {damage}")
-    load_part = functools.partial(load_pretrained, name=name, trust_remote_code=trust_remote_code)
+    load_part = functools.partial(model_files.load_pretrained, name=name, trust_remote_code=trust_remote_code)
     try:
         load_part(AutoConfig)  # first, because its errors are the clearest
         return load_part(AutoTokenizer), model_files.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -55,7 +55,7 @@ class _Padding:
 
 @dataclass
 class UnpairedCollator(_Padding):
-    """Pads examples of :func:`prepare_unpaired` to a batch, on the right.
+    """Pads examples of ``prepare_unpaired`` to a batch, on the right.
 
     Args:
         pad_token_id: fills ``input_ids`` behind each row.
@@ -95,7 +95,7 @@ class UnpairedCollator(_Padding):
 
 @dataclass
 class PairedCollator(_Padding):
-    """Pads examples of :func:`prepare_paired` to a batch, on the right, chosen before rejected.
+    """Pads examples of ``prepare_paired`` to a batch, on the right, chosen before rejected.
 
     The first dimension counts pairs, so that code which counts or splits a batch by its rows keeps pairs whole.
 

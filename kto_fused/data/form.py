@@ -71,7 +71,7 @@ def _renaming(columns: Iterable[str]) -> str:
         f"{alias!r} to {field!r}" for field in ALIASES.keys() - columns for alias in ALIASES[field] if alias in columns
     ]
     if renamed:
-        return f": rename {', '.join(sorted(renamed))} if it holds that"
+        return f": rename {', '.join(sorted(renamed))} if that is what they hold"
     if "messages" in columns:
         return ": give the last message of 'messages' as 'completion' and those before it as 'prompt'"
     if {"chosen", "rejected"} <= columns:
@@ -162,7 +162,7 @@ def unsupported(field: str) -> str:
     """Return the message for a field of ``UNSUPPORTED`` that holds something."""
     return (
         f"field {field!r}: not supported, expected texts or conversations alone: take out the records that need it, "
-        "or the column if they do not"
+        "or the column if no record does"
     )
 
 

@@ -90,7 +90,7 @@ def prepare_unpaired(
     be cached.
 
     Args:
-        source: a ``Dataset``, a path or a list of paths; see :func:`load`.
+        source: a ``Dataset``, a path or a list of paths; see ``load``.
         tokenizer: ends a plain completion with its end-of-text token. Conversations need its chat template.
         max_length: the most tokens of prompt and completion together, or None. A longer completion is cut at its end.
             An example whose prompt leaves no room for a completion is dropped. Both are counted and reported.
@@ -141,7 +141,7 @@ def prepare_paired(
     num_proc: int | None = None,
     name: str = "train",
 ) -> Prepared:
-    """Prepare tokens for DPO. The arguments are those of :func:`prepare_unpaired`.
+    """Prepare tokens for DPO. The arguments are those of ``prepare_unpaired``.
 
     A pair with one completion cut counts as truncated. A pair whose sides have the same tokens, whole or once cut, is
     dropped: its margin would stay 0.
@@ -149,10 +149,10 @@ def prepare_paired(
     Returns:
         A dataset of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``length`` (tokens of the prompt and the
         longer side). If an answer has several messages, there are also ``chosen_mask`` and ``rejected_mask``, as in
-        :func:`prepare_unpaired`.
+        ``prepare_unpaired``.
 
     Raises:
-        DataError: as in :func:`prepare_unpaired`, and for unpaired data.
+        DataError: as in ``prepare_unpaired``, and for unpaired data.
     """
     prepared = _tokenized(source, tokenizer, PAIRED, max_length, num_proc, name)
     return prepared._replace(dataset=prepared.dataset.remove_columns([*KEYS]))

@@ -26,7 +26,7 @@ def _keeps_graph() -> bool:
 
 
 def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients times the incoming gradient, a scalar tensor on their device. A 0 stays a 0, as in ``scale_grads``.
+    """Return the gradients times the incoming gradient, a scalar tensor on their device. A 0 stays a 0.
 
     The gradients are overwritten, unless a later backward of the same graph may read them again.
     """
@@ -40,7 +40,7 @@ def _scaled(gradients: list[torch.Tensor], incoming: torch.Tensor) -> list[torch
 
 
 def _scale_rows(values: torch.Tensor, factors: torch.Tensor, chunk_bytes: int) -> None:
-    """values [..., H] *= factors [..., 1]. Where the factor is 0, the row becomes 0, even if it holds a NaN."""
+    """Multiply values [..., H] by factors [..., 1] in place. A factor of 0 makes the row 0, even if it holds a NaN."""
     if values.device.type != "cpu" or values.dtype == factors.dtype or torch.compiler.is_compiling():
         values.mul_(factors)
     else:  # a CPU multiplies through copies in the wider dtype: a block of rows at a time bounds their memory
@@ -53,7 +53,7 @@ def _scale_rows(values: torch.Tensor, factors: torch.Tensor, chunk_bytes: int) -
 
 
 def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
-    """values *= factor, a scalar tensor on their device. A 0 stays a 0. A factor of 1 visits no value."""
+    """Multiply values in place by a scalar tensor on their device. A 0 stays a 0. A factor of 1 visits no value."""
     if values.device.type == "cpu":
         number = factor.item()
         zeros = None if math.isfinite(number) else values == 0
@@ -88,7 +88,7 @@ def _save(ctx, policy, options: HiddenOptions, mode: GradientMode, results: Hidd
 
 
 def _gradients(ctx, incoming: torch.Tensor) -> Gradients:
-    """The gradients in the inputs' own dtypes; None where none is needed."""
+    """Return the gradients in the inputs' own dtypes; None where none is needed."""
     find = {
         GradientMode.OF_LOSS: _gradients_of_loss,
         GradientMode.PER_TOKEN: _gradients_per_token,

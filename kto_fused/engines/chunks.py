@@ -33,6 +33,7 @@ from . import cpu
 from .backends import multiprocessors, on_device
 from .layout import INVALID, MASKED, compute_dtype
 from .logits import row_outputs
+from .results import TokenValues
 
 # Bytes of the LM head's weight that are cast at once where a GEMM cannot read it as it is; at most a quarter of a
 # chunk's bytes.
@@ -59,8 +60,8 @@ MOST_TOKENS = 2**24  # of any chunk
 # took 16.9 ms with it and 20.3 ms without (H = 896), 30.1 and 31.1 (2048), 81.7 and 83.8 (2560), 69.2 and 65.9 (4096).
 REGISTER_HIDDEN_SIZE = 2560
 
-# The columns whose softmax numerators a chunk keeps for the gradient: none, all of them, or, where the loss is already
-# known or is not needed yet, those of one panel at a time.
+# The columns whose softmax numerators a chunk keeps for the gradient: none, all, or one panel's at a time. Panels serve
+# a frozen head, where the loss only scales the rows of d loss / d hidden, and a second visit, when the loss is known.
 Keeps = Literal["nothing", "all", "panels"]
 
 
@@ -263,9 +264,8 @@ class WholeRows:
         buffers = logits * (wide + grad if is_kept and grad != wide else wide)
         # beside the buffers: the GEMMs' other operands and results, or the scratch memory of the row operations
         passing = 0
-        if not spec.is_native or (
-            is_kept and spec.grad_dtype != spec.dtype
-        ):  # casts: hidden states, a block of the weight
+        if not spec.is_native or (is_kept and spec.grad_dtype != spec.dtype):
+            # casts: hidden states, a block of the weight
             passing = hidden * wide + min(spec.cast_bytes, spec.vocab_size * spec.hidden_size * wide)
         elif is_kept:  # the gradient by the hidden states
             passing = hidden * grad
@@ -281,8 +281,9 @@ class WholeRows:
         finishes in one launch, so the results of ``finish`` are already there. It leaves 8 bytes of state per row, all
         that the backward reads, instead of the whole state.
 
-        The row kernel does not read ``MASKED`` rows. So a row whose target lies in columns of another chunk must be
-        given a target here. A merge drops its logit, but the backward would take it for the row's own.
+        The row kernel does not read ``MASKED`` rows. So a row whose target lies in another chunk's columns must be
+        given one of this chunk's columns as its target. A merged state replaces that column's logit, but ``backward``
+        would still treat the column as the row's target.
         """
         logits = self._logits(hidden, lm_head)
         options = {"ignore_index": MASKED, "shift": False, **self.spec.transform}
@@ -503,7 +504,7 @@ class FoldedRows:
             elif self.references is not None:
                 self._settle(slice(0, self.spec.vocab_size))
             self.references = self.sums = None
-            per_token = self.state_rows.new_empty(4, len(self.targets))
+            per_token = self.state_rows.new_empty(len(TokenValues._fields), len(self.targets))
             factor = self.spec.transform["factor"]
             memory_tiles.finish(self.targets, self.state_rows, per_token, vocab_size=vocab_size, factor=factor)
         self.statistics = RowStatistics(*self.state_rows[:NUM_STATISTICS])
@@ -575,7 +576,7 @@ class FoldedRows:
         )
 
     def _kept_columns(self, hidden: torch.Tensor, columns: slice, panel: slice) -> torch.Tensor:
-        """Return the memory for P of a panel's ``columns``, which extends to the end of the buffer."""
+        """Return the memory for P of a panel from ``columns.start`` on, to the end of the buffer."""
         return self.kept[: len(hidden), columns.start - panel.start :]
 
     def _kept_panel(self, hidden: torch.Tensor, panel: slice) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from .layout import INVALID, MASKED, compute_dtype, row_sequences, row_targets, scale_grads
 from .results import RowResults, SequenceValues, TokenValues
 
-# Bytes of one scratch buffer in the compute dtype. Two are alive, and a copy of a block of rows where the logits have
-# another dtype and the rows are not adjacent.
+# Bytes of one scratch buffer in the compute dtype. Two exist at a time; a copy of a block of rows is added where the
+# logits have another dtype and the rows are not adjacent.
 BLOCK_BYTES = 2 * 2**20
 # exp2 costs a quarter of exp in PyTorch on some processors, and is as exact
 LOG2_E = 1.4426950408889634
@@ -42,7 +42,7 @@ class _Rows:
     def __init__(self, logits: torch.Tensor, rows: torch.Tensor):
         self.view, offsets = _strided_rows(logits)
         self.offsets = offsets[rows]
-        # strides without a common step make the view's rows overlap: these are written through the logits themselves
+        # where the strides have no common step, the view's rows overlap; such rows are written through the logits
         self.logits = logits if logits.ndim == 3 else logits[None]
         self.overlaps = 0 < self.view.stride(0) < logits.shape[-1]
         if self.overlaps:

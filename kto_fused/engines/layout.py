@@ -155,7 +155,7 @@ def check_contents(
 
 
 def scale_grads(head_grads: torch.Tensor, incoming: torch.Tensor) -> torch.Tensor:
-    """d loss / d log-probability [B] from a head's own gradient [B] and the incoming gradient [], [B/2] or [B].
+    """Return d loss / d log-probability [B]: a head's own gradient [B] times the incoming one [], [B/2] or [B].
 
     Sequence s belongs to incoming entry s mod their number. A 0 stays a 0 even where the incoming gradient is NaN or
     infinite: a sequence that takes no part keeps a gradient of 0.

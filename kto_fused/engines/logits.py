@@ -267,17 +267,16 @@ class LossFromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):  # torch.compile may drop the first of named arguments where nothing needs a gradient
-        logits, labels, cu_seqlens, num_sequences, options, head, *head_tensors = arguments
+        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps, *head_tensors = arguments
         rows = _rows_forward(logits, labels, cu_seqlens, options)
         values = _sequences_forward(rows, cu_seqlens, num_sequences, options)
         ctx.is_token_level = is_token_level(head)
         if ctx.is_token_level:
-            _, *tensors = head_tensors  # the first are the reference's log-probabilities of sequences
             tokens = TokenValues(*rows.per_token).logps.contiguous(), rows.targets, values.token_counts, cu_seqlens
-            loss, head_grads = token_loss(*tokens, tensors, options.shift, *heads.flatten(head))
+            loss, head_grads = token_loss(*tokens, head_tensors, options.shift, *heads.flatten(head))
             reported = []
         else:
-            loss, head_grads, *reported = head(values.logps, values.token_counts, *head_tensors)
+            loss, head_grads, *reported = head(values.logps, values.token_counts, ref_logps, *head_tensors)
         saved = logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, head_grads, cu_seqlens
         _save(ctx, options, *saved)
         ctx.num_arguments = len(arguments)

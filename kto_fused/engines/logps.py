@@ -14,8 +14,8 @@ class LossFromLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):  # torch.compile may drop the first of named arguments where nothing needs a gradient
-        logps, head, token_counts, *head_tensors = arguments
-        loss, grads, *reported = head(logps, token_counts, *head_tensors)
+        logps, head, token_counts, ref_logps, *head_tensors = arguments
+        loss, grads, *reported = head(logps, token_counts, ref_logps, *head_tensors)
         ctx.save_for_backward(grads)
         ctx.dtype = logps.dtype
         ctx.num_arguments = len(arguments)

@@ -30,7 +30,7 @@ def _fake_gradients(inputs: tuple[torch.Tensor | None, ...], needs: Needs) -> Gr
 
 
 def _unflat(values: tuple[Any, ...]) -> tuple[HiddenOptions, Any]:
-    """The options and the loss head; None where there is no head."""
+    """Return the options and the loss head; None where there is no head."""
     flat_head = heads.FlatHead(*values[NUM_HIDDEN_OPTIONS:])
     return HiddenOptions.unflat(values[:NUM_HIDDEN_OPTIONS]), heads.rebuild(flat_head) if flat_head.name else None
 

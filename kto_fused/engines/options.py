@@ -104,6 +104,7 @@ class HiddenOptions:
 
     @staticmethod
     def unflat(values: tuple[Any, ...]) -> "HiddenOptions":
+        """Make the options of an operator's plain values again: the inverse of ``flat``."""
         num_logit, num_needs = len(_LOGIT_FIELDS), len(Needs._fields)
         logits, needs = LogitOptions(*values[:num_logit]), Needs(*values[-num_needs:])
         return HiddenOptions(logits, *values[num_logit:-num_needs], needs=needs)

@@ -30,7 +30,6 @@ SPLIT_TOKENS = 256
 # Bytes per position while the completion tokens are searched for, before the first chunk is made.
 SEARCH_BYTES = 80
 
-
 exceeded_budgets: set[int] = set()  # values of chunk_bytes for which a warning was given
 
 
@@ -46,7 +45,7 @@ class Room(NamedTuple):
     """The first visit's chunks if the loss is known in time: their spec, and how many tokens one chunk holds."""
 
     spec: ChunkSpec
-    usual: int  # tokens of several sequences: as many as its GEMMs need, or as are worth their memory
+    usual: int  # tokens of a chunk of several sequences; more would be no faster, or not worth their memory
     most: int  # tokens that fit the budget
     most_alone: int  # tokens that fit the budget in the only chunk
 

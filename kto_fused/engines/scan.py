@@ -14,13 +14,13 @@ SEGMENT = 32  # tokens that the PyTorch backend adds up one after another, in al
 
 
 def result_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 if any of the tensors is float64, else float32."""
+    """Return float64 if any of the tensors is float64, else float32."""
     dtypes = {compute_dtype(x) for x in tensors if x is not None}
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def check_contents(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, num_positions: int) -> None:
-    """Raise for offsets that do not partition the positions, and for a mask that holds a number but 0 and 1."""
+    """Raise ``ValueError`` for offsets that do not rise from 0 to N, and for a mask that holds other than 0 and 1."""
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != num_positions or sorted(offsets) != offsets:
@@ -54,7 +54,7 @@ def gae(
     lam: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages, returns) of rewards and values [B, T], or [N] with ``cu_seqlens`` [B+1]."""
+    """Return (advantages, returns) of rewards and values [B, T], or [N] with ``cu_seqlens`` [B+1]."""
     if backend == "torch" or may_read(rewards):  # the Triton kernel returns NaN for what it may not follow
         check_contents(mask, cu_seqlens, rewards.numel())
     advantages, returns = _outputs(rewards, values, mask, cu_seqlens, bootstrap)

@@ -102,7 +102,7 @@ def reduce(losses: torch.Tensor, reduction: str, num_losses: int | None = None) 
 
 
 def loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
-    """The shape of ``num_losses`` losses after the reduction."""
+    """Return the shape of ``num_losses`` losses after the reduction."""
     return (num_losses,) if reduction == "none" else ()
 
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..engines.backends import may_read, resolve
-from ..engines.layout import compute_dtype
+from ..engines.backends import resolve
 from .base import REDUCTIONS, reduce
 
 
@@ -39,8 +38,8 @@ def bradley_terry_loss(
         margin: how far apart the scores of a pair should be, a number or [P]. Never receives a gradient.
         centering: c >= 0.
         reduction: ``mean`` over the P pairs, whatever their weights; ``sum``; or ``none`` ([P]).
-        weights: [P], >= 0. A pair of weight 0 contributes exactly 0 to loss and gradient, even if its scores are not
-            finite. Never receives a gradient.
+        weights: [P], >= 0. A pair of weight 0 contributes exactly 0 to loss and gradient, even if its scores and its
+            margin are not finite. Never receives a gradient.
 
     Returns:
         The loss, float32 (float64 if a score is float64).
@@ -64,37 +63,35 @@ def bradley_terry_loss(
     if isinstance(margin, torch.Tensor):
         checks.tensor("margin", margin, checks.FLOAT_DTYPES, checks.A_FLOAT)
         checks.shaped_like("margin", margin, "chosen_scores", chosen_scores)
-        margin = margin.detach()
     elif margin is not None:
         checks.number("margin", margin)
+        margin = float(margin)  # Python's own number: from NumPy or ``fractions`` too
     checks.number("centering", centering, at_least=0)
     checks.choice("reduction", reduction, REDUCTIONS)
     if weights is not None:
         checks.tensor("weights", weights, checks.FLOAT_DTYPES, checks.A_FLOAT)
         checks.shaped_like("weights", weights, "chosen_scores", chosen_scores)
-        _check_weights(weights)
+        checks.not_negative("weights", weights)
         weights = weights.detach()
 
     chosen, rejected = _in_one_dtype(chosen_scores, rejected_scores)
+    if isinstance(margin, torch.Tensor):
+        margin = margin.detach().to(chosen.dtype)  # another dtype would change that of the loss
     if weights is not None:
-        # their scores may be anything, and 0 times a NaN is a NaN
-        chosen, rejected = (x.masked_fill(weights == 0, 0.0) for x in (chosen, rejected))
+        # a pair of weight 0 may hold anything, and 0 times a NaN is a NaN
+        is_out = weights == 0
+        chosen, rejected = (x.masked_fill(is_out, 0.0) for x in (chosen, rejected))
+        if isinstance(margin, torch.Tensor):
+            margin = margin.masked_fill(is_out, 0.0)
     h = chosen - rejected
     if margin is not None:
         h = h - margin
     losses = -F.logsigmoid(h)
     if centering:
-        losses = losses + centering * (chosen + rejected) ** 2
+        losses = losses + float(centering) * (chosen + rejected) ** 2
     if weights is not None:
         losses = losses * weights.to(losses.dtype)
     return reduce(losses, reduction)
-
-
-def _check_weights(weights: torch.Tensor) -> None:
-    if not torch.compiler.is_compiling() and may_read(weights):
-        wrong = weights[~(weights >= 0)]
-        if len(wrong):
-            raise ValueError(f"weights must be >= 0, got {wrong[0].item()}")
 
 
 def value_loss(
@@ -157,7 +154,7 @@ def value_loss(
     checks.choice("reduction", reduction, REDUCTIONS)
     if mask is not None:
         checks.token_mask("mask", mask, "values", values)
-        _check_mask(mask)
+        checks.zero_or_one("mask", mask)
 
     values, returns, old_values = _in_one_dtype(values, returns.detach(), old_values)
     if mask is not None:
@@ -168,6 +165,7 @@ def value_loss(
         old_values = old_values.detach()
         if mask is not None:
             old_values = old_values.masked_fill(mask == 0, 0.0)
+        clip = float(clip)  # from NumPy too
         clipped = torch.clamp(values, old_values - clip, old_values + clip)
         losses = torch.maximum(losses, (clipped - returns) ** 2)
     if mask is not None:
@@ -178,15 +176,8 @@ def value_loss(
     return reduce(losses, reduction)
 
 
-def _check_mask(mask: torch.Tensor) -> None:
-    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(mask):
-        wrong = mask[(mask != 0) & (mask != 1)]
-        if len(wrong):
-            raise ValueError(f"mask must hold 0 or 1, got {wrong[0].item()}")
-
-
 def _in_one_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in float64 if one of them is float64, else in float32."""
-    dtypes = [compute_dtype(x) for x in tensors if x is not None]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    """Return the tensors in float64 if one of them is float64, else in float32."""
+    is_exact = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    dtype = torch.float64 if is_exact else torch.float32
     return [None if x is None else x.to(dtype) for x in tensors]

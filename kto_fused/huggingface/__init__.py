@@ -66,8 +66,8 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     returned = model(**model_inputs, fused_call=FusedCall(function, arguments))
     if not isinstance(returned, tuple) or not isinstance(returned[-1], Outcome):
         raise UnsupportedModelError(
-            f"model ({type(model).__name__}) calls the forward that it found when it was made: call "
-            "kto_fused.huggingface.attach(model) before the wrapping"
+            f"model ({type(model).__name__}) still calls the forward from before attach: call "
+            "kto_fused.huggingface.attach(model) before it is wrapped"
         )
     gradient_path, outcome = returned
     first, *others = outcome.results(gradient_path)
@@ -135,7 +135,7 @@ def _check_call(function: Callable, model_inputs: Any, arguments: dict[str, Any]
     }
     for name in ("logit_scale", "logit_softcap"):
         if name in held:
-            raise ValueError(f"{name}={held[name]} is given, expected none: the model's configuration says it")
+            raise ValueError(f"{name}={held[name]} is given, expected none: the model's configuration sets it")
 
 
 def attach(model: nn.Module) -> None:
@@ -157,6 +157,7 @@ def attach(model: nn.Module) -> None:
             - The LM head has hooks that expect logits.
             - Prompts are learned, or attention sees later tokens.
             - The logits are not finite, or are more than the LM head's output with a scale and a soft cap.
+            - The backbone is not found beside the LM head, or a router's auxiliary loss is not a known one.
             - ``config.return_dict`` is off.
             - The model is wrapped in ``nn.DataParallel``, was prepared by accelerate before, lies on the meta device,
               or was partitioned by DeepSpeed ZeRO-3 and is not in an engine.
@@ -174,7 +175,7 @@ def attach(model: nn.Module) -> None:
     is_attached = hasattr(inner, "_unfused_forward") and forward_of(inner) is not type(inner).forward
     if not is_attached and "_original_forward" in inner.__dict__:
         raise UnsupportedModelError(
-            "model was prepared by accelerate before it knew the fused loss, which would run outside of autocast: "
+            "model was prepared by accelerate before attach, so the fused loss would run outside of its autocast: "
             "call kto_fused.huggingface.attach(model) before accelerator.prepare(model)"
         )
     for layer in layers:  # at every call, because the head may have been replaced since the last one

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")
 SOFT_CAPPED_BY = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# model types that multiply by a number that other models divide by
+# model types that multiply by the number that ``DIVIDED_BY`` names
 MULTIPLYING = ("hyperclovax",)
 
 

@@ -99,7 +99,9 @@ class CalledAtHead(NamedTuple):
 
 def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> CalledAtHead:
     """Run the model's backbone on the arguments, then ``call`` in place of the LM head."""
-    inputs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes None for the absent
+    inputs = {
+        name: value for name, value in kwargs.items() if value is not None
+    }  # PEFT passes absent arguments as None
     inputs |= {"use_cache": False, "return_dict": True}
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)

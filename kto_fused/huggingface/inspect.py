@@ -201,7 +201,7 @@ def _scaled_and_capped(logits: torch.Tensor, logit_scale: float, logit_softcap: 
 
 @contextmanager
 def _head_giving(model: PreTrainedModel, logits: torch.Tensor) -> Iterator[None]:
-    """The LM head returns these logits, whatever hidden states it gets."""
+    """While entered, let the LM head return these logits, whatever hidden states it gets."""
     layers = head_layers(model)
     try:
         for layer in layers:

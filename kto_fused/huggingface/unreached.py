@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from .running import made_to_run, tokens_to_check
+from .running import evaluating, made_to_run, tokens_to_check
 
 
 class Unreached(NamedTuple):
@@ -27,14 +27,8 @@ def unreached_by_text(model: PreTrainedModel) -> Unreached:
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     input_ids = tokens_to_check(model)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # dropout would draw from the random state
-    try:
-        with torch.enable_grad(), made_to_run(model, input_ids.device):
-            logits = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
-    finally:
-        for module, is_training in modes.items():
-            module.training = is_training
+    with evaluating(model), torch.enable_grad(), made_to_run(model, input_ids.device):  # dropout would draw numbers
+        logits = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
     reached = _leaves(logits)
     inside = {
         id(parameter)

@@ -37,8 +37,8 @@ from .trl_model import PATCHED, fuse_models
 TRL_VERSION = "1.16"
 
 # losses that TRL and this package define alike; TRL's "sigmoid" ignores label smoothing
-KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
-DPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down")
+SHARED_KTO_LOSSES = ("kto", "apo_zero_unpaired")
+SHARED_DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down")
 # methods of a trainer that the whole loss replaces
 REPLACED = ("compute_loss", "_compute_loss", "_compute_kl_logps")
 # methods of a trainer that make its batches
@@ -216,8 +216,8 @@ def _why_trl_keeps_the_loss(trainer: Trainer) -> str | None:
     if trainer.beta <= 0:
         return f"beta={trainer.beta} is not positive"
     if hasattr(trainer, "loss_type"):  # a KTOTrainer
-        if trainer.loss_type not in KTO_LOSS_TYPES:
-            return f"loss_type={trainer.loss_type!r} is not one of {list(KTO_LOSS_TYPES)}"
+        if trainer.loss_type not in SHARED_KTO_LOSSES:
+            return f"loss_type={trainer.loss_type!r} is not one of {list(SHARED_KTO_LOSSES)}"
         if min(trainer.desirable_weight, trainer.undesirable_weight) < 0:
             return "a class weight is negative"
         return None
@@ -226,8 +226,8 @@ def _why_trl_keeps_the_loss(trainer: Trainer) -> str | None:
             "loss_type=['ipo'] needs TRL's loss for batches with an empty prompt, and its sums round differently from "
             "the precomputed ones"
         )
-    if len(trainer.loss_types) != 1 or trainer.loss_types[0] not in DPO_LOSS_TYPES:
-        return f"loss_type={trainer.loss_types} is not one of {list(DPO_LOSS_TYPES)}"
+    if len(trainer.loss_types) != 1 or trainer.loss_types[0] not in SHARED_DPO_LOSSES:
+        return f"loss_type={trainer.loss_types} is not one of {list(SHARED_DPO_LOSSES)}"
     if trainer.loss_weights != [1.0]:
         return f"loss_weights={trainer.loss_weights} is not [1.0]"
     if trainer.loss_types == ["robust"] and not 0 <= trainer.label_smoothing < 0.5:

@@ -1,4 +1,4 @@
-"""Trainers for KTO and DPO on ``transformers.Trainer`` that never hold a batch's logits."""
+"""Trainers for KTO and DPO on ``transformers.Trainer`` that hold no batch's logits unless ``loss_from="logits"``."""
 
 from .base import FusedTrainer
 from .configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig

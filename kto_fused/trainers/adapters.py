@@ -20,7 +20,7 @@ from . import fingerprints
 
 REFERENCE_NAMES = ("ref", "reference")  # an adapter of one of these names is the reference, unless it is trained
 COPIES = "_kto_fused_copies"  # attribute of a PeftModel: {name: configuration} of the copies that a trainer made
-PLAIN = (bool, int, float, str, type(None))  # values that are hashed by what they print as
+PLAIN = (bool, int, float, str, type(None))  # types of values that are hashed by their text
 MODULE_DICTS = ("_parameters", "_buffers", "_modules")  # dicts of nn.Module whose keys are not names of adapters
 
 

@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` for losses on log-probabilities: hidden states go to the fused loss, logits never exist.
+"""``transformers.Trainer`` for losses on log-probabilities, computed by the fused losses from the hidden states.
 
 ``FusedTrainer`` holds everything that is not specific to one loss: models, data, the reference's log-probabilities,
 the batch's path to the loss, evaluation and logging. ``ResumableTrainer`` below it saves and resumes. A recipe (a
@@ -264,7 +264,7 @@ class FusedTrainer(ResumableTrainer):
             "average_log_prob": args.average_log_prob,
         }
         if args.loss_from == "logits":
-            in_place = torch.is_grad_enabled()  # without a backward the logits may be no memory of their own
+            in_place = torch.is_grad_enabled()  # without a backward the logits may share memory with another tensor
             return huggingface.apply_to_logits(
                 functions.from_logits, model, model_inputs, inplace_backward=in_place, **arguments
             )
@@ -385,7 +385,7 @@ class FusedTrainer(ResumableTrainer):
         if not self.args.precompute_ref_log_probs:  # then these columns are another trainer's, of another reference
             return dataset.remove_columns([name for name in self.ref_columns if name in dataset.column_names])
         is_scored = set(self.ref_columns) <= set(dataset.column_names)
-        if self._reference.adapters is None and not is_scored:
+        if self._reference.is_gone and not is_scored:
             raise ValueError(
                 "eval_dataset is new, and with precompute_ref_log_probs there is no reference model left to score it: "
                 "pass it to the trainer's constructor"

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whether one is complete, which to resume from, and that one run alone writes into a folder.
+"""Checkpoints on disk: whether one is complete, which one to resume from, and which ones to keep.
 
 The trainer writes ``manifest.json`` last into a checkpoint. It holds the size and the XXH3 hash of every file, and a
 description of the run: the options, data and weights that the training curve depends on. A checkpoint without a valid
@@ -10,17 +10,14 @@ import logging
 import os
 import re
 import shutil
-import socket
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -31,9 +28,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PREVIOUS = ".previous"  # suffix of a complete checkpoint that is kept until its replacement is complete
-LOCK, RUNNING = "_run.lock", "_run.json"  # transformers uploads no file whose name begins with "_"
 BLOCK_BYTES = 1 << 22  # read at a time for a hash
-ORPHANS_END_WITHIN = 30  # seconds: worker processes of a killed run hold its lock until they notice its death
 # The files that training needs to go on. FSDP and DeepSpeed keep optimizer and weights in folders of other names.
 STATE, ESSENTIAL = "trainer_state.json", ("optimizer.pt", "scheduler.pt", "metrics_0.pt")
 
@@ -43,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 class FolderInUseError(ValueError):
-    """Another run writes into the folder."""
+    """Another run writes into the output folder; ``folder_lock`` raises it."""
 
 
 # ---- complete or not ----------------------------------------------------------------------------------------------
@@ -328,7 +323,7 @@ def rotate(output_dir: Path, limit: int | None, current: Path, best: str | None)
         remove(folder)
 
 
-# ---- several processes, several runs ------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------------------------
 
 
 def agreed(args: TrainingArguments, work: Callable[[], Any]) -> Any:
@@ -355,86 +350,3 @@ def agreed(args: TrainingArguments, work: Callable[[], Any]) -> Any:
             f"the nodes found different checkpoints to resume from: {results}; name one that all of them have"
         )
     return results[0]
-
-
-@contextmanager
-def only_run_in(args: TrainingArguments) -> Iterator[None]:
-    """Hold the lock of ``args.output_dir`` for this run.
-
-    The operating system frees the lock of a killed run. A folder that was made for the lock and stays empty is removed.
-
-    Raises:
-        FolderInUseError: another run holds the lock; raised on all processes.
-    """
-    folder, held = Path(args.output_dir), []
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-
-    def acquire() -> None:
-        lock = _acquire(folder)
-        if lock is not None:
-            held.append(lock)
-
-    agreed(args, acquire)
-    try:
-        yield
-    finally:
-        for lock in held:
-            if lock.lock_counter == 1:  # no caller holds it as well
-                for name in (RUNNING, LOCK):
-                    (folder / name).unlink(missing_ok=True)
-                with suppress(OSError):
-                    for path in made:
-                        path.rmdir()
-            lock.release()
-
-
-def _acquire(folder: Path) -> FileLock | None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, is_singleton=True)  # the command and its trainer take it together
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if _is_alive(_running_in(folder)):
-                raise
-            lock.acquire(timeout=ORPHANS_END_WITHIN)
-    except Timeout:
-        other = _running_in(folder)
-        who = f" (process {other.get('pid')} on {other.get('host')}, started {other.get('started')})" if other else ""
-        raise FolderInUseError(
-            f"another run writes into {folder}{who}: wait until it ends, stop it, or use another output_dir"
-        ) from None
-    except OSError as error:
-        logger.warning(f"{folder} cannot be locked ({error}): a second run in it would not be noticed")
-        return None
-    if lock.lock_counter == 1:
-        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        content = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        try:
-            (folder / RUNNING).write_text(json.dumps(content), encoding="utf-8")
-        except OSError as error:  # the lock holds without this file, but a second run cannot say who holds it
-            logger.warning(
-                f"{folder / RUNNING} cannot be written ({error.strerror}), so this run's results may fail to be written"
-            )
-    return lock
-
-
-def _running_in(folder: Path) -> dict[str, Any]:
-    """Return process, host and start of the run that holds the folder's lock, as far as they can be read."""
-    try:
-        return dict(json.loads((folder / RUNNING).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _is_alive(run: dict[str, Any]) -> bool:
-    """Whether the run's process exists. A run on another host cannot be looked up, and counts as alive."""
-    if run.get("host") != socket.gethostname() or not isinstance(run.get("pid"), int):
-        return True
-    try:
-        os.kill(run["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's process
-        pass
-    return True

@@ -218,6 +218,7 @@ class FusedPreferenceConfig(TrainingArguments):
                 "a train_sampling_strategy whose batches can shrink",
                 self.train_sampling_strategy != "batch_rebalance",
             ),
+            ("greater_is_better", None, "metric_for_best_model", self.metric_for_best_model is not None),
             ("hub_model_id", None, "push_to_hub", self.push_to_hub),
             ("precompute_ref_batch_size", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
             ("ref_cache_dir", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
@@ -261,7 +262,8 @@ class FusedKTOConfig(FusedPreferenceConfig):
             if not math.isfinite(self.reference_point):
                 raise ValueError(f"reference_point must be 'mismatched', 'batch_mean' or a number, got {given!r}")
         number = 0.0 if self.reference_point == MISMATCHED else self.reference_point
-        # the functions take "batch_mean" here, because it is their default; it is not the default of this option
+        # check_kto_options accepts "batch_mean" with this loss, because it is the functions' default; it is not this
+        # option's default
         if number == "batch_mean" and self.loss_type == "apo_zero_unpaired":
             raise ValueError("loss_type='apo_zero_unpaired' fixes reference_point at 0, got 'batch_mean'")
         check_kto_options(self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean")

@@ -1,8 +1,8 @@
 """The policy and the reference model as the trainers take them: loaded, given adapters, checked and frozen.
 
-Functions named ``check_...`` refuse, before the first step, a model on which training would fail or would be other
-training than was asked for. The others load, limit or prepare a model. ``keeping_random_state`` keeps all of this from
-changing the numbers that training draws.
+Functions named ``check_...`` refuse, before the first step, a model on which training would fail or would train
+something else than was asked for. The others load, limit or prepare a model. ``keeping_random_state`` keeps all of this
+from changing the numbers that training draws.
 """
 
 import logging
@@ -81,8 +81,8 @@ def with_adapters(model: nn.Module, peft_config: Any, seed: int) -> nn.Module:
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "model carries adapters without being a PeftModel, so its reference cannot be told from it: wrap it with "
-            "peft (get_peft_model, PeftModel.from_pretrained) instead of add_adapter or load_adapter"
+            "model carries adapters without being a PeftModel, so they cannot be switched off for the reference: "
+            "wrap it with peft (get_peft_model, PeftModel.from_pretrained) instead of add_adapter or load_adapter"
         )
     if peft_config is None:
         return model

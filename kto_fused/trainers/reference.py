@@ -72,10 +72,20 @@ class Reference:
     adapters: AdapterReference | None = None
     fingerprint: str | None = None  # identifies it to a resumed run; a model's is set as the model is dropped
     is_policy_at_start: bool = False  # whether it is the whole policy as it was before training
+    is_gone: bool = False  # whether only its precomputed log-probabilities are left
 
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """Yield the model to compute with: its own, or ``policy`` with the reference's adapters and without dropout."""
+        """Yield the model to compute with: its own, or ``policy`` with the reference's adapters and without dropout.
+
+        Raises:
+            RuntimeError: the log-probabilities were precomputed, and the model that computed them is gone.
+        """
+        if self.is_gone:
+            raise RuntimeError(
+                "a batch has no reference log-probabilities, and with precompute_ref_log_probs there is no reference "
+                "model left to compute them: pass its data to the trainer's constructor"
+            )
         if self.model is not None:
             yield self.model
         elif self.adapters is not None:
@@ -298,4 +308,4 @@ def precompute(trainer: "FusedTrainer", reference: Reference) -> None:
             trainer.eval_dataset = {name: with_ref_logps(data) for name, data in trainer.eval_dataset.items()}
         else:
             trainer.eval_dataset = with_ref_logps(trainer.eval_dataset)
-    reference.model = None
+    reference.model, reference.is_gone = None, reference.adapters is None

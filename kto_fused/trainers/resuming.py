@@ -1,4 +1,4 @@
-"""Saving and resuming: ``transformers.Trainer`` with checkpoints that are whole or do not count.
+"""Saving and resuming: ``transformers.Trainer`` whose checkpoints are either complete or ignored.
 
 A run that is resumed goes on as if it had not been stopped: same weights, same log. ``checkpoints`` holds the work on
 files; this module puts it into the places where ``Trainer`` saves and loads.
@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..huggingface.running import keeping_trainable
 from ..metrics import Totals
-from . import adapters, checkpoints, fingerprints, models, runs
+from . import adapters, checkpoints, fingerprints, folder_lock, models, runs
 from .reference import Reference
 
 
@@ -50,7 +50,7 @@ class ResumableTrainer(Trainer):
             checkpoints.FolderInUseError: another run writes into ``args.output_dir``.
         """
         args, checkpoint = self.args, None
-        with checkpoints.only_run_in(args):
+        with folder_lock.only_run_in(args):
             if resume_from_checkpoint:
                 wanted = resume_from_checkpoint if resume_from_checkpoint is True else str(resume_from_checkpoint)
                 checkpoint = checkpoints.agreed(

@@ -17,7 +17,7 @@ import tiny_training
 from command_runs import command, losses, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kto_fused.commands import cli, progress, results
+from kto_fused.commands import cli, progress, results, train
 from kto_fused.trainers import FusedTrainer
 
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
@@ -132,7 +132,7 @@ def test_a_reference_of_its_own_gives_another_loss(files):
     assert abs(losses("other")[0] - 0.6931) > 0.01
 
 
-def test_metrics_and_curves_are_written_both_or_neither(tmp_path, monkeypatch):
+def test_metrics_and_curves_are_written_both_or_neither(monkeypatch):
     entry = {"step": 1, "loss": 0.5, "rewards/chosen": 0.1}
     results.write("out", {"steps": [entry], "evaluations": []})
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
@@ -178,6 +178,14 @@ def test_fewer_examples_than_a_whole_batch_are_refused(files, capsys):
     assert cli.main(command(files, "kto", *arguments)) == 2
     assert "16 examples are fewer than a batch of 17" in capsys.readouterr().err
     assert not Path("runs/kto/config.json").exists()
+
+
+@pytest.mark.parametrize("loss", ["kto", "dpo"])
+def test_the_metrics_to_choose_the_best_model_by_are_those_that_evaluations_report(files, loss):
+    assert cli.main(command(files, loss, "--eval_data", str(files / f"{loss}-eval.jsonl"), "--max_steps", "1")) == 0
+    (evaluation,) = read_metrics(f"runs/{loss}")["evaluations"]
+    of_trainer = {"epoch", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    assert evaluation.keys() - of_trainer == {f"eval_{name}" for name in train.evaluation_metrics(loss)}
 
 
 def test_a_metric_of_both_labels_evaluated_on_one_is_one_sentence(files, tmp_path, capsys):

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
     "flags",
     [
         ["--eval_steps", "2"],
+        ["--eval_delay", "100"],
         ["--eval_on_start"],
         ["--load_best_model_at_end"],
         ["--metric_for_best_model", "loss"],
@@ -35,10 +36,22 @@ def test_evaluation_flags_without_data_are_refused(files, capsys, flags):
     assert f"{flags[0]} needs evaluations, so --eval_data must be given" in capsys.readouterr().err
 
 
-def test_the_best_of_no_evaluations_is_refused(files, capsys):
-    flags = ["--eval_data", str(files / "kto-eval.jsonl"), "--eval_strategy", "no", "--metric_for_best_model", "loss"]
+@pytest.mark.parametrize(
+    "flag", [["--metric_for_best_model", "loss"], ["--eval_delay", "100"]], ids=lambda flag: flag[0]
+)
+def test_evaluation_flags_without_evaluations_are_refused(files, capsys, flag):
+    flags = ["--eval_data", str(files / "kto-eval.jsonl"), "--eval_strategy", "no", *flag]
     assert cli.main(command(files, "kto", *flags)) == 2
-    assert "--metric_for_best_model needs evaluations, but --eval_strategy is no" in capsys.readouterr().err
+    assert f"{flag[0]} needs evaluations, but --eval_strategy is no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("loss", "metric"), [("kto", "rewards/margin"), ("kto", "eval_mean_token_accuracy"), ("dpo", "eval_kl")]
+)
+def test_a_metric_that_no_evaluation_reports_is_refused(files, capsys, loss, metric):
+    flags = ["--eval_data", str(files / f"{loss}-eval.jsonl"), "--metric_for_best_model", metric]
+    message = refusal(capsys, command(files, loss, *flags))
+    assert f"--metric_for_best_model {metric} is unknown: choose one of loss, rewards/chosen, " in message
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from kto_fused.commands import cli, progress, train
 from kto_fused.commands.errors import CommandError
-from kto_fused.trainers import FusedKTOTrainer, FusedTrainer, checkpoints
+from kto_fused.trainers import FusedKTOTrainer, FusedTrainer, folder_lock
 
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 
@@ -242,8 +242,8 @@ def test_other_options_data_and_weights_are_refused_unless_asked_for(files, caps
 
 def test_a_second_command_in_the_same_folder_is_refused(files, capsys):
     Path("runs/kto").mkdir(parents=True)
-    Path("runs/kto", checkpoints.RUNNING).write_text('{"pid": 1, "host": "elsewhere", "started": "today"}')
-    with FileLock(Path("runs/kto", checkpoints.LOCK)):
+    Path("runs/kto", folder_lock.RUNNING).write_text('{"pid": 1, "host": "elsewhere", "started": "today"}')
+    with FileLock(Path("runs/kto", folder_lock.LOCK)):
         assert cli.main(command(files, "kto")) == 2
     message = "another run writes into runs/kto (process 1 on elsewhere, started today): wait until it ends"
     assert message in capsys.readouterr().err

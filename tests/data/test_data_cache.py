@@ -161,7 +161,7 @@ def _load_once(path, cache_folder, made):
     assert load(path).to_list() == UNPAIRED
 
 
-def _started(tmp_path, path, number):
+def _started(path, number):
     context = multiprocessing.get_context("fork")
     made = context.SimpleQueue()
     processes = [
@@ -181,7 +181,7 @@ def test_processes_that_prepare_the_same_data_at_once_leave_one_whole_entry(tmp_
 
         monkeypatch.setattr(cache.FileLock, "acquire", no_lock)
     path = write(tmp_path / "data.jsonl", UNPAIRED)
-    processes, made = _started(tmp_path, path, 3)
+    processes, made = _started(path, 3)
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
@@ -195,7 +195,7 @@ def test_processes_that_prepare_the_same_data_at_once_leave_one_whole_entry(tmp_
 
 def test_a_killed_writer_leaves_no_entry_and_its_folder_is_removed_later(tmp_path):
     path = write(tmp_path / "data.jsonl", UNPAIRED)
-    (process,), made = _started(tmp_path, path, 1)
+    (process,), made = _started(path, 1)
     made.get()
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)

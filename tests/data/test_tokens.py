@@ -151,7 +151,7 @@ def test_an_end_of_text_that_the_tokenizer_adds_is_the_only_one(completion, spli
     assert not caplog.records
 
 
-def test_an_end_of_text_token_at_the_beginning_ends_no_text(caplog):
+def test_an_end_of_text_token_at_the_beginning_ends_no_text():
     tokenizer = one_token_a_word()
     begins = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
     tokenizer.backend_tokenizer.post_processor = begins  # as OPT's: it is the last token of an empty text
@@ -449,7 +449,7 @@ def test_text_that_a_template_adds_to_an_answer_is_reported(caplog):
 # ---- examples that teach nothing ------------------------------------------------------------------------------------
 
 
-def test_pairs_that_a_cut_makes_equal_are_dropped_and_counted(byte_pairs, caplog):
+def test_pairs_that_a_cut_makes_equal_are_dropped_and_counted(caplog):
     same = {"prompt": "Q", "chosen": "x" * 60 + "yes", "rejected": "x" * 60 + "no"}
     pairs = [{"prompt": "Q", "chosen": "yes", "rejected": "no"}, same]
     tokenizer = ByT5Tokenizer()

@@ -8,10 +8,12 @@ from cases import (
     LAYOUTS,
     LOGP_TOLERANCE,
     TRANSFORMS,
+    TWINS,
     assert_close,
     assert_same_gradient,
     by_dtype,
     check_against_twin,
+    fused_of,
     make_case,
     on,
     run,
@@ -264,8 +266,7 @@ def test_a_batch_of_more_sequences_than_a_block_equals_the_twin(engine, reductio
 def test_summaries_agree(engine, function):
     case = make_case(dtype=torch.float64, **on(engine))
     _, metrics, _ = run(function, case)
-    twin = kto_fused.reference.kto_loss if function is fused_kto_loss else kto_fused.reference.dpo_loss
-    _, expected, _ = run(twin, case)
+    _, expected, _ = run(TWINS[function], case)
     actual, expected = metrics.summary(), expected.summary()
     names = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
     names |= {"logits/chosen", "logits/rejected", "entropy"}
@@ -316,11 +317,6 @@ def test_modules_hold_the_keyword_arguments(module):
     assert "beta=0.3" in repr(loss_module)
     with pytest.raises(TypeError, match="bta"):
         type(loss_module)(bta=0.3)
-
-
-def fused_of(name: str):
-    """Return the public function whose twin ``kto_fused.reference`` holds under ``name``."""
-    return getattr(kto_fused, name if name in kto_fused.__all__ else f"fused_{name}")
 
 
 @pytest.mark.parametrize("name", reference.__all__)

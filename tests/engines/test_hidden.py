@@ -24,11 +24,11 @@ from cases import (
     on,
     run_hidden,
     some,
+    to_device,
 )
 from devices import HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_properties import to_device
 
 import kto_fused
 from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps, reference
@@ -396,6 +396,48 @@ def test_gradients_of_token_logps(engine, trained, packed):
     check_hidden_gradients(engine, logps, inputs, 2, trained)
 
 
+SCALED = {  # one setting for each way in which the backward finds the gradients
+    "frozen": (fused_linear_kto_loss, FROZEN, {"reference_point": "batch_mean"}),
+    "trained": (fused_linear_kto_loss, INPUTS, {"reference_point": 0.1}),
+    "pairs": (fused_linear_dpo_loss, INPUTS, {}),
+    "one loss per sequence": (fused_linear_kto_loss, INPUTS, {"reduction": "none"}),
+    "one loss per sequence, frozen": (fused_linear_kto_loss, FROZEN, {"reduction": "none"}),
+}
+
+
+def scaled_loss(engine, setting: str):
+    """Return the tensors to train, and a function that computes the loss."""
+    function, trained, options = SCALED[setting]
+    case = make_hidden_case(**on(engine))
+    inputs = [getattr(case, name).requires_grad_() for name in INPUTS[:2] if name in trained]
+    tensors = (case.hidden, case.weight, case.labels, *([case.desirable] if function is fused_linear_kto_loss else []))
+    return inputs, lambda: function(*tensors, ref_hidden=case.ref_hidden, **case.options, **options)[0].sum()
+
+
+@pytest.mark.parametrize("setting", SCALED)
+def test_a_retained_graph_gives_the_same_gradients_again(engine, setting):
+    """Scaling by the incoming gradient must not touch what another backward starts from."""
+    inputs, compute = scaled_loss(engine, setting)
+    loss = compute()
+    first = [x.clone() for x in torch.autograd.grad(loss, inputs, retain_graph=True)]
+    tripled = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    for a, b, c in zip(first, again, tripled, strict=True):
+        assert torch.equal(a, b)
+        assert_same_gradient(c, 3 * a)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("setting", SCALED)
+def test_the_incoming_gradient_scales(engine, setting):
+    inputs, compute = scaled_loss(engine, setting)
+    plain = torch.autograd.grad(compute(), inputs)
+    for factor in (3.0, -0.25, 0.0):
+        for grad, expected in zip(torch.autograd.grad(factor * compute(), inputs), plain, strict=True):
+            assert_same_gradient(grad, factor * expected)
+
+
 def test_a_second_derivative_raises(engine):
     case, (hidden, weight, bias) = small_case(engine)
     tensors, options = (hidden, weight, case.labels), {"backend": engine[0]}
@@ -631,7 +673,7 @@ def test_roundings_of_all_tokens_do_not_go_one_way(engine, from_hidden):
 
 @pytest.mark.parametrize("default", [torch.float16, torch.float64], ids=["float16", "float64"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("trained", [INPUTS, ("hidden",)], ids=["trained", "frozen"])
+@by_trained
 def test_the_default_dtype_changes_nothing(engine, default, reduction, trained):
     case = make_hidden_case(dtype=torch.bfloat16, bias=True, reduction=reduction, **on(engine))
     ref_logps = torch.full([4], -20.0, device=engine[1])

@@ -415,7 +415,7 @@ def test_registers_and_a_label_out_of_range(trained, in_registers, monkeypatch):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_registers_hand_on_what_is_no_number(poison, in_registers):
+def test_registers_give_nan_for_hidden_states_that_are_not_finite(poison, in_registers):
     case = make_hidden_case(hidden_size=64, vocab=700, dtype=torch.bfloat16, device=DEVICE, backend="triton")
     case.hidden.nan_to_num_()
     case.hidden[0, 0] = poison

@@ -10,30 +10,31 @@ from cases import (
     INPUTS,
     ON_HOPPER,
     HiddenCase,
-    assert_same_gradient,
     chunks_of,
     is_masked,
     make_hidden_case,
     run_hidden,
 )
+from counters import count_launches
 from devices import HAS_GPU
-from kto_fused.kernels import memory_tiles, register_tiles
+from kto_fused.kernels import memory_tiles, register_tiles, rows
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
+from kto_fused import checks, fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps, linear_token_logps
 from kto_fused.commands import estimate
 from kto_fused.engines import autograd, hidden, layout, plan
 from kto_fused.engines import chunks as chunk_module
-from kto_fused.heads import preference
 from kto_fused.measure import peak_bytes
 
 MIB = 2**20
+KTO, DPO, LOGPS, TOKEN_LOGPS = fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps, linear_token_logps
 FROZEN = ("hidden",)
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-by_function = pytest.mark.parametrize("function", [fused_linear_kto_loss, fused_linear_dpo_loss], ids=["kto", "dpo"])
+interpreted = pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
+by_function = pytest.mark.parametrize("function", [KTO, DPO], ids=["kto", "dpo"])
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,6 @@ def long_case(engine=("torch", "cpu"), *, tokens: int, prompt: int, vocab: int, 
 
 # tokens that a chunk holds, of 4 sequences of 8 tokens
 ONE_TOKEN, ONE_SEQUENCE, ONE_PAIR, ALL = 1, 10, 18, None
-KTO, DPO, LOGPS, TOKEN_LOGPS = fused_linear_kto_loss, fused_linear_dpo_loss, linear_sequence_logps, linear_token_logps
 FIXED = {"reference_point": 0.1}
 MEAN = {"reference_point": "batch_mean"}
 EACH = {"reduction": "none"}
@@ -143,7 +143,7 @@ def test_prompts_cost_no_gemm(prompt, trained):
     """The batch has N to 4 N positions for N completion tokens."""
     expected = 1 + len(trained[:2])
     case = long_case(tokens=TOKENS, prompt=prompt, vocab=V, hidden_size=H)
-    assert gemms(fused_linear_kto_loss, case, trained) == pytest.approx(expected, rel=0.02)
+    assert gemms(KTO, case, trained) == pytest.approx(expected, rel=0.02)
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def inputs_and_step(function, case, trained, **options):
     """Return the tensors that get a gradient, and a step of forward and backward that keeps nothing."""
     options = {**case.options, **options}
     inputs = [getattr(case, name).detach().requires_grad_(name in trained) for name in INPUTS[:2]]
-    tensors = (*inputs, case.labels, *([case.desirable] if function is fused_linear_kto_loss else []))
+    tensors = (*inputs, case.labels, *([case.desirable] if function is KTO else []))
     if function in (LOGPS, TOKEN_LOGPS):
         options.pop("ref_logps")
     needed = [x for x in inputs if x.requires_grad]
@@ -326,7 +326,7 @@ def untouched_case(hidden_size: int, vocab: int, seq_len: int, batch: int = 4) -
     )
 
 
-@pytest.mark.skipif(HAS_GPU, reason="a GPU has a test of its own")
+@interpreted
 @pytest.mark.parametrize("is_hopper", [False, True], ids=["tiles in memory", "tiles in registers"])
 @pytest.mark.parametrize("setting", MEMORY)
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_memory_of_bf16_rows_stays_within_the_budget(
     assert extra <= 1.05 * chunk_bytes + sums
 
 
-@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@interpreted
 @pytest.mark.parametrize("is_hopper", [False, True], ids=["tiles in memory", "tiles in registers"])
 @pytest.mark.parametrize("trained", [FROZEN, INPUTS], ids=["frozen", "trained"])
 @pytest.mark.parametrize("chunk_bytes", [2**25, 2**26])
@@ -361,7 +361,7 @@ def test_a_reference_of_bf16_rows_shares_the_budget(without_arithmetic, chunk_by
     assert extra <= 1.05 * chunk_bytes + sums
 
 
-@pytest.mark.skipif(HAS_GPU, reason="of CPU tensors, which Triton's kernels take in its interpreter alone")
+@interpreted
 @pytest.mark.parametrize(("is_hopper", "softcap"), [(True, None), (True, 30.0), (False, None)])
 def test_a_reference_in_registers_takes_as_few_chunks_as_fit(without_arithmetic, is_hopper, softcap, monkeypatch):
     """The policy's chunks hold one sequence each, because they keep its softmax numerators."""
@@ -393,7 +393,7 @@ ONE_FOR_SEVERAL = {
 }
 
 
-@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@interpreted
 @pytest.mark.parametrize("setting", ONE_FOR_SEVERAL)
 def test_one_chunk_where_several_would_take_as_much(without_arithmetic, setting, monkeypatch):
     hidden_size, tokens, batch, expected = ONE_FOR_SEVERAL[setting]
@@ -412,7 +412,7 @@ def test_one_chunk_where_several_would_take_as_much(without_arithmetic, setting,
     assert extra <= 1.05 * extra_bytes(KTO, case, INPUTS, **FIXED)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@interpreted
 @pytest.mark.parametrize(
     ("vocab", "tokens", "is_spared"),
     [(151936, 3400, True), (151936, 3550, False), (32000, 14000, True), (32000, 15500, False)],
@@ -429,7 +429,7 @@ def test_lent_memory_may_spare_the_fourth_gemm(without_arithmetic, vocab, tokens
     assert (len(products) == 1) == is_spared
 
 
-@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@interpreted
 @pytest.mark.parametrize(
     ("hidden_size", "tokens", "least"), [(896, 1024, 92), (896, 4096, 360), (2048, 1024, 144), (4096, 1024, 240)]
 )
@@ -449,7 +449,7 @@ def test_half_the_budget_never_takes_more(without_arithmetic, hidden_size, token
     assert extra_bytes(KTO, case, INPUTS, chunk_bytes=budgets[-1], **FIXED) / MIB >= wide
 
 
-@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@interpreted
 @pytest.mark.parametrize(
     ("tokens", "budget", "expected", "cols"),
     [
@@ -495,7 +495,7 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@interpreted
 @pytest.mark.parametrize("expected", [ON_HOPPER, ELSEWHERE], ids=["Hopper", "elsewhere"])
 @pytest.mark.parametrize("size", ON_HOPPER, ids=str)
 def test_what_a_step_takes(without_arithmetic, size, expected, monkeypatch):
@@ -505,7 +505,7 @@ def test_what_a_step_takes(without_arithmetic, size, expected, monkeypatch):
     options = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": torch.empty_like(case.weight), **FIXED}
     settings = (INPUTS, 2**30), (INPUTS, 2**29), (INPUTS, 2**31), (INPUTS, 2**27), (FROZEN, 2**30)
     for (trained, chunk_bytes), mib in zip(settings, expected[size], strict=True):
-        needed, step = inputs_and_step(fused_linear_kto_loss, case, trained, chunk_bytes=chunk_bytes, **options)
+        needed, step = inputs_and_step(KTO, case, trained, chunk_bytes=chunk_bytes, **options)
         assert peak_bytes(step, CPU) / MIB == pytest.approx(mib, rel=0.01)
         hidden_size, vocab, seq_len = size
         shape = estimate.LossShape(
@@ -522,11 +522,11 @@ def test_a_reference_shares_the_budget(chunk_bytes):
     del case.options["ref_logps"]
     reference = {"ref_hidden": case.ref_hidden, "ref_lm_head_weight": case.weight.clone()}
     for trained in ((), FROZEN, INPUTS):
-        extra = extra_bytes(fused_linear_kto_loss, case, trained, chunk_bytes=chunk_bytes, **FIXED, **reference)
+        extra = extra_bytes(KTO, case, trained, chunk_bytes=chunk_bytes, **FIXED, **reference)
         assert extra <= 1.05 * chunk_bytes
 
 
-@pytest.mark.skipif(HAS_GPU, reason="measures what Triton's interpreter allocates")
+@interpreted
 @pytest.mark.parametrize("batch", [1, 4], ids=["one chunk", "several"])
 def test_a_references_head_cast_by_autocast_is_let_go(without_arithmetic, batch):
     """It is freed before the policy's visit, which needs more memory: gradients add up in float32."""
@@ -574,9 +574,8 @@ def test_memory_on_a_gpu_stays_within_the_budget(setting, dtype, chunk_bytes, to
     function, trained, options = MEMORY[setting]
     engine = ("triton", "cuda")
     case = long_case(engine, tokens=tokens, prompt=tokens, vocab=65536, hidden_size=512, dtype=dtype)
-    extra_bytes(
-        function, case, trained, chunk_bytes=chunk_bytes, **options
-    )  # compiles kernels and allocates cuBLAS's workspace
+    # the first step compiles kernels and allocates cuBLAS's workspace
+    extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
     extra = extra_bytes(function, case, trained, chunk_bytes=chunk_bytes, **options)
     # several chunks' weight gradients add up in float32, beside the rounded sum
     sums = 4 * case.weight.numel() if dtype == torch.bfloat16 and "weight" in trained else 0
@@ -624,23 +623,14 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Read no tensor in checks, scale gradients by the kernel, and leave out the interpreter's own operators."""
-    from kto_fused.kernels import rows
-    from triton.runtime import interpreter
-
-    for module in (layout, preference):
+    """Checks read no tensor, the kernel scales gradients, and nobody sees the interpreter's own operators."""
+    for module in (checks, layout):
         monkeypatch.setattr(module, "may_read", lambda tensor: False)
     monkeypatch.setattr(autograd, "scale_", rows.scale_)
-    run = interpreter.InterpretedFunction.run
-
-    def unseen_run(self, *args, **kwargs):
-        with _disable_current_modes():
-            return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", unseen_run)
+    count_launches(monkeypatch)  # which hides the interpreter's own operators
 
 
-@pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
+@interpreted
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("setting", ["frozen", "trained", "one loss per sequence", "pairs", "no gradient"])
@@ -655,14 +645,14 @@ def test_the_host_waits_once(as_on_a_gpu, monkeypatch, setting, packed, dtype):
     assert sum(waits.names.values()) <= allowed, dict(waits.names)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
+@interpreted
 @pytest.mark.parametrize("trained", [(), FROZEN, INPUTS], ids="-".join)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_token_logps_wait_once_a_pass(as_on_a_gpu, monkeypatch, trained, packed):
     case = make_hidden_case(dtype=torch.bfloat16, packed=packed, backend="triton")
     inputs = [getattr(case, name).requires_grad_(name in trained) for name in INPUTS[:2]]
     with Waits(monkeypatch) as waits:
-        logps, _ = linear_token_logps(*inputs, case.labels, return_metrics=True, chunk_bytes=1000, **case.options)
+        logps, _ = TOKEN_LOGPS(*inputs, case.labels, return_metrics=True, chunk_bytes=1000, **case.options)
         assert sum(waits.names.values()) == 1, dict(waits.names)
         if trained:
             logps.sum().backward()
@@ -692,12 +682,17 @@ def test_the_host_waits_for_the_gpu_once(function, trained, packed, dtype, recwa
 
 
 def held_bytes(step) -> int:
-    """Return the bytes that ``step`` allocates and that are still held at its end."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = step()
-    events = profiler.profiler.kineto_results.events()
-    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    del kept
+    """Return the bytes that ``step`` allocates and that its result still holds. The garbage collector is off."""
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            kept = step()
+        events = profiler.profiler.kineto_results.events()
+        held = sum(event.nbytes() for event in events if event.name() == "[memory]")
+        del kept
+    finally:
+        gc.enable()
     return held
 
 
@@ -705,76 +700,30 @@ LIFETIMES = {name: MEMORY[name] for name in ("frozen", "trained", "pairs", "one 
 SMALL = 64 * 2**10  # [B]-sized results
 
 
-@pytest.mark.parametrize("setting", LIFETIMES)
-def test_nothing_but_gradients_outlives_backward(setting):
-    """The loss and its metrics are still held, and the garbage collector is off."""
+def long_loss(setting: str):
+    """Return the hidden states and the weight of a long case, and a function that computes (loss, metrics)."""
     function, trained, options = LIFETIMES[setting]
     case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=64)
     inputs = [getattr(case, name).requires_grad_(name in trained) for name in INPUTS[:2]]
-    others = [case.desirable] if function is fused_linear_kto_loss else []
+    tensors = (*inputs, case.labels, *([case.desirable] if function is KTO else []))
+    return inputs, lambda: function(*tensors, **case.options, **options)
+
+
+@pytest.mark.parametrize("setting", LIFETIMES)
+def test_nothing_but_gradients_outlives_backward(setting):
+    """The loss and its metrics are still held."""
+    inputs, loss_and_metrics = long_loss(setting)
 
     def step():
-        loss, metrics = function(*inputs, case.labels, *others, **case.options, **options)
+        loss, metrics = loss_and_metrics()
         loss.sum().backward()
         return loss, metrics
 
-    gc.collect()
-    gc.disable()
-    try:
-        held = held_bytes(step)
-    finally:
-        gc.enable()
+    held = held_bytes(step)
     assert held <= sum(x.numel() * 4 for x in inputs if x.requires_grad) + SMALL
 
 
 @pytest.mark.parametrize("setting", LIFETIMES)
 def test_a_loss_that_nobody_differentiates_leaves_nothing(setting):
-    function, trained, options = LIFETIMES[setting]
-    case = long_case(tokens=100, prompt=20, vocab=8192, hidden_size=64)
-    inputs = [getattr(case, name).requires_grad_(name in trained) for name in INPUTS[:2]]
-    others = [case.desirable] if function is fused_linear_kto_loss else []
-    gc.collect()
-    gc.disable()
-    try:
-        held = held_bytes(lambda: function(*inputs, case.labels, *others, **case.options, **options)[1].summary())
-    finally:
-        gc.enable()
-    assert held <= SMALL
-
-
-@pytest.mark.parametrize("setting", LIFETIMES)
-def test_a_retained_graph_gives_the_same_gradients_again(engine, setting):
-    """Scaling by the incoming gradient must not touch what another backward starts from."""
-    function, trained, options = LIFETIMES[setting]
-    case = make_hidden_case(device=engine[1])
-    inputs = [getattr(case, name).requires_grad_() for name in INPUTS[:2] if name in trained]
-    others = [case.desirable] if function is fused_linear_kto_loss else []
-    options = {**options, "ref_logps": torch.zeros(4, device=engine[1]), "backend": engine[0]}
-    loss, _ = function(case.hidden, case.weight, case.labels, *others, **options)
-    loss = loss.sum()
-    first = [x.clone() for x in torch.autograd.grad(loss, inputs, retain_graph=True)]
-    tripled = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
-    again = torch.autograd.grad(loss, inputs)
-    for a, b, c in zip(first, again, tripled, strict=True):
-        assert torch.equal(a, b)
-        assert_same_gradient(c, 3 * a)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, inputs)
-
-
-@pytest.mark.parametrize("setting", LIFETIMES)
-def test_the_incoming_gradient_scales(engine, setting):
-    function, trained, options = LIFETIMES[setting]
-    case = make_hidden_case(device=engine[1])
-    inputs = [getattr(case, name).requires_grad_() for name in INPUTS[:2] if name in trained]
-    others = [case.desirable] if function is fused_linear_kto_loss else []
-    results = []
-    for factor in (1.0, 3.0, -0.25, 0.0):
-        loss, _ = function(
-            case.hidden, case.weight, case.labels, *others, ref_hidden=case.ref_hidden, backend=engine[0], **options
-        )
-        results.append((factor, torch.autograd.grad(factor * loss.sum(), inputs)))
-    (_, plain), *scaled = results
-    for factor, grads in scaled:
-        for grad, expected in zip(grads, plain, strict=True):
-            assert_same_gradient(grad, factor * expected)
+    _, loss_and_metrics = long_loss(setting)
+    assert held_bytes(lambda: loss_and_metrics()[1].summary()) <= SMALL

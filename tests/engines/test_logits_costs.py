@@ -1,18 +1,15 @@
 """What losses from logits cost, in counts that do not vary: bytes moved, kernels launched, operators, memory held."""
 
-from collections import Counter
-
 import pytest
 import torch
 from cases import make_case
+from counters import MovedBytes, Operators, count_launches
 from devices import HAS_GPU
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import kto_fused
-from kto_fused import fused_dpo_loss, fused_kto_loss
+from kto_fused import checks, fused_dpo_loss, fused_kto_loss
 from kto_fused.engines import layout
 from kto_fused.engines import logits as from_logits
-from kto_fused.heads import preference
 from kto_fused.measure import peak_bytes
 
 interpreted = pytest.mark.skipif(HAS_GPU, reason="counts what Triton's interpreter does")
@@ -28,32 +25,6 @@ def wide_case(dtype: torch.dtype, vocab: int, packed: bool = False, device: str 
         case.logits, case.labels = case.logits.flatten(0, 1), case.labels.flatten()
         case = case.with_options(cu_seqlens=torch.tensor([0, 8, 16], dtype=torch.int32, device=device))
     return case, 8
-
-
-class MovedBytes:
-    """Counts the bytes that interpreted kernels load and store; a masked lane costs nothing."""
-
-    def __init__(self, monkeypatch):
-        from triton.runtime.interpreter import interpreter_builder as builder
-
-        self.loaded = self.stored = 0
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def counted_load(ptrs, mask, *args, **kwargs):
-            self.loaded += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
-            return load(ptrs, mask, *args, **kwargs)
-
-        def counted_store(ptrs, value, mask, *args, **kwargs):
-            self.stored += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
-            return store(ptrs, value, mask, *args, **kwargs)
-
-        monkeypatch.setattr(builder, "create_masked_load", counted_load)
-        monkeypatch.setattr(builder, "create_masked_store", counted_store)
-
-    def take(self) -> tuple[int, int]:
-        counts = self.loaded, self.stored
-        self.loaded = self.stored = 0
-        return counts
 
 
 @interpreted
@@ -100,51 +71,12 @@ def test_in_place_backward_moves_no_more(monkeypatch):
     assert sum(moved.take()) <= 1.02 * (tokens * 16384 + logits.numel()) * 2
 
 
-class Operators(TorchDispatchMode):
-    """Records every ATen operator called, except those that only make views or allocate memory."""
-
-    FREE = (
-        "empty",
-        "new_empty",
-        "empty_like",
-        "view",
-        "_unsafe_view",
-        "alias",
-        "detach",
-        "select",
-        "unsqueeze",
-        "expand",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in self.FREE:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """Return a counter of Triton launches by kernel. As on a GPU, no check reads tensors."""
-    from triton.runtime import interpreter, jit
-
-    counter = Counter()
     monkeypatch.setattr(layout, "may_read", lambda tensor: False)
-    monkeypatch.setattr(preference, "may_read", lambda tensor: False)
-    function = jit.JITFunction if HAS_GPU else interpreter.InterpretedFunction
-    run = function.run
-
-    def counted_run(self, *args, **kwargs):
-        counter[self.fn.__name__] += 1
-        with _disable_current_modes():  # the interpreter's own operators are not ours
-            return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(function, "run", counted_run)
-    return counter
+    monkeypatch.setattr(checks, "may_read", lambda tensor: False)
+    return count_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("multiprocessors", [0, 132], ids=["whole rows", "split rows"])
@@ -159,9 +91,8 @@ def test_launches(monkeypatch, launches, function, reference, packed, multiproce
     monkeypatch.setattr(from_logits, "multiprocessors", lambda device: multiprocessors)
     device = "cuda" if HAS_GPU else "cpu"
     case, _ = wide_case(torch.bfloat16, 16384, packed=packed, device=device)
-    logits = torch.nn.functional.pad(case.logits.requires_grad_(), (0, 8))[
-        ..., :-8
-    ]  # rows with gaps, which a copy would close
+    # rows with gaps, which a copy would close
+    logits = torch.nn.functional.pad(case.logits.requires_grad_(), (0, 8))[..., :-8]
     references = {"ref_logps": torch.zeros(2, device=device), "ref_logits": torch.zeros_like(case.logits)}
     tensors = (logits, case.labels) + ((case.desirable,) if function is fused_kto_loss else ())
     one = torch.ones((), device=device)

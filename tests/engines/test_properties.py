@@ -1,7 +1,7 @@
 """Random shapes, masks, strides and options against the twin in float64."""
 
 import torch
-from cases import LOGP_TOLERANCE, Case, check_against_twin
+from cases import LOGP_TOLERANCE, Case, check_against_twin, to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,10 +66,6 @@ def losses(draw):
     strides = draw(st.sampled_from(STRIDES)), draw(st.sampled_from(STRIDES))
     desirable = torch.rand(batch, generator=random) < 0.5
     return function, Case(logits, labels, ref_logits, desirable, options), strides
-
-
-def to_device(value, device: str):
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def test_random_losses(engine):

@@ -334,7 +334,7 @@ def deny_replacing(monkeypatch, path: Path) -> None:
     monkeypatch.setattr(os, "replace", denied)
 
 
-def test_an_intact_file_of_another_user_is_used(folder, kept, monkeypatch, open_path):
+def test_an_intact_file_of_another_user_is_used(folder, kept, open_path):
     kept.chmod(0o644)
     folder.chmod(0o755)
     reference = Reference()
@@ -379,9 +379,7 @@ def test_a_file_that_its_owner_alone_may_read_does_not_stop_another_user(folder,
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given folder", "default folder"])
-def test_an_unwritable_folder_gives_one_warning_and_the_same_values(
-    folder, kept, given, monkeypatch, open_path, caplog
-):
+def test_an_unwritable_folder_gives_one_warning_and_the_same_values(folder, kept, given, monkeypatch, open_path):
     monkeypatch.setattr(reference_cache.huggingface_hub.constants, "HF_HOME", folder.parent)
     target = folder if given else folder.parent / "kto_fused"
     if not given:
@@ -457,7 +455,7 @@ def test_an_interrupted_write_leaves_no_file(folder, monkeypatch, caplog, error)
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_in_the_place_of_the_file_does_not_stop_the_cache(folder, kept, caplog):
+def test_a_folder_in_the_place_of_the_file_does_not_stop_the_cache(folder, kept):
     kept.unlink()
     kept.mkdir()
     reference = Reference()
@@ -515,11 +513,3 @@ def test_a_trainer_precomputes_where_nothing_can_be_kept(tmp_path, monkeypatch, 
     assert counter["passes"]
     assert not Path("lost").exists()
     assert any("cannot be kept in lost (No such file or directory)" in said for said in caplog.messages)
-
-
-def spied(function, calls: list):
-    def spy(*arguments):
-        calls.append(arguments)
-        return function(*arguments)
-
-    return spy

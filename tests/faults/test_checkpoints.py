@@ -5,12 +5,10 @@ complete one is taken. The same holds for checkpoints that were saved onto a ful
 """
 
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -18,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from tiny_training import (
     WORDS,
     StopAt,
@@ -33,7 +30,7 @@ from tiny_training import (
 
 from kto_fused.commands import cli
 from kto_fused.trainers import checkpoints, fingerprints, runs
-from kto_fused.trainers.checkpoints import MANIFEST, PREVIOUS, CheckpointError, FolderInUseError
+from kto_fused.trainers.checkpoints import MANIFEST, PREVIOUS, CheckpointError
 from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
 
 pytestmark = pytest.mark.usefixtures("small_machine")
@@ -166,7 +163,7 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path):
 # ---- without a manifest -------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_without_a_manifest_is_taken_only_when_asked_for(run, tmp_path, whole, caplog):
+def test_a_checkpoint_without_a_manifest_is_taken_only_when_asked_for(run, whole, caplog):
     for checkpoint in run.glob("checkpoint-*"):
         (checkpoint / MANIFEST).unlink()
     settings = {"num_train_epochs": 2, **SAVING}
@@ -363,6 +360,14 @@ def test_the_command_ends_with_one_sentence_where_the_disk_is_full(tmp_path, mon
         assert not Path("out").exists() or list(Path("out").iterdir()) == []
 
 
+def test_an_error_of_torch_on_a_full_disk_has_a_reason(tmp_path, file_limit):
+    file_limit(100)
+    with pytest.raises((OSError, RuntimeError)) as raised:
+        torch.save({"values": torch.zeros(1000)}, tmp_path / "file.pt")
+    file_limit(resource.RLIM_INFINITY)
+    assert checkpoints.reason_of(raised.value)
+
+
 # ---- the run that a checkpoint belongs to -------------------------------------------------------------------------
 
 
@@ -537,78 +542,3 @@ def test_the_hash_of_data_depends_on_its_values_only(tmp_path):
     assert len({runs._describe_data(one.train_dataset, one.columns) for one in trainers}) == 1
     fewer = trainers[0].train_dataset.select(range(7))
     assert runs._describe_data(fewer, trainers[0].columns).startswith("7 examples, ")
-
-
-# ---- two runs in one folder ---------------------------------------------------------------------------------------
-
-
-def hold(folder: Path, is_held) -> None:
-    """Hold the lock of a folder until this process is killed."""
-    lock = checkpoints._acquire(folder)
-    is_held.set()
-    while lock.is_locked:
-        signal.pause()
-
-
-def test_a_second_run_is_refused_with_the_first_ones_process_and_a_killed_one_blocks_none(tmp_path, caplog):
-    context = multiprocessing.get_context("fork")
-    is_held = context.Event()
-    first = context.Process(target=hold, args=(tmp_path, is_held))
-    first.start()
-    try:
-        assert is_held.wait(30)
-        other = rf"another run writes into .* \(process {first.pid} on .*, started 2"
-        with pytest.raises(FolderInUseError, match=other):
-            make_trainer("kto", tmp_path, max_steps=1).train()
-    finally:
-        first.kill()
-        first.join()
-    make_trainer("kto", tmp_path, max_steps=1).train()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_too_full_for_the_locks_note_gives_a_warning(tmp_path, monkeypatch, caplog):
-    write_text = Path.write_text
-
-    def full(path, *arguments, **named):
-        if path.name == checkpoints.RUNNING:
-            path.touch()
-            raise OSError(28, "No space left on device")
-        return write_text(path, *arguments, **named)
-
-    monkeypatch.setattr(Path, "write_text", full)
-    make_trainer("kto", tmp_path, max_steps=1).train()
-    assert f"{tmp_path / checkpoints.RUNNING} cannot be written (No space left on device)" in caplog.text
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_lock_is_released_by_an_error_too(tmp_path):
-    class Fail(StopAt):
-        def on_step_end(self, args, state, control, **_):
-            assert json.loads((tmp_path / checkpoints.RUNNING).read_text())["pid"] == os.getpid()
-            with pytest.raises(Exception, match="could not be acquired"):
-                FileLock(tmp_path / checkpoints.LOCK).acquire(timeout=0)
-            raise KeyError("a callback's own")
-
-    with pytest.raises(KeyError, match="a callback's own"):
-        make_trainer("kto", tmp_path, callbacks=[Fail(1)]).train()
-    assert list(tmp_path.iterdir()) == []
-    make_trainer("kto", tmp_path, max_steps=1).train()
-
-
-def test_a_folder_that_cannot_be_locked_gives_a_warning(tmp_path, monkeypatch, caplog):
-    def no_locks(self, **_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(FileLock, "acquire", no_locks)
-    make_trainer("kto", tmp_path, max_steps=1).train()
-    assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
-
-
-def test_torch_says_nothing_of_a_full_disk_that_is_not_passed_on(tmp_path, file_limit):
-    """The reason in the sentence is the system's, however deep it lies."""
-    file_limit(100)
-    with pytest.raises((OSError, RuntimeError)) as raised:
-        torch.save({"values": torch.zeros(1000)}, tmp_path / "file.pt")
-    file_limit(resource.RLIM_INFINITY)
-    assert checkpoints.reason_of(raised.value)

@@ -21,6 +21,7 @@ from kto_fused import preference_data
 from kto_fused.commands import results, train
 from kto_fused.commands.errors import CommandError
 from kto_fused.commands.failures import setup_errors
+from kto_fused.data import tokens
 from kto_fused.huggingface import files as model_files
 from kto_fused.trainers import FusedDPOTrainer, FusedTrainer, reference_cache
 
@@ -148,8 +149,9 @@ def test_a_full_disk_under_the_data_cache_names_it(files, tmp_path, disk, place,
     workers = ["--dataset_num_proc", "2"] if place == "tokenizing in workers" else []
 
     def before():
-        name = "load" if place == "reading" else "prepare_paired"
-        setattr(preference_data, name, filling(fill, folder, getattr(preference_data, name)))
+        # the modules in which the command and the trainer look the functions up
+        owner, name = (preference_data, "load") if place == "reading" else (tokens, "prepare_paired")
+        setattr(owner, name, filling(fill, folder, getattr(owner, name)))
         if place != "reading":
             preference_data.load(str(files / "pairs.jsonl"))
 

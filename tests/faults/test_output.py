@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from kto_fused.commands import cli, process, progress, results
-from kto_fused.trainers import checkpoints
+from kto_fused.trainers import folder_lock
 
 pytestmark = pytest.mark.usefixtures("small_machine", "module_cache")
 SENTENCE = "kto-fused: stdout cannot be written ({}): the run continues without it and writes its results"
@@ -118,7 +118,7 @@ def test_a_pipe_closed_in_the_middle_of_a_run_loses_no_run(files, tmp_path, expe
     assert outcome.err.count(SENTENCE.format("Broken pipe")) == 1
 
 
-def test_a_closed_stdout_does_not_print_into_the_runs_files(files, tmp_path):
+def test_a_closed_stdout_does_not_print_into_the_runs_files(tmp_path):
     """A file that is opened later would get the number of the closed descriptor."""
 
     def before():
@@ -155,7 +155,7 @@ def test_a_command_that_only_prints_reports_a_lost_stdout(files, tmp_path, argum
     assert full.code == (0 if "--help" in arguments else 2)
 
 
-def test_python_says_nothing_of_a_broken_pipe_at_its_exit(tmp_path):
+def test_python_says_nothing_of_a_broken_pipe_at_its_exit():
     """The interpreter flushes stdout when it exits; the other tests only imitate that."""
     script = "import sys; from kto_fused.commands import cli; sys.exit(cli.main(['env']))"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
@@ -182,7 +182,7 @@ def test_ctrl_c_with_a_lost_stderr_still_saves_a_checkpoint(files, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["env"], ["estimate"], *([name, "--help"] for name in cli.COMMANDS)])
-def test_an_ascii_terminal_ends_no_command(files, tmp_path, arguments, expected, monkeypatch):
+def test_an_ascii_terminal_ends_no_command(files, tmp_path, arguments, expected):
     out = tmp_path / "résultats"
     if arguments == ["train"]:
         arguments = command(files, out)
@@ -309,7 +309,7 @@ def test_a_killed_loader_is_one_sentence_wherever_torch_says_so(files, tmp_path)
         def fails(*_, **__):
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
-        checkpoints.FileLock.release = fails
+        folder_lock.FileLock.release = fails
 
     outcome = forked_command.run(command(files, tmp_path / "out"), tmp_path, before)
     assert outcome.code == 2
@@ -337,7 +337,7 @@ def test_an_error_in_a_worker_ends_all_of_them(files, tmp_path, monkeypatch):
     assert [path for path in (tmp_path / "cache").rglob("tmp*") if path.is_file()] == []
 
 
-def test_a_program_that_uses_the_library_forks_as_before(files, tmp_path):
+def test_a_program_that_uses_the_library_forks_as_before():
     """The fork hooks do nothing outside the command."""
     with process.orderly_end():
         pass

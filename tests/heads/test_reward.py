@@ -2,8 +2,10 @@
 
 import math
 from collections import defaultdict
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -71,6 +73,26 @@ def test_a_margin_of_one_number_is_that_of_every_pair():
     torch.testing.assert_close(bradley_terry_loss(chosen - 0.7, rejected), expected)
 
 
+def test_a_margin_does_not_decide_the_losss_dtype():
+    chosen, rejected = scores(dtype=torch.float32)
+    for dtype in (torch.float64, torch.bfloat16):
+        margin = torch.full((5,), 0.5, dtype=dtype)
+        assert torch.equal(
+            bradley_terry_loss(chosen, rejected, margin=margin), bradley_terry_loss(chosen, rejected, margin=0.5)
+        )
+
+
+@pytest.mark.parametrize("number", [np.float32(0.3), np.int64(2), Fraction(1, 3)], ids=repr)
+def test_numbers_of_any_type_compute_like_floats(number):
+    chosen, rejected = scores(dtype=torch.float32)
+    for function, tensors, names in (
+        (bradley_terry_loss, {}, ("margin", "centering")),
+        (value_loss, {"old_values": torch.zeros(5)}, ("clip",)),
+    ):
+        loss = function(chosen, rejected, **tensors, **dict.fromkeys(names, number))
+        assert torch.equal(loss, function(chosen, rejected, **tensors, **dict.fromkeys(names, float(number))))
+
+
 def test_margin_and_weights_receive_no_gradient():
     chosen, rejected = scores()
     margin, weights = torch.zeros(5, requires_grad=True), torch.ones(5, requires_grad=True)
@@ -87,11 +109,12 @@ def test_bradley_terry_of_scores_far_apart_neither_overflows_nor_loses_its_gradi
     assert chosen.grad.tolist() == [-1.0, 0.0]
 
 
-def test_a_pair_of_weight_0_contributes_0_whatever_its_scores_are():
+def test_a_pair_of_weight_0_contributes_0_whatever_it_holds():
     weights = torch.tensor([1.0, 0.0, 0.0])
     chosen = torch.tensor([0.5, NAN, -math.inf], requires_grad=True)
     rejected = torch.tensor([0.0, 1.0, math.inf], requires_grad=True)
-    loss = bradley_terry_loss(chosen, rejected, centering=0.1, weights=weights)
+    margin = torch.tensor([0.0, math.inf, NAN])
+    loss = bradley_terry_loss(chosen, rejected, margin=margin, centering=0.1, weights=weights)
     loss.backward()
     torch.testing.assert_close(loss, bradley_terry_loss(chosen[:1], rejected[:1], centering=0.1) / 3)
     assert chosen.grad[1:].tolist() == rejected.grad[1:].tolist() == [0.0, 0.0]

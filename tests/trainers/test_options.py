@@ -140,6 +140,7 @@ def test_options_that_would_be_ignored_are_refused(tmp_path, monkeypatch, kind, 
         ("loss_from='hidden'", {"chunk_bytes": 2**20, "loss_from": "logits"}),
         ("precompute_ref_log_probs", {"precompute_ref_batch_size": 2}),
         ("precompute_ref_log_probs", {"ref_cache_dir": "cache"}),
+        ("metric_for_best_model", {"greater_is_better": True}),
         ("push_to_hub", {"hub_model_id": "mine"}),
         (
             "a train_sampling_strategy whose batches can shrink",

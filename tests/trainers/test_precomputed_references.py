@@ -134,6 +134,16 @@ def test_nothing_is_computed_where_the_given_cache_folder_cannot_be_created(tmp_
 
 
 @by_kind
+def test_a_batch_without_reference_values_is_refused_once_the_reference_is_gone(tmp_path, kind):
+    """The policy, trained since, must not stand in for its own reference."""
+    trainer = run_precomputed(kind, tmp_path, ref_model=model(seed=1), train=8)
+    batch = next(iter(trainer.get_train_dataloader()))
+    del batch["ref_logps"]
+    with pytest.raises(RuntimeError, match="a batch has no reference log-probabilities, and with precompute_ref_log"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+@by_kind
 def test_new_data_is_refused_once_the_reference_is_gone(tmp_path, kind):
     """The policy must not score it instead. Where switching adapters off makes the reference, it is still there."""
     settings = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache"), "evaluation": 5}

@@ -35,7 +35,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kto_fused.trainers import FusedTrainer
-from kto_fused.trainers.checkpoints import LOCK, CheckpointError, FolderInUseError
+from kto_fused.trainers.checkpoints import CheckpointError, FolderInUseError
+from kto_fused.trainers.folder_lock import LOCK
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 LONGEST = 300  # seconds
