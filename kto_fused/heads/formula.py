@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import checks
-from ..engines.backends import may_read, opaque
+from ..engines.backends import opaque
 from .base import REDUCTIONS, loss_shape, register, value_and_grads
 from .protocol import Head, check_tensor_names, from_text, to_text, try_once
 
@@ -182,29 +182,17 @@ def check_tensors(
                 f"[{num_losses}] (losses) or a scalar"
             )
         if name == "weights":
-            _check_weights(value, loss, num_losses)
+            if "weights" not in loss.tensor_names() and value.shape != (num_losses,):
+                raise ValueError(
+                    f"weights has shape {list(value.shape)}, expected [{num_losses}], one per loss of {loss!r}"
+                )
+            checks.not_negative("weights", value)
         if name == "desirable":
-            _check_desirable(value)
+            if value.is_floating_point():
+                raise TypeError(f"desirable must be bool (or 0/1 integers), got {value.dtype}")
+            checks.zero_or_one("desirable", value)
         checked[name] = value.detach()
     return checked
-
-
-def _check_weights(weights: torch.Tensor, loss: Head, num_losses: int) -> None:
-    if "weights" not in loss.tensor_names() and weights.shape != (num_losses,):
-        raise ValueError(f"weights has shape {list(weights.shape)}, expected [{num_losses}], one per loss of {loss!r}")
-    if not torch.compiler.is_compiling() and may_read(weights):
-        wrong = weights[~(weights >= 0)]
-        if len(wrong):
-            raise ValueError(f"weights must be >= 0, got {wrong[0].item()}")
-
-
-def _check_desirable(desirable: torch.Tensor) -> None:
-    if desirable.is_floating_point():
-        raise TypeError(f"desirable must be bool (or 0/1 integers), got {desirable.dtype}")
-    if desirable.dtype != torch.bool and not torch.compiler.is_compiling() and may_read(desirable):
-        wrong = desirable[(desirable != 0) & (desirable != 1)]
-        if len(wrong):
-            raise ValueError(f"desirable must hold 0 or 1, got {wrong[0].item()}")
 
 
 def _fake_formula(

@@ -154,5 +154,7 @@ def _checked_tensors(
                 f"{name} has shape {list(value.shape)}, expected labels' shape {list(shape)}, [{num_sequences}], one "
                 "per sequence, or a scalar"
             )
+        if name == "weights":
+            checks.not_negative("weights", value)
         checked[name] = value.detach()
     return checked
