@@ -465,9 +465,12 @@ def _chunk(shape: LossShape, chunk_bytes: int, backend: str, has_gradient: bool 
     )
     weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
     counts = [shape.tokens_per_sequence] * shape.num_sequences
-    chunk, weight_sum = largest_chunk(counts, weight, options, group=2 if shape.is_paired else 1)
-    name = f"chunk: logits of {chunk.num_tokens} of {shape.num_tokens} tokens"
-    return Chunk({name: chunk.spec.size(chunk.num_tokens)}, weight_sum)
+    largest = largest_chunk(counts, weight, options, group=2 if shape.is_paired else 1)
+    chunk = largest.chunk
+    terms = {f"chunk: logits of {chunk.num_tokens} of {shape.num_tokens} tokens": chunk.spec.size(chunk.num_tokens)}
+    if largest.accumulator_bytes:
+        terms["sequences longer than a chunk: their gradients w.r.t. the LM head"] = largest.accumulator_bytes
+    return Chunk(terms, largest.weight_sum)
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------

@@ -408,8 +408,9 @@ def forward(
         else:
             total, _ = token_call(engine.per_token[0], 0, len(tokens.rows))
             result = _token_result(head, total)
-        if mode is GradientMode.OF_LOSS and token_call is None:  # a token-level loss comes too late only for no tokens
-            token_grads = engine.token_grads(result.logp_grads)
+        if mode is GradientMode.OF_LOSS:
+            # a token-level loss comes to this place only where there are no tokens
+            token_grads = engine.token_grads(result.logp_grads) if token_call is None else engine.per_token[0]
             if is_direction:
                 engine.scale_hidden_gradient(token_grads, plan.ranges)
             else:

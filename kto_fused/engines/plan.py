@@ -262,9 +262,15 @@ def make_chunk(plan: Plan, lent: torch.Tensor | None = None) -> WholeRows | Fold
     return FoldedRows(longest, spec, lent) if spec.kind is FoldedRows else WholeRows(longest, spec)
 
 
-def largest_chunk(
-    counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, group: int
-) -> tuple[WholeRows | FoldedRows, torch.Tensor | None]:
+class LargestChunk(NamedTuple):
+    """What a visit holds at its peak."""
+
+    chunk: WholeRows | FoldedRows
+    weight_sum: torch.Tensor | None  # the sum of the gradients by the LM head's weight
+    accumulator_bytes: int  # of the unscaled gradients of sequences that exceed a chunk
+
+
+def largest_chunk(counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, group: int) -> LargestChunk:
     """Return the longest chunk, and the memory of the weight's gradient, of a reduced loss that reads ``group``
     sequences of ``counts`` completion tokens. Of two visits, those of the second, which takes more.
     """
@@ -274,7 +280,8 @@ def largest_chunk(
     if room.spec.keeps == "all" and not plan.is_loss_in_time:
         plan = plan_second_visit(sum(counts), weight, options)
     weight_sum = empty_weight_sum(plan, weight, options)
-    return make_chunk(plan, weight_sum if plan.spec.lent_bytes else None), weight_sum
+    chunk = make_chunk(plan, weight_sum if plan.spec.lent_bytes else None)
+    return LargestChunk(chunk, weight_sum, plan.num_accumulators * accumulator_bytes(weight, plan.spec))
 
 
 def beside_bookkeeping(num_positions: int, weight: torch.Tensor, options: HiddenOptions) -> HiddenOptions:
