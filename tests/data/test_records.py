@@ -355,7 +355,7 @@ def test_a_completion_that_repeats_the_prompt_is_refused(role):
         ("data.jsonl", b'{"prompt": "a"} {}\n', "line 1: .*more than one object on the line"),
         ("data.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: .*text in UTF-16 .*save it in UTF-8"),
         ("data.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "line 1: .*text in UTF-16 .*save it in UTF-8"),
-        ("data.jsonl", gzip.compress(b"{}"), r"line 1: .*compressed data \(\.gz\): unpack the file first"),
+        ("data.jsonl", gzip.compress(b"{}", mtime=0), r"line 1: .*compressed data \(\.gz\): unpack the file first"),
         ("data.jsonl", b"PAR1\x15\x04", r"line 1: .*a Parquet file: end the file's name in \.parquet"),
         ("data.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "line 1: .*pointer of Git LFS"),
         ("data.jsonl", b'{"prompt": "\xff"}', "line 1: expected one record in JSON, .*utf-8"),
