@@ -121,7 +121,7 @@ def value_and_grads(
     if torch.is_inference_mode_enabled():  # nobody can ask for the gradient
         value, grads = reduce(losses(logps), reduction, num_losses), torch.full_like(logps, math.nan)
     else:
-        with _recording(), _no_hooks():
+        with recording(), no_hooks():
             # clone: a tensor made in inference mode cannot require a gradient
             logps = logps.detach().clone().requires_grad_()
             value = reduce(losses(logps), reduction, num_losses)
@@ -130,7 +130,7 @@ def value_and_grads(
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[None]:
+def recording() -> Iterator[None]:
     """Let autograd record inside an operator too, for which the dispatcher has excluded autograd's dispatch keys."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
     for name in ("AutogradCPU", "AutogradCUDA", "AutogradXPU"):
@@ -141,7 +141,7 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _no_hooks() -> contextlib.AbstractContextManager:
+def no_hooks() -> contextlib.AbstractContextManager:
     """Keep saved-tensor hooks away from the head's own autograd graph. Checkpointing and offloading set them around the
     loss for the tensors that the loss's backward saves.
     """
