@@ -91,6 +91,12 @@ def check_reference(head: Any, **references: torch.Tensor | None) -> None:
         raise ValueError(f"expected exactly one of {' and '.join(references)}, got {came}")
 
 
+def at_most_one(**references: torch.Tensor | None) -> None:
+    """Refuse two references, for a loss that does not say whether it has one."""
+    if all(value is not None for value in references.values()):
+        raise ValueError(f"expected at most one of {' and '.join(references)}, got both")
+
+
 def reduce(losses: torch.Tensor, reduction: str, num_losses: int | None = None) -> torch.Tensor:
     """Return the mean or the sum over all sequences or pairs, or with ``none`` the losses as they are.
 
@@ -99,6 +105,13 @@ def reduce(losses: torch.Tensor, reduction: str, num_losses: int | None = None) 
     if reduction == "mean":
         return losses.mean() if num_losses is None else losses.sum() / num_losses
     return losses.sum() if reduction == "sum" else losses
+
+
+def weighted(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Multiply each loss by its weight. A loss of weight 0 takes no part, even if it is infinite."""
+    if losses.shape != weights.shape:
+        raise ValueError(f"weights has shape {list(weights.shape)}, expected one per loss: {list(losses.shape)}")
+    return torch.where(weights == 0, 0.0, losses * weights)
 
 
 def loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 
 from .. import checks
 from ..engines.backends import may_read, opaque
-from .base import REDUCTIONS, loss_shape, register, value_and_grads
+from .base import REDUCTIONS, loss_shape, register, value_and_grads, weighted
 from .preference import check_desirable, check_token_counts
 from .protocol import Head, check_tensor_names, from_text, to_text, try_once
 
@@ -23,7 +23,7 @@ class FormulaHead:
 
     reads_batch_counts: ClassVar[bool] = True
 
-    text: str  # the head, as ``protocol.to_text`` writes it
+    text: str  # the loss, as ``protocol.to_text`` writes it
     tensor_names: str  # of the call's tensors in their order, joined by commas
     reduction: str
     loss_dtype: torch.dtype
@@ -31,7 +31,8 @@ class FormulaHead:
 
     @property
     def head(self) -> Head:
-        return from_text(self.text)
+        loss = getattr(self, "_loss", None)  # as it was prepared
+        return from_text(self.text) if loss is None else loss
 
     @property
     def group(self) -> int | None:
@@ -67,6 +68,7 @@ class FormulaHead:
         if not torch.compiler.is_compiling():
             try_once(loss, tensors, num_sequences)
         head = cls(text=to_text(loss), tensor_names=",".join(tensors), reduction=reduction, **fields)
+        object.__setattr__(head, "_loss", loss)  # torch.compile need not read the text
         return head, tuple(tensors.values())
 
     def check_logps(
@@ -165,13 +167,6 @@ class FormulaHead:
         )
 
 
-def weighted(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Multiply each loss by its weight. A loss of weight 0 takes no part, even if it is infinite."""
-    if losses.shape != weights.shape:
-        raise ValueError(f"weights has shape {list(weights.shape)}, expected one per loss: {list(losses.shape)}")
-    return torch.where(weights == 0, 0.0, losses * weights)
-
-
 def check_tensors(
     loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int, policy: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -209,6 +204,11 @@ def check_tensors(
 def _check_weights(weights: torch.Tensor, loss: Head, lengths: tuple[int, ...]) -> None:
     if "weights" not in loss.tensor_names() and (weights.ndim != 1 or len(weights) not in lengths):
         raise ValueError(f"weights has shape {list(weights.shape)}, expected [{lengths[-1]}], one per loss of {loss!r}")
+    check_sign(weights)
+
+
+def check_sign(weights: torch.Tensor) -> None:
+    """Refuse weights below 0 and NaN. They are read where ``may_read`` allows."""
     if not torch.compiler.is_compiling() and may_read(weights):
         wrong = weights[~(weights >= 0)]
         if len(wrong):

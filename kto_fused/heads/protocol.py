@@ -20,18 +20,20 @@ rest, from logits or from hidden states, on every backend:
 2.0
 """
 
+import ast
 import dataclasses
 import functools
 import importlib
 import inspect
-import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 
-from .base import no_hooks, recording
+from .. import checks
+from .base import no_hooks, recording, weighted
 
 _CLASSES: dict[str, type["Head"]] = {}
 # the parameters of ``losses`` that are not tensors of the call
@@ -165,9 +167,9 @@ def make(name: str, **fields: Any) -> Head:
     """
     if name not in _CLASSES:
         raise ValueError(f"no loss is registered as {name!r}: expected one of {list(names())}")
-    known = [field.name for field in dataclasses.fields(_CLASSES[name])]
     for field in fields:
-        if field not in known:
+        if field not in _CLASSES[name].__dataclass_fields__:  # torch.compile traces no dataclasses.fields of a class
+            known = [field.name for field in dataclasses.fields(_CLASSES[name])]
             raise TypeError(f"{name} has no field {field!r}: expected some of {known}")
     return _CLASSES[name](**fields)
 
@@ -180,13 +182,24 @@ def as_loss(loss: "Head | str | Callable[..., torch.Tensor]") -> "Head | Callabl
         if isinstance(loss, type) or not callable(loss):
             raise TypeError(f"head must be a Head, a name of {list(names())} or a function, got {loss!r}")
         return loss
-    if is_registered(loss):
-        return loss
-    if not loss.reads_batch_counts():
-        return loss.losses
-    return lambda logps, counts, ref_logps, **tensors: loss.losses(
-        logps, counts, ref_logps, batch_counts=counts, **tensors
-    )
+    return loss if is_registered(loss) else _formula_of(loss)
+
+
+def _formula_of(loss: "Head") -> Callable[..., torch.Tensor]:
+    """The formula of a head that is not registered, as a function of a whole batch."""
+
+    def formula(logps, counts, ref_logps, *, weights=None, **tensors):
+        if (ref_logps is not None) != loss.needs_reference:
+            raise ValueError(f"{loss!r} has needs_reference={loss.needs_reference}: expected a reference accordingly")
+        check_tensor_names(loss, tensors)
+        if "weights" in loss.tensor_names() and weights is not None:
+            tensors["weights"], weights = weights, None
+        if loss.reads_batch_counts():
+            tensors["batch_counts"] = counts
+        losses = loss.losses(logps, counts, ref_logps, **tensors)
+        return losses if weights is None else weighted(losses, weights)
+
+    return formula
 
 
 def names() -> tuple[str, ...]:
@@ -304,34 +317,43 @@ def check_tensor_names(loss: Head, tensors: dict[str, Any]) -> None:
 
 
 def to_text(head: Head) -> str:
-    """Return the head's name, module and fields as JSON."""
-    return json.dumps(_description(head))
-
-
-def _description(head: Head) -> dict[str, Any]:
+    """Return the head's name, module and fields as a Python literal. ``torch.compile`` traces this function."""
     if isinstance(head, Mix):
-        return {"mix": [[weight, _description(part)] for weight, part in head.parts]}
-    fields = {field.name: getattr(head, field.name) for field in dataclasses.fields(head)}
-    for field, value in fields.items():
-        check_field(type(head), field, value)
-    return {"name": head.name, "module": type(head).__module__, "fields": fields}
+        return "[" + ", ".join([f"({float(weight)!r}, {to_text(part)})" for weight, part in head.parts]) + "]"
+    fields = [(field.name, getattr(head, field.name)) for field in dataclasses.fields(head)]
+    for name, value in fields:
+        check_field(type(head), name, value)
+    values = ", ".join([f"{name!r}: {_literal(value)}" for name, value in fields])
+    return f"({head.name!r}, {type(head).__module__!r}, {{{values}}})"
+
+
+def _literal(value: bool | float | str | tuple) -> str:
+    if isinstance(value, tuple):
+        return "(" + "".join([f"{_literal(x)}, " for x in value]) + ")"
+    if isinstance(value, (bool, str)):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(int(value))
+    number = float(value)  # also a number of NumPy
+    if number == math.inf or number == -math.inf:
+        return "1e999" if number > 0 else "-1e999"  # the literals that Python reads as infinite
+    return repr(number)
 
 
 @functools.lru_cache(maxsize=1024)
 def from_text(text: str) -> Head:
     """Return the head that ``to_text`` described. In a new process it imports the module that registers the head."""
-    return _described(json.loads(text))
+    return _described(ast.literal_eval(text))
 
 
-def _described(description: dict[str, Any]) -> Head:
-    if "mix" in description:
-        return Mix(*((weight, _described(part)) for weight, part in description["mix"]))
-    name, module = description["name"], description["module"]
+def _described(description: list | tuple) -> Head:
+    if isinstance(description, list):
+        return Mix(*((weight, _described(part)) for weight, part in description))
+    name, module, fields = description
     if name not in _CLASSES and module not in sys.modules:
         importlib.import_module(module)
     if name not in _CLASSES:
         raise ValueError(f"no loss is registered as {name!r}, not even by its module {module}: register it there")
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in description["fields"].items()}
     return _CLASSES[name](**fields)
 
 
@@ -358,11 +380,12 @@ def _check_class(name: object, kind: object) -> None:
 
 def check_field(kind: type, name: str, value: object) -> None:
     """Refuse a field that does not survive the way through a string."""
-    is_plain = isinstance(value, (bool, int, float, str))
-    if not is_plain and not (isinstance(value, tuple) and all(isinstance(x, (bool, int, float, str)) for x in value)):
+    values = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(x, (bool, str)) or (checks.is_number(x) and x == x) for x in values):
+        came = "NaN" if isinstance(value, float) else type(value).__name__
         raise TypeError(
-            f"{kind.__name__}.{name} is {type(value).__name__}, expected a number, a string, a boolean or a tuple of "
-            "them; a tensor is passed with the call, as a parameter of losses"
+            f"{kind.__name__}.{name} is {came}, expected a number, a string, a boolean or a tuple of them; a tensor is "
+            "passed with the call, as a parameter of losses"
         )
 
 
@@ -382,14 +405,17 @@ def try_once(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) -
 
     It is tried again where a string or a boolean among its fields changes, which may choose another formula.
     """
-    for part in head.heads if isinstance(head, Mix) else [head]:
-        given = {name: value for name, value in tensors.items() if name in part.tensor_names()}
+    if isinstance(head, Mix):
+        for part in head.heads:
+            try_once(part, tensors, num_sequences)
+    else:
+        given = {name: value for name, value in tensors.items() if name in head.tensor_names()}
         kinds = tuple((name, value.ndim and len(value) == num_sequences) for name, value in given.items())
-        values = [getattr(part, field.name) for field in dataclasses.fields(part)]
+        values = [getattr(head, field.name) for field in dataclasses.fields(head)]
         choices = tuple(value for value in values if isinstance(value, (str, bool)))
-        key = type(part), part.group, choices, kinds
+        key = type(head), head.group, choices, kinds
         if key not in _tried:
-            try_head(part, given, num_sequences)
+            try_head(head, given, num_sequences)
             _tried.add(key)
 
 
