@@ -450,7 +450,7 @@ def _try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) 
         batch["desirable"] = torch.arange(size) % 3 != 0
     whole = {"batch_counts": counts} if head.reads_batch_counts() else {}
 
-    before = _gradient(head, batch, whole, None if group is None else size // group)
+    losses, grads = _losses_and_gradient(head, batch, whole, None if group is None else size // group)
     if group is None:
         return
     num_groups = size // group
@@ -459,18 +459,19 @@ def _try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) 
         return value if value is None or not value.ndim else value[index % len(value) :: num_groups]
 
     for index in range(num_groups):
-        alone = _gradient(head, {name: part(value, index) for name, value in batch.items()}, whole, 1)
-        if not torch.allclose(before[index::num_groups], alone, rtol=1e-9, atol=1e-12, equal_nan=True):
-            raise ValueError(
-                f"{kind} declares group={group}, but a group's gradient depends on the other groups of the batch: set "
-                "group = None, by which the head reads the whole batch"
-            )
+        alone = _losses_and_gradient(head, {name: part(value, index) for name, value in batch.items()}, whole, 1)
+        for value, expected in zip(alone, (losses[index : index + 1], grads[index::num_groups]), strict=True):
+            if not torch.allclose(value, expected, rtol=1e-9, atol=1e-12, equal_nan=True):
+                raise ValueError(
+                    f"{kind} declares group={group}, but a group's loss or gradient depends on the batch's other "
+                    "groups: set group = None, by which the head reads the whole batch"
+                )
 
 
-def _gradient(
+def _losses_and_gradient(
     head: Head, batch: dict[str, torch.Tensor | None], whole: dict[str, torch.Tensor], num_losses: int | None
-) -> torch.Tensor:
-    """The gradient of the sum of ``num_losses`` losses by the log-probabilities. Refuses what is no loss."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``num_losses`` losses and the gradient of their sum by the log-probabilities. Refuses what is no loss."""
     kind, leaf = type(head).__name__, batch["logps"].clone().requires_grad_()
     given = {**batch, "logps": leaf * 1}  # no leaf, so that a change in place raises nothing by itself
     before = {name: value.detach().clone() for name, value in given.items() if value is not None}
@@ -492,4 +493,4 @@ def _gradient(
     (grads,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
     if grads is None:
         raise ValueError(f"{kind}.losses does not depend on logps")
-    return grads
+    return losses.detach(), grads
