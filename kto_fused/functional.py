@@ -5,6 +5,7 @@ positions (N positions where sequences are packed), a vocabulary of V, and hidde
 Log-probabilities are in nats.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from .engines.layout import compute_dtype
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps
 from .engines.results import SequenceValues
-from .heads.base import REDUCTIONS, reduce
+from .heads.base import REDUCTIONS, at_most_one, reduce, weighted
 from .heads.formula import FormulaHead
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
 from .heads.protocol import Head, as_loss
@@ -753,6 +754,7 @@ def fused_loss(
     if isinstance(loss, Head):
         head_type, options = _head_of(loss, tensors)
         return _loss_from_logits(inputs, head_type, reduction=reduction, **options)
+    at_most_one(ref_logits=ref_logits, ref_logps=ref_logps)
     logps, ref_logps = _sequence_logps(inputs.logits, inputs), inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequence_logps(inputs.ref_logits, inputs)
@@ -825,6 +827,7 @@ def fused_linear_loss(
     if isinstance(loss, Head):
         head_type, options = _head_of(loss, tensors)
         return _loss_from_hidden(inputs, head_type, reduction=reduction, **options)
+    at_most_one(ref_hidden=ref_hidden, ref_logps=ref_logps)
     policy, ref_logps = _logps_from_hidden(inputs), inputs.reference.logps
     if inputs.reference.hidden is not None:
         ref_logps = _logps_from_hidden(arguments.of_reference(inputs)).logps
@@ -1044,7 +1047,15 @@ def _plain_loss(
     """The loss of a function that is not registered, under autograd."""
     checks.choice("reduction", reduction, REDUCTIONS)
     exact = logps.double(), token_counts, None if ref_logps is None else ref_logps.double()
+    weights = tensors.get("weights")
+    if weights is not None:
+        checks.not_negative("weights", weights)
+        parameters = inspect.signature(function).parameters
+        if "weights" not in parameters:
+            tensors = {name: value for name, value in tensors.items() if name != "weights"}
     losses = function(*exact, **tensors)
+    if weights is not None and "weights" not in parameters:
+        losses = weighted(losses, weights)
     if not isinstance(losses, torch.Tensor) or losses.ndim > 1:
         came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
         raise ValueError(f"head must return losses of one dimension, or one number, got {came}")

@@ -91,6 +91,12 @@ def check_reference(head: Any, **references: torch.Tensor | None) -> None:
         raise ValueError(f"expected exactly one of {' and '.join(references)}, got {came}")
 
 
+def at_most_one(**references: torch.Tensor | None) -> None:
+    """Refuse two references, for a loss that does not say whether it has one."""
+    if all(value is not None for value in references.values()):
+        raise ValueError(f"expected at most one of {' and '.join(references)}, got both")
+
+
 def reduce(losses: torch.Tensor, reduction: str, num_losses: int | None = None) -> torch.Tensor:
     """Return the mean or the sum over all sequences or pairs, or with ``none`` the losses as they are.
 
@@ -99,6 +105,13 @@ def reduce(losses: torch.Tensor, reduction: str, num_losses: int | None = None) 
     if reduction == "mean":
         return losses.mean() if num_losses is None else losses.sum() / num_losses
     return losses.sum() if reduction == "sum" else losses
+
+
+def weighted(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Multiply each loss by its weight. A loss of weight 0 takes no part, even if it is infinite."""
+    if losses.shape != weights.shape:
+        raise ValueError(f"weights has shape {list(weights.shape)}, expected one per loss: {list(losses.shape)}")
+    return torch.where(weights == 0, 0.0, losses * weights)
 
 
 def loss_shape(num_losses: int, reduction: str) -> tuple[int, ...]:
@@ -121,7 +134,7 @@ def value_and_grads(
     if torch.is_inference_mode_enabled():  # nobody can ask for the gradient
         value, grads = reduce(losses(logps), reduction, num_losses), torch.full_like(logps, math.nan)
     else:
-        with _recording(), _no_hooks():
+        with recording(), no_hooks():
             # clone: a tensor made in inference mode cannot require a gradient
             logps = logps.detach().clone().requires_grad_()
             value = reduce(losses(logps), reduction, num_losses)
@@ -130,7 +143,7 @@ def value_and_grads(
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[None]:
+def recording() -> Iterator[None]:
     """Let autograd record inside an operator too, for which the dispatcher has excluded autograd's dispatch keys."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
     for name in ("AutogradCPU", "AutogradCUDA", "AutogradXPU"):
@@ -141,7 +154,7 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _no_hooks() -> contextlib.AbstractContextManager:
+def no_hooks() -> contextlib.AbstractContextManager:
     """Keep saved-tensor hooks away from the head's own autograd graph. Checkpointing and offloading set them around the
     loss for the tensors that the loss's backward saves.
     """

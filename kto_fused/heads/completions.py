@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 
 from .. import checks
-from .preference import KTOHead, kto_losses
+from .preference import KTO_LOSS_TYPES, KTOHead, kto_losses, signs_and_weights
 from .protocol import Head, check_tensor_names, register
 
 
@@ -48,6 +47,8 @@ class KTO(_LabelledCompletion):
         return None if self.reference_point == "batch_mean" else 1
 
     def _z0(self, log_ratios, z0):
+        if z0 is not None and self.reference_point != "tensor":
+            raise TypeError(f"z0 has no meaning for reference_point={self.reference_point!r}: expected 'tensor'")
         if self.reference_point == "batch_mean":
             return log_ratios.detach().mean()
         if self.reference_point == "tensor":
@@ -69,15 +70,12 @@ class KTO(_LabelledCompletion):
         )
 
     def fast_options(self, tensors):
-        """KTO's kernel, unless weights came."""
-        if "weights" in tensors or tensors.get("desirable") is None:
-            return None
+        """KTO's kernel, unless weights came. A subclass has a name, and perhaps a formula, of its own."""
+        z0, is_tensor = tensors.get("z0"), self.reference_point == "tensor"
+        if self.name not in KTO_LOSS_TYPES or "weights" in tensors or (z0 is None) == is_tensor:
+            return None  # the formula computes it, or refuses it
         check_tensor_names(self, tensors)
-        point = self.reference_point
-        if point == "tensor":
-            point = tensors.get("z0")
-            if point is None:
-                return None
+        point = z0 if is_tensor else self.reference_point
         return KTOHead, {
             "desirable": tensors["desirable"],
             "reference_point": point,
@@ -130,9 +128,5 @@ class BCO(_LabelledCompletion):
     group = 1
 
     def losses(self, logps, counts, ref_logps, *, desirable, delta):
-        sign = torch.where(desirable == 1, 1.0, -1.0).to(logps.dtype)
-        desirable_weight, undesirable_weight = (
-            logps.new_full((), weight) for weight in (self.desirable_weight, self.undesirable_weight)
-        )
-        weight = torch.where(desirable == 1, desirable_weight, undesirable_weight)
+        sign, weight = signs_and_weights(logps, desirable, self.desirable_weight, self.undesirable_weight)
         return -weight * F.logsigmoid(sign * (self.beta * (logps - ref_logps) - delta))

@@ -11,7 +11,8 @@ import torch
 
 from .. import checks
 from ..engines.backends import opaque
-from .base import REDUCTIONS, loss_shape, register, value_and_grads
+from .base import REDUCTIONS, loss_shape, register, value_and_grads, weighted
+from .preference import check_desirable, check_token_counts
 from .protocol import Head, check_tensor_names, from_text, to_text, try_once
 
 
@@ -22,7 +23,7 @@ class FormulaHead:
 
     reads_batch_counts: ClassVar[bool] = True
 
-    text: str  # the head, as ``protocol.to_text`` writes it
+    text: str  # the loss, as ``protocol.to_text`` writes it
     tensor_names: str  # of the call's tensors in their order, joined by commas
     reduction: str
     loss_dtype: torch.dtype
@@ -30,7 +31,8 @@ class FormulaHead:
 
     @property
     def head(self) -> Head:
-        return from_text(self.text)
+        loss = getattr(self, "_loss", None)  # as it was prepared
+        return from_text(self.text) if loss is None else loss
 
     @property
     def group(self) -> int | None:
@@ -64,8 +66,9 @@ class FormulaHead:
                 f"reduction='none' has no meaning for {loss!r}, which reads the whole batch: expected 'mean' or 'sum'"
             )
         if not torch.compiler.is_compiling():
-            try_once(loss, tensors)
+            try_once(loss, tensors, num_sequences)
         head = cls(text=to_text(loss), tensor_names=",".join(tensors), reduction=reduction, **fields)
+        object.__setattr__(head, "_loss", loss)  # torch.compile need not read the text
         return head, tuple(tensors.values())
 
     def check_logps(
@@ -83,6 +86,8 @@ class FormulaHead:
             checks.per_sequence(
                 "ref_logps", ref_logps, checks.FLOAT_DTYPES, checks.A_FLOAT, policy_logps.numel(), policy_logps
             )
+        if token_counts is not None:
+            check_token_counts(token_counts, policy_logps)
 
     def named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         return dict(zip(self.tensor_names.split(",") if self.tensor_names else [], tensors, strict=True))
@@ -101,9 +106,15 @@ class FormulaHead:
             weights = named.pop("weights")
         if self.head.reads_batch_counts():
             named["batch_counts"] = token_counts if batch_counts is None else batch_counts
-        losses = self.head.losses(logps, token_counts, ref_logps if self.needs_reference else None, **named)
-        # a loss of weight 0 takes no part, even if it is infinite
-        return losses if weights is None else torch.where(weights > 0, losses * weights, 0.0)
+        if weights is not None and self.group is not None:  # weight 0 stops gradients, even an infinite loss's
+            logps = torch.where((weights != 0).repeat(self.group), logps, logps.detach())
+        try:
+            losses = self.head.losses(logps, token_counts, ref_logps if self.needs_reference else None, **named)
+        except (AttributeError, TypeError) as error:
+            if token_counts is None:
+                raise ValueError(f"{self.head!r} reads the completions' lengths: pass token_counts [B]") from error
+            raise
+        return losses if weights is None else weighted(losses, weights)
 
     def report(self, logps, token_counts, ref_logps, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """What to log, by name."""
@@ -165,7 +176,8 @@ def check_tensors(
         raise ValueError(
             f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple of 2"
         )
-    num_losses = num_sequences // (loss.group or 1)
+    # a loss of the whole batch may be one of pairs
+    lengths = {None: (num_sequences, num_sequences // 2), 1: (num_sequences,), 2: (num_sequences // 2,)}[loss.group]
     kinds = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
     checked = {}
     for name in dict.fromkeys((*loss.tensor_names(), "weights")):
@@ -176,23 +188,23 @@ def check_tensors(
             value = torch.tensor(float(value), dtype=torch.float64, device=policy.device)
         checks.tensor(name, value, kinds, "bool, integer or floating-point")
         checks.same_device(name, value, "the policy", policy)
-        if value.ndim > 1 or (value.ndim == 1 and len(value) not in (num_sequences, num_losses)):
+        if name == "desirable":
+            check_desirable(value, num_sequences, policy)
+        elif value.ndim > 1 or (value.ndim == 1 and len(value) not in (num_sequences, *lengths)):
             raise ValueError(
                 f"{name} has shape {list(value.shape)}, expected [{num_sequences}] (sequences), "
-                f"[{num_losses}] (losses) or a scalar"
+                f"[{lengths[-1]}] (losses) or a scalar"
             )
         if name == "weights":
-            if "weights" not in loss.tensor_names() and value.shape != (num_losses,):
-                raise ValueError(
-                    f"weights has shape {list(value.shape)}, expected [{num_losses}], one per loss of {loss!r}"
-                )
-            checks.not_negative("weights", value)
-        if name == "desirable":
-            if value.is_floating_point():
-                raise TypeError(f"desirable must be bool (or 0/1 integers), got {value.dtype}")
-            checks.zero_or_one("desirable", value)
+            _check_weights(value, loss, lengths)
         checked[name] = value.detach()
     return checked
+
+
+def _check_weights(weights: torch.Tensor, loss: Head, lengths: tuple[int, ...]) -> None:
+    if "weights" not in loss.tensor_names() and (weights.ndim != 1 or len(weights) not in lengths):
+        raise ValueError(f"weights has shape {list(weights.shape)}, expected [{lengths[-1]}], one per loss of {loss!r}")
+    checks.not_negative("weights", weights)
 
 
 def _fake_formula(
@@ -212,6 +224,7 @@ def _formula(
 ):
     """The reduced loss of a head's formula in float64, and its gradient by the log-probabilities [B]."""
     head = FormulaHead(text, tensor_names, reduction, loss_dtype, backend)
+    try_once(head.head, head.named(tuple(tensors)), len(logps))  # a compiled call comes here untried
     ref_logps = None if ref_logps is None else ref_logps.double()
 
     def losses(logps: torch.Tensor) -> torch.Tensor:

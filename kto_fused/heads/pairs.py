@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from .preference import DEFAULT_GAMMA, DPOHead
+from .preference import DEFAULT_GAMMA, DPO_LOSS_TYPES, DPOHead
 from .protocol import Head, register
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-# the largest exponent of an alpha-divergence's score: exp(80) is finite in float32, and so is its gradient
+# the largest exponent of an alpha-divergence's score, as TRL has it: exp(80) is finite in float32
 LARGEST_EXPONENT = 80.0
+# of forward KL's score: finite in float64, so that an answer without probability does not turn gradients into NaN
+LARGEST_FORWARD_EXPONENT = 700.0
 
 
 def f_divergence_scores(log_ratios: torch.Tensor, kind: str, alpha: float) -> torch.Tensor:
@@ -30,7 +32,7 @@ def f_divergence_scores(log_ratios: torch.Tensor, kind: str, alpha: float) -> to
     (exp((alpha - 1) r) - 1) / (alpha - 1), whose limit for alpha -> 1 is r.
     """
     if kind == "forward_kl":
-        return -torch.expm1(-log_ratios)
+        return -torch.expm1((-log_ratios).clamp(max=LARGEST_FORWARD_EXPONENT))
     if kind == "js_divergence":
         return math.log(2) + F.logsigmoid(log_ratios)
     if kind == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
@@ -54,7 +56,7 @@ def chosen_nll(logps: torch.Tensor, batch_counts: torch.Tensor) -> torch.Tensor:
     completion token. ``logps`` may belong to some of the pairs; ``batch_counts`` are the whole batch's token counts.
     """
     chosen_counts = batch_counts.chunk(2)[0]
-    return -logps.chunk(2)[0] * (len(chosen_counts) / chosen_counts.sum().clamp(min=1))
+    return -logps.chunk(2)[0] * (len(chosen_counts) / chosen_counts.sum().clamp(min=1).to(logps.dtype))
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class _ScoredPair(_ReferencePair):
 
 
 def _dpo_kernel(loss: Head, tensors: dict[str, torch.Tensor]) -> tuple[type, dict[str, Any]] | None:
-    """DPO's kernel for a loss that it computes, unless tensors came."""
-    if tensors or getattr(loss, "f_divergence_type", "reverse_kl") != "reverse_kl":
+    """DPO's kernel for a loss that it computes, unless tensors came. A user's subclass has another name."""
+    if tensors or loss.name not in DPO_LOSS_TYPES or getattr(loss, "f_divergence_type", "reverse_kl") != "reverse_kl":
         return None
     return DPOHead, {
         "loss_type": loss.name,
@@ -271,8 +273,9 @@ class DiscoPOP(_ScoredPair):
 
     def losses(self, logps, counts, ref_logps):
         u = self.beta * self.difference(logps, ref_logps)
-        mixed = torch.sigmoid(u / self.discopop_tau)
-        return -F.logsigmoid(u) * (1 - mixed) + torch.exp(-u) * mixed
+        scaled = u / self.discopop_tau
+        # m exp(-u) as one exponential: its factors alone are 0 and infinite for large -u
+        return -F.logsigmoid(u) * torch.sigmoid(-scaled) + torch.exp(F.logsigmoid(scaled) - u)
 
 
 @dataclass(frozen=True)
@@ -387,9 +390,6 @@ class AlphaPO(SimPO):
             return averages
         return -torch.expm1((-self.alpha * averages).clamp(max=LARGEST_EXPONENT)) / self.alpha
 
-    def fast_options(self, tensors):
-        return None
-
 
 @register("cpo")
 @dataclass(frozen=True)
@@ -441,6 +441,21 @@ def log1mexp(values: torch.Tensor) -> torch.Tensor:
     return torch.where(above, near, far)
 
 
+def odds_ratio_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return -log sigma(o_w - o_l) with o = a - log(1 - exp a) of average log-probabilities a <= 0. [B/2]
+
+    Where the chosen answer is the likelier one, this is log(1 + odds_l / odds_w), which has finite derivatives even if
+    that answer has probability 1, where o_w is infinite.
+    """
+    is_ahead = chosen > rejected
+    # each branch sees only values it is exact for, so that neither puts a NaN into the other's gradient
+    a_w, a_l = torch.where(is_ahead, chosen, -1.0), torch.where(is_ahead, rejected, -2.0)
+    ahead = torch.log1p(torch.exp(a_l - a_w) * torch.expm1(a_w) / torch.expm1(a_l))
+    a_w, a_l = torch.where(is_ahead, -2.0, chosen), torch.where(is_ahead, -1.0, rejected)
+    behind = -F.logsigmoid((a_w - a_l) - (log1mexp(a_w) - log1mexp(a_l)))
+    return torch.where(is_ahead, ahead, behind)
+
+
 @register("orpo")
 @dataclass(frozen=True)
 class ORPO(Head):
@@ -459,6 +474,5 @@ class ORPO(Head):
         checks.number("beta", self.beta, at_least=0)
 
     def losses(self, logps, counts, ref_logps, *, batch_counts):
-        averages = length_averaged(logps, counts)
-        chosen, rejected = (averages - log1mexp(averages)).chunk(2)
-        return chosen_nll(logps, batch_counts) - self.beta * F.logsigmoid(chosen - rejected)
+        odds_loss = odds_ratio_loss(*length_averaged(logps, counts).chunk(2))
+        return chosen_nll(logps, batch_counts) + self.beta * odds_loss

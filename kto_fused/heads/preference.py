@@ -49,16 +49,27 @@ def kto_losses(
 
     ``desirable`` holds 1 or 0. Any other value gives NaN.
     """
-    sign = torch.where(desirable == 1, 1.0, -1.0).to(log_ratios.dtype)
-    # tensors of the right dtype: torch.where would round Python numbers to float32 first
-    desirable_weight, undesirable_weight, invalid = (
-        log_ratios.new_full((), number) for number in (desirable_weight, undesirable_weight, math.nan)
-    )
-    weight = torch.where(desirable == 1, desirable_weight, torch.where(desirable == 0, undesirable_weight, invalid))
+    sign, weight = signs_and_weights(log_ratios, desirable, desirable_weight, undesirable_weight)
     one_minus_q = torch.sigmoid(-sign * beta * (log_ratios - reference_point))
     if loss_type == "kto_squared":
         return weight * one_minus_q**2
     return weight * one_minus_q
+
+
+def signs_and_weights(
+    like: torch.Tensor, desirable: torch.Tensor, desirable_weight: float, undesirable_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return +1 for desirable and -1 for undesirable completions, and their class weights, in the dtype of ``like``.
+
+    ``desirable`` holds 1 or 0. Any other value gets the weight NaN. [B] -> [B], [B]
+    """
+    sign = torch.where(desirable == 1, 1.0, -1.0).to(like.dtype)
+    # tensors of the right dtype: torch.where would round Python numbers to float32 first
+    desirable_weight, undesirable_weight, invalid = (
+        like.new_full((), number) for number in (desirable_weight, undesirable_weight, math.nan)
+    )
+    weight = torch.where(desirable == 1, desirable_weight, torch.where(desirable == 0, undesirable_weight, invalid))
+    return sign, weight
 
 
 def choose_z0(log_ratios: torch.Tensor, z0: torch.Tensor | None, number: float | None) -> torch.Tensor:
@@ -325,7 +336,12 @@ class KTOHead:
         rewards, reference_point = reported
         if desirable.dtype != torch.bool:
             desirable = desirable == 1
-        return {"rewards": rewards, "reference_point": reference_point, "desirable": desirable}
+        return {
+            "rewards": rewards,
+            "reference_point": reference_point,
+            "desirable": desirable,
+            "is_paired": False,
+        }
 
     @property
     def _number(self) -> float | None:

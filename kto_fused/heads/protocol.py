@@ -20,20 +20,25 @@ rest, from logits or from hidden states, on every backend:
 2.0
 """
 
+import ast
 import dataclasses
 import functools
 import importlib
 import inspect
-import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 
+from .. import checks
+from .base import no_hooks, recording, weighted
+
 _CLASSES: dict[str, type["Head"]] = {}
 # the parameters of ``losses`` that are not tensors of the call
-_GIVEN = ("self", "logps", "counts", "ref_logps", "batch_counts")
+_SEQUENCES = ("logps", "counts", "ref_logps")
+_GIVEN = ("self", *_SEQUENCES, "batch_counts")
 
 
 class Head:
@@ -136,6 +141,7 @@ def register(name: str) -> Callable[[type[Head]], type[Head]]:
             )
         kind.name = name
         before, _CLASSES[name] = taken, kind
+        from_text.cache_clear()  # it may hold heads of the class that had the name before
         try:
             _try_out(name, kind)
         except Exception:
@@ -162,9 +168,9 @@ def make(name: str, **fields: Any) -> Head:
     """
     if name not in _CLASSES:
         raise ValueError(f"no loss is registered as {name!r}: expected one of {list(names())}")
-    known = [field.name for field in dataclasses.fields(_CLASSES[name])]
     for field in fields:
-        if field not in known:
+        if field not in _CLASSES[name].__dataclass_fields__:  # torch.compile traces no dataclasses.fields of a class
+            known = [field.name for field in dataclasses.fields(_CLASSES[name])]
             raise TypeError(f"{name} has no field {field!r}: expected some of {known}")
     return _CLASSES[name](**fields)
 
@@ -177,13 +183,24 @@ def as_loss(loss: "Head | str | Callable[..., torch.Tensor]") -> "Head | Callabl
         if isinstance(loss, type) or not callable(loss):
             raise TypeError(f"head must be a Head, a name of {list(names())} or a function, got {loss!r}")
         return loss
-    if is_registered(loss):
-        return loss
-    if not loss.reads_batch_counts():
-        return loss.losses
-    return lambda logps, counts, ref_logps, **tensors: loss.losses(
-        logps, counts, ref_logps, batch_counts=counts, **tensors
-    )
+    return loss if is_registered(loss) else _formula_of(loss)
+
+
+def _formula_of(loss: "Head") -> Callable[..., torch.Tensor]:
+    """The formula of a head that is not registered, as a function of a whole batch."""
+
+    def formula(logps, counts, ref_logps, *, weights=None, **tensors):
+        if (ref_logps is not None) != loss.needs_reference:
+            raise ValueError(f"{loss!r} has needs_reference={loss.needs_reference}: expected a reference accordingly")
+        check_tensor_names(loss, tensors)
+        if "weights" in loss.tensor_names() and weights is not None:
+            tensors["weights"], weights = weights, None
+        if loss.reads_batch_counts():
+            tensors["batch_counts"] = counts
+        losses = loss.losses(logps, counts, ref_logps, **tensors)
+        return losses if weights is None else weighted(losses, weights)
+
+    return formula
 
 
 def names() -> tuple[str, ...]:
@@ -273,7 +290,8 @@ class Mix(Head):
         """The first loss's report."""
         head = self.parts[0][1]
         own = {name: tensors[name] for name in head.tensor_names() if name in tensors}
-        return head.report(logps, counts, ref_logps if head.needs_reference else None, **own)
+        sequences = logps, counts, ref_logps if head.needs_reference else None
+        return {**Head.report(head, *sequences), **head.report(*sequences, **own)}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mix) and self.parts == other.parts
@@ -300,32 +318,43 @@ def check_tensor_names(loss: Head, tensors: dict[str, Any]) -> None:
 
 
 def to_text(head: Head) -> str:
-    """Return the head's name, module and fields as JSON."""
-    return json.dumps(_description(head))
-
-
-def _description(head: Head) -> dict[str, Any]:
+    """Return the head's name, module and fields as a Python literal. ``torch.compile`` traces this function."""
     if isinstance(head, Mix):
-        return {"mix": [[weight, _description(part)] for weight, part in head.parts]}
-    fields = {field.name: getattr(head, field.name) for field in dataclasses.fields(head)}
-    return {"name": head.name, "module": type(head).__module__, "fields": fields}
+        return "[" + ", ".join([f"({float(weight)!r}, {to_text(part)})" for weight, part in head.parts]) + "]"
+    fields = [(field.name, getattr(head, field.name)) for field in dataclasses.fields(head)]
+    for name, value in fields:
+        check_field(type(head), name, value)
+    values = ", ".join([f"{name!r}: {_literal(value)}" for name, value in fields])
+    return f"({head.name!r}, {type(head).__module__!r}, {{{values}}})"
+
+
+def _literal(value: bool | float | str | tuple) -> str:
+    if isinstance(value, tuple):
+        return "(" + "".join([f"{_literal(x)}, " for x in value]) + ")"
+    if isinstance(value, (bool, str)):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(int(value))
+    number = float(value)  # also a number of NumPy
+    if number == math.inf or number == -math.inf:
+        return "1e999" if number > 0 else "-1e999"  # the literals that Python reads as infinite
+    return repr(number)
 
 
 @functools.lru_cache(maxsize=1024)
 def from_text(text: str) -> Head:
     """Return the head that ``to_text`` described. In a new process it imports the module that registers the head."""
-    return _described(json.loads(text))
+    return _described(ast.literal_eval(text))
 
 
-def _described(description: dict[str, Any]) -> Head:
-    if "mix" in description:
-        return Mix(*((weight, _described(part)) for weight, part in description["mix"]))
-    name, module = description["name"], description["module"]
+def _described(description: list | tuple) -> Head:
+    if isinstance(description, list):
+        return Mix(*((weight, _described(part)) for weight, part in description))
+    name, module, fields = description
     if name not in _CLASSES and module not in sys.modules:
         importlib.import_module(module)
     if name not in _CLASSES:
         raise ValueError(f"no loss is registered as {name!r}, not even by its module {module}: register it there")
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in description["fields"].items()}
     return _CLASSES[name](**fields)
 
 
@@ -344,17 +373,20 @@ def _check_class(name: object, kind: object) -> None:
     if not isinstance(kind.group, property) and kind.group not in (None, 1, 2):
         raise ValueError(f"{kind.__name__}.group must be 1, 2 or None (the whole batch), got {kind.group!r}")
     for field in dataclasses.fields(kind):
+        if field.name == "name":
+            raise ValueError(f"{kind.__name__} has a field called 'name', which holds the registered name: rename it")
         if field.default is not dataclasses.MISSING:
             check_field(kind, field.name, field.default)
 
 
 def check_field(kind: type, name: str, value: object) -> None:
     """Refuse a field that does not survive the way through a string."""
-    is_plain = isinstance(value, (bool, int, float, str))
-    if not is_plain and not (isinstance(value, tuple) and all(isinstance(x, (bool, int, float, str)) for x in value)):
+    values = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(x, (bool, str)) or (checks.is_number(x) and x == x) for x in values):
+        came = "NaN" if isinstance(value, float) else type(value).__name__
         raise TypeError(
-            f"{kind.__name__}.{name} is {type(value).__name__}, expected a number, a string, a boolean or a tuple of "
-            "them; a tensor is passed with the call, as a parameter of losses"
+            f"{kind.__name__}.{name} is {came}, expected a number, a string, a boolean or a tuple of them; a tensor is "
+            "passed with the call, as a parameter of losses"
         )
 
 
@@ -362,91 +394,104 @@ def _try_out(name: str, kind: type[Head]) -> None:
     """Try the class at its registration, where its fields have defaults and its tensors can be made up."""
     if any(field.default is dataclasses.MISSING for field in dataclasses.fields(kind)):
         return
-    if kind.level == "sequence" and set(kind.required_tensors()) <= {"desirable", "weights"}:
+    if kind.level == "sequence" and set(kind.required_tensors()) <= {"desirable"}:
         try_head(kind(), {})
 
 
-_tried: set[tuple[type, tuple[str, ...]]] = set()
+_tried: set[tuple[Any, ...]] = set()
 
 
-def try_once(head: Head, tensors: dict[str, torch.Tensor]) -> None:
-    """Try a head at its first call, with tensors shaped as the call's."""
-    kind = type(head)
-    parts = head.heads if isinstance(head, Mix) else [head]
-    for part in parts:
-        given = {key: value for key, value in tensors.items() if key in part.tensor_names()}
-        key = kind if parts == [head] else type(part), tuple(sorted(given))
+def try_once(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) -> None:
+    """Try a head at its first call, with tensors shaped as those of the call, which has ``num_sequences``.
+
+    It is tried again where a string or a boolean among its fields changes, which may choose another formula.
+    """
+    if isinstance(head, Mix):
+        for part in head.heads:
+            try_once(part, tensors, num_sequences)
+    else:
+        given = {name: value for name, value in tensors.items() if name in head.tensor_names()}
+        kinds = tuple((name, value.ndim and len(value) == num_sequences) for name, value in given.items())
+        values = [getattr(head, field.name) for field in dataclasses.fields(head)]
+        choices = tuple(value for value in values if isinstance(value, (str, bool)))
+        key = type(head), head.group, choices, kinds
         if key not in _tried:
-            try_head(part, given)
+            try_head(head, given, num_sequences)
             _tried.add(key)
 
 
-def try_head(head: Head, tensors: dict[str, torch.Tensor]) -> None:
+def try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int = 0) -> None:
     """Call the head on random numbers and check shape, differentiability, and that groups do not depend on each other.
 
-    ``tensors`` are the call's; only their kinds and numbers of dimensions are looked at.
+    ``tensors`` are those of a call with ``num_sequences``. Only their dtypes and lengths are looked at.
     """
+    with torch.inference_mode(False), recording(), no_hooks(), torch.device("cpu"):
+        _try_head(head, tensors, num_sequences)
+
+
+def _try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) -> None:
     group, kind = head.group, type(head).__name__
-    num_sequences = 4 * (group or 2)
+    size = 4 * (group or 2)  # in sequences
     generator = torch.Generator().manual_seed(0)
 
-    def random() -> torch.Tensor:
-        return torch.randn(num_sequences, dtype=torch.float64, generator=generator, device="cpu")
+    def random(length: int = size) -> torch.Tensor:
+        return torch.randn(length, dtype=torch.float64, generator=generator)
 
-    counts = torch.randint(2, 9, (num_sequences,), generator=generator, device="cpu")
-    inputs = {"logps": random() - 3 * counts, "ref_logps": random() - 3 * counts if head.needs_reference else None}
-    made_up = {}
-    for name in head.tensor_names():
-        if name == "desirable":
-            made_up[name] = torch.arange(num_sequences, device="cpu") % 2 == 0
-        elif name in tensors or name in head.required_tensors():
-            like = tensors.get(name)
-            value = random().abs() if like is None or like.ndim else random()[0].abs()
-            if like is not None and like.ndim and group == 2 and name == "weights":
-                value = value[: num_sequences // 2]
-            made_up[name] = value if like is None or like.is_floating_point() else (value > 1).to(like.dtype)
-    if head.reads_batch_counts():
-        made_up["batch_counts"] = counts
+    def made_up(like: torch.Tensor) -> torch.Tensor:
+        values = random(size if not like.ndim or len(like) == num_sequences else size // 2).abs()
+        values = values if like.ndim else values[0]
+        return values if like.is_floating_point() else (values > 0.5).to(like.dtype)
 
-    def gradient(values: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.enable_grad():
-            logps = values["logps"].clone().requires_grad_()
-            given = logps * 1  # no leaf, so that a change in place raises nothing by itself
-            before = given.detach().clone()
-            losses = head.losses(given, counts, values["ref_logps"], **made_up)
-            if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
-                came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-                raise ValueError(f"{kind}.losses must return one loss per group, a tensor of one dimension, got {came}")
-            if group is not None and len(losses) != num_sequences // group:
-                raise ValueError(
-                    f"{kind}.losses returned {len(losses)} losses for {num_sequences} sequences, expected "
-                    f"{num_sequences // group} with group={group}"
-                )
-            if not torch.equal(given.detach(), before):
-                raise ValueError(f"{kind}.losses changes its argument logps in place: work on a copy")
-            if not losses.requires_grad:
-                raise ValueError(
-                    f"{kind}.losses is not differentiable by logps: it must use PyTorch operations on them"
-                )
-            (grads,) = torch.autograd.grad(losses.sum(), logps, allow_unused=True)
-            if grads is None:
-                raise ValueError(f"{kind}.losses does not depend on logps")
-        return losses.detach(), grads
+    counts = torch.randint(2, 9, (size,), generator=generator)
+    batch = {"logps": random() - 3 * counts, "counts": counts, "ref_logps": None}
+    if head.needs_reference:
+        batch["ref_logps"] = random() - 3 * counts
+    batch.update({name: made_up(like) for name, like in tensors.items()})
+    if "desirable" in head.tensor_names():
+        batch["desirable"] = torch.arange(size) % 3 != 0
+    whole = {"batch_counts": counts} if head.reads_batch_counts() else {}
 
-    _, before = gradient(inputs)
+    losses, grads = _losses_and_gradient(head, batch, whole, None if group is None else size // group)
     if group is None:
         return
-    num_groups = num_sequences // group
-    for changed in ("logps", "ref_logps"):
-        if inputs[changed] is None:
-            continue
-        perturbed = dict(inputs)
-        perturbed[changed] = inputs[changed].clone()
-        perturbed[changed][0] += 0.5
-        _, after = gradient(perturbed)
-        others = torch.arange(num_sequences, device="cpu") % num_groups != 0
-        if not torch.allclose(before[others], after[others], rtol=1e-9, atol=1e-12, equal_nan=True):
-            raise ValueError(
-                f"{kind} declares group={group}, but a change of one group's {changed} changes another group's "
-                "gradient: set group = None, by which the head reads the whole batch"
-            )
+    num_groups = size // group
+
+    def part(value: torch.Tensor | None, index: int) -> torch.Tensor | None:
+        return value if value is None or not value.ndim else value[index % len(value) :: num_groups]
+
+    for index in range(num_groups):
+        alone = _losses_and_gradient(head, {name: part(value, index) for name, value in batch.items()}, whole, 1)
+        for value, expected in zip(alone, (losses[index : index + 1], grads[index::num_groups]), strict=True):
+            if not torch.allclose(value, expected, rtol=1e-9, atol=1e-12, equal_nan=True):
+                raise ValueError(
+                    f"{kind} declares group={group}, but a group's loss or gradient depends on the batch's other "
+                    "groups: set group = None, by which the head reads the whole batch"
+                )
+
+
+def _losses_and_gradient(
+    head: Head, batch: dict[str, torch.Tensor | None], whole: dict[str, torch.Tensor], num_losses: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``num_losses`` losses and the gradient of their sum by the log-probabilities. Refuses what is no loss."""
+    kind, leaf = type(head).__name__, batch["logps"].clone().requires_grad_()
+    given = {**batch, "logps": leaf * 1}  # no leaf, so that a change in place raises nothing by itself
+    before = {name: value.detach().clone() for name, value in given.items() if value is not None}
+    sequences, tensors = [given[name] for name in _SEQUENCES], {x: given[x] for x in given if x not in _SEQUENCES}
+    losses = head.losses(*sequences, **tensors, **whole)
+    if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
+        came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        raise ValueError(f"{kind}.losses must return one loss per group, a tensor of one dimension, got {came}")
+    if num_losses is not None and len(losses) != num_losses:
+        raise ValueError(
+            f"{kind}.losses returned {len(losses)} losses for {len(leaf)} sequences, expected {num_losses} with "
+            f"group={head.group}"
+        )
+    for name, value in before.items():
+        if not torch.equal(given[name].detach(), value):
+            raise ValueError(f"{kind}.losses changes its argument {name} in place: work on a copy")
+    if not losses.requires_grad:
+        raise ValueError(f"{kind}.losses is not differentiable by logps: it must use PyTorch operations on them")
+    (grads,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+    if grads is None:
+        raise ValueError(f"{kind}.losses does not depend on logps")
+    return losses.detach(), grads
