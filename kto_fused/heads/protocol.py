@@ -236,6 +236,10 @@ class Mix(Head):
             weight, head = part
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 raise ValueError(f"a weight of Mix must be a finite number >= 0, got {weight!r}")
+            if head.level == "token":
+                raise TypeError(
+                    f"Mix takes losses of sequences or pairs, got the token-level {head!r}; for NLL take 'sft'"
+                )
             if not is_registered(head):
                 raise TypeError(f"{type(head).__name__} is not registered: decorate it with heads.register(name)")
         self.parts = parts

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import checks
-from .base import register, value_and_grads
+from .base import no_hooks, recording, register, value_and_grads, weighted
 from .protocol import Head, check_tensor_names, from_text, to_text
 
 ANY_DTYPE = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
@@ -32,7 +32,8 @@ class TokenFormulaHead:
 
     @property
     def head(self) -> Head:
-        return from_text(self.text)
+        loss = getattr(self, "_loss", None)  # as it was prepared
+        return from_text(self.text) if loss is None else loss
 
     @property
     def loss_name(self) -> str:
@@ -59,6 +60,7 @@ class TokenFormulaHead:
         checks.choice("reduction", reduction, ("mean", "sum"))
         tensors = _checked_tensors(loss, tensors, num_sequences, policy)
         head = cls(text=to_text(loss), tensor_names=",".join(tensors), reduction=reduction, **fields)
+        object.__setattr__(head, "_loss", loss)  # torch.compile need not read the text
         return head, tuple(tensors.values())
 
     def check_logps(self, *_: Any) -> None:
@@ -93,12 +95,12 @@ class TokenFormulaHead:
         """Return the weighted losses of n tokens, [n] float64. ``tensors`` have one entry per token, or are scalars."""
         named = self.named(tensors)
         named.pop("num_items", None)
-        extra = named.pop("weights", None)
-        if extra is not None:
-            weights = weights * extra
-        losses = self.head.losses(logps, **named)
-        # a token of weight 0 takes no part, even if its loss is infinite
-        return torch.where(weights > 0, losses * weights, 0.0)
+        if "weights" in named and "weights" not in self.head.tensor_names():
+            weights = weights * named.pop("weights")
+        _try_once(self.head, named)
+        # a token of weight 0 takes no part and has a gradient of 0, even if its loss is infinite
+        logps = torch.where(weights != 0, logps, logps.detach())
+        return weighted(self.head.losses(logps, **named), weights)
 
     def on_tokens(
         self, logps: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]
@@ -120,6 +122,55 @@ class TokenFormulaHead:
         """Empty tensors like the loss and the gradient by sequences, of which there is none."""
         *_, loss_dtype = arguments
         return logps.new_empty((), dtype=loss_dtype), logps.new_empty(0, dtype=torch.float64)
+
+
+_tried: set[tuple[type, tuple[str, ...]]] = set()
+
+
+def _try_once(loss: Head, tensors: dict[str, torch.Tensor]) -> None:
+    """Call a loss on random tokens, at its first call. Refuse it if its result is no loss of single tokens."""
+    key = type(loss), tuple(sorted(name for name, value in tensors.items() if value.ndim))
+    if key in _tried or torch.compiler.is_compiling():
+        return
+    with torch.inference_mode(False), recording(), no_hooks(), torch.device("cpu"):
+        _try_tokens(loss, tensors)
+    _tried.add(key)
+
+
+def _try_tokens(loss: Head, tensors: dict[str, torch.Tensor]) -> None:
+    size, kind = 6, type(loss).__name__
+    generator = torch.Generator().manual_seed(0)
+
+    def made_up(like: torch.Tensor) -> torch.Tensor:
+        values = torch.rand(size if like.ndim else (), dtype=torch.float64, generator=generator)
+        return values if like.is_floating_point() else (values > 0.5).to(like.dtype)
+
+    named = {name: made_up(like) for name, like in tensors.items()}
+    logps = -3 * torch.rand(size, dtype=torch.float64, generator=generator)
+
+    def losses_and_gradient(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = logps[rows].clone().requires_grad_()
+        given = leaf * 1  # no leaf, so that a change in place raises nothing by itself
+        losses = loss.losses(given, **{name: value[rows] if value.ndim else value for name, value in named.items()})
+        if not isinstance(losses, torch.Tensor) or losses.shape != leaf.shape:
+            came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+            raise ValueError(f"{kind}.losses must return one loss per token, {list(leaf.shape)} here, got {came}")
+        if not torch.equal(given.detach(), leaf.detach()):
+            raise ValueError(f"{kind}.losses changes its argument logps in place: work on a copy")
+        if not losses.requires_grad:
+            raise ValueError(f"{kind}.losses is not differentiable by logps: it must use PyTorch operations on them")
+        (grads,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), grads
+
+    whole = losses_and_gradient(slice(None))
+    for index in range(size):
+        alone = losses_and_gradient(slice(index, index + 1))
+        for value, expected in zip(alone, whole, strict=True):
+            if not torch.allclose(value, expected[index : index + 1], rtol=1e-9, atol=1e-12, equal_nan=True):
+                raise ValueError(
+                    f"{kind} has level='token', but a token's loss or gradient depends on other tokens: make it a loss "
+                    "of sequences (level='sequence')"
+                )
 
 
 def _checked_tensors(
