@@ -365,17 +365,31 @@ def _check_class(name: object, kind: object) -> None:
         raise TypeError(f"register takes a name, a string that is not empty, got {name!r}")
     if not isinstance(kind, type) or not issubclass(kind, Head):
         raise TypeError(f"register({name!r}) decorates a class derived from kto_fused.heads.Head, got {kind!r}")
-    if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:
+    # of its own: a subclass of a dataclass would lose its new fields
+    if "__dataclass_params__" not in vars(kind) or not kind.__dataclass_params__.frozen:
         raise TypeError(f"{kind.__name__} must be a frozen dataclass: decorate it with @dataclass(frozen=True)")
     if kind.level not in ("sequence", "token"):
         raise ValueError(f"{kind.__name__}.level must be 'sequence' or 'token', got {kind.level!r}")
-    if not isinstance(kind.group, property) and kind.group not in (None, 1, 2):
-        raise ValueError(f"{kind.__name__}.group must be 1, 2 or None (the whole batch), got {kind.group!r}")
+    if not isinstance(kind.group, property):
+        check_group(kind, kind.group)
+    parameters = inspect.signature(kind.losses).parameters
+    is_named = all(
+        parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters.values()
+    )
+    if kind.losses is Head.losses or tuple(parameters)[:4] != _GIVEN[:4] or not is_named:
+        raise TypeError(
+            f"{kind.__name__} must define losses(self, logps, counts, ref_logps), followed by its tensors by name"
+        )
     for field in dataclasses.fields(kind):
         if field.name == "name":
             raise ValueError(f"{kind.__name__} has a field called 'name', which holds the registered name: rename it")
         if field.default is not dataclasses.MISSING:
             check_field(kind, field.name, field.default)
+
+
+def check_group(kind: type, group: object) -> None:
+    if group not in (None, 1, 2):
+        raise ValueError(f"{kind.__name__}.group must be 1, 2 or None (the whole batch), got {group!r}")
 
 
 def check_field(kind: type, name: str, value: object) -> None:
@@ -430,6 +444,7 @@ def try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int = 
 
 def _try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) -> None:
     group, kind = head.group, type(head).__name__
+    check_group(type(head), group)  # a property may depend on fields
     size = 4 * (group or 2)  # in sequences
     generator = torch.Generator().manual_seed(0)
 

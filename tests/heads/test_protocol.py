@@ -9,9 +9,11 @@ import own_heads
 import pytest
 import torch
 from cases import assert_close, chunks_of, make_case, make_hidden_case
+from devices import HAS_GPU
 from own_heads import OwnMargin
 from torch.utils.checkpoint import checkpoint
 
+import kto_fused
 from kto_fused import FusedLoss, fused_linear_loss, fused_loss, heads, loss_from_logps, reference
 from kto_fused.heads import base, formula, protocol
 from kto_fused.heads.formula import FormulaHead
@@ -49,6 +51,15 @@ def head_of(losses, group=2, **members):
     """A frozen dataclass whose formula is ``losses(logps, counts, ref_logps)``."""
     body = {"losses": lambda self, logps, counts, ref_logps: losses(logps, counts, ref_logps), "group": group}
     return dataclass(frozen=True)(type("Own", (heads.Head,), {"__annotations__": {}, **body, **members}))
+
+
+def with_method(method):
+    """A frozen dataclass whose ``losses`` is ``method``."""
+    return dataclass(frozen=True)(type("Own", (heads.Head,), {"losses": method}))
+
+
+def losses_of_any(self, logps, counts, ref_logps, **tensors):
+    return logps
 
 
 def margins(logps, ref_logps):
@@ -109,6 +120,19 @@ REFUSED = {
     "neighbours": (head_of(lambda x, n, r: torch.tanh(x) * x.roll(1), 1), ValueError, "declares group=1"),
     "another level": (head_of(lambda x, n, r: x, level="word"), ValueError, "level must be 'sequence' or 'token'"),
     "another group": (head_of(lambda x, n, r: x, 3), ValueError, "group must be 1, 2 or None"),
+    "another group of an instance": (
+        head_of(lambda x, n, r: x, property(lambda self: 3)),
+        ValueError,
+        "group must be 1, 2 or None",
+    ),
+    "no formula": (dataclass(frozen=True)(type("Own", (heads.Head,), {})), TypeError, "must define losses"),
+    "tensors without a name": (with_method(losses_of_any), TypeError, "followed by its tensors by name"),
+    "other parameters": (with_method(lambda self, x, n, r: x), TypeError, "must define losses"),
+    "a subclass that is no dataclass": (
+        type("Own", (heads.pairs.Sigmoid,), {}),
+        TypeError,
+        "must be a frozen dataclass",
+    ),
     "no dataclass": (type("Own", (heads.Head,), {}), TypeError, "must be a frozen dataclass"),
     "a dataclass that changes": (dataclass(type("Own", (heads.Head,), {})), TypeError, "must be a frozen dataclass"),
     "no head": (dataclass(frozen=True)(type("Own", (), {})), TypeError, "derived from kto_fused.heads.Head"),
@@ -756,6 +780,45 @@ def test_a_loss_runs_its_own_operator_once(name, kernel, monkeypatch):
     ref = {"ref_logits": case.ref_logits} if name != "orpo" else {}
     fused_loss(name, case.logits, case.labels, **ref, **({"desirable": case.desirable} if name == "kto" else {}))
     assert calls == [kernel]
+
+
+def launches_of(monkeypatch, step) -> list[str]:
+    """The names of the Triton kernels that ``step`` launches in the interpreter."""
+    from triton.runtime import interpreter
+
+    names, run = [], interpreter.InterpretedFunction.run
+
+    def named_run(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "run", named_run)
+        step()
+    return names
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts the launches of Triton's interpreter")
+@pytest.mark.parametrize("kind", ["kto", "dpo"])
+def test_a_named_loss_launches_the_kernels_of_its_own_function(kind, monkeypatch):
+    case = make_case(vocab=17)
+    options = {"ref_logps": torch.zeros(B), "backend": "triton"}
+
+    def step(is_named: bool):
+        logits = case.logits.clone().requires_grad_()
+        if kind == "kto":
+            name, own, tensors = "kto", kto_fused.fused_kto_loss, {"desirable": case.desirable}
+        else:
+            name, own, tensors = "sigmoid", kto_fused.fused_dpo_loss, {}
+        if is_named:
+            loss = fused_loss(name, logits, case.labels, **options, **tensors)[0]
+        else:
+            loss = own(logits, case.labels, **options, **tensors)[0]
+        loss.backward()
+
+    named, plain = (launches_of(monkeypatch, lambda is_named=is_named: step(is_named)) for is_named in (True, False))
+    assert named == plain
+    assert sum(kind in name for name in named) == 1
 
 
 def test_every_head_flattens_into_an_operators_plain_values():
