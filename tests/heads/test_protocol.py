@@ -14,10 +14,11 @@ from own_heads import OwnMargin
 from torch.utils.checkpoint import checkpoint
 
 import kto_fused
-from kto_fused import FusedLoss, fused_linear_loss, fused_loss, heads, loss_from_logps, reference
+from kto_fused import FusedLinearLoss, FusedLoss, fused_linear_loss, fused_loss, heads, loss_from_logps, reference
 from kto_fused.heads import base, formula, protocol
 from kto_fused.heads.formula import FormulaHead
 
+protocol._CLASSES.pop(OwnMargin.name)  # other tests of this process list what is registered
 B = 4
 COUNTS = torch.tensor([3, 5, 4, 2])
 LOGPS = torch.tensor([-2.0, -4.5, -3.0, -1.5], dtype=torch.float64)
@@ -28,20 +29,22 @@ LIKED = torch.tensor([True, False, True, True])
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(protocol, "_CLASSES", dict(protocol._CLASSES))
+    monkeypatch.setattr(protocol, "_CLASSES", {**protocol._CLASSES, OwnMargin.name: OwnMargin})
     monkeypatch.setattr(protocol, "_tried", set())
     protocol.from_text.cache_clear()
     yield
     protocol.from_text.cache_clear()
 
 
-def value_and_grad(head, *, logps=LOGPS, ref_logps=REF_LOGPS, **options):
-    """Loss and gradient of ``loss_from_logps``; the losses' weights differ."""
-    logps = logps.clone().requires_grad_()
-    ref_logps = ref_logps if getattr(head, "needs_reference", True) else None
-    loss, _ = loss_from_logps(head, logps, ref_logps, token_counts=COUNTS, **options)
-    (loss * torch.linspace(1, 2, loss.numel()).view(loss.shape)).sum().backward()
-    return loss.detach(), logps.grad
+def value_and_grad(head, *, engine=(None, "cpu"), logps=LOGPS, ref_logps=REF_LOGPS, **options):
+    """Loss and gradient of ``loss_from_logps`` on the engine's device; the losses' weights differ."""
+    backend, device = engine
+    leaf = logps.to(device).clone().requires_grad_()
+    ref_logps = ref_logps.to(device) if head.needs_reference else None
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    loss, _ = loss_from_logps(head, leaf, ref_logps, token_counts=COUNTS.to(device), backend=backend, **options)
+    (loss * torch.linspace(1, 2, loss.numel(), device=device).view(loss.shape)).sum().backward()
+    return loss.detach().cpu(), leaf.grad.cpu()
 
 
 # ---- what registration refuses --------------------------------------------------------------------------------------
@@ -367,7 +370,7 @@ WEIGHTED = {"sigmoid": 2, "orpo": 2, "aot": 2, "kto": 4, "apo_zero_unpaired": 4}
 def test_weights_multiply_the_losses_and_a_mean_divides_by_their_number(engine, name):
     weights = torch.tensor([0.5, 2.0, 0.0, 1.0][: WEIGHTED[name]], dtype=torch.float64)
     head, tensors = heads.make(name), {"desirable": LIKED} if WEIGHTED[name] == 4 else {}
-    loss, grad = value_and_grad(head, weights=weights, backend=engine[0], **tensors)
+    loss, grad = value_and_grad(head, weights=weights, engine=engine, **tensors)
     logps = LOGPS.clone().requires_grad_()
     counts = {"batch_counts": COUNTS} if head.reads_batch_counts() else {}
     losses = head.losses(logps, COUNTS, REF_LOGPS, **tensors, **counts)
@@ -381,7 +384,7 @@ def test_a_weight_of_0_silences_an_infinite_loss(engine):
     """The second pair's rejected answer has probability 1."""
     logps = LOGPS.clone()
     logps[3] = 0.0
-    options = {"reduction": "none", "backend": engine[0]}
+    options = {"reduction": "none", "engine": engine}
     infinite, _ = value_and_grad(heads.make("orpo"), logps=logps, **options)
     assert infinite[1] == torch.inf
     loss, grad = value_and_grad(heads.make("orpo"), logps=logps, weights=torch.tensor([1.0, 0.0]), **options)
@@ -731,6 +734,9 @@ def test_the_module_keeps_a_head_and_its_options():
     expected = fused_loss(OwnMargin(2.0), case.logits, case.labels, temperature=0.7, **tensors)[0]
     assert torch.equal(module(case.logits, case.labels, **tensors)[0], expected)
     assert repr(module) == "FusedLoss(OwnMargin(margin=2.0, kind='squared'), temperature=0.7)"
+    hidden = make_hidden_case(vocab=17, hidden_size=4)
+    linear, inputs = FusedLinearLoss("orpo", chunk_bytes=2**20), (hidden.hidden, hidden.weight, hidden.labels)
+    assert torch.equal(linear(*inputs)[0], fused_linear_loss("orpo", *inputs)[0])
     with pytest.raises(TypeError, match="no option 'temprature'"):
         FusedLoss("orpo", temprature=0.7)
     with pytest.raises(ValueError, match="no loss is registered as 'opro'"):
