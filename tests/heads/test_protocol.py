@@ -151,6 +151,11 @@ def test_registration_refuses(case):
     assert "own" not in heads.names()
 
 
+def test_a_formula_may_compute_in_float32():
+    """Vectorised operations round otherwise than those on a batch's last elements."""
+    heads.register("own")(head_of(lambda x, n, r: torch.exp(torch.tanh((x - r).float()) / 3).log1p() ** 1.7, 1))
+
+
 @pytest.mark.parametrize(
     ("value", "message"), [(torch.ones(1), "beta is Tensor"), (None, "beta is NoneType"), ((1, None), "beta is tuple")]
 )
@@ -674,6 +679,24 @@ def test_a_module_that_does_not_register_its_head_is_named():
     text = protocol.to_text(OwnMargin()).replace("own margin", "own other").replace("own_heads", "json")
     with pytest.raises(ValueError, match="'own other', not even by its module json: register it there"):
         protocol.from_text(text)
+
+
+def test_fields_of_every_kind_survive_the_way_through_a_string():
+    @heads.register("own")
+    @dataclass(frozen=True)
+    class Own(heads.Head):
+        numbers: tuple = (1, 0.1, float("inf"), -float("inf"), 1e-300, True, "it's")
+        count: int = 3
+        computed: float = field(init=False, default=0.0)
+
+        def __post_init__(self):
+            object.__setattr__(self, "computed", self.count / 2)
+
+        def losses(self, logps, counts, ref_logps, *, weights):
+            return logps * weights.sum()
+
+    for head in (Own(), Own(count=4), Own(numbers=()), heads.Mix((0.5, Own()), (1.0, heads.Mix((2.0, Own()))))):
+        assert protocol.from_text(protocol.to_text(head)) == head
 
 
 @pytest.mark.parametrize("head", [OwnMargin(0.5, "plain"), heads.make("kto", reference_point=1), heads.make("sft")])
