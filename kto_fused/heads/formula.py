@@ -13,7 +13,7 @@ from .. import checks
 from ..engines.backends import opaque
 from .base import REDUCTIONS, loss_shape, register, value_and_grads, weighted
 from .preference import check_desirable, check_token_counts
-from .protocol import Head, check_tensor_names, from_text, to_text, try_once
+from .protocol import Head, check_group, check_tensor_names, from_text, to_text, try_once
 
 
 @register("formula")
@@ -172,6 +172,7 @@ def check_tensors(
 ) -> dict[str, torch.Tensor]:
     """Check the tensors of a call by name and shape. Returns them detached, in the order of the head's names."""
     check_tensor_names(loss, tensors)
+    check_group(type(loss), loss.group)
     if loss.group == 2 and num_sequences % 2:
         raise ValueError(
             f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple of 2"

@@ -9,13 +9,16 @@ import own_heads
 import pytest
 import torch
 from cases import assert_close, chunks_of, make_case, make_hidden_case
+from devices import HAS_GPU
 from own_heads import OwnMargin
 from torch.utils.checkpoint import checkpoint
 
-from kto_fused import FusedLoss, fused_linear_loss, fused_loss, heads, loss_from_logps, reference
+import kto_fused
+from kto_fused import FusedLinearLoss, FusedLoss, fused_linear_loss, fused_loss, heads, loss_from_logps, reference
 from kto_fused.heads import base, formula, protocol
 from kto_fused.heads.formula import FormulaHead
 
+protocol._CLASSES.pop(OwnMargin.name)  # other tests of this process list what is registered
 B = 4
 COUNTS = torch.tensor([3, 5, 4, 2])
 LOGPS = torch.tensor([-2.0, -4.5, -3.0, -1.5], dtype=torch.float64)
@@ -26,20 +29,22 @@ LIKED = torch.tensor([True, False, True, True])
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(protocol, "_CLASSES", dict(protocol._CLASSES))
+    monkeypatch.setattr(protocol, "_CLASSES", {**protocol._CLASSES, OwnMargin.name: OwnMargin})
     monkeypatch.setattr(protocol, "_tried", set())
     protocol.from_text.cache_clear()
     yield
     protocol.from_text.cache_clear()
 
 
-def value_and_grad(head, *, logps=LOGPS, ref_logps=REF_LOGPS, **options):
-    """Loss and gradient of ``loss_from_logps``; the losses' weights differ."""
-    logps = logps.clone().requires_grad_()
-    ref_logps = ref_logps if getattr(head, "needs_reference", True) else None
-    loss, _ = loss_from_logps(head, logps, ref_logps, token_counts=COUNTS, **options)
-    (loss * torch.linspace(1, 2, loss.numel()).view(loss.shape)).sum().backward()
-    return loss.detach(), logps.grad
+def value_and_grad(head, *, engine=(None, "cpu"), logps=LOGPS, ref_logps=REF_LOGPS, **options):
+    """Loss and gradient of ``loss_from_logps`` on the engine's device; the losses' weights differ."""
+    backend, device = engine
+    leaf = logps.to(device).clone().requires_grad_()
+    ref_logps = ref_logps.to(device) if head.needs_reference else None
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    loss, _ = loss_from_logps(head, leaf, ref_logps, token_counts=COUNTS.to(device), backend=backend, **options)
+    (loss * torch.linspace(1, 2, loss.numel(), device=device).view(loss.shape)).sum().backward()
+    return loss.detach().cpu(), leaf.grad.cpu()
 
 
 # ---- what registration refuses --------------------------------------------------------------------------------------
@@ -49,6 +54,15 @@ def head_of(losses, group=2, **members):
     """A frozen dataclass whose formula is ``losses(logps, counts, ref_logps)``."""
     body = {"losses": lambda self, logps, counts, ref_logps: losses(logps, counts, ref_logps), "group": group}
     return dataclass(frozen=True)(type("Own", (heads.Head,), {"__annotations__": {}, **body, **members}))
+
+
+def with_method(method):
+    """A frozen dataclass whose ``losses`` is ``method``."""
+    return dataclass(frozen=True)(type("Own", (heads.Head,), {"losses": method}))
+
+
+def losses_of_any(self, logps, counts, ref_logps, **tensors):
+    return logps
 
 
 def margins(logps, ref_logps):
@@ -109,6 +123,19 @@ REFUSED = {
     "neighbours": (head_of(lambda x, n, r: torch.tanh(x) * x.roll(1), 1), ValueError, "declares group=1"),
     "another level": (head_of(lambda x, n, r: x, level="word"), ValueError, "level must be 'sequence' or 'token'"),
     "another group": (head_of(lambda x, n, r: x, 3), ValueError, "group must be 1, 2 or None"),
+    "another group of an instance": (
+        head_of(lambda x, n, r: x, property(lambda self: 3)),
+        ValueError,
+        "group must be 1, 2 or None",
+    ),
+    "no formula": (dataclass(frozen=True)(type("Own", (heads.Head,), {})), TypeError, "must define losses"),
+    "tensors without a name": (with_method(losses_of_any), TypeError, "followed by its tensors by name"),
+    "other parameters": (with_method(lambda self, x, n, r: x), TypeError, "must define losses"),
+    "a subclass that is no dataclass": (
+        type("Own", (heads.pairs.Sigmoid,), {}),
+        TypeError,
+        "must be a frozen dataclass",
+    ),
     "no dataclass": (type("Own", (heads.Head,), {}), TypeError, "must be a frozen dataclass"),
     "a dataclass that changes": (dataclass(type("Own", (heads.Head,), {})), TypeError, "must be a frozen dataclass"),
     "no head": (dataclass(frozen=True)(type("Own", (), {})), TypeError, "derived from kto_fused.heads.Head"),
@@ -122,6 +149,11 @@ def test_registration_refuses(case):
     with pytest.raises(error, match=message):
         heads.register("own")(kind)
     assert "own" not in heads.names()
+
+
+def test_a_formula_may_compute_in_float32():
+    """Vectorised operations round otherwise than those on a batch's last elements."""
+    heads.register("own")(head_of(lambda x, n, r: torch.exp(torch.tanh((x - r).float()) / 3).log1p() ** 1.7, 1))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +375,7 @@ WEIGHTED = {"sigmoid": 2, "orpo": 2, "aot": 2, "kto": 4, "apo_zero_unpaired": 4}
 def test_weights_multiply_the_losses_and_a_mean_divides_by_their_number(engine, name):
     weights = torch.tensor([0.5, 2.0, 0.0, 1.0][: WEIGHTED[name]], dtype=torch.float64)
     head, tensors = heads.make(name), {"desirable": LIKED} if WEIGHTED[name] == 4 else {}
-    loss, grad = value_and_grad(head, weights=weights, backend=engine[0], **tensors)
+    loss, grad = value_and_grad(head, weights=weights, engine=engine, **tensors)
     logps = LOGPS.clone().requires_grad_()
     counts = {"batch_counts": COUNTS} if head.reads_batch_counts() else {}
     losses = head.losses(logps, COUNTS, REF_LOGPS, **tensors, **counts)
@@ -357,7 +389,7 @@ def test_a_weight_of_0_silences_an_infinite_loss(engine):
     """The second pair's rejected answer has probability 1."""
     logps = LOGPS.clone()
     logps[3] = 0.0
-    options = {"reduction": "none", "backend": engine[0]}
+    options = {"reduction": "none", "engine": engine}
     infinite, _ = value_and_grad(heads.make("orpo"), logps=logps, **options)
     assert infinite[1] == torch.inf
     loss, grad = value_and_grad(heads.make("orpo"), logps=logps, weights=torch.tensor([1.0, 0.0]), **options)
@@ -649,6 +681,24 @@ def test_a_module_that_does_not_register_its_head_is_named():
         protocol.from_text(text)
 
 
+def test_fields_of_every_kind_survive_the_way_through_a_string():
+    @heads.register("own")
+    @dataclass(frozen=True)
+    class Own(heads.Head):
+        numbers: tuple = (1, 0.1, float("inf"), -float("inf"), 1e-300, True, "it's")
+        count: int = 3
+        computed: float = field(init=False, default=0.0)
+
+        def __post_init__(self):
+            object.__setattr__(self, "computed", self.count / 2)
+
+        def losses(self, logps, counts, ref_logps, *, weights):
+            return logps * weights.sum()
+
+    for head in (Own(), Own(count=4), Own(numbers=()), heads.Mix((0.5, Own()), (1.0, heads.Mix((2.0, Own()))))):
+        assert protocol.from_text(protocol.to_text(head)) == head
+
+
 @pytest.mark.parametrize("head", [OwnMargin(0.5, "plain"), heads.make("kto", reference_point=1), heads.make("sft")])
 def test_a_head_survives_the_way_through_a_string(head):
     assert protocol.from_text(protocol.to_text(head)) == head
@@ -707,6 +757,9 @@ def test_the_module_keeps_a_head_and_its_options():
     expected = fused_loss(OwnMargin(2.0), case.logits, case.labels, temperature=0.7, **tensors)[0]
     assert torch.equal(module(case.logits, case.labels, **tensors)[0], expected)
     assert repr(module) == "FusedLoss(OwnMargin(margin=2.0, kind='squared'), temperature=0.7)"
+    hidden = make_hidden_case(vocab=17, hidden_size=4)
+    linear, inputs = FusedLinearLoss("orpo", chunk_bytes=2**20), (hidden.hidden, hidden.weight, hidden.labels)
+    assert torch.equal(linear(*inputs)[0], fused_linear_loss("orpo", *inputs)[0])
     with pytest.raises(TypeError, match="no option 'temprature'"):
         FusedLoss("orpo", temprature=0.7)
     with pytest.raises(ValueError, match="no loss is registered as 'opro'"):
@@ -756,6 +809,45 @@ def test_a_loss_runs_its_own_operator_once(name, kernel, monkeypatch):
     ref = {"ref_logits": case.ref_logits} if name != "orpo" else {}
     fused_loss(name, case.logits, case.labels, **ref, **({"desirable": case.desirable} if name == "kto" else {}))
     assert calls == [kernel]
+
+
+def launches_of(monkeypatch, step) -> list[str]:
+    """The names of the Triton kernels that ``step`` launches in the interpreter."""
+    from triton.runtime import interpreter
+
+    names, run = [], interpreter.InterpretedFunction.run
+
+    def named_run(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "run", named_run)
+        step()
+    return names
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts the launches of Triton's interpreter")
+@pytest.mark.parametrize("kind", ["kto", "dpo"])
+def test_a_named_loss_launches_the_kernels_of_its_own_function(kind, monkeypatch):
+    case = make_case(vocab=17)
+    options = {"ref_logps": torch.zeros(B), "backend": "triton"}
+
+    def step(is_named: bool):
+        logits = case.logits.clone().requires_grad_()
+        if kind == "kto":
+            name, own, tensors = "kto", kto_fused.fused_kto_loss, {"desirable": case.desirable}
+        else:
+            name, own, tensors = "sigmoid", kto_fused.fused_dpo_loss, {}
+        if is_named:
+            loss = fused_loss(name, logits, case.labels, **options, **tensors)[0]
+        else:
+            loss = own(logits, case.labels, **options, **tensors)[0]
+        loss.backward()
+
+    named, plain = (launches_of(monkeypatch, lambda is_named=is_named: step(is_named)) for is_named in (True, False))
+    assert named == plain
+    assert sum(kind in name for name in named) == 1
 
 
 def test_every_head_flattens_into_an_operators_plain_values():
