@@ -247,8 +247,8 @@ def _token_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
         return x[sequence[tokens.is_token]]
 
     weights = head.weights_of(policy.token_counts, head_tensors)[sequence[tokens.is_token]]
-    own = tuple(of_completion(x) for x in head_tensors)
-    loss = head.losses(tokens.logps[tokens.is_token].double(), weights, own).sum()
+    counts, own = of_completion(policy.token_counts), tuple(of_completion(x) for x in head_tensors)
+    loss = head.losses(tokens.logps[tokens.is_token].double(), counts, weights, own).sum()
     metrics = LossMetrics(
         logps=policy.logps.detach(),
         ref_logps=None,

@@ -22,6 +22,7 @@ class TokenCall:
     """A token-level head with its tensors for N completion tokens."""
 
     head: Any
+    counts: torch.Tensor  # [N] int64, the numbers of tokens in their sequences
     weights: torch.Tensor  # [N] float64, the factors of the tokens' losses
     tensors: tuple[torch.Tensor, ...]  # [N] each, or scalars
 
@@ -50,7 +51,7 @@ class TokenCall:
             return x.flatten()[rows + int(shift)] if is_of_labels else x[sequence]
 
         weights = head.weights_of(token_counts, tensors)[sequence]
-        return cls(head, weights, tuple(gather(x) for x in tensors))
+        return cls(head, token_counts[sequence], weights, tuple(gather(x) for x in tensors))
 
     @classmethod
     def of_packed(
@@ -73,7 +74,7 @@ class TokenCall:
     def __call__(self, logps: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed loss of tokens start..stop, a float64 scalar, and its gradient by their ``logps``."""
         tensors = tuple(x if x.ndim == 0 else x[start:stop] for x in self.tensors)
-        return self.head.on_tokens(logps, self.weights[start:stop], tensors)
+        return self.head.on_tokens(logps, self.counts[start:stop], self.weights[start:stop], tensors)
 
 
 def _fake_token_loss(logps, targets, token_counts, cu_seqlens, tensors, shift, name, reduction, loss_dtype, *_):

@@ -181,7 +181,7 @@ def check_tensors(
     lengths = {None: (num_sequences, num_sequences // 2), 1: (num_sequences,), 2: (num_sequences // 2,)}[loss.group]
     kinds = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
     checked = {}
-    for name in dict.fromkeys((*loss.tensor_names(), "weights")):
+    for name in dict.fromkeys((*loss.tensor_names(), *tensors, "weights")):
         value = tensors.get(name)
         if value is None:
             continue

@@ -41,6 +41,10 @@ _SEQUENCES = ("logps", "counts", "ref_logps")
 _GIVEN = ("self", *_SEQUENCES, "batch_counts")
 
 
+def _takes_rest(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.VAR_KEYWORD
+
+
 class Head:
     """A loss of log-probabilities. Subclass it as a frozen dataclass, and register the class under a name.
 
@@ -101,7 +105,13 @@ class Head:
     @classmethod
     def tensor_names(cls) -> tuple[str, ...]:
         """The names of the tensors that ``losses`` takes from the caller."""
-        return tuple(name for name in inspect.signature(cls.losses).parameters if name not in _GIVEN)
+        parameters = inspect.signature(cls.losses).parameters
+        return tuple(name for name in parameters if name not in _GIVEN and not _takes_rest(parameters[name]))
+
+    @classmethod
+    def takes_any_tensor(cls) -> bool:
+        """Whether ``losses`` ends in ``**tensors``, which gets every tensor of the call that has no name of its own."""
+        return any(map(_takes_rest, inspect.signature(cls.losses).parameters.values()))
 
     @classmethod
     def required_tensors(cls) -> tuple[str, ...]:
@@ -267,6 +277,9 @@ class Mix(Head):
     def required_tensors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for head in self.heads for name in head.required_tensors()))
 
+    def takes_any_tensor(self) -> bool:
+        return False
+
     def reads_batch_counts(self) -> bool:
         return any(head.reads_batch_counts() for head in self.heads)
 
@@ -311,7 +324,7 @@ def check_tensor_names(loss: Head, tensors: dict[str, Any]) -> None:
     """Refuse tensors that a loss does not know, and name those that it lacks."""
     known = (*loss.tensor_names(), *(() if "weights" in loss.tensor_names() else ("weights",)))
     for name in tensors:
-        if name not in known:
+        if name not in known and not loss.takes_any_tensor():
             raise TypeError(f"{loss!r} takes no tensor {name!r}: expected some of {list(known)}")
     missing = [name for name in loss.required_tensors() if tensors.get(name) is None]
     if missing:
@@ -378,9 +391,7 @@ def _check_class(name: object, kind: object) -> None:
     if not isinstance(kind.group, property):
         check_group(kind, kind.group)
     parameters = inspect.signature(kind.losses).parameters
-    is_named = all(
-        parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters.values()
-    )
+    is_named = all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters.values())
     if kind.losses is Head.losses or tuple(parameters)[:4] != _GIVEN[:4] or not is_named:
         raise TypeError(
             f"{kind.__name__} must define losses(self, logps, counts, ref_logps), followed by its tensors by name"
@@ -428,7 +439,11 @@ def try_once(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) -
         for part in head.heads:
             try_once(part, tensors, num_sequences)
     else:
-        given = {name: value for name, value in tensors.items() if name in head.tensor_names()}
+        given = {
+            name: value
+            for name, value in tensors.items()
+            if name in head.tensor_names() or (head.takes_any_tensor() and name != "weights")
+        }
         kinds = tuple((name, value.ndim and len(value) == num_sequences) for name, value in given.items())
         values = [getattr(head, field.name) for field in dataclasses.fields(head)]
         choices = tuple(value for value in values if isinstance(value, (str, bool)))

@@ -83,15 +83,18 @@ class TokenFormulaHead:
         if self.reduction == "sum":
             return torch.ones_like(counts)
         head = self.head
-        if head.normalizer == "tokens":
+        normalizer = getattr(head, "normalizer", "tokens")  # that of a class which is no TokenHead
+        if normalizer == "tokens":
             return (1 / counts.sum().clamp(min=1)).expand_as(counts)
-        if head.normalizer == "sequences":
+        if normalizer == "sequences":
             return 1 / (counts.clamp(min=1) * len(counts))
-        if head.normalizer == "constant":
+        if normalizer == "constant":
             return torch.full_like(counts, 1 / (len(counts) * head.max_tokens))
         return (1 / self.named(tensors)["num_items"].double()).expand_as(counts)
 
-    def losses(self, logps: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def losses(
+        self, logps: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
         """Return the weighted losses of n tokens, [n] float64. ``tensors`` have one entry per token, or are scalars."""
         named = self.named(tensors)
         named.pop("num_items", None)
@@ -100,14 +103,14 @@ class TokenFormulaHead:
         _try_once(self.head, named)
         # a token of weight 0 takes no part and has a gradient of 0, even if its loss is infinite
         logps = torch.where(weights != 0, logps, logps.detach())
-        return weighted(self.head.losses(logps, **named), weights)
+        return weighted(self.head.losses(logps, counts, None, **named), weights)
 
     def on_tokens(
-        self, logps: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]
+        self, logps: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of n tokens' weighted losses, a float64 scalar, and its gradient by ``logps`` [n]."""
         value, grads = value_and_grads(
-            lambda logps: self.losses(logps, weights, tensors), logps.double(), "sum", torch.float64
+            lambda logps: self.losses(logps, counts, weights, tensors), logps.double(), "sum", torch.float64
         )
         return value, grads.to(logps.dtype)
 
@@ -147,11 +150,14 @@ def _try_tokens(loss: Head, tensors: dict[str, torch.Tensor]) -> None:
 
     named = {name: made_up(like) for name, like in tensors.items()}
     logps = -3 * torch.rand(size, dtype=torch.float64, generator=generator)
+    counts = torch.randint(1, 9, (size,), generator=generator)
 
     def losses_and_gradient(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = logps[rows].clone().requires_grad_()
         given = leaf * 1  # no leaf, so that a change in place raises nothing by itself
-        losses = loss.losses(given, **{name: value[rows] if value.ndim else value for name, value in named.items()})
+        losses = loss.losses(
+            given, counts[rows], None, **{name: value[rows] if value.ndim else value for name, value in named.items()}
+        )
         if not isinstance(losses, torch.Tensor) or losses.shape != leaf.shape:
             came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise ValueError(f"{kind}.losses must return one loss per token, {list(leaf.shape)} here, got {came}")
@@ -179,15 +185,16 @@ def _checked_tensors(
     """Check the tensors by name and shape. Returns them detached, with one entry per position, per sequence or none."""
     num_items = tensors.get("num_items")
     check_tensor_names(loss, {name: value for name, value in tensors.items() if name != "num_items"})
-    if (num_items is None) == (loss.normalizer == "items"):
+    normalizer = getattr(loss, "normalizer", "tokens")
+    if (num_items is None) == (normalizer == "items"):
         came = "none" if num_items is None else "one"
         raise TypeError(
             "num_items is the number of tokens that normalizer='items' divides by: expected one for it and none for "
-            f"any other, got {came} with normalizer={loss.normalizer!r}"
+            f"any other, got {came} with normalizer={normalizer!r}"
         )
     shape = tuple(policy.shape[:-1])
     checked = {}
-    for name in dict.fromkeys((*loss.tensor_names(), "weights", "num_items")):
+    for name in dict.fromkeys((*loss.tensor_names(), *tensors, "weights", "num_items")):
         value = tensors.get(name)
         if value is None:
             continue

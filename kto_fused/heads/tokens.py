@@ -22,6 +22,9 @@ NORMALIZERS = ("tokens", "sequences", "constant", "items")
 class TokenHead(Head):
     """What token-level losses share: the way in which ``reduction="mean"`` turns the tokens' losses into one number.
 
+    ``losses`` gets n completion tokens: ``logps`` [n] float64, ``counts`` [n] the numbers of tokens in their sequences,
+    None for ``ref_logps``, and by name tensors [n] or scalars. It returns one loss per token, [n].
+
     ``normalizer`` is ``"tokens"``: the mean over the batch's completion tokens; ``"sequences"``: the mean over each
     sequence's tokens, then over the sequences; ``"constant"``: the sum divided by B ``max_tokens``; ``"items"``: the
     sum divided by the call's scalar ``num_items``, the number of tokens in all accumulated batches and ranks.
@@ -49,7 +52,7 @@ class TokenHead(Head):
 class NLL(TokenHead):
     """The negative log-likelihood of supervised fine-tuning: -l."""
 
-    def losses(self, logps):
+    def losses(self, logps, counts, ref_logps):
         return -logps
 
 
@@ -58,7 +61,7 @@ class NLL(TokenHead):
 class DFT(TokenHead):
     """Dynamic fine-tuning (Wu et al. 2025, arXiv 2508.05629): -sg(exp l) l, where sg has no gradient."""
 
-    def losses(self, logps):
+    def losses(self, logps, counts, ref_logps):
         return -logps.detach().exp() * logps
 
 
@@ -101,7 +104,7 @@ class PPO(_PolicyGradient):
             checks.number("clip", bound, above=0)
         checks.number("delta", self.delta, at_least=0)
 
-    def losses(self, logps, *, old_logps, advantages, ref_token_logps=None):
+    def losses(self, logps, counts, ref_logps, *, old_logps, advantages, ref_token_logps=None):
         low, high = self.clip if isinstance(self.clip, tuple) else (self.clip, self.clip)
         ratio = torch.exp(logps - old_logps)
         clipped = ratio.clamp(1 - low, 1 + high)
@@ -156,6 +159,6 @@ class CISPO(_PolicyGradient):
         super().__post_init__()
         checks.number("clip_high", self.clip_high, above=0)
 
-    def losses(self, logps, *, old_logps, advantages, ref_token_logps=None):
+    def losses(self, logps, counts, ref_logps, *, old_logps, advantages, ref_token_logps=None):
         weights = torch.exp(logps.detach() - old_logps).clamp(max=self.clip_high)
         return self._with_kl(-weights * advantages * logps, logps, ref_token_logps)

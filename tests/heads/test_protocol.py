@@ -61,7 +61,7 @@ def with_method(method):
     return dataclass(frozen=True)(type("Own", (heads.Head,), {"losses": method}))
 
 
-def losses_of_any(self, logps, counts, ref_logps, **tensors):
+def losses_of_positions(self, logps, counts, ref_logps, *tensors):
     return logps
 
 
@@ -129,7 +129,7 @@ REFUSED = {
         "group must be 1, 2 or None",
     ),
     "no formula": (dataclass(frozen=True)(type("Own", (heads.Head,), {})), TypeError, "must define losses"),
-    "tensors without a name": (with_method(losses_of_any), TypeError, "followed by its tensors by name"),
+    "tensors by position": (with_method(losses_of_positions), TypeError, "followed by its tensors by name"),
     "other parameters": (with_method(lambda self, x, n, r: x), TypeError, "must define losses"),
     "a subclass that is no dataclass": (
         type("Own", (heads.pairs.Sigmoid,), {}),
@@ -863,3 +863,19 @@ def test_every_head_flattens_into_an_operators_plain_values():
     )
     again = base.rebuild(base.flatten(head))
     assert (again.head, again.tensor_names, again.reduction) == (OwnMargin(), "scale", "mean")
+
+
+@heads.register("scaled_by_anything")
+@dataclass(frozen=True)
+class ScaledByAnything(heads.Head):
+    group = 1
+    needs_reference = False
+
+    def losses(self, logps, counts, ref_logps, **tensors):
+        return -logps * sum(tensors.values())
+
+
+def test_a_loss_with_a_rest_of_tensors_gets_all_of_them():
+    factors = torch.arange(1.0, 1 + len(LOGPS))
+    loss, _ = loss_from_logps("scaled_by_anything", LOGPS, mine=factors, another=torch.tensor(2.0))
+    torch.testing.assert_close(loss, (-LOGPS * (factors + 2)).mean().to(loss.dtype))
