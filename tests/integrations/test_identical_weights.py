@@ -97,6 +97,7 @@ def test_precomputed_references_differ_from_live_ones_by_rounding_alone(tmp_path
         ref_cache_dir=str(tmp_path),
     )
     policy = trainer.accelerator.prepare_model(trainer.model)  # as in training
+    trainer._reference.is_gone = False  # the policy is not trained yet, so that it can stand in for the reference
     differences = []
     for batch in trainer.get_train_dataloader():
         kept = {name: batch.pop(name) for name in ("ref_logps", "ref_kl_logps") if name in batch}
