@@ -261,8 +261,8 @@ def fused_linear_kto_loss(
 
     - 2 GEMMs if the LM head is frozen
     - 3 if it is trained
-    - 4 if it is trained and a single sequence exceeds the chunk, or ``"batch_mean"`` couples a batch that exceeds it,
-      or ``reduction="none"``
+    - 4 if it is trained and ``"batch_mean"`` couples a batch that exceeds the chunk, or a single sequence exceeds it
+      whose own gradient by the LM head, in float32, does not fit into ``chunk_bytes`` as well, or ``reduction="none"``
 
     and the reference model takes 1. The forward finds the gradients, and the backward scales them by the incoming
     gradient. A trained head with ``reduction="none"`` is the exception: its backward computes the logits again. The
@@ -363,9 +363,9 @@ def fused_linear_dpo_loss(
     """DPO loss and its relatives from hidden states and the LM head: ``fused_dpo_loss`` of
     hidden @ lm_head_weight.T + bias.
 
-    A chunk holds whole pairs. If the head is trained and a pair exceeds the chunk, the logits are computed twice
-    (4 GEMMs). Losses and pairs are those of ``fused_dpo_loss``; arguments, result and errors are those of
-    ``fused_linear_kto_loss``.
+    A chunk holds whole pairs. If the head is trained and a pair exceeds the chunk, one or two float32 gradients by the
+    LM head must fit into ``chunk_bytes`` as well; if they do not, the logits are computed twice (4 GEMMs). Losses and
+    pairs are those of ``fused_dpo_loss``; arguments, result and errors are those of ``fused_linear_kto_loss``.
 
     >>> import torch, kto_fused
     >>> hidden = torch.randn(2, 5, 8, requires_grad=True)
@@ -787,8 +787,9 @@ def fused_linear_loss(
     """Any loss straight from hidden states and the LM head, without logits.
 
     A registered head takes as many GEMMs as ``fused_linear_kto_loss``: 2 with a frozen LM head and 3 with a trained
-    one; 4 where one of its groups of sequences exceeds the chunk. A function that is not registered takes 4 with a
-    trained LM head.
+    one; 4 where a group of sequences exceeds the chunk, as there. A token-level head takes 2 and 3 at any length, and
+    leaves tokens whose gradient is exactly 0 out of the gradient's GEMMs. A function that is not registered takes 4
+    with a trained LM head.
 
     Args:
         head: as in ``fused_loss``.

@@ -10,9 +10,10 @@ Backward:  the gradients found in the forward, times the incoming gradient
 
 ``GradientMode`` says when gradients are found and how many GEMMs that takes. In the mode OF_LOSS with a trained head, a
 chunk holds whole groups of sequences, so that the head can be called on the chunk's groups while their logits are still
-there. Where that is impossible, a second visit to the tokens computes the logits again once the loss is known: the 4th
-GEMM. With a frozen head chunks may split sequences: d log-probability / d hidden needs no loss, and its rows are scaled
-once the loss is known.
+there. A group that exceeds the chunk is split: its gradients by the LM head add up unscaled, in accumulators, until its
+loss is known. Where they do not fit, and for a loss of the whole batch, a second visit to the tokens computes the
+logits again once the loss is known: the 4th GEMM. A token-level head needs neither. With a frozen head chunks may split
+sequences: d log-probability / d hidden needs no loss, and its rows are scaled once the loss is known.
 
 ``forward`` and ``backward`` are called by ``operators.py`` only.
 """

@@ -127,8 +127,8 @@ class GradientMode(enum.Enum):
     | IN_BACKWARD | weight or bias    | one loss per group, or no loss  | the backward | 4                             |
 
     OF_LOSS takes a 4th GEMM for a trained head where the loss is known only after a chunk's logits were dropped: a
-    group of sequences exceeds the chunk, or the head reads a whole batch that does. Where the weight or the bias needs
-    a gradient and the hidden states do not, one GEMM less.
+    group of sequences exceeds the chunk and its accumulators exceed ``chunk_bytes``, or the head reads a whole batch
+    that exceeds the chunk. Where the weight or the bias needs a gradient and the hidden states do not, one GEMM less.
     """
 
     # No gradient is wanted.
