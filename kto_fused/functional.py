@@ -262,7 +262,7 @@ def fused_linear_kto_loss(
     - 2 GEMMs if the LM head is frozen
     - 3 if it is trained
     - 4 if it is trained and ``"batch_mean"`` couples a batch that exceeds the chunk, or a single sequence exceeds it
-      whose own gradient by the LM head, in float32, does not fit into ``chunk_bytes`` as well, or ``reduction="none"``
+      whose own gradient by the LM head, in float32, exceeds half of ``chunk_bytes``, or ``reduction="none"``
 
     and the reference model takes 1. The forward finds the gradients, and the backward scales them by the incoming
     gradient. A trained head with ``reduction="none"`` is the exception: its backward computes the logits again. The
@@ -364,7 +364,7 @@ def fused_linear_dpo_loss(
     hidden @ lm_head_weight.T + bias.
 
     A chunk holds whole pairs. If the head is trained and a pair exceeds the chunk, one or two float32 gradients by the
-    LM head must fit into ``chunk_bytes`` as well; if they do not, the logits are computed twice (4 GEMMs). Losses and
+    LM head must fit into half of ``chunk_bytes``; if they do not, the logits are computed twice (4 GEMMs). Losses and
     pairs are those of ``fused_dpo_loss``; arguments, result and errors are those of ``fused_linear_kto_loss``.
 
     >>> import torch, kto_fused

@@ -127,7 +127,7 @@ class GradientMode(enum.Enum):
     | IN_BACKWARD | weight or bias    | one loss per group, or no loss  | the backward | 4                             |
 
     OF_LOSS takes a 4th GEMM for a trained head where the loss is known only after a chunk's logits were dropped: a
-    group of sequences exceeds the chunk and its accumulators exceed ``chunk_bytes``, or the head reads a whole batch
+    group of sequences exceeds the chunk and its accumulators half of ``chunk_bytes``, or the head reads a whole batch
     that exceeds the chunk. Where the weight or the bias needs a gradient and the hidden states do not, one GEMM less.
     """
 

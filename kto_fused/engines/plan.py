@@ -156,22 +156,46 @@ def _split_groups(counts: list[int], room: Room, weight: torch.Tensor, group: in
     """Plan one visit in which groups that exceed a chunk are split, sequence by sequence.
 
     The weight's gradient of a split sequence adds up unscaled in an accumulator [V, H], until the group's last
-    log-probability is known. None where the accumulators would take more than ``chunk_bytes`` on top of the chunk, or
-    where a split group is too short to be worth the passes over its accumulators.
+    log-probability is known. Accumulators take at most half of ``chunk_bytes``, and the chunk takes the rest. Returns
+    None where they would take more, or where a split group is too short to be worth the passes over its accumulators.
+    """
+    for num_accumulators in range(1, group + 1):
+        held = num_accumulators * accumulator_bytes(weight, room.spec)
+        if held > room.spec.num_bytes // 2:
+            return None
+        spec = replace(room.spec, num_bytes=room.spec.num_bytes - held)
+        most = spec.capacity()
+        split = _split_ranges(counts, group, min(most, room.usual), most)
+        if split is None:
+            return None
+        if split.num_accumulators <= num_accumulators:
+            return Plan(spec, split.ranges, is_loss_in_time=True, num_accumulators=num_accumulators)
+    return None
+
+
+class _SplitRanges(NamedTuple):
+    ranges: list[tuple[int, int]]
+    num_accumulators: int  # of one group at the most
+
+
+def _split_ranges(counts: list[int], group: int, usual: int, most: int) -> _SplitRanges | None:
+    """Return ranges of whole groups, up to ``usual`` tokens, and pieces of sequences, where a group exceeds ``most``.
+
+    Returns None where such a group has fewer than ``SPLIT_TOKENS``.
     """
     ranges, start, stop, num_accumulators = [], 0, 0, 0
     for first in range(0, len(counts), group):
         own = counts[first : first + group]
-        is_split = sum(own) > room.most
+        is_split = sum(own) > most
         if is_split and sum(own) < SPLIT_TOKENS:
             return None
-        if (is_split or stop + sum(own) - start > room.usual) and stop > start:
+        if (is_split or stop + sum(own) - start > usual) and stop > start:
             ranges.append((start, stop))
             start = stop
         if not is_split:
             stop += sum(own)
             continue
-        pieces = [even_ranges(count, room.usual) for count in own if count]
+        pieces = [even_ranges(count, usual) for count in own if count]
         for of_sequence in pieces:
             ranges += [(stop + begin, stop + end) for begin, end in of_sequence]
             stop += of_sequence[-1][1]
@@ -180,9 +204,7 @@ def _split_groups(counts: list[int], room: Room, weight: torch.Tensor, group: in
         num_accumulators = max(num_accumulators, len(pieces) - (len(pieces[-1]) == 1))
     if stop > start:
         ranges.append((start, stop))
-    if num_accumulators * accumulator_bytes(weight, room.spec) > room.spec.num_bytes:
-        return None
-    return Plan(room.spec, ranges, is_loss_in_time=True, num_accumulators=num_accumulators)
+    return _SplitRanges(ranges, num_accumulators)
 
 
 def accumulator_bytes(weight: torch.Tensor, spec: ChunkSpec) -> int:

@@ -54,7 +54,7 @@ def step(loss, function, lengths, dtype, device, **options):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_one_visit_gives_the_losss_own_gradients(engine, lengths, loss, dtype):
     backend, device = engine
-    options = {"chunk_bytes": 120_000, "backend": backend}
+    options = {"chunk_bytes": 160_000 if lengths == LENGTHS["the last pair"] else 120_000, "backend": backend}
     value, grads, metrics, units = step(loss, fused_linear_loss, lengths, dtype, device, **options)
     expected, expected_grads, expected_metrics, _ = step(loss, reference.linear_loss, lengths, dtype, device)
     assert units < 3.1, "the logits are computed once"
@@ -91,7 +91,7 @@ def test_a_loss_of_the_whole_batch_takes_the_second_visit():
 
 @pytest.mark.parametrize(("tokens", "vocab_size", "accumulators"), [(2000, 1000, 1), (2000, 40_000, 0), (200, 1000, 0)])
 def test_accumulators_stay_within_the_budget_and_are_worth_their_passes(tokens, vocab_size, accumulators, monkeypatch):
-    """One accumulator of 1000 x 64 numbers fits 1 MiB, one of 40,000 x 64 does not; 200 tokens are too few."""
+    """One accumulator of 1000 x 64 numbers fits half of 1 MiB, one of 40,000 x 64 does not; 200 tokens are too few."""
     monkeypatch.undo()
     options = HiddenOptions(LogitOptions(), torch.float32, torch.float32, 2**20, needs=Needs(hidden=True, weight=True))
     weight = torch.empty(vocab_size, 64, device="meta")
