@@ -19,7 +19,7 @@ from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps
 from .engines.results import SequenceValues
 from .heads.base import REDUCTIONS, at_most_one, reduce, weighted
-from .heads.formula import FormulaHead
+from .heads.formula import FormulaHead, PreparedLoss
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
 from .heads.protocol import Head, as_loss
 from .heads.token_formula import TokenFormulaHead
@@ -1029,7 +1029,7 @@ def _named(
     head_tensors: tuple[torch.Tensor | None, ...],
 ) -> dict[str, Any]:
     """The head's fields of ``LossMetrics``: from what its kernel reported, or from its formula's own ``report``."""
-    if isinstance(head, (FormulaHead, TokenFormulaHead)):
+    if isinstance(head, PreparedLoss):
         with torch.no_grad():
             exact_ref = None if ref_logps is None else ref_logps.double()
             reported = head.report(logps.double(), token_counts, exact_ref, *head_tensors)

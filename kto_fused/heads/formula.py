@@ -15,13 +15,12 @@ from .base import REDUCTIONS, loss_shape, register, value_and_grads, weighted
 from .preference import check_desirable, check_token_counts
 from .protocol import Head, check_group, check_tensor_names, from_text, to_text, try_once
 
+ANY_DTYPE = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
 
-@register("formula")
+
 @dataclass(frozen=True, eq=False)
-class FormulaHead:
-    """``head(logps, token_counts, ref_logps, *tensors) -> (loss, grads)`` of a ``Head``, see ``heads.base``."""
-
-    reads_batch_counts: ClassVar[bool] = True
+class PreparedLoss:
+    """A ``Head`` in plain fields, as an operator takes it, and the names of its call's tensors."""
 
     text: str  # the loss, as ``protocol.to_text`` writes it
     tensor_names: str  # of the call's tensors in their order, joined by commas
@@ -35,16 +34,45 @@ class FormulaHead:
         return from_text(self.text) if loss is None else loss
 
     @property
+    def loss_name(self) -> str:
+        return repr(self.head)
+
+    @classmethod
+    def of(
+        cls, loss: Head, tensors: dict[str, torch.Tensor], **fields: Any
+    ) -> tuple["PreparedLoss", tuple[torch.Tensor, ...]]:
+        """Return the prepared loss of a call, and the call's tensors in its order."""
+        prepared = cls(text=to_text(loss), tensor_names=",".join(tensors), **fields)
+        object.__setattr__(prepared, "_loss", loss)  # torch.compile need not read the text
+        return prepared, tuple(tensors.values())
+
+    def named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.tensor_names.split(",") if self.tensor_names else [], tensors, strict=True))
+
+
+def checked_tensor(name: str, value: torch.Tensor | float, policy: torch.Tensor) -> torch.Tensor:
+    """Check dtype and device of a loss's tensor; a number becomes a scalar tensor."""
+    if checks.is_number(value):
+        value = torch.tensor(float(value), dtype=torch.float64, device=policy.device)
+    checks.tensor(name, value, ANY_DTYPE, "bool, integer or floating-point")
+    checks.same_device(name, value, "the policy", policy)
+    return value
+
+
+@register("formula")
+@dataclass(frozen=True, eq=False)
+class FormulaHead(PreparedLoss):
+    """``head(logps, token_counts, ref_logps, *tensors) -> (loss, grads)`` of a ``Head``, see ``heads.base``."""
+
+    reads_batch_counts: ClassVar[bool] = True
+
+    @property
     def group(self) -> int | None:
         return self.head.group
 
     @property
     def needs_reference(self) -> bool:
         return self.head.needs_reference
-
-    @property
-    def loss_name(self) -> str:
-        return repr(self.head)
 
     @classmethod
     def prepare(
@@ -67,9 +95,7 @@ class FormulaHead:
             )
         if not torch.compiler.is_compiling():
             try_once(loss, tensors, num_sequences)
-        head = cls(text=to_text(loss), tensor_names=",".join(tensors), reduction=reduction, **fields)
-        object.__setattr__(head, "_loss", loss)  # torch.compile need not read the text
-        return head, tuple(tensors.values())
+        return cls.of(loss, tensors, reduction=reduction, **fields)
 
     def check_logps(
         self,
@@ -88,9 +114,6 @@ class FormulaHead:
             )
         if token_counts is not None:
             check_token_counts(token_counts, policy_logps)
-
-    def named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        return dict(zip(self.tensor_names.split(",") if self.tensor_names else [], tensors, strict=True))
 
     def losses(
         self,
@@ -179,16 +202,12 @@ def check_tensors(
         )
     # a loss of the whole batch may be one of pairs
     lengths = {None: (num_sequences, num_sequences // 2), 1: (num_sequences,), 2: (num_sequences // 2,)}[loss.group]
-    kinds = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
     checked = {}
     for name in dict.fromkeys((*loss.tensor_names(), *tensors, "weights")):
         value = tensors.get(name)
         if value is None:
             continue
-        if checks.is_number(value):
-            value = torch.tensor(float(value), dtype=torch.float64, device=policy.device)
-        checks.tensor(name, value, kinds, "bool, integer or floating-point")
-        checks.same_device(name, value, "the policy", policy)
+        value = checked_tensor(name, value, policy)
         if name == "desirable":
             check_desirable(value, num_sequences, policy)
         elif value.ndim > 1 or (value.ndim == 1 and len(value) not in (num_sequences, *lengths)):

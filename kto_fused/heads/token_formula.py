@@ -7,14 +7,13 @@ import torch
 
 from .. import checks
 from .base import no_hooks, recording, register, value_and_grads, weighted
-from .protocol import Head, check_tensor_names, from_text, to_text
-
-ANY_DTYPE = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
+from .formula import PreparedLoss, checked_tensor
+from .protocol import Head, check_tensor_names
 
 
 @register("token_formula")
 @dataclass(frozen=True, eq=False)
-class TokenFormulaHead:
+class TokenFormulaHead(PreparedLoss):
     """A token-level head, which an engine calls on the completion tokens that it has just visited.
 
     ``weights_of`` gives the factor of each sequence's tokens, ``on_tokens`` the loss of some tokens and its gradient.
@@ -23,21 +22,6 @@ class TokenFormulaHead:
     level: ClassVar[str] = "token"
     group: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = False
-
-    text: str  # the head, as ``protocol.to_text`` writes it
-    tensor_names: str  # of the call's tensors in their order, joined by commas
-    reduction: str
-    loss_dtype: torch.dtype
-    backend: str
-
-    @property
-    def head(self) -> Head:
-        loss = getattr(self, "_loss", None)  # as it was prepared
-        return from_text(self.text) if loss is None else loss
-
-    @property
-    def loss_name(self) -> str:
-        return repr(self.head)
 
     @classmethod
     def prepare(
@@ -59,9 +43,7 @@ class TokenFormulaHead:
             )
         checks.choice("reduction", reduction, ("mean", "sum"))
         tensors = _checked_tensors(loss, tensors, num_sequences, policy)
-        head = cls(text=to_text(loss), tensor_names=",".join(tensors), reduction=reduction, **fields)
-        object.__setattr__(head, "_loss", loss)  # torch.compile need not read the text
-        return head, tuple(tensors.values())
+        return cls.of(loss, tensors, reduction=reduction, **fields)
 
     def check_logps(self, *_: Any) -> None:
         raise ValueError(
@@ -73,9 +55,6 @@ class TokenFormulaHead:
     def may_be_zero(self) -> bool:
         """Whether gradients of exactly 0 are worth looking for: clipped ratios, advantages and weights of 0."""
         return bool(self.tensor_names)
-
-    def named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        return dict(zip(self.tensor_names.split(",") if self.tensor_names else [], tensors, strict=True))
 
     def weights_of(self, token_counts: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the factor of the losses of each sequence's tokens, [B] float64, for sequences of ``token_counts``."""
@@ -198,10 +177,7 @@ def _checked_tensors(
         value = tensors.get(name)
         if value is None:
             continue
-        if checks.is_number(value):
-            value = torch.tensor(float(value), dtype=torch.float64, device=policy.device)
-        checks.tensor(name, value, ANY_DTYPE, "bool, integer or floating-point")
-        checks.same_device(name, value, "the policy", policy)
+        value = checked_tensor(name, value, policy)
         if name == "num_items" and value.numel() != 1:
             raise ValueError(f"num_items must be a number, got shape {list(value.shape)}")
         value = value.reshape(()) if name == "num_items" else value
