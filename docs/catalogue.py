@@ -25,6 +25,7 @@ TRL_TRAINERS = {
     "`ORPOConfig`": ("orpo",),
     "`SFTConfig(loss_type=...)`": ("nll", "dft"),
     "`GRPOConfig(loss_type=...)`": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
+    '`GRPOConfig(importance_sampling_level="sequence")`': ("gspo",),
 }
 
 

@@ -23,7 +23,7 @@ from .functional import (
     sequence_logps,
     token_logps,
 )
-from .heads.reward import bradley_terry_loss, value_loss
+from .heads.reward import bradley_terry_loss, linear_bradley_terry_loss, value_loss
 from .metrics import LossMetrics, TokenMetrics
 from .modules import (
     FusedDPOLoss,
@@ -56,6 +56,7 @@ __all__ = [
     "kto_class_weights",
     "kto_loss_from_logps",
     "kto_reference_point",
+    "linear_bradley_terry_loss",
     "linear_sequence_logps",
     "linear_token_logps",
     "loss_from_logps",

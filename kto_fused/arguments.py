@@ -12,6 +12,7 @@ import torch
 from . import checks
 from .engines import backends
 from .engines.layout import MASKED, compute_dtype, gemm_dtype, row_sequences, row_targets
+from .engines.logits import sums_over_labels
 from .engines.options import HiddenOptions, LogitOptions, Needs
 from .heads.base import check_reference
 
@@ -191,6 +192,8 @@ def loss_head(
     else:
         policy, options = inputs.hidden, inputs.options.logits
         references = {"ref_hidden": inputs.reference.hidden, "ref_logps": inputs.reference.logps}
+    if "tensors" in head_options:
+        head_options["tensors"] = _with_sums(inputs, options, **head_options)
     head, head_tensors = head_type.prepare(
         policy,
         inputs.num_sequences,
@@ -201,6 +204,35 @@ def loss_head(
     )
     check_reference(head, **references)
     return head, head_tensors
+
+
+def _with_sums(
+    inputs: LogitInputs | HiddenInputs,
+    options: LogitOptions,
+    *,
+    loss: Any,
+    tensors: dict[str, torch.Tensor],
+    **_: object,
+) -> dict[str, torch.Tensor]:
+    """Sum those of ``loss.summed_tensors`` that came per token over each sequence's completion tokens."""
+    shape, summed = inputs.labels.shape, dict(tensors)
+    vocab_size = inputs.logits.shape[-1] if isinstance(inputs, LogitInputs) else len(inputs.weight)
+    for name in loss.summed_tensors:
+        value = tensors.get(name)
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape == (inputs.num_sequences,):
+            continue
+        checks.tensor(name, value, checks.FLOAT_DTYPES, checks.A_FLOAT)
+        if value.ndim == 2 and value.shape[0] == 1 and inputs.cu_seqlens is not None:
+            value = value[0]
+        if value.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, expected [{inputs.num_sequences}], one per sequence, or "
+                f"labels' shape {list(shape)}, one per token"
+            )
+        checks.same_device(name, value, "labels", inputs.labels)
+        layout = inputs.num_sequences, vocab_size, *options.labelling.values(), options.backend
+        summed[name] = sums_over_labels(value.detach(), inputs.labels, inputs.cu_seqlens, *layout)
+    return summed
 
 
 def _logit_options(

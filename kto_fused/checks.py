@@ -105,7 +105,7 @@ def token_mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tenso
 
 def zero_or_one(name: str, value: torch.Tensor) -> None:
     """Check that a tensor of bools or integers holds 0 and 1 alone, where its values may be read."""
-    if value.dtype != torch.bool and _may_read(value):
+    if value.dtype != torch.bool and may_read_values(value):
         wrong = value[(value != 0) & (value != 1)]
         if len(wrong):
             raise ValueError(f"{name} must hold 0 or 1, got {wrong[0].item()}")
@@ -113,13 +113,14 @@ def zero_or_one(name: str, value: torch.Tensor) -> None:
 
 def not_negative(name: str, value: torch.Tensor) -> None:
     """Check that a tensor holds neither a negative number nor NaN, where its values may be read."""
-    if _may_read(value):
+    if may_read_values(value):
         wrong = value[~(value >= 0)]
         if len(wrong):
             raise ValueError(f"{name} must be >= 0, got {wrong[0].item()}")
 
 
-def _may_read(value: torch.Tensor) -> bool:
+def may_read_values(value: torch.Tensor) -> bool:
+    """Whether a check may read a tensor's values here: not while ``torch.compile`` traces."""
     return not torch.compiler.is_compiling() and may_read(value)
 
 

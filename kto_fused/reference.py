@@ -6,8 +6,8 @@ float64 inputs compute in float64 throughout. ``inplace_backward``, ``chunk_byte
 computed, not what it is: a twin checks them and does nothing else with them.
 
 The definition reads from top to bottom: ``_logits`` from hidden states, ``_tokens``, ``_sequences``, ``_loss``. The
-formulas of the losses are in ``heads.preference``. ``gae`` has a definition of its own. The losses of reward and value
-models are plain PyTorch already, and are their own twins.
+formulas of the losses are in ``heads.preference``. ``gae`` and ``linear_bradley_terry_loss`` have definitions of their
+own. ``bradley_terry_loss`` and ``value_loss`` are plain PyTorch already, and are their own twins.
 """
 
 import inspect
@@ -20,10 +20,11 @@ import torch
 from . import advantages, arguments, checks, functional
 from .arguments import HiddenInputs, LogitInputs
 from .engines import backends, scan
-from .engines.layout import check_contents, compute_dtype
+from .engines.layout import check_contents, check_offsets, compute_dtype
 from .engines.options import LogitOptions
 from .engines.results import SequenceValues
 from .functional import kto_class_weights, kto_reference_point
+from .heads import reward
 from .heads.base import reduce
 from .heads.formula import FormulaHead
 from .heads.preference import DPOHead, KTOHead
@@ -41,6 +42,7 @@ __all__ = [
     "kto_loss",
     "kto_loss_from_logps",
     "kto_reference_point",
+    "linear_bradley_terry_loss",
     "linear_dpo_loss",
     "linear_kto_loss",
     "linear_loss",
@@ -318,6 +320,32 @@ def _gae(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(x, dtype=dtype, device=rewards.device).view(rewards.shape) for x in results)
 
 
+def _linear_bradley_terry(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores sequence by sequence."""
+    inputs = reward.checked_reward_inputs(**given)
+    hidden, labels, dtype = inputs.hidden, inputs.labels, compute_dtype(inputs.hidden)
+    if inputs.cu_seqlens is not None:
+        check_offsets(inputs.cu_seqlens, len(labels))
+        lengths = inputs.cu_seqlens.diff().tolist()
+        hidden, labels = hidden.split(lengths), labels.split(lengths)
+    scores = []
+    for sequence, (own_hidden, own_labels) in enumerate(zip(hidden, labels, strict=True)):
+        positions = (own_labels != given["ignore_index"]).nonzero().flatten().tolist()
+        if not positions:
+            raise ValueError(reward.no_token(sequence, given["ignore_index"]))
+        position = positions[-1] + (not given["shift"])
+        if position == len(own_hidden):
+            raise ValueError(reward.past_the_end(sequence))
+        last = own_hidden[position].to(dtype)
+        if inputs.weights is not None and inputs.weights[sequence % len(inputs.weights)] == 0:
+            last = torch.zeros_like(last)
+        score = (last * given["score_weight"][0].to(dtype)).sum()
+        scores.append(score if given["score_bias"] is None else score + given["score_bias"][0].to(dtype))
+    scores = torch.stack(scores)
+    options = {name: given[name] for name in ("margin", "centering", "reduction", "weights")}
+    return bradley_terry_loss(*scores.chunk(2), **options), scores.detach()
+
+
 def _twin_of(fused: Callable, compute: Callable, *head_type: type) -> Callable:
     """Make the twin of ``fused``: its signature, and ``compute(*head_type, arguments by name)`` as its body."""
     signature, name = inspect.signature(fused), fused.__name__.removeprefix("fused_")
@@ -351,3 +379,4 @@ linear_dpo_loss = _twin_of(functional.fused_linear_dpo_loss, _loss_of, DPOHead)
 kto_loss_from_logps = _twin_of(functional.kto_loss_from_logps, _loss_of_logps, KTOHead)
 dpo_loss_from_logps = _twin_of(functional.dpo_loss_from_logps, _loss_of_logps, DPOHead)
 gae = _twin_of(advantages.gae, _gae)
+linear_bradley_terry_loss = _twin_of(reward.linear_bradley_terry_loss, _linear_bradley_terry)

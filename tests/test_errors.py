@@ -107,12 +107,12 @@ KTO_ERRORS = {
     "offsets that stop early": (
         {**PACKED, "cu_seqlens": OFFSETS - torch.tensor([0, 0, 1], dtype=torch.int32)},
         ValueError,
-        "cu_seqlens must rise from 0 to the 6 packed labels, got [0, 3, 5]",
+        "cu_seqlens must rise from 0 to the 6 packed positions, got [0, 3, 5]",
     ),
     "offsets that fall": (
         {**PACKED, "cu_seqlens": torch.tensor([0, 7, 6], dtype=torch.int32)},
         ValueError,
-        "cu_seqlens must rise from 0 to the 6 packed labels, got [0, 7, 6]",
+        "cu_seqlens must rise from 0 to the 6 packed positions, got [0, 7, 6]",
     ),
     "packed logits in a batch": (
         {**PACKED, "policy_logits": torch.zeros(2, 3, V)},

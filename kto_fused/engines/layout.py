@@ -120,13 +120,20 @@ def completion_tokens(
     order = torch.where(is_token, row_sequence, num_sequences).argsort(stable=True)
     *host_counts, is_partition = torch.cat([counts, is_partition]).tolist()
     if not is_partition:
-        raise _no_partition(num_rows, cu_seqlens)
+        raise _no_partition(num_rows, cu_seqlens.tolist())
     rows = order[: sum(host_counts)]
     return CompletionTokens(rows, targets[rows], offsets, host_counts, sequences, group)
 
 
-def _no_partition(num_rows: int, cu_seqlens: torch.Tensor) -> ValueError:
-    return ValueError(f"cu_seqlens must rise from 0 to the {num_rows} packed labels, got {cu_seqlens.tolist()}")
+def _no_partition(num_rows: int, offsets: list[int]) -> ValueError:
+    return ValueError(f"cu_seqlens must rise from 0 to the {num_rows} packed positions, got {offsets}")
+
+
+def check_offsets(cu_seqlens: torch.Tensor, num_rows: int) -> None:
+    """Raise ``ValueError`` for offsets [B+1] that do not rise from 0 to the number of rows. The host reads them."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != num_rows or sorted(offsets) != offsets:
+        raise _no_partition(num_rows, offsets)
 
 
 def check_contents(
@@ -138,11 +145,8 @@ def check_contents(
     """
     if not may_read(labels):
         return
-    num_rows = labels.shape[-1]
     if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != num_rows or sorted(offsets) != offsets:
-            raise _no_partition(num_rows, cu_seqlens)
+        check_offsets(cu_seqlens, labels.shape[-1])
     targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size)
     invalid = (targets == INVALID).nonzero()
     if len(invalid):

@@ -19,7 +19,7 @@ from ..heads import base as heads
 from . import cpu
 from .backends import multiprocessors, on_device, opaque
 from .first_derivative import first_derivative_only
-from .layout import check_contents, compute_dtype, scale_grads
+from .layout import MASKED, check_contents, compute_dtype, row_targets, scale_grads
 from .options import LOGIT_SCHEMA, LogitOptions
 from .results import RowResults, SequenceValues, TokenValues
 from .tokens import is_token_level, token_loss
@@ -120,6 +120,36 @@ def sequence_sums(
     with on_device(targets):
         sequence.forward(targets, per_token, cu_seqlens, outputs, seq_len=seq_len, average=average)
     return outputs
+
+
+def _fake_sums(values, labels, cu_seqlens, num_sequences, *_: Any) -> torch.Tensor:
+    return values.new_empty(num_sequences, dtype=torch.float64)
+
+
+@opaque(fake=_fake_sums)
+def sums_over_labels(
+    values: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: Optional[torch.Tensor],
+    num_sequences: int,
+    vocab_size: int,
+    ignore_index: int,
+    shift: bool,
+    backend: str,
+) -> torch.Tensor:
+    """Return the sums [B] float64 of ``values`` over each sequence's completion tokens. ``values`` has the shape of
+    ``labels``, and an entry belongs to the token that the label at its place names.
+    """
+    labelling = {"ignore_index": ignore_index, "shift": shift, "vocab_size": vocab_size}
+    check_contents(labels, cu_seqlens, **labelling)
+    targets = row_targets(labels, cu_seqlens, **labelling)
+    if shift:  # the entry of the token that a row predicts
+        values = values.roll(-1, -1)
+    values = torch.where(targets == MASKED, 0.0, values.to(compute_dtype(values)))  # a prompt's entry may be NaN
+    per_token = values.new_zeros(len(TokenValues._fields), values.numel())
+    per_token[0] = values.flatten()
+    targets = targets.flatten().int()
+    return sequence_sums(targets, per_token, cu_seqlens, num_sequences, False, backend)[0]
 
 
 def _fake_sequence_backward(

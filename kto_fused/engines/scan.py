@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 
 from .backends import may_read, on_device, opaque
-from .layout import compute_dtype, row_sequences
+from .layout import check_offsets, compute_dtype, row_sequences
 
 SEGMENT = 32  # tokens that the PyTorch backend adds up one after another, in all segments at once
 
@@ -22,9 +22,7 @@ def result_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 def check_contents(mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, num_positions: int) -> None:
     """Raise ``ValueError`` for offsets that do not rise from 0 to N, and for a mask that holds other than 0 and 1."""
     if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != num_positions or sorted(offsets) != offsets:
-            raise ValueError(f"cu_seqlens must rise from 0 to the {num_positions} packed positions, got {offsets}")
+        check_offsets(cu_seqlens, num_positions)
     if mask is not None and mask.dtype != torch.bool:
         wrong = mask[(mask != 0) & (mask != 1)]
         if len(wrong):

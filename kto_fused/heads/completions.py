@@ -1,12 +1,18 @@
-"""Losses of single completions, each with a label: liked or not. Formulas and fields as in ``heads.pairs``."""
+"""Losses of single completions, each with a label, liked or not, or with an advantage. Formulas and fields as in
+``heads.pairs``.
+"""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 
 from .. import checks
+from .base import weighted
 from .preference import KTO_LOSS_TYPES, KTOHead, kto_losses, signs_and_weights
 from .protocol import Head, check_tensor_names, register
+from .tokens import check_clip, check_normalizer, clipped_losses
 
 
 @dataclass(frozen=True)
@@ -130,3 +136,63 @@ class BCO(_LabelledCompletion):
     def losses(self, logps, counts, ref_logps, *, desirable, delta):
         sign, weight = signs_and_weights(logps, desirable, self.desirable_weight, self.undesirable_weight)
         return -weight * F.logsigmoid(sign * (self.beta * (logps - ref_logps) - delta))
+
+
+@register("gspo")
+@dataclass(frozen=True)
+class GSPO(Head):
+    """GSPO (Zheng et al. 2025, arXiv 2507.18071), which clips a sequence's importance ratio rho = exp((L - Lold) / n):
+    -min(rho A, clip(rho, 1 - low, 1 + high) A).
+
+    The call's tensors are ``advantages`` A [B], and ``old_logps``: Lold [B], or the token log-probabilities from which
+    it is summed, shaped as ``labels`` and aligned with them. ``clip`` is one number for low and high, or the pair
+    (low, high); the default is the paper's. ``delta`` > 0 bounds rho from above in the first term.
+
+    ``normalizer`` is what ``reduction="mean"`` divides by. ``"sequences"`` is the paper's mean over the B sequences.
+    The others weight a sequence's loss by its n tokens, as TRL's ``importance_sampling_level="sequence"`` does:
+    ``"tokens"`` (TRL's ``bnpo``) divides the sum by the batch's number of completion tokens, ``"constant"``
+    (``dr_grpo``) by B ``max_tokens``, and ``"items"`` (``dapo``) by the call's scalar ``num_items``, the number of
+    tokens in all accumulated batches and ranks. ``max_tokens=1`` is TRL's ``luspo``. The loss of a completion without a
+    token is 0.
+
+    The KL divergence to a reference model is a loss of tokens, which a ``Mix`` adds.
+    """
+
+    normalizer: str = "sequences"
+    max_tokens: int = 0
+    clip: float | tuple[float, float] = (3e-4, 4e-4)
+    delta: float = 0.0
+
+    group: ClassVar[int | None] = 1
+    needs_reference: ClassVar[bool] = False
+    summed_tensors: ClassVar[tuple[str, ...]] = ("old_logps",)
+
+    def __post_init__(self) -> None:
+        check_normalizer(self.normalizer, self.max_tokens)
+        check_clip(self.clip, self.delta)
+
+    def _ratios(self, logps, counts, old_logps):
+        return torch.exp((logps - old_logps) / counts.clamp(min=1))
+
+    def _weights(self, counts, batch_counts, num_items):
+        """The factors of the sequences' losses, whose mean over the batch is the normalised loss."""
+        if (num_items is None) == (self.normalizer == "items"):
+            came = "none" if num_items is None else "one"
+            raise TypeError(
+                "num_items is the number of tokens that normalizer='items' divides by: expected one for it and none "
+                f"for any other, got {came} with normalizer={self.normalizer!r}"
+            )
+        if self.normalizer == "sequences":
+            return (counts > 0).double()
+        if self.normalizer == "constant":
+            return counts.double() / self.max_tokens
+        total = batch_counts.sum().clamp(min=1) if num_items is None else num_items
+        return counts.double() * (len(batch_counts) / total)
+
+    def losses(self, logps, counts, ref_logps, *, old_logps, advantages, num_items=None, batch_counts):
+        weights = self._weights(counts, batch_counts, num_items)
+        ratios = self._ratios(logps, counts, old_logps)
+        return weighted(clipped_losses(ratios, advantages, self.clip, self.delta), weights)
+
+    def report(self, logps, counts, ref_logps, *, old_logps, advantages, num_items=None):
+        return {"ratios": self._ratios(logps, counts, old_logps)}

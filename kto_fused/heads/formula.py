@@ -59,6 +59,11 @@ def checked_tensor(name: str, value: torch.Tensor | float, policy: torch.Tensor)
     return value
 
 
+def as_scalar(value: torch.Tensor, *shapes: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor [1] as a scalar, unless [1] is one of the ``shapes`` of values per sequence, loss or token."""
+    return value.reshape(()) if value.shape == (1,) and (1,) not in shapes else value
+
+
 @register("formula")
 @dataclass(frozen=True, eq=False)
 class FormulaHead(PreparedLoss):
@@ -93,8 +98,7 @@ class FormulaHead(PreparedLoss):
             raise ValueError(
                 f"reduction='none' has no meaning for {loss!r}, which reads the whole batch: expected 'mean' or 'sum'"
             )
-        if not torch.compiler.is_compiling():
-            try_once(loss, tensors, num_sequences)
+        try_once(loss, tensors, num_sequences)
         return cls.of(loss, tensors, reduction=reduction, **fields)
 
     def check_logps(
@@ -208,6 +212,7 @@ def check_tensors(
         if value is None:
             continue
         value = checked_tensor(name, value, policy)
+        value = as_scalar(value, *[(length,) for length in (num_sequences, *lengths)])
         if name == "desirable":
             check_desirable(value, num_sequences, policy)
         elif value.ndim > 1 or (value.ndim == 1 and len(value) not in (num_sequences, *lengths)):

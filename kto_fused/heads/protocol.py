@@ -28,7 +28,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -41,8 +41,21 @@ _SEQUENCES = ("logps", "counts", "ref_logps")
 _GIVEN = ("self", *_SEQUENCES, "batch_counts")
 
 
-def _takes_rest(parameter: inspect.Parameter) -> bool:
-    return parameter.kind is parameter.VAR_KEYWORD
+class _Parameters(NamedTuple):
+    """What the signature of a head's ``losses`` says."""
+
+    names: tuple[str, ...]  # of the tensors that the caller passes
+    required: tuple[str, ...]  # those without a default
+    takes_rest: bool  # whether it ends in **tensors
+    reads_batch_counts: bool
+
+
+def _parameters_of(losses: Callable[..., torch.Tensor]) -> _Parameters:
+    parameters = inspect.signature(losses).parameters
+    rest = tuple(name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD)
+    names = tuple(name for name in parameters if name not in (*_GIVEN, *rest))
+    required = tuple(name for name in names if parameters[name].default is inspect.Parameter.empty)
+    return _Parameters(names, required, bool(rest), "batch_counts" in parameters)
 
 
 class Head:
@@ -58,6 +71,9 @@ class Head:
         needs_reference: whether ``losses`` reads the reference model's log-probabilities.
         is_paired: whether the batch's first half is chosen and its second half rejected, for metrics; so it is with
             ``group = 2``.
+        summed_tensors: names of tensors, one entry per sequence, that a call from logits or hidden states may also give
+            per token, shaped as ``labels`` and aligned with them. ``losses`` gets their sums over each sequence's
+            completion tokens, float64.
 
     Fields are the loss's numbers: floats, integers, booleans, strings, or a tuple of floats. Check them in
     ``__post_init__``. A number that changes from step to step should be a tensor of the call instead, so that
@@ -67,6 +83,11 @@ class Head:
     level: ClassVar[str] = "sequence"
     group: ClassVar[int | None] = None
     needs_reference: ClassVar[bool] = True
+    summed_tensors: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._parameters = _parameters_of(cls.losses)  # once per class: reading it costs a tenth of a small call
 
     @property
     def is_paired(self) -> bool:
@@ -105,23 +126,21 @@ class Head:
     @classmethod
     def tensor_names(cls) -> tuple[str, ...]:
         """The names of the tensors that ``losses`` takes from the caller."""
-        parameters = inspect.signature(cls.losses).parameters
-        return tuple(name for name in parameters if name not in _GIVEN and not _takes_rest(parameters[name]))
+        return cls._parameters.names
 
     @classmethod
     def takes_any_tensor(cls) -> bool:
         """Whether ``losses`` ends in ``**tensors``, which gets every tensor of the call that has no name of its own."""
-        return any(map(_takes_rest, inspect.signature(cls.losses).parameters.values()))
+        return cls._parameters.takes_rest
 
     @classmethod
     def required_tensors(cls) -> tuple[str, ...]:
         """Those of ``tensor_names`` that have no default."""
-        parameters = inspect.signature(cls.losses).parameters
-        return tuple(name for name in cls.tensor_names() if parameters[name].default is inspect.Parameter.empty)
+        return cls._parameters.required
 
     @classmethod
     def reads_batch_counts(cls) -> bool:
-        return "batch_counts" in inspect.signature(cls.losses).parameters
+        return cls._parameters.reads_batch_counts
 
 
 def register(name: str) -> Callable[[type[Head]], type[Head]]:
@@ -205,6 +224,12 @@ def _formula_of(loss: "Head") -> Callable[..., torch.Tensor]:
         if "weights" in loss.tensor_names() and weights is not None:
             tensors["weights"], weights = weights, None
         check_tensor_names(loss, tensors)
+        for name in loss.summed_tensors:
+            if isinstance(tensors.get(name), torch.Tensor) and tensors[name].ndim > 1:
+                raise ValueError(
+                    f"{name} has shape {list(tensors[name].shape)}, expected [B] sums over completion tokens, because "
+                    f"{type(loss).__name__} is not registered"
+                )
         if loss.reads_batch_counts():
             tensors["batch_counts"] = counts
         losses = loss.losses(logps, counts, ref_logps, **tensors)
@@ -282,6 +307,10 @@ class Mix(Head):
 
     def reads_batch_counts(self) -> bool:
         return any(head.reads_batch_counts() for head in self.heads)
+
+    @property
+    def summed_tensors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for head in self.heads for name in head.summed_tensors))
 
     def losses(self, logps, counts, ref_logps, **tensors):
         total, batch_counts = None, tensors.pop("batch_counts", None)
@@ -423,63 +452,70 @@ def _try_out(name: str, kind: type[Head]) -> None:
     """Try the class at its registration, where its fields have defaults and its tensors can be made up."""
     if any(field.default is dataclasses.MISSING for field in dataclasses.fields(kind)):
         return
-    if kind.level == "sequence" and set(kind.required_tensors()) <= {"desirable"}:
+    if set(kind.required_tensors()) <= {"desirable"}:
         try_head(kind(), {})
 
 
 _tried: set[tuple[Any, ...]] = set()
 
 
-def try_once(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) -> None:
-    """Try a head at its first call, with tensors shaped as those of the call, which has ``num_sequences``.
+def try_once(head: Head, tensors: dict[str, torch.Tensor], num_items: int) -> None:
+    """Try a head at its first call, with tensors shaped as those of the call, which has ``num_items`` sequences, or
+    tokens where the head is of token level.
 
-    It is tried again where a string or a boolean among its fields changes, which may choose another formula.
+    It is tried again where a string or a boolean among its fields changes, which may choose another formula. A compiled
+    call tries nothing: the operator inside does.
     """
+    if torch.compiler.is_compiling():
+        return
     if isinstance(head, Mix):
         for part in head.heads:
-            try_once(part, tensors, num_sequences)
+            try_once(part, tensors, num_items)
     else:
         given = {
             name: value
             for name, value in tensors.items()
             if name in head.tensor_names() or (head.takes_any_tensor() and name != "weights")
         }
-        kinds = tuple((name, value.ndim and len(value) == num_sequences) for name, value in given.items())
+        kinds = tuple((name, value.ndim and len(value) == num_items) for name, value in given.items())
         values = [getattr(head, field.name) for field in dataclasses.fields(head)]
         choices = tuple(value for value in values if isinstance(value, (str, bool)))
         key = type(head), head.group, choices, kinds
         if key not in _tried:
-            try_head(head, given, num_sequences)
+            try_head(head, given, num_items)
             _tried.add(key)
 
 
-def try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int = 0) -> None:
+def try_head(head: Head, tensors: dict[str, torch.Tensor], num_items: int = 0) -> None:
     """Call the head on random numbers and check shape, differentiability, and that groups do not depend on each other.
+    For a token-level head a group is one token.
 
-    ``tensors`` are those of a call with ``num_sequences``. Only their dtypes and lengths are looked at.
+    ``tensors`` are those of a call with ``num_items`` sequences or tokens. Only their dtypes and lengths are looked at.
     """
     with torch.inference_mode(False), recording(), no_hooks(), torch.device("cpu"):
-        _try_head(head, tensors, num_sequences)
+        _try_head(head, tensors, num_items)
 
 
-def _try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) -> None:
-    group, kind = head.group, type(head).__name__
+def _try_head(head: Head, tensors: dict[str, torch.Tensor], num_items: int) -> None:
+    group, is_token_level = head.group, head.level == "token"
     check_group(type(head), group)  # a property may depend on fields
-    size = 4 * (group or 2)  # in sequences
+    group = 1 if is_token_level else group
+    size = 4 * (group or 2)  # in sequences, or tokens
     generator = torch.Generator().manual_seed(0)
 
     def random(length: int = size) -> torch.Tensor:
         return torch.randn(length, dtype=torch.float64, generator=generator)
 
     def made_up(like: torch.Tensor) -> torch.Tensor:
-        values = random(size if not like.ndim or len(like) == num_sequences else size // 2).abs()
+        values = random(size if not like.ndim or len(like) == num_items else size // 2).abs()
         values = values if like.ndim else values[0]
         return values if like.is_floating_point() else (values > 0.5).to(like.dtype)
 
     counts = torch.randint(2, 9, (size,), generator=generator)
-    batch = {"logps": random() - 3 * counts, "counts": counts, "ref_logps": None}
-    if head.needs_reference:
-        batch["ref_logps"] = random() - 3 * counts
+    mean = torch.full_like(counts, -3) if is_token_level else -3 * counts  # of a log-probability
+    batch = {"logps": random() + mean, "counts": counts, "ref_logps": None}
+    if head.needs_reference and not is_token_level:
+        batch["ref_logps"] = random() + mean
     batch.update({name: made_up(like) for name, like in tensors.items()})
     if "desirable" in head.tensor_names():
         batch["desirable"] = torch.arange(size) % 3 != 0
@@ -499,10 +535,21 @@ def _try_head(head: Head, tensors: dict[str, torch.Tensor], num_sequences: int) 
             # a formula may compute in float32, which rounds otherwise in a batch of another length
             largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
             if not torch.allclose(value, expected, rtol=1e-4, atol=1e-6 * largest, equal_nan=True):
-                raise ValueError(
-                    f"{kind} declares group={group}, but a group's loss or gradient depends on the batch's other "
-                    "groups: set group = None, by which the head reads the whole batch"
-                )
+                raise ValueError(_coupled(head))
+
+
+def _coupled(head: Head) -> str:
+    """The error of a head whose groups depend on each other."""
+    kind = type(head).__name__
+    if head.level == "token":
+        return (
+            f"{kind} has level='token', but a token's loss or gradient depends on other tokens: make it a loss of "
+            "sequences (level='sequence')"
+        )
+    return (
+        f"{kind} declares group={head.group}, but a group's loss or gradient depends on the batch's other groups: set "
+        "group = None, by which the head reads the whole batch"
+    )
 
 
 def _losses_and_gradient(
@@ -514,13 +561,14 @@ def _losses_and_gradient(
     before = {name: value.detach().clone() for name, value in given.items() if value is not None}
     sequences, tensors = [given[name] for name in _SEQUENCES], {x: given[x] for x in given if x not in _SEQUENCES}
     losses = head.losses(*sequences, **tensors, **whole)
+    unit, group = ("token", "level='token'") if head.level == "token" else ("sequence", f"group={head.group}")
     if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
         came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-        raise ValueError(f"{kind}.losses must return one loss per group, a tensor of one dimension, got {came}")
+        per = "token" if head.level == "token" else "group"
+        raise ValueError(f"{kind}.losses must return one loss per {per}, a tensor of one dimension, got {came}")
     if num_losses is not None and len(losses) != num_losses:
         raise ValueError(
-            f"{kind}.losses returned {len(losses)} losses for {len(leaf)} sequences, expected {num_losses} with "
-            f"group={head.group}"
+            f"{kind}.losses returned {len(losses)} losses for {len(leaf)} {unit}s, expected {num_losses} with {group}"
         )
     for name, value in before.items():
         if not torch.equal(given[name].detach(), value):

@@ -1,15 +1,17 @@
 """The losses of the two models that a policy-gradient method trains beside the policy: the reward and the value model.
 
-Both are plain PyTorch with autograd's own backward, so they have second derivatives and need no twin.
+All are plain PyTorch with autograd's own backward, so they have second derivatives.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .. import checks
 from ..engines.backends import resolve
+from ..engines.layout import check_offsets, compute_dtype
 from .base import REDUCTIONS, reduce
 
 
@@ -60,19 +62,7 @@ def bradley_terry_loss(
         raise ValueError(f"chosen_scores must be [P] with P >= 1, got shape {list(chosen_scores.shape)}")
     checks.tensor("rejected_scores", rejected_scores, checks.FLOAT_DTYPES, checks.A_FLOAT)
     checks.shaped_like("rejected_scores", rejected_scores, "chosen_scores", chosen_scores)
-    if isinstance(margin, torch.Tensor):
-        checks.tensor("margin", margin, checks.FLOAT_DTYPES, checks.A_FLOAT)
-        checks.shaped_like("margin", margin, "chosen_scores", chosen_scores)
-    elif margin is not None:
-        checks.number("margin", margin)
-        margin = float(margin)  # Python's own number: from NumPy or ``fractions`` too
-    checks.number("centering", centering, at_least=0)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    if weights is not None:
-        checks.tensor("weights", weights, checks.FLOAT_DTYPES, checks.A_FLOAT)
-        checks.shaped_like("weights", weights, "chosen_scores", chosen_scores)
-        checks.not_negative("weights", weights)
-        weights = weights.detach()
+    margin, weights = _pair_options("chosen_scores", chosen_scores, margin, centering, reduction, weights)
 
     chosen, rejected = _in_one_dtype(chosen_scores, rejected_scores)
     if isinstance(margin, torch.Tensor):
@@ -92,6 +82,191 @@ def bradley_terry_loss(
     if weights is not None:
         losses = losses * weights.to(losses.dtype)
     return reduce(losses, reduction)
+
+
+def _pair_options(
+    like_name: str,
+    like: torch.Tensor,
+    margin: torch.Tensor | float | None,
+    centering: float,
+    reduction: str,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor | float | None, torch.Tensor | None]:
+    """Check the options of pairs, of which ``like`` [P] has one entry each. Returns margin and weights."""
+    if isinstance(margin, torch.Tensor):
+        checks.tensor("margin", margin, checks.FLOAT_DTYPES, checks.A_FLOAT)
+        checks.shaped_like("margin", margin, like_name, like)
+    elif margin is not None:
+        checks.number("margin", margin)
+        margin = float(margin)  # Python's own number: from NumPy or ``fractions`` too
+    checks.number("centering", centering, at_least=0)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    if weights is not None:
+        checks.tensor("weights", weights, checks.FLOAT_DTYPES, checks.A_FLOAT)
+        checks.shaped_like("weights", weights, like_name, like)
+        checks.not_negative("weights", weights)
+        weights = weights.detach()
+    return margin, weights
+
+
+class RewardInputs(NamedTuple):
+    """The checked arguments of ``linear_bradley_terry_loss``."""
+
+    hidden: torch.Tensor  # [B, T, H], or [N, H] packed
+    labels: torch.Tensor  # [B, T], or [N] packed
+    cu_seqlens: torch.Tensor | None  # [B+1]; None unless packed
+    margin: torch.Tensor | float | None
+    weights: torch.Tensor | None  # [B/2]
+
+
+def linear_bradley_terry_loss(
+    hidden: torch.Tensor,
+    score_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    score_bias: torch.Tensor | None = None,
+    margin: torch.Tensor | float | None = None,
+    centering: float = 0.0,
+    reduction: str = "mean",
+    weights: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Bradley-Terry loss of a reward model from its hidden states. Differentiable in hidden, weight and bias.
+
+    The score of a completion is r = w . x + b, with x the hidden state at its last token. The loss is that of
+    ``bradley_terry_loss``. Only the B hidden states at the last tokens are multiplied.
+
+    Args:
+        hidden: [B, T, H] float16, bfloat16, float32 or float64; [N, H] or [1, N, H] with ``cu_seqlens``. The first half
+            of the B sequences is chosen, the second half rejected; sequence i belongs together with i + B/2.
+        score_weight: [1, H] w, the weight of the reward model's linear layer, in the dtype of ``hidden``.
+        labels: [B, T] (or [N]) integer token ids; ``ignore_index`` at prompt and padding positions. Only which
+            positions hold ``ignore_index`` is read, so any mask of the completion serves.
+        score_bias: [1] b.
+        margin, centering, weights, reduction: as in ``bradley_terry_loss``, for the P = B/2 pairs. Nothing is read of a
+            pair of weight 0.
+        cu_seqlens: [B+1] int32 or int64 offsets of the packed sequences, from 0 to N.
+        shift: the label at position t is the token that the hidden state at t belongs to, as Hugging Face models take
+            labels; if False, it is the next token, whose hidden state stands at t + 1.
+
+    Returns:
+        The loss, float32 (float64 for float64 hidden states), and the detached scores [B], chosen then rejected. Scores
+        are computed in the loss's dtype, also under autocast.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, device, dtype or value is not as above; the message names it. A
+            sequence without a completion token is refused. On a GPU its score is NaN instead, because a check would
+            wait for the device; the environment variable ``KTO_FUSED_VALIDATE=1`` turns the check on there too.
+
+    >>> import torch, kto_fused
+    >>> hidden = torch.tensor([[[0.0], [1.0], [9.0]], [[0.0], [0.0], [-1.0]]], requires_grad=True)
+    >>> labels = torch.tensor([[-100, 5, -100], [-100, 5, 6]])  # the first sequence ends in padding
+    >>> loss, scores = kto_fused.linear_bradley_terry_loss(hidden, torch.tensor([[2.0]]), labels)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), scores.tolist()
+    (0.0181, [2.0, -2.0])
+    """
+    inputs = checked_reward_inputs(
+        hidden,
+        score_weight,
+        labels,
+        score_bias=score_bias,
+        margin=margin,
+        centering=centering,
+        reduction=reduction,
+        weights=weights,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        shift=shift,
+    )
+    rows = _last_hidden(inputs, ignore_index, shift)
+    if inputs.weights is not None:  # an infinite hidden state times a gradient of 0 would be NaN
+        rows = rows.masked_fill((inputs.weights == 0).repeat(2)[:, None], 0.0)
+    dtype = compute_dtype(rows)
+    with torch.autocast(rows.device.type, enabled=False):
+        scores = rows.to(dtype) @ score_weight[0].to(dtype)
+    if score_bias is not None:
+        scores = scores + score_bias.to(dtype)
+    options = {"margin": inputs.margin, "centering": centering, "reduction": reduction, "weights": inputs.weights}
+    return bradley_terry_loss(*scores.chunk(2), **options), scores.detach()
+
+
+def checked_reward_inputs(
+    hidden: torch.Tensor,
+    score_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    score_bias: torch.Tensor | None,
+    margin: torch.Tensor | float | None,
+    centering: float,
+    reduction: str,
+    weights: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    ignore_index: int,
+    shift: bool,
+) -> RewardInputs:
+    """Check the arguments of ``linear_bradley_terry_loss``."""
+    rows = checks.rows_and_labels("hidden", hidden, labels, cu_seqlens, last="H")
+    checks.lm_head("score_weight", score_weight, "score_bias", score_bias, "hidden", hidden)
+    if len(score_weight) != 1:
+        raise ValueError(f"score_weight must be [1, H], one score per completion, got shape {list(score_weight.shape)}")
+    checks.integer("ignore_index", ignore_index)
+    checks.flag("shift", shift)
+    if rows.num_sequences % 2:
+        raise ValueError(
+            f"pairs need an even batch, chosen then rejected; got {rows.num_sequences} sequences: expected a multiple "
+            "of 2"
+        )
+    pairs = hidden.new_empty(rows.num_sequences // 2)
+    margin, weights = _pair_options("the pairs", pairs, margin, centering, reduction, weights)
+    return RewardInputs(rows.values, rows.labels, rows.cu_seqlens, margin, weights)
+
+
+def no_token(sequence: int, ignore_index: int) -> str:
+    return f"sequence {sequence} has no completion token to score: each of its labels is ignore_index={ignore_index}"
+
+
+def past_the_end(sequence: int) -> str:
+    return (
+        f"with shift=False the last completion token of sequence {sequence} stands one position after its label, which "
+        "is past the sequence's end: pass the hidden states of all tokens"
+    )
+
+
+def _last_hidden(inputs: RewardInputs, ignore_index: int, shift: bool) -> torch.Tensor:
+    """Return the hidden states [B, H] at the sequences' last completion tokens; NaN where a sequence has none."""
+    labels, cu_seqlens = inputs.labels, inputs.cu_seqlens
+    num_rows, may_read = labels.numel(), checks.may_read_values(labels)
+    if cu_seqlens is None:
+        starts = torch.arange(labels.shape[0], device=labels.device) * labels.shape[1]
+        ends = starts + labels.shape[1]
+    else:
+        if may_read:
+            check_offsets(cu_seqlens, num_rows)
+        starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    # the last completion token at or before each row; before the first row there is none
+    rows = torch.arange(num_rows, device=labels.device)
+    latest = torch.where(labels.reshape(-1) == ignore_index, -1, rows)
+    latest = torch.cat([latest.new_full((1,), -1), latest]).cummax(0).values
+    last = latest[ends.clamp(0, num_rows)]
+    is_found = last >= starts
+    if may_read and not is_found.all():
+        (sequence, *_) = (~is_found).nonzero().flatten().tolist()
+        raise ValueError(no_token(sequence, ignore_index))
+    if not shift:
+        last = last + 1
+        is_found = is_found & (last < ends)
+        if may_read and not is_found.all():
+            (sequence, *_) = (~is_found).nonzero().flatten().tolist()
+            raise ValueError(past_the_end(sequence))
+    last = last.clamp(0, max(0, num_rows - 1))
+    if cu_seqlens is None:  # no reshape: hidden states may be a view with free strides
+        found = inputs.hidden[torch.arange(labels.shape[0], device=labels.device), last - starts]
+    else:
+        found = inputs.hidden[last]
+    return torch.where(is_found[:, None], found, math.nan)
 
 
 def value_loss(

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import torch
 
 from .. import checks
-from .base import no_hooks, recording, register, value_and_grads, weighted
-from .formula import PreparedLoss, checked_tensor
-from .protocol import Head, check_tensor_names
+from .base import register, value_and_grads, weighted
+from .formula import PreparedLoss, as_scalar, checked_tensor
+from .protocol import Head, check_tensor_names, try_once
 
 
 @register("token_formula")
@@ -79,7 +79,7 @@ class TokenFormulaHead(PreparedLoss):
         named.pop("num_items", None)
         if "weights" in named and "weights" not in self.head.tensor_names():
             weights = weights * named.pop("weights")
-        _try_once(self.head, named)
+        try_once(self.head, named, len(logps))  # a compiled call comes here untried
         # a token of weight 0 takes no part and has a gradient of 0, even if its loss is infinite
         logps = torch.where(weights != 0, logps, logps.detach())
         return weighted(self.head.losses(logps, counts, None, **named), weights)
@@ -106,58 +106,6 @@ class TokenFormulaHead(PreparedLoss):
         return logps.new_empty((), dtype=loss_dtype), logps.new_empty(0, dtype=torch.float64)
 
 
-_tried: set[tuple[type, tuple[str, ...]]] = set()
-
-
-def _try_once(loss: Head, tensors: dict[str, torch.Tensor]) -> None:
-    """Call a loss on random tokens, at its first call. Refuse it if its result is no loss of single tokens."""
-    key = type(loss), tuple(sorted(name for name, value in tensors.items() if value.ndim))
-    if key in _tried or torch.compiler.is_compiling():
-        return
-    with torch.inference_mode(False), recording(), no_hooks(), torch.device("cpu"):
-        _try_tokens(loss, tensors)
-    _tried.add(key)
-
-
-def _try_tokens(loss: Head, tensors: dict[str, torch.Tensor]) -> None:
-    size, kind = 6, type(loss).__name__
-    generator = torch.Generator().manual_seed(0)
-
-    def made_up(like: torch.Tensor) -> torch.Tensor:
-        values = torch.rand(size if like.ndim else (), dtype=torch.float64, generator=generator)
-        return values if like.is_floating_point() else (values > 0.5).to(like.dtype)
-
-    named = {name: made_up(like) for name, like in tensors.items()}
-    logps = -3 * torch.rand(size, dtype=torch.float64, generator=generator)
-    counts = torch.randint(1, 9, (size,), generator=generator)
-
-    def losses_and_gradient(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        leaf = logps[rows].clone().requires_grad_()
-        given = leaf * 1  # no leaf, so that a change in place raises nothing by itself
-        losses = loss.losses(
-            given, counts[rows], None, **{name: value[rows] if value.ndim else value for name, value in named.items()}
-        )
-        if not isinstance(losses, torch.Tensor) or losses.shape != leaf.shape:
-            came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-            raise ValueError(f"{kind}.losses must return one loss per token, {list(leaf.shape)} here, got {came}")
-        if not torch.equal(given.detach(), leaf.detach()):
-            raise ValueError(f"{kind}.losses changes its argument logps in place: work on a copy")
-        if not losses.requires_grad:
-            raise ValueError(f"{kind}.losses is not differentiable by logps: it must use PyTorch operations on them")
-        (grads,) = torch.autograd.grad(losses.sum(), leaf)
-        return losses.detach(), grads
-
-    whole = losses_and_gradient(slice(None))
-    for index in range(size):
-        alone = losses_and_gradient(slice(index, index + 1))
-        for value, expected in zip(alone, whole, strict=True):
-            if not torch.allclose(value, expected[index : index + 1], rtol=1e-9, atol=1e-12, equal_nan=True):
-                raise ValueError(
-                    f"{kind} has level='token', but a token's loss or gradient depends on other tokens: make it a loss "
-                    "of sequences (level='sequence')"
-                )
-
-
 def _checked_tensors(
     loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int, policy: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -181,6 +129,7 @@ def _checked_tensors(
         if name == "num_items" and value.numel() != 1:
             raise ValueError(f"num_items must be a number, got shape {list(value.shape)}")
         value = value.reshape(()) if name == "num_items" else value
+        value = as_scalar(value, shape, (num_sequences,))
         if value.ndim == 2 and value.shape[0] == 1 and len(shape) == 1:
             value = value[0]
         if tuple(value.shape) not in (shape, (num_sequences,), ()):

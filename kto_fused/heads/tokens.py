@@ -18,6 +18,38 @@ from .protocol import Head, register
 NORMALIZERS = ("tokens", "sequences", "constant", "items")
 
 
+def check_normalizer(normalizer: str, max_tokens: int) -> None:
+    checks.choice("normalizer", normalizer, NORMALIZERS)
+    checks.integer("max_tokens", max_tokens, at_least=0)
+    if (normalizer == "constant") != (max_tokens > 0):
+        raise ValueError(
+            f"max_tokens={max_tokens} with normalizer={normalizer!r}: expected a number > 0 for 'constant', and 0 for "
+            "any other"
+        )
+
+
+def check_clip(clip: float | tuple[float, float], delta: float) -> None:
+    bounds = clip if isinstance(clip, tuple) else (clip, clip)
+    if len(bounds) != 2:
+        raise ValueError(f"clip must be one number or a pair (low, high), got {clip!r}")
+    for bound in bounds:
+        checks.number("clip", bound, above=0)
+    checks.number("delta", delta, at_least=0)
+
+
+def clipped_losses(
+    ratios: torch.Tensor, advantages: torch.Tensor, clip: float | tuple[float, float], delta: float
+) -> torch.Tensor:
+    """Return -min(rho A, clip(rho, 1 - low, 1 + high) A), with rho bounded from above by ``delta`` > 0 in the first
+    term.
+    """
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    clipped = ratios.clamp(1 - low, 1 + high)
+    if delta:
+        ratios = ratios.clamp(max=delta)
+    return -torch.minimum(ratios * advantages, clipped * advantages)
+
+
 @dataclass(frozen=True)
 class TokenHead(Head):
     """What token-level losses share: the way in which ``reduction="mean"`` turns the tokens' losses into one number.
@@ -38,13 +70,7 @@ class TokenHead(Head):
     needs_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        checks.choice("normalizer", self.normalizer, NORMALIZERS)
-        checks.integer("max_tokens", self.max_tokens, at_least=0)
-        if (self.normalizer == "constant") != (self.max_tokens > 0):
-            raise ValueError(
-                f"max_tokens={self.max_tokens} with normalizer={self.normalizer!r}: expected a number > 0 for "
-                "'constant', and 0 for any other"
-            )
+        check_normalizer(self.normalizer, self.max_tokens)
 
 
 @register("nll")
@@ -100,17 +126,10 @@ class PPO(_PolicyGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for bound in self.clip if isinstance(self.clip, tuple) else (self.clip,):
-            checks.number("clip", bound, above=0)
-        checks.number("delta", self.delta, at_least=0)
+        check_clip(self.clip, self.delta)
 
     def losses(self, logps, counts, ref_logps, *, old_logps, advantages, ref_token_logps=None):
-        low, high = self.clip if isinstance(self.clip, tuple) else (self.clip, self.clip)
-        ratio = torch.exp(logps - old_logps)
-        clipped = ratio.clamp(1 - low, 1 + high)
-        if self.delta:
-            ratio = ratio.clamp(max=self.delta)
-        losses = -torch.minimum(ratio * advantages, clipped * advantages)
+        losses = clipped_losses(torch.exp(logps - old_logps), advantages, self.clip, self.delta)
         return self._with_kl(losses, logps, ref_token_logps)
 
 
