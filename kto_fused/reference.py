@@ -328,6 +328,7 @@ def _linear_bradley_terry(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
         check_offsets(inputs.cu_seqlens, len(labels))
         lengths = inputs.cu_seqlens.diff().tolist()
         hidden, labels = hidden.split(lengths), labels.split(lengths)
+    weight, bias = (None if x is None else x.to(dtype) for x in (given["score_weight"], given["score_bias"]))
     scores = []
     for sequence, (own_hidden, own_labels) in enumerate(zip(hidden, labels, strict=True)):
         positions = (own_labels != given["ignore_index"]).nonzero().flatten().tolist()
@@ -339,8 +340,8 @@ def _linear_bradley_terry(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
         last = own_hidden[position].to(dtype)
         if inputs.weights is not None and inputs.weights[sequence % len(inputs.weights)] == 0:
             last = torch.zeros_like(last)
-        score = (last * given["score_weight"][0].to(dtype)).sum()
-        scores.append(score if given["score_bias"] is None else score + given["score_bias"][0].to(dtype))
+        score = (last * weight[0]).sum()
+        scores.append(score if bias is None else score + bias[0])
     scores = torch.stack(scores)
     options = {name: given[name] for name in ("margin", "centering", "reduction", "weights")}
     return bradley_terry_loss(*scores.chunk(2), **options), scores.detach()

@@ -187,7 +187,7 @@ class GSPO(Head):
         if self.normalizer == "constant":
             return counts.double() / self.max_tokens
         total = batch_counts.sum().clamp(min=1) if num_items is None else num_items
-        return counts.double() * (len(batch_counts) / total)
+        return counts.double() * len(batch_counts) / total
 
     def losses(self, logps, counts, ref_logps, *, old_logps, advantages, num_items=None, batch_counts):
         weights = self._weights(counts, batch_counts, num_items)

@@ -186,7 +186,7 @@ def linear_bradley_terry_loss(
         rows = rows.masked_fill((inputs.weights == 0).repeat(2)[:, None], 0.0)
     dtype = compute_dtype(rows)
     with torch.autocast(rows.device.type, enabled=False):
-        scores = rows.to(dtype) @ score_weight[0].to(dtype)
+        scores = (rows.to(dtype) @ score_weight.to(dtype).T)[:, 0]
     if score_bias is not None:
         scores = scores + score_bias.to(dtype)
     options = {"margin": inputs.margin, "centering": centering, "reduction": reduction, "weights": inputs.weights}

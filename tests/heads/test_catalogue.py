@@ -1,7 +1,10 @@
 """Every registered loss: against its formula by hand, against TRL's code, through every function, and at extremes."""
 
+import inspect
 import math
+import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +125,22 @@ def power(p: float) -> float:
     return (1 - p**-0.7) / 0.7
 
 
+def gspo(weight, delta=math.inf):
+    """GSPO with a clip of (0.3, 0.2); ``weight`` of a sequence's length, the batch's tokens and number of sequences."""
+
+    def of_batch(logps, counts, ref_logps, old_logps, advantages, **numbers):
+        losses = []
+        for policy, old, n, advantage in zip(logps, old_logps, counts, advantages, strict=True):
+            ratio = exp((policy - old) / n)
+            clipped = min(max(ratio, 0.7), 1.2)
+            factor = weight(n, numbers.get("num_items", sum(counts)), len(counts))
+            losses.append(-factor * min(min(ratio, delta) * advantage, clipped * advantage))
+        return losses
+
+    return of_batch
+
+
+CLIP = {"clip": (0.3, 0.2)}
 CLASSES = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
 SMOOTH = {"beta": 0.3, "label_smoothing": 0.1}
 # (name, fields, formula of a batch), each loss with every option that changes its formula
@@ -246,6 +265,11 @@ FORMULAS = {
         of_completions(lambda e, w, r: w * (1 - sigma(e * 0.3 * r))),
     ),
     "bco": ("bco", CLASSES, of_completions(lambda e, w, r, delta: w * cost(e * (0.3 * r - delta)))),
+    "gspo": ("gspo", CLIP, gspo(lambda *_: 1)),
+    "gspo, two-sided": ("gspo", {**CLIP, "delta": 1.5}, gspo(lambda *_: 1, delta=1.5)),
+    "gspo, tokens": ("gspo", {**CLIP, "normalizer": "tokens"}, gspo(lambda n, tokens, size: n * size / tokens)),
+    "gspo, items": ("gspo", {**CLIP, "normalizer": "items"}, gspo(lambda n, tokens, size: n * size / tokens)),
+    "gspo, constant": ("gspo", {**CLIP, "normalizer": "constant", "max_tokens": 7}, gspo(lambda n, *_: n / 7)),
 }
 # losses of token log-probabilities have tests of their own
 SEQUENCE_LOSSES = [name for name in heads.names() if heads.protocol._CLASSES[name].level == "sequence"]
@@ -269,6 +293,11 @@ def tensors_of(name: str, num_sequences: int, fields: dict, device: str = "cpu")
         made["desirable"] = torch.arange(num_sequences, device=device) % 3 != 0
     if "delta" in known:
         made["delta"] = torch.tensor(0.2, dtype=torch.float64, device=device)
+    if "old_logps" in known:
+        made["old_logps"] = torch.linspace(-5, -1, num_sequences, dtype=torch.float64, device=device)
+        made["advantages"] = torch.linspace(-1, 1.5, num_sequences, dtype=torch.float64, device=device)
+    if fields.get("normalizer") == "items":
+        made["num_items"] = torch.tensor(45.0, dtype=torch.float64, device=device)
     if fields.get("reference_point") == "tensor":
         made["z0"] = torch.tensor(0.15, dtype=torch.float64, device=device)
     return made
@@ -389,14 +418,40 @@ TRL_PAIRS = [
 ]
 
 
-def test_no_pair_loss_of_trl_is_missing():
-    """TRL's error names all of them."""
-    pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+def trl_losses() -> dict[str, set[str]]:
+    """The losses of TRL's trainers by the names of their options, from TRL's own messages and sources."""
+    from trl import GRPOTrainer, KTOTrainer, SFTTrainer
+    from trl.experimental.cpo import CPOConfig
+
     with pytest.raises(ValueError, match="Unknown loss type") as error:
         trl_dpo_loss(inputs(), "no loss")
-    theirs = set(str(error.value).partition("[")[2].partition("]")[0].replace("'", "").split(", "))
-    assert theirs == {name for name, _ in TRL_PAIRS}
-    assert theirs <= set(heads.names())
+    compared = r"loss_type (?:==|(?:not )?in) (.*)"
+    found = {
+        "DPO": str(error.value).partition("[")[2],
+        "KTO": " ".join(re.findall(compared, inspect.getsource(KTOTrainer._compute_loss))),
+        "CPO": " ".join(re.findall(r'- (`"\w+"`):', CPOConfig.__doc__)),
+        "SFT": " ".join(re.findall(compared, inspect.getsource(SFTTrainer.__init__))),
+        "GRPO": " ".join(re.findall(compared, inspect.getsource(GRPOTrainer._compute_loss))),
+    }
+    return {trainer: set(re.findall(r"""['"](\w+)['"]""", text)) for trainer, text in found.items()}
+
+
+def test_no_loss_of_trl_is_missing():
+    """But those that the page of losses names as missing. The page's column of TRL's names lists what TRL has."""
+    pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    theirs = trl_losses()
+    assert theirs["DPO"] == {name for name, _ in TRL_PAIRS}
+    assert min(map(len, theirs.values())) >= 2
+    of_cpo = {name for name in theirs["CPO"] if name in TRL_CPO}
+    assert of_cpo == theirs["CPO"]
+    missing = set().union(*theirs.values(), {"cpo", "orpo"}) - {*heads.names(), *of_cpo}
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert missing == {"sapo", "vespo", "luspo"}
+    assert all(f"`{name}`" in page for name in missing)
+    for name, trainer in re.findall(r"^\| `(\w+)` \|.*\| (?:`(\w+)Config.*`|-) \|$", page, re.MULTILINE):
+        has = {kind for kind, losses in theirs.items() if name in losses}
+        expected = {"cpo": {"CPO"}, "orpo": {"ORPO"}, "gspo": {"GRPO"}}.get(name, has)
+        assert expected == ({trainer} if trainer else set()) or trainer in expected, name
 
 
 @pytest.mark.parametrize(("name", "options"), TRL_PAIRS, ids=str)
@@ -517,6 +572,139 @@ def test_orpos_odds_ratio_is_trls():
         loss.backward()
         results.append((loss.detach(), logps.grad))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def policy_gradient_case(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Logits, labels, per-token log-probabilities of an older and of a reference policy, and advantages."""
+    random, shape = torch.Generator().manual_seed(8), (4, 9)
+    logits = torch.randn(*shape, 13, generator=random, dtype=dtype).requires_grad_()
+    labels = torch.randint(13, shape, generator=random)
+    labels[:, :3] = -100
+    labels[1, 5:] = -100
+    with torch.no_grad():
+        logps = reference.token_logps(logits, labels)
+    aligned = torch.cat([torch.full((4, 1), math.nan, dtype=dtype), logps[:, :-1]], 1)
+    noise = (0.4 * torch.randn(*shape, generator=random, dtype=dtype) for _ in range(2))
+    old_logps, ref_logps = (aligned + x for x in noise)
+    advantages = torch.tensor([1.0, -0.7, -1.3, 0.4], dtype=dtype)
+    return {"logits": logits, "labels": labels, "old": old_logps, "ref": ref_logps, "advantages": advantages}
+
+
+def trl_grpo_loss(case: dict[str, torch.Tensor], loss_type: str, level: str, **options) -> torch.Tensor:
+    """The loss of TRL's GRPO trainer in evaluation, which divides by no accumulation."""
+    from trl import GRPOTrainer
+
+    mask = (case["labels"][:, 1:] != -100).long()
+    logps = reference.token_logps(case["logits"], case["labels"])[:, :-1]
+    batch = {
+        "prompt_ids": mask[:, :0],
+        "prompt_mask": mask[:, :0],
+        "completion_ids": case["labels"][:, 1:],
+        "completion_mask": mask,
+        "advantages": case["advantages"],
+        "old_per_token_logps": torch.where(mask == 1, case["old"][:, 1:], 0.0),
+        "ref_per_token_logps": torch.where(mask == 1, case["ref"][:, 1:], 0.0),
+        "num_items_in_batch": torch.tensor(29.0),
+    }
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, **vars(ONE_PROCESS)),
+        args=SimpleNamespace(delta=options.get("delta"), use_bias_correction_kl=False),
+        importance_sampling_level=level,
+        loss_type=loss_type,
+        beta=options.get("kl_beta", 0.0),
+        epsilon_low=0.3,
+        epsilon_high=0.2,
+        max_completion_length=7,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        aux_loss_enabled=False,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros_like(logps), None),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    return GRPOTrainer._compute_loss(trainer, None, batch)
+
+
+OF_SEQUENCES = {
+    "grpo": {},
+    "bnpo": {"normalizer": "tokens"},
+    "dr_grpo": {"normalizer": "constant", "max_tokens": 7},
+    "dapo": {"normalizer": "items"},
+    "luspo": {"normalizer": "constant", "max_tokens": 1},
+}
+TRL_GRPO = [
+    *(("sequence", loss_type, {}) for loss_type in OF_SEQUENCES),
+    ("sequence", "grpo", {"delta": 1.5}),
+    *(("token", loss_type, {"kl_beta": 0.1}) for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")),
+    ("token", "grpo", {"delta": 1.1}),
+]
+
+
+@pytest.mark.parametrize(("level", "loss_type", "options"), TRL_GRPO, ids=str)
+def test_a_policy_gradient_is_trls(level, loss_type, options):
+    """Value and gradient by the logits, with a prompt, padding, and ratios on both sides of the clip."""
+    pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    case = policy_gradient_case()
+    tensors = {"old_logps": case["old"], "advantages": case["advantages"]}
+    if level == "sequence":
+        head = heads.make("gspo", **CLIP, **OF_SEQUENCES[loss_type], **options)
+    else:
+        clip = {"clip_high": 0.2} if loss_type == "cispo" else CLIP
+        length = {"max_tokens": 7} if loss_type == "dr_grpo" else {}
+        head = heads.make(loss_type, **clip, **length, **options)
+        tensors |= {"ref_token_logps": case["ref"]} if "kl_beta" in options else {}
+    tensors |= {"num_items": torch.tensor(29.0)} if head.normalizer == "items" else {}
+    losses = (
+        fused_loss(head, case["logits"], case["labels"], **tensors)[0],
+        trl_grpo_loss(case, loss_type, level, **options),
+    )
+    grads = [torch.autograd.grad(loss, case["logits"])[0] for loss in losses]
+    assert grads[0].abs().max() > 1e-3
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "unshifted"])
+def test_log_probabilities_of_tokens_are_summed_over_the_completion(engine, layout):
+    """As the sums themselves, through the fused functions and their twins."""
+    (backend, device), case = engine, policy_gradient_case()
+    logits, labels, old_logps, advantages = (case[x].detach() for x in ("logits", "labels", "old", "advantages"))
+    sums = torch.where(labels == -100, 0.0, old_logps).sum(1)
+    options = {}
+    if layout == "packed":
+        logits, labels, old_logps = logits.flatten(0, 1), labels.flatten(), old_logps.flatten()[None]
+        options["cu_seqlens"] = torch.arange(0, 37, 9, device=device)
+    elif layout == "unshifted":
+        logits, labels, old_logps, options["shift"] = logits[:, :-1], labels[:, 1:], old_logps[:, 1:], False
+    head = heads.make("gspo", **CLIP)
+    results = []
+    for function, old in ((fused_loss, sums), (fused_loss, old_logps), (reference.loss, old_logps)):
+        leaf = logits.to(device).requires_grad_()
+        tensors = {"old_logps": old.to(device), "advantages": advantages.to(device)}
+        loss, metrics = function(head, leaf, labels.to(device), **tensors, **options, backend=backend)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad, metrics.summary()["ratios"]))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_what_cannot_be_summed_is_refused():
+    case = policy_gradient_case()
+    inputs = case["logits"], case["labels"]
+    with pytest.raises(ValueError, match=r"old_logps has shape \[4, 8\], expected \[4\], one per sequence, or labels'"):
+        fused_loss("gspo", *inputs, old_logps=case["old"][:, 1:], advantages=case["advantages"])
+    with pytest.raises(ValueError, match=r"advantages has shape \[4, 9\]"):  # a sum of advantages has no meaning
+        fused_loss("gspo", *inputs, old_logps=case["old"], advantages=case["old"])
+    with pytest.raises(TypeError, match="num_items is the number of tokens that normalizer='items' divides by"):
+        fused_loss("gspo", *inputs, old_logps=case["old"], advantages=case["advantages"], num_items=3.0)
+
+    class Unregistered(heads.completions.GSPO):
+        pass
+
+    with pytest.raises(ValueError, match=r"expected \[B\] sums over completion tokens, because Unregistered is not"):
+        fused_loss(Unregistered(), *inputs, old_logps=case["old"], advantages=case["advantages"])
 
 
 # ---- through the three functions -----------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
-from kto_fused import bradley_terry_loss, reference, value_loss
+from kto_fused import bradley_terry_loss, linear_bradley_terry_loss, reference, value_loss
 
 NAN = float("nan")
 by_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -191,6 +192,169 @@ def test_an_error_of_bradley_terry_says_what_came_and_what_was_expected(changes,
     assert message in str(raised.value)
 
 
+# ---- Bradley-Terry from hidden states -------------------------------------------------------------------------------
+
+LAST = (4, 6, 2, 3)  # the position of each sequence's last completion token; the rest is padding, or another answer
+
+
+def reward_case(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Hidden states of two pairs, infinite or NaN wherever no score is read, and a score head."""
+    hidden, labels = torch.full((4, 7, 5), NAN, dtype=dtype), torch.full((4, 7), -100)
+    hidden[:, :2] = math.inf
+    for sequence, last in enumerate(LAST):
+        labels[sequence, last - 1 : last + 1] = 3
+        hidden[sequence, last] = torch.randn(5, dtype=dtype)
+    weight, bias = torch.randn(1, 5, dtype=dtype), torch.randn(1, dtype=dtype)
+    return {"hidden": hidden, "labels": labels, "weight": weight, "bias": bias}
+
+
+@by_reduction
+@by_dtype
+@pytest.mark.parametrize("layout", ["padded", "packed", "unshifted", "a view"])
+def test_a_score_is_read_at_the_last_completion_token(layout, dtype, reduction):
+    """Against the loss of scores by hand: value, scores and gradients, also of the twin."""
+    case = reward_case(dtype)
+    labels, options = case["labels"], {"centering": 0.3, "margin": torch.tensor([0.2, 0.4]), "reduction": reduction}
+    expected_leaves = [case[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    rows, weight, bias = (x.to(exact) for x in expected_leaves)
+    scores = (rows[torch.arange(4), list(LAST)] * weight[0]).sum(-1) + bias
+    expected = bradley_terry_loss(*scores.chunk(2), **options)
+    expected_grads = torch.autograd.grad(expected.sum(), expected_leaves)
+    given = options
+    for function in (linear_bradley_terry_loss, reference.linear_bradley_terry_loss):
+        leaves = [case[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+        rows, of_layout = leaves[0], labels
+        if layout == "packed":
+            rows, of_layout = rows.flatten(0, 1), labels.flatten()
+            given = {**options, "cu_seqlens": torch.arange(0, 29, 7)}
+        elif layout == "unshifted":
+            of_layout, given = labels.roll(-1, 1), {**options, "shift": False}
+        elif layout == "a view":
+            rows = rows.transpose(0, 1).contiguous().transpose(0, 1)
+        loss, own_scores = function(rows, leaves[1], of_layout, score_bias=leaves[2], **given)
+        assert loss.dtype == own_scores.dtype == exact
+        assert not own_scores.requires_grad
+        torch.testing.assert_close(own_scores, scores.detach())
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), leaves), expected_grads)
+
+
+def test_bradley_terrys_derivative_from_hidden_states():
+    case, weights = reward_case(), torch.tensor([0.5, 2.0])
+
+    def loss(rows, weight, bias):
+        hidden = torch.zeros(4, 7, 5, dtype=torch.float64)
+        hidden[torch.arange(4), list(LAST)] = rows
+        options = {"score_bias": bias, "margin": 0.3, "centering": 0.1, "weights": weights}
+        return linear_bradley_terry_loss(hidden, weight, case["labels"], **options)[0]
+
+    leaves = case["hidden"][torch.arange(4), list(LAST)], case["weight"], case["bias"]
+    assert gradcheck(loss, tuple(x.requires_grad_() for x in leaves))
+
+
+def test_only_the_last_tokens_are_multiplied():
+    hidden, weight = torch.randn(4, 64, 32, requires_grad=True), torch.randn(1, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        linear_bradley_terry_loss(hidden, weight, torch.ones(4, 64, dtype=torch.long))[0].backward()
+    assert counter.get_total_flops() == 3 * 2 * 4 * 32  # the scores and their two gradients
+
+
+def test_a_pair_of_weight_0_harms_no_gradient_of_the_score_head():
+    case = reward_case()
+    case["hidden"][0, LAST[0]] = math.inf
+    weights, grads = torch.tensor([0.0, 1.0]), []
+    for function in (linear_bradley_terry_loss, reference.linear_bradley_terry_loss):
+        hidden, weight = (case[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        loss, _ = function(hidden, weight, case["labels"], weights=weights)
+        loss.backward()
+        assert hidden.grad[[0, 2]].eq(0).all()
+        assert weight.grad.isfinite().all()
+        grads.append((loss.detach(), hidden.grad, weight.grad))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("centering", [None, 0.01])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_bradley_terry_of_a_models_hidden_states_is_trls(centering, padding_side):
+    """A transformers model for sequence classification in TRL's RewardTrainer: value and gradients."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=29, pad_token_id=0, num_labels=1, **sizes)
+    model = LlamaForSequenceClassification(config).eval()
+    mask = (torch.arange(8) < torch.tensor([5, 8, 3, 6])[:, None]).long()
+    mask = mask.flip(1) if padding_side == "left" else mask
+    tokens = torch.randint(1, 29, (4, 8)) * mask
+    accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(center_rewards_coefficient=centering),
+        accelerator=accelerator,
+        _total_train_tokens=0,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    expected = trl.RewardTrainer.compute_loss(trainer, model, dict(batch))
+    expected_grads = torch.autograd.grad(expected, model.parameters())
+    hidden = model.model(**batch, use_cache=False).last_hidden_state
+    labels = tokens.masked_fill(mask == 0, -100)
+    loss, _ = linear_bradley_terry_loss(hidden, model.score.weight, labels, centering=centering or 0.0)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.parameters()), expected_grads, rtol=1e-4, atol=1e-6)
+
+
+NO_TOKEN = torch.tensor([[-100, 3], [3, -100], [-100, -100], [3, 3]])
+PAST = torch.tensor([[3, -100], [3, -100], [3, -100], [3, 3]])
+LINEAR_ERRORS = {
+    "no completion token": (
+        {"labels": NO_TOKEN},
+        ValueError,
+        "sequence 2 has no completion token to score: each of its labels is ignore_index=-100",
+    ),
+    "no completion token, packed": (
+        {"hidden": torch.zeros(4, 3), "labels": torch.ones(4).long(), "cu_seqlens": torch.tensor([0, 3, 3, 4, 4])},
+        ValueError,
+        "sequence 1 has no completion token to score",
+    ),
+    "a last token that is not there": (
+        {"labels": PAST, "shift": False},
+        ValueError,
+        "the last completion token of sequence 3 stands one position after its label",
+    ),
+    "offsets that fall": (
+        {"hidden": torch.zeros(4, 3), "labels": torch.ones(4).long(), "cu_seqlens": torch.tensor([0, 3, 2, 4, 4])},
+        ValueError,
+        "cu_seqlens must rise from 0 to the 4 packed positions",
+    ),
+    "an odd batch": (
+        {"hidden": torch.zeros(3, 2, 3), "labels": PAST[:3]},
+        ValueError,
+        "pairs need an even batch, chosen then rejected; got 3 sequences",
+    ),
+    "two scores": ({"score_weight": torch.zeros(2, 3)}, ValueError, "score_weight must be [1, H], one score per"),
+    "another width": ({"score_weight": torch.zeros(1, 4)}, ValueError, "score_weight must be [V, H] with V >= 1 and"),
+    "another dtype": ({"score_weight": torch.zeros(1, 3).double()}, TypeError, "score_weight is torch.float64, exp"),
+    "a bias of two": ({"score_bias": torch.zeros(2)}, ValueError, "score_bias has shape [2], expected [1]"),
+    "a margin per sequence": (
+        {"margin": torch.zeros(4)},
+        ValueError,
+        "margin has shape [4], expected the shape of the pairs, [2]",
+    ),
+    "a negative weight": ({"weights": torch.tensor([1.0, -1.0])}, ValueError, "weights must be >= 0, got -1.0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), LINEAR_ERRORS.values(), ids=LINEAR_ERRORS)
+def test_an_error_from_hidden_states_says_what_came_and_what_was_expected(changes, error, message):
+    given = {"hidden": torch.zeros(4, 2, 3), "score_weight": torch.zeros(1, 3), "labels": PAST, **changes}
+    for function in (linear_bradley_terry_loss, reference.linear_bradley_terry_loss):
+        with pytest.raises(error) as raised:
+            function(**given)
+        assert message in str(raised.value)
+
+
 # ---- the value model ------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +469,8 @@ def test_the_losses_compile_as_one_graph(clip):
     def step(values):
         weights = returns[0].abs()
         pairs = bradley_terry_loss(values[0], values[1], margin=0.1, centering=0.01, weights=weights)
+        labels = torch.ones(2, 6, dtype=torch.long)
+        pairs = pairs + linear_bradley_terry_loss(values[..., None], values[:1, :1], labels)[0]
         return pairs + value_loss(values, returns, clip=clip, **options)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
