@@ -155,7 +155,7 @@ class GSPO(Head):
     tokens in all accumulated batches and ranks. ``max_tokens=1`` is TRL's ``luspo``. The loss of a completion without a
     token is 0.
 
-    The KL divergence to a reference model is a loss of tokens, which a ``Mix`` adds.
+    The KL divergence to a reference model is a loss of tokens, ``kl``, which a ``Mix`` adds.
     """
 
     normalizer: str = "sequences"

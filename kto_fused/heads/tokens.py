@@ -91,11 +91,26 @@ class DFT(TokenHead):
         return -logps.detach().exp() * logps
 
 
+def kl_estimates(logps: torch.Tensor, ref_token_logps: torch.Tensor) -> torch.Tensor:
+    """Return exp(d) - d - 1 with d = lref - l, Schulman's estimate k3 of the KL divergence to the reference model."""
+    d = ref_token_logps - logps
+    return torch.expm1(d) - d
+
+
+@register("kl")
+@dataclass(frozen=True)
+class KL(TokenHead):
+    """An estimate of the KL divergence to the reference model (Schulman 2020), for a ``Mix``: exp(d) - d - 1, with
+    d = lref - l. The reference model's token log-probabilities come as ``ref_token_logps``.
+    """
+
+    def losses(self, logps, counts, ref_logps, *, ref_token_logps):
+        return kl_estimates(logps, ref_token_logps)
+
+
 @dataclass(frozen=True)
 class _PolicyGradient(TokenHead):
-    """A policy-gradient loss plus ``kl_beta`` times exp(d) - d - 1 with d = lref - l, an estimate of the KL divergence
-    to the reference model, whose log-probabilities come as ``ref_token_logps``.
-    """
+    """A policy-gradient loss plus ``kl_beta`` times the loss ``kl``, which reads ``ref_token_logps``."""
 
     kl_beta: float = 0.0
 
@@ -108,8 +123,7 @@ class _PolicyGradient(TokenHead):
             return losses
         if ref_token_logps is None:
             raise TypeError(f"kl_beta={self.kl_beta} needs the tensor ref_token_logps: pass it by name")
-        d = ref_token_logps - logps
-        return losses + self.kl_beta * (torch.expm1(d) - d)
+        return losses + self.kl_beta * kl_estimates(logps, ref_token_logps)
 
 
 @register("ppo")

@@ -37,6 +37,8 @@ def tensors_of(head: heads.Head, case: dict[str, torch.Tensor]) -> dict[str, tor
     tensors = {}
     if "old_logps" in head.tensor_names():
         tensors = {"old_logps": old_logps_of(case), "advantages": case["advantages"]}
+    if "ref_token_logps" in head.required_tensors():
+        tensors["ref_token_logps"] = old_logps_of(case)
     if head.normalizer == "items":
         tensors["num_items"] = torch.tensor(37.0, device=case["hidden"].device)
     return tensors

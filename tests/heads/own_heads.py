@@ -26,6 +26,19 @@ class OwnMargin(heads.Head):
         return {"rewards": 2.0 * log_ratios, "margins": log_ratios.chunk(2)[0] - log_ratios.chunk(2)[1], "scale": scale}
 
 
+@heads.register("toy")
+@dataclass(frozen=True)
+class Toy(heads.Head):
+    """log(1 + exp(-beta h))^2 of a pair's log-ratios: all that a new loss needs."""
+
+    beta: float = 0.5
+    group = 2
+
+    def losses(self, logps, counts, ref_logps):
+        chosen, rejected = (logps - ref_logps).chunk(2)
+        return torch.nn.functional.softplus(-self.beta * (chosen - rejected)) ** 2
+
+
 def loss_of(head: heads.Head) -> float:
     """The loss of one pair, wherever it is called."""
     from kto_fused import loss_from_logps

@@ -10,15 +10,17 @@ import pytest
 import torch
 from cases import assert_close, chunks_of, make_case, make_hidden_case
 from devices import HAS_GPU
-from own_heads import OwnMargin
+from own_heads import OwnMargin, Toy
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import kto_fused
 from kto_fused import FusedLinearLoss, FusedLoss, fused_linear_loss, fused_loss, heads, loss_from_logps, reference
+from kto_fused.engines import plan
 from kto_fused.heads import base, formula, protocol
 from kto_fused.heads.formula import FormulaHead
 
-protocol._CLASSES.pop(OwnMargin.name)  # other tests of this process list what is registered
+OWN = {kind.name: protocol._CLASSES.pop(kind.name) for kind in (OwnMargin, Toy)}  # other tests list what is registered
 B = 4
 COUNTS = torch.tensor([3, 5, 4, 2])
 LOGPS = torch.tensor([-2.0, -4.5, -3.0, -1.5], dtype=torch.float64)
@@ -29,7 +31,7 @@ LIKED = torch.tensor([True, False, True, True])
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(protocol, "_CLASSES", {**protocol._CLASSES, OwnMargin.name: OwnMargin})
+    monkeypatch.setattr(protocol, "_CLASSES", {**protocol._CLASSES, **OWN})
     monkeypatch.setattr(protocol, "_tried", set())
     protocol.from_text.cache_clear()
     yield
@@ -472,6 +474,66 @@ def test_reductions():
         value_and_grad(heads.make("sigmoid"), reduction="median")
 
 
+# ---- one class in one file ------------------------------------------------------------------------------------------
+
+
+def test_a_class_of_ones_own_takes_three_gemms_at_any_length(engine, monkeypatch):
+    """Two with a frozen LM head. Its twin's numbers come from one chunk, several, and pairs that exceed their chunk."""
+    monkeypatch.setattr(plan, "SPLIT_TOKENS", 1)  # a few tokens are worth an accumulator here
+    case = make_hidden_case(vocab=101, hidden_size=32, dtype=torch.float64, device=engine[1], seed=3)
+    ref_logps, num_tokens = REF_LOGPS.to(engine[1]), (case.labels[:, 1:] != -100).sum().item()
+    for is_trained, expected in ((True, 3), (False, 2)):
+        for chunk in (None, 8, 3):
+            results = []
+            for function in (fused_linear_loss, reference.linear_loss):
+                hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(is_trained)
+                with chunks_of(chunk), FlopCounterMode(display=False) as counter:
+                    options = {"ref_logps": ref_logps, "backend": engine[0]}
+                    loss, _ = function(heads.make("toy", beta=0.3), hidden, weight, case.labels, **options)
+                    loss.backward()
+                results.append([loss.detach(), hidden.grad, *([weight.grad] if is_trained else [])])
+                if function is fused_linear_loss:
+                    gemms = counter.get_total_flops() / (2 * num_tokens * weight.numel())
+            torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+            assert gemms == pytest.approx(expected, rel=0.02), (is_trained, chunk)
+
+
+def test_a_class_of_ones_own_keeps_its_numbers_under_autocast():
+    case = make_hidden_case(vocab=17, hidden_size=4, seed=3)
+    results = []
+    for function in (fused_linear_loss, reference.linear_loss):
+        hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = function("toy", hidden, weight, case.labels, ref_logps=REF_LOGPS)
+        loss.backward()
+        results.append(loss.detach())
+        assert hidden.grad.isfinite().any()
+        assert weight.grad.isfinite().all()
+    torch.testing.assert_close(*results)
+
+
+def test_a_class_of_ones_own_runs_inside_a_hugging_face_model():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from huggingface_cases import assert_same_gradients, backward
+    from models import make_batch, make_model
+
+    from kto_fused import huggingface
+
+    model = make_model("llama")
+    model_inputs, arguments = make_batch(None)
+    grads = []
+    for is_applied in (True, False):
+        if is_applied:
+            options = {"head": heads.make("toy", beta=0.3), **arguments}
+            loss = huggingface.apply(fused_linear_loss, model, model_inputs, **options)[0]
+        else:
+            logits = model(**model_inputs).logits
+            loss = reference.loss(heads.make("toy", beta=0.3), logits, **arguments)[0]
+        grads.append((loss.detach(), backward(model, loss)))
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-6, atol=1e-6)
+    assert_same_gradients(grads[0][1], grads[1][1])
+
+
 # ---- what is not registered -----------------------------------------------------------------------------------------
 
 
@@ -623,7 +685,7 @@ def test_a_tensor_that_anneals_compiles_nothing_anew(compiler, name, tensor):
     assert len(set(losses)) == 4
 
 
-@pytest.mark.parametrize("name", ["orpo", "bco", "aot"])
+@pytest.mark.parametrize("name", ["toy", "bco", "aot"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_operator_is_well_formed(compiler, engine, name, reduction):
     head, device = heads.make(name), engine[1]
