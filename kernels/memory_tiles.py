@@ -16,6 +16,10 @@ P is kept for all columns, or for one panel of a few tiles at a time. While pane
 yet: the target's entry of a panel is 0, and ``add_target_rows`` adds its part of P @ weight, ``-others`` times one row
 of the weight, at the end. On a second visit s and d loss / d logp are known, and ``keep`` multiplies P by each row's
 factor: the result is d loss / d logits itself.
+
+With SQUARES a first visit also adds up the squares of exp(factor (u - r)), each times 2^-60. Without that factor a
+square may reach 2^120, and a sum of V squares may exceed float32's range. The row's largest square is at least 1, so
+that no square which counts underflows. It costs two more operations per logit and 4 bytes per row and tile.
 """
 
 from typing import NamedTuple
@@ -30,12 +34,16 @@ from .online import (
     EXP_SUM,
     INVALID_TARGET,
     IS_TOP1,
+    LN_2,
     LOG2_E,
+    LOG_SUM_SQUARES,
     LOGIT_SUM,
     LOGP,
     MAXIMUM,
     MEAN_LOGIT,
     REFERENCE,
+    SQUARE_SCALE,
+    SQUARE_SUM,
     TARGET_LOGIT,
     WEIGHTED_SUM,
     cap,
@@ -73,17 +81,19 @@ def load_tile(
 @triton.jit
 def fold_columns(
     tile_ptr, bias_ptr, kept_ptr, cols, reference, scale, softcap, log2_factor,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, SQUARES: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Return (exp_sum, weighted_sum, logit_sum, maximum) of one row of a tile; with KEEP store its P.
+    """Return (exp_sum, weighted_sum, logit_sum, maximum, square_sum) of one row of a tile; with KEEP store its P.
 
-    The four running values of each lane stay in registers. A lane's VEC columns lie in one thread, so the loop moves
-    nothing between threads.
+    The running values of each lane, four or with SQUARES five, stay in registers. A lane's VEC columns lie in one
+    thread, so the loop moves nothing between threads. Without SQUARES square_sum is 0.
     """
     lane_sum = tl.zeros([LANES], tl.float32)
     lane_weighted = tl.zeros([LANES], tl.float32)
     lane_total = tl.zeros([LANES], tl.float32)
     lane_max = tl.full([LANES], float("-inf"), tl.float32)
+    lane_squares = tl.zeros([LANES], tl.float32)
     for start in range(0, cols, LANES * VEC):
         u, slope, inside = load_tile(tile_ptr, bias_ptr, start, cols, scale, softcap, HAS_BIAS, HAS_SOFTCAP, LANES, VEC)
         distance = u - reference
@@ -93,10 +103,14 @@ def fold_columns(
         lane_weighted += tl.sum(exps * tl.maximum(distance, -1e30), axis=1)
         lane_total += tl.sum(tl.where(inside, u, 0.0), axis=1)
         lane_max = tl.maximum(lane_max, tl.max(u, axis=1))
+        if SQUARES:
+            lane_squares += tl.sum(exps * (exps * SQUARE_SCALE), axis=1)
         if KEEP:
             kept = tl.where(inside, exps * slope, 0.0) if HAS_SOFTCAP else exps
             tl.store(kept_ptr + start + tile_columns(True, LANES, VEC), kept.to(kept_ptr.dtype.element_ty))
-    return tl.sum(lane_sum, axis=0), tl.sum(lane_weighted, axis=0), tl.sum(lane_total, axis=0), tl.max(lane_max, axis=0)
+    square_sum = tl.sum(lane_squares, axis=0) if SQUARES else 0.0
+    row_sum, row_weighted = tl.sum(lane_sum, axis=0), tl.sum(lane_weighted, axis=0)
+    return row_sum, row_weighted, tl.sum(lane_total, axis=0), tl.max(lane_max, axis=0), square_sum
 
 
 @triton.jit(do_not_specialize=["first", "cols", "tile_index", "num_rows", "num_tiles"])
@@ -120,6 +134,7 @@ def fold_tile_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     KEEP: tl.constexpr,
+    SQUARES: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
@@ -142,6 +157,8 @@ def fold_tile_kernel(
     reference = tl.load(state_ptr + REFERENCE * num_rows + row, mask=not is_first, other=float("-inf"))
     row_sum = tl.load(state_ptr + EXP_SUM * num_rows + row, mask=not is_first, other=0.0)
     row_weighted = tl.load(state_ptr + WEIGHTED_SUM * num_rows + row, mask=not is_first, other=0.0)
+    if SQUARES:
+        row_squares = tl.load(state_ptr + SQUARE_SUM * num_rows + row, mask=not is_first, other=0.0)
 
     if reference == float("-inf"):  # no column so far, or only -inf
         lane_max = tl.full([LANES], float("-inf"), tl.float32)
@@ -150,9 +167,9 @@ def fold_tile_kernel(
             lane_max = tl.maximum(lane_max, tl.max(u, axis=1))
         reference = tl.max(lane_max, axis=0)
     origin = tl.where(reference == float("-inf"), 0.0, reference)
-    tile_sum, tile_weighted, tile_total, tile_max = fold_columns(
+    tile_sum, tile_weighted, tile_total, tile_max, tile_squares = fold_columns(
         row_ptr, row_bias_ptr, kept_row_ptr, cols, origin, scale, softcap, log2_factor,
-        HAS_BIAS, HAS_SOFTCAP, KEEP, LANES, VEC,
+        HAS_BIAS, HAS_SOFTCAP, KEEP, SQUARES, LANES, VEC,
     )  # fmt: skip
     row_max = tl.load(state_ptr + MAXIMUM * num_rows + row, mask=not is_first, other=float("-inf"))
     # stored at once, because the second fold below has no register left to hold it
@@ -163,16 +180,20 @@ def fold_tile_kernel(
         # where the factor is 0, the old sum may have overflowed: drop it rather than multiply inf by 0
         row_weighted = tl.where(rescale > 0, (row_weighted + row_sum * step) * rescale, 0.0)
         row_sum = row_sum * rescale
+        if SQUARES:
+            row_squares = row_squares * rescale * rescale
         reference = tile_max
-        tile_sum, tile_weighted, tile_total, tile_max = fold_columns(
+        tile_sum, tile_weighted, tile_total, tile_max, tile_squares = fold_columns(
             row_ptr, row_bias_ptr, kept_row_ptr, cols, reference, scale, softcap, log2_factor,
-            HAS_BIAS, HAS_SOFTCAP, KEEP, LANES, VEC,
+            HAS_BIAS, HAS_SOFTCAP, KEEP, SQUARES, LANES, VEC,
         )  # fmt: skip
     tl.store(state_ptr + REFERENCE * num_rows + row, reference)
     tl.store(state_ptr + EXP_SUM * num_rows + row, row_sum + tile_sum)
     tl.store(state_ptr + WEIGHTED_SUM * num_rows + row, row_weighted + tile_weighted)
     row_total = tl.load(state_ptr + LOGIT_SUM * num_rows + row, mask=not is_first, other=0.0)
     tl.store(state_ptr + LOGIT_SUM * num_rows + row, row_total + tile_total)
+    if SQUARES:
+        tl.store(state_ptr + SQUARE_SUM * num_rows + row, row_squares + tile_squares)
     if KEEP:
         tl.store(references_ptr + row * num_tiles + tile_index, reference)
 
@@ -322,12 +343,13 @@ def finish_rows_kernel(
     num_rows: tl.int64,
     vocab_size: tl.int64,
     factor: tl.float64,
+    SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (blocks of rows,). Compute per_token [TOKEN_ROWS, rows] from ``state``.
 
-    Reads 28 bytes and writes 16 per row. Computes in fp64: r need not be the row's maximum, so log s and
-    factor (u_target - r) may both be large and cancel.
+    Reads 28 bytes and writes 16 per row, with SQUARES 4 more of each. Computes in fp64: r need not be the row's
+    maximum, so log s and factor (u_target - r) may both be large and cancel.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
@@ -350,6 +372,10 @@ def finish_rows_kernel(
     # a maximum ignores NaN, the log-probability does not
     is_top1 = (u_target >= row_max) & (logp == logp)
     tl.store(per_token_ptr + IS_TOP1 * num_rows + row, is_top1.to(tl.float32), mask=inside)
+    if SQUARES:
+        square_sum = tl.load(state_ptr + SQUARE_SUM * num_rows + row, mask=inside, other=1.0).to(tl.float64)
+        log_sum_squares = tl.log(square_sum) + HEADROOM * LN_2 - 2.0 * log_sum
+        tl.store(per_token_ptr + LOG_SUM_SQUARES * num_rows + row, log_sum_squares, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "hidden_size"])
@@ -425,12 +451,14 @@ def fold(
     scale: float,
     softcap: float | None,
     factor: float,
+    sum_squares: bool = False,
 ) -> None:
     """Fold a tile of logits [rows, width] float32 into ``state`` [STATE_ROWS, rows]; store its P if ``kept`` is given.
 
     The tile holds ``columns`` of the vocabulary. The tile that starts at column 0 starts the state, whose memory may be
     undefined before. ``bias`` is [V]; the tile does not contain it yet. ``targets`` [rows] are token ids of the whole
-    vocabulary; the row TARGET_LOGIT is written by the tile that holds the target.
+    vocabulary; the row TARGET_LOGIT is written by the tile that holds the target. With
+    ``sum_squares`` the state has the row SQUARE_SUM too.
     """
     values, references, tile_index = kept if kept is not None else (None, None, 0)
     fold_tile_kernel[(len(targets),)](
@@ -453,6 +481,7 @@ def fold(
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
         KEEP=kept is not None,
+        SQUARES=sum_squares,
         **_lanes(block),
         **COMPILER_OPTIONS,
     )
@@ -550,9 +579,17 @@ def settle(
 
 
 def finish(
-    targets: torch.Tensor, state: torch.Tensor, per_token: torch.Tensor, *, vocab_size: int, factor: float
+    targets: torch.Tensor,
+    state: torch.Tensor,
+    per_token: torch.Tensor,
+    *,
+    vocab_size: int,
+    factor: float,
+    sum_squares: bool = False,
 ) -> None:
-    """Fill ``per_token`` [4, rows] from the ``state`` of all columns: logps, entropy, mean_logits and is_top1."""
+    """Fill ``per_token`` [4, rows] from the ``state`` of all columns: logps, entropy, mean_logits and is_top1; with
+    ``sum_squares`` a fifth row, log sum p^2.
+    """
     finish_rows_kernel[(triton.cdiv(len(targets), ROWS_BLOCK),)](
         targets,
         state,
@@ -560,6 +597,7 @@ def finish(
         num_rows=len(targets),
         vocab_size=vocab_size,
         factor=factor,
+        SQUARES=sum_squares,
         BLOCK=ROWS_BLOCK,
         **COMPILER_OPTIONS,
     )

@@ -13,14 +13,18 @@ The state of a row is what any subset of its columns says about it:
     w = weighted_sum         sum exp(factor (u - r)) (u - r), from which the entropy is computed
     logit_sum                sum u, from which the mean logit is computed
     maximum                  the largest u, which says whether the target is the row's most likely token
+    q = square_sum           2^-60 sum exp(2 factor (u - r)), from which log sum p^2 is computed; only if asked for. The
+                             factor 2^-60 keeps it in float32's range where a column's exponential reaches 2^60
 
 States over disjoint columns merge. With R the largest reference, d_i = r_i - R and e_i = exp(factor d_i):
 
     reference = R    exp_sum = sum_i e_i s_i    weighted_sum = sum_i e_i (w_i + s_i d_i)
     logit_sum = sum_i logit_sum_i    maximum = max_i maximum_i    target_logit: of the state that includes the target
+    square_sum = sum_i e_i^2 square_sum_i
 
 Where a state is a tensor, it is [STATE_ROWS, rows] and the constants below name its rows. Partial results of one row
-(of lanes, splits or tiles) are relative to their own maximum and hold no target: PARTIAL_ROWS numbers.
+(of lanes, splits or tiles) are relative to their own maximum and hold no target: PARTIAL_ROWS numbers. With SQUARES,
+the sum of squares is one more row of the state, of a partial result and of the results for each token.
 """
 
 import triton
@@ -42,6 +46,8 @@ WEIGHTED_SUM = tl.constexpr(3)
 LOGIT_SUM = tl.constexpr(4)
 MAXIMUM = tl.constexpr(5)
 STATE_ROWS = 6
+SQUARE_SUM = tl.constexpr(6)  # a row more, with SQUARES
+SQUARE_SCALE = tl.constexpr(2.0**-60)  # of a state's square_sum: 2 to the power -HEADROOM of memory_tiles.py
 
 # Numbers of one partial result.
 PARTIAL_MAXIMUM = tl.constexpr(0)
@@ -49,6 +55,7 @@ PARTIAL_EXP_SUM = tl.constexpr(1)
 PARTIAL_WEIGHTED_SUM = tl.constexpr(2)
 PARTIAL_LOGIT_SUM = tl.constexpr(3)
 PARTIAL_ROWS = tl.constexpr(4)
+PARTIAL_SQUARE_SUM = tl.constexpr(4)  # one number more, with SQUARES
 
 # Rows of per_token [TOKEN_ROWS, rows], the results for each token.
 LOGP = tl.constexpr(0)
@@ -56,6 +63,7 @@ ENTROPY = tl.constexpr(1)
 MEAN_LOGIT = tl.constexpr(2)
 IS_TOP1 = tl.constexpr(3)
 TOKEN_ROWS = tl.constexpr(4)
+LOG_SUM_SQUARES = tl.constexpr(4)  # one row more, with SQUARES
 
 
 @triton.jit
@@ -115,10 +123,11 @@ def tile_columns(ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def fold(running_max, running_sum, running_weighted, u, log2_factor):
+def fold(running_max, running_sum, running_weighted, running_squares, u, log2_factor, SQUARES: tl.constexpr):
     """Fold a tile u [LANES, VEC] into each lane's maximum, exp_sum and weighted_sum (relative to that maximum).
 
-    The running values stay in registers. A lane's VEC columns lie in one thread, so the loop over a row moves nothing
+    With SQUARES also into the lane's sum exp(2 factor (u - maximum)), one more fused multiply-add per column. The
+    running values stay in registers. A lane's VEC columns lie in one thread, so the loop over a row moves nothing
     between threads.
     """
     new_max = tl.maximum(running_max, tl.max(u, axis=1))
@@ -133,12 +142,17 @@ def fold(running_max, running_sum, running_weighted, u, log2_factor):
     tile_weighted = tl.sum(exps * tl.maximum(distance, -1e30), axis=1)
     new_weighted = (running_weighted + running_sum * step) * rescale + tile_weighted
     new_sum = running_sum * rescale + tl.sum(exps, axis=1)
-    return new_max, new_sum, new_weighted
+    if SQUARES:
+        running_squares = running_squares * (rescale * rescale) + tl.sum(exps * exps, axis=1)
+    return new_max, new_sum, new_weighted, running_squares
 
 
 @triton.jit
-def merge(maxima, sums, weighted, log2_factor):
-    """Return (maximum, exp_sum, weighted_sum) of a row from partial results of ``fold`` along axis 0."""
+def merge(maxima, sums, weighted, squares, log2_factor, SQUARES: tl.constexpr):
+    """Return (maximum, exp_sum, weighted_sum, square_sum) of a row from partial results of ``fold`` along axis 0.
+
+    Without SQUARES the last one means nothing.
+    """
     row_max = tl.max(maxima, axis=0)
     origin = tl.where(row_max == float("-inf"), 0.0, row_max)
     step = tl.where(sums > 0, tl.maximum(maxima - origin, -1e30), 0.0)
@@ -146,7 +160,8 @@ def merge(maxima, sums, weighted, log2_factor):
     row_sum = tl.sum(sums * rescale, axis=0)
     # a partial result whose factor is 0 may have overflowed: drop it rather than multiply inf by 0
     row_weighted = tl.sum(tl.where(rescale > 0, (weighted + sums * step) * rescale, 0.0), axis=0)
-    return row_max, row_sum, row_weighted
+    row_squares = tl.sum(squares * (rescale * rescale), axis=0) if SQUARES else 0.0
+    return row_max, row_sum, row_weighted, row_squares
 
 
 @triton.jit

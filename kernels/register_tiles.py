@@ -27,8 +27,11 @@ from .online import (
     PARTIAL_LOGIT_SUM,
     PARTIAL_MAXIMUM,
     PARTIAL_ROWS,
+    PARTIAL_SQUARE_SUM,
     PARTIAL_WEIGHTED_SUM,
     REFERENCE,
+    SQUARE_SCALE,
+    SQUARE_SUM,
     TARGET_LOGIT,
     WEIGHTED_SUM,
     merge,
@@ -55,6 +58,7 @@ def start_rows_kernel(
     hidden_size: tl.int32,
     weight_stride: tl.int32,
     HAS_BIAS: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (rows,). Start ``state`` before the first tile: r is the target's u, computed here; the rest is empty.
@@ -79,6 +83,8 @@ def start_rows_kernel(
     tl.store(state_ptr + WEIGHTED_SUM * num_rows + row, 0.0)
     tl.store(state_ptr + LOGIT_SUM * num_rows + row, 0.0)
     tl.store(state_ptr + MAXIMUM * num_rows + row, float("-inf"))
+    if SQUARES:
+        tl.store(state_ptr + SQUARE_SUM * num_rows + row, 0.0)
 
 
 @triton.jit
@@ -139,8 +145,11 @@ def split_columns(u):
 
 
 @triton.jit
-def fold_part(u, origin, log2_factor, kept_ptrs, is_row, KEEP: tl.constexpr):
-    """Return (exp_sum, weighted_sum) of each row over the columns of u; with KEEP store their P."""
+def fold_part(u, origin, log2_factor, kept_ptrs, is_row, KEEP: tl.constexpr, SQUARES: tl.constexpr):
+    """Return (exp_sum, weighted_sum, square_sum) of each row over the columns of u; with KEEP store their P.
+
+    Without SQUARES the last one means nothing.
+    """
     distance = u - origin[:, None]
     exps = tl.exp2(distance * log2_factor)
     row_sum = tl.sum(exps, axis=1)
@@ -148,7 +157,8 @@ def fold_part(u, origin, log2_factor, kept_ptrs, is_row, KEEP: tl.constexpr):
     row_weighted = tl.sum(exps * tl.maximum(distance, -1e30), axis=1)
     if KEEP:
         tl.store(kept_ptrs, exps.to(kept_ptrs.dtype.element_ty), mask=is_row[:, None])
-    return row_sum, row_weighted
+    row_squares = tl.sum(exps * (exps * SQUARE_SCALE), axis=1) if SQUARES else row_sum
+    return row_sum, row_weighted, row_squares
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "column_blocks", "num_tiles"])
@@ -171,6 +181,7 @@ def fold_register_tiles_kernel(
     HIDDEN_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    SQUARES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -181,7 +192,7 @@ def fold_register_tiles_kernel(
     Reads hidden [rows, H] and whole blocks of the weight's rows, which start at the vocabulary's column ``first``.
     Writes partials [PARTIAL_ROWS, blocks of columns, rows], 16 bytes per row and tile, and the targets' u into
     ``state``. With KEEP also writes P (2 bytes per logit) and the reference it is relative to, into ``references``
-    [rows, tiles].
+    [rows, tiles]. With SQUARES a partial result takes 20 bytes, and a logit two more operations.
     """
     u, row_block, column_block = multiply_tile(
         hidden_ptr, weight_ptr, bias_ptr, num_rows, column_blocks, weight_stride,
@@ -214,12 +225,15 @@ def fold_register_tiles_kernel(
     left, right = split_columns(u)
     u0, u1 = split_columns(left)
     u2, u3 = split_columns(right)
-    sum0, weighted0 = fold_part(u0, origin, log2_factor, kept_ptrs, is_row, KEEP)
-    sum1, weighted1 = fold_part(u1, origin, log2_factor, kept_ptrs + QUARTER, is_row, KEEP)
-    sum2, weighted2 = fold_part(u2, origin, log2_factor, kept_ptrs + 2 * QUARTER, is_row, KEEP)
-    sum3, weighted3 = fold_part(u3, origin, log2_factor, kept_ptrs + 3 * QUARTER, is_row, KEEP)
+    sum0, weighted0, squares0 = fold_part(u0, origin, log2_factor, kept_ptrs, is_row, KEEP, SQUARES)
+    sum1, weighted1, squares1 = fold_part(u1, origin, log2_factor, kept_ptrs + QUARTER, is_row, KEEP, SQUARES)
+    sum2, weighted2, squares2 = fold_part(u2, origin, log2_factor, kept_ptrs + 2 * QUARTER, is_row, KEEP, SQUARES)
+    sum3, weighted3, squares3 = fold_part(u3, origin, log2_factor, kept_ptrs + 3 * QUARTER, is_row, KEEP, SQUARES)
     tl.store(partial_ptrs + PARTIAL_EXP_SUM * stride, sum0 + sum1 + (sum2 + sum3), mask=is_row)
     tl.store(partial_ptrs + PARTIAL_WEIGHTED_SUM * stride, weighted0 + weighted1 + (weighted2 + weighted3), mask=is_row)
+    if SQUARES:
+        square_sum = squares0 + squares1 + (squares2 + squares3)
+        tl.store(partial_ptrs + PARTIAL_SQUARE_SUM * stride, square_sum, mask=is_row)
     if KEEP:
         tl.store(references_ptr + rows.to(tl.int64) * num_tiles + column_block, reference, mask=is_row)
 
@@ -231,13 +245,14 @@ def merge_register_tiles_kernel(
     num_rows: tl.int64,
     num_partials: tl.int64,
     factor: tl.float64,
+    SQUARES: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_TILES: tl.constexpr,
 ):
     """Grid: (blocks of rows,). Merge partials [PARTIAL_ROWS, num_partials, rows] into ``state``, except TARGET_LOGIT.
 
-    Reads 16 bytes per row and partial result. MERGE_TILES running results per row stay in registers; ``merge`` combines
-    them at the end.
+    Reads 16 bytes per row and partial result, with SQUARES 20. MERGE_TILES running results per row stay in registers;
+    ``merge`` combines them at the end.
     """
     rows = tl.program_id(0).to(tl.int64) * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
     is_row = rows < num_rows
@@ -251,6 +266,7 @@ def merge_register_tiles_kernel(
     weighted = tl.load(old + WEIGHTED_SUM * num_rows, mask=is_first, other=0.0)
     totals = tl.load(old + LOGIT_SUM * num_rows, mask=is_first, other=0.0)
     maxima = tl.load(old + MAXIMUM * num_rows, mask=is_first, other=float("-inf"))
+    squares = tl.load(old + SQUARE_SUM * num_rows, mask=is_first, other=0.0) if SQUARES else sums
     for start in range(0, num_partials, MERGE_TILES):
         partials = start + tl.arange(0, MERGE_TILES).to(tl.int64)
         inside = (partials < num_partials)[:, None] & is_row[None, :]
@@ -273,13 +289,18 @@ def merge_register_tiles_kernel(
         more_weighted = tl.where(more_rescale > 0, (more_weighted + more_sums * more_step) * more_rescale, 0.0)
         weighted = old_weighted + more_weighted
         sums = sums * rescale + more_sums * more_rescale
+        if SQUARES:
+            more_squares = tl.load(pointers + PARTIAL_SQUARE_SUM * stride, mask=inside, other=0.0)
+            squares = squares * (rescale * rescale) + more_squares * (more_rescale * more_rescale)
         references = new_references
-    row_reference, row_sum, row_weighted = merge(references, sums, weighted, log2_factor)
+    row_reference, row_sum, row_weighted, row_squares = merge(references, sums, weighted, squares, log2_factor, SQUARES)
     tl.store(state_ptr + REFERENCE * num_rows + rows, row_reference, mask=is_row)
     tl.store(state_ptr + EXP_SUM * num_rows + rows, row_sum, mask=is_row)
     tl.store(state_ptr + WEIGHTED_SUM * num_rows + rows, row_weighted, mask=is_row)
     tl.store(state_ptr + LOGIT_SUM * num_rows + rows, tl.sum(totals, axis=0), mask=is_row)
     tl.store(state_ptr + MAXIMUM * num_rows + rows, tl.max(maxima, axis=0), mask=is_row)
+    if SQUARES:
+        tl.store(state_ptr + SQUARE_SUM * num_rows + rows, row_squares, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "column_blocks"])
@@ -342,17 +363,24 @@ def serves(weight: torch.Tensor) -> bool:
     return is_aligned and weight.shape[1] % DEPTH == 0 and len(weight) * weight.stride(0) < 2**31
 
 
-def partial_bytes(num_columns: int, is_kept: bool) -> int:
+def partial_bytes(num_columns: int, is_kept: bool, sum_squares: bool) -> int:
     """Return the bytes per row beside the state: a partial result per tile, and with ``is_kept`` its P's reference."""
-    return (PARTIAL_ROWS.value + is_kept) * 4 * -(-num_columns // COLUMNS)
+    return (PARTIAL_ROWS.value + sum_squares + is_kept) * 4 * -(-num_columns // COLUMNS)
 
 
 def start(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, state: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    sum_squares: bool = False,
 ) -> None:
     """Start ``state`` [STATE_ROWS, rows], into which the first tile is folded; references are the targets' logits.
 
-    ``hidden`` is [rows, H], ``weight`` the whole LM head [V, H] and ``bias`` its bias [V] or None.
+    ``hidden`` is [rows, H], ``weight`` the whole LM head [V, H] and ``bias`` its bias [V] or None. With ``sum_squares``
+    the state has the row SQUARE_SUM too.
     """
     start_rows_kernel[(len(hidden),)](
         hidden,
@@ -364,6 +392,7 @@ def start(
         hidden_size=hidden.shape[1],
         weight_stride=weight.stride(0),
         HAS_BIAS=bias is not None,
+        SQUARES=sum_squares,
         BLOCK=START_BLOCK,
         **COMPILER_OPTIONS,
     )
@@ -379,6 +408,7 @@ def fold(
     kept: Kept | None,
     *,
     factor: float,
+    sum_squares: bool = False,
 ) -> None:
     """Fold the logits of ``columns`` of the vocabulary into ``state`` [STATE_ROWS, rows], which ``start`` has started.
 
@@ -386,7 +416,7 @@ def fold(
     LM head's. If ``kept`` is given, P is stored there, and each block of columns is a tile of it.
     """
     num_rows, column_blocks = len(hidden), (columns.stop - columns.start) // COLUMNS
-    partials = state.new_empty(PARTIAL_ROWS.value, column_blocks, num_rows)
+    partials = state.new_empty(PARTIAL_ROWS.value + sum_squares, column_blocks, num_rows)
     values, references, _ = kept if kept is not None else (None, None, 0)
     fold_register_tiles_kernel[_grid(num_rows, column_blocks)](
         hidden,
@@ -407,6 +437,7 @@ def fold(
         HIDDEN_SIZE=hidden.shape[1],
         HAS_BIAS=bias is not None,
         KEEP=kept is not None,
+        SQUARES=sum_squares,
         **_tile(),
         **COMPILER_OPTIONS,
     )
@@ -416,6 +447,7 @@ def fold(
         num_rows=num_rows,
         num_partials=column_blocks,
         factor=factor,
+        SQUARES=sum_squares,
         MERGE_ROWS=MERGE_ROWS,
         MERGE_TILES=MERGE_TILES,
         **COMPILER_OPTIONS,

@@ -1,7 +1,8 @@
 """Sums of token values over the completion tokens of each sequence, padded or packed; and the gradient by the tokens.
 
 Forward: four values per token, as ``token_logprobs.py`` leaves them, become a log-probability, a token count and three
-means per sequence. Backward: d loss / d log-probability of a sequence becomes d loss / d log-probability of its tokens.
+means per sequence; a fifth, log sum p^2, becomes a fourth mean. Backward: d loss / d log-probability of a sequence
+becomes d loss / d log-probability of its tokens.
 """
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import COMPILER_OPTIONS
-from .online import ENTROPY, IS_TOP1, LOGP, MASKED_TARGET, MEAN_LOGIT, find_sequence
+from .online import ENTROPY, IS_TOP1, LOG_SUM_SQUARES, LOGP, MASKED_TARGET, MEAN_LOGIT, TOKEN_ROWS, find_sequence
 
 BLOCK_TOKENS = 1024
 
@@ -24,19 +25,21 @@ def sequence_kernel(
     sequence_entropy_ptr,
     sequence_mean_logits_ptr,
     token_accuracy_ptr,
+    sequence_squares_ptr,
     seq_len: tl.int64,
     num_rows: tl.int64,
     num_sequences: tl.int64,
     PACKED: tl.constexpr,
     AVERAGE: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (sequences,). One program adds up the tokens of one sequence in fp64.
 
     Reads 20 bytes per token: its target and four float32 values, the values of completion tokens only. Writes the
     sequence's log-probability (the sum, or with AVERAGE the mean), its number of completion tokens, and their mean
-    entropy, mean logit and top-1. All are 0 for a sequence without completion tokens. A log-probability is NaN where
-    the offsets do not partition the rows.
+    entropy, mean logit and top-1. With SQUARES a fifth value, log sum p^2, is read and its mean written. All are 0 for
+    a sequence without completion tokens. A log-probability is NaN where the offsets do not partition the rows.
     """
     sequence = tl.program_id(0).to(tl.int64)
     first = sequence * seq_len
@@ -55,6 +58,7 @@ def sequence_kernel(
     entropy = tl.zeros([BLOCK], tl.float64)
     mean_logits = tl.zeros([BLOCK], tl.float64)
     num_top1 = tl.zeros([BLOCK], tl.float64)
+    log_squares = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.int64)
     for start in range(first, last, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -65,6 +69,9 @@ def sequence_kernel(
         mean_logit = tl.load(per_token_ptr + MEAN_LOGIT * num_rows + rows, mask=is_token, other=0.0)
         mean_logits += mean_logit.to(tl.float64)
         num_top1 += tl.load(per_token_ptr + IS_TOP1 * num_rows + rows, mask=is_token, other=0.0).to(tl.float64)
+        if SQUARES:
+            log_square = tl.load(per_token_ptr + LOG_SUM_SQUARES * num_rows + rows, mask=is_token, other=0.0)
+            log_squares += log_square.to(tl.float64)
         count += is_token.to(tl.int64)
 
     tokens = tl.sum(count, axis=0)
@@ -77,6 +84,8 @@ def sequence_kernel(
     tl.store(sequence_entropy_ptr + sequence, tl.sum(entropy, axis=0) / divisor)
     tl.store(sequence_mean_logits_ptr + sequence, tl.sum(mean_logits, axis=0) / divisor)
     tl.store(token_accuracy_ptr + sequence, tl.sum(num_top1, axis=0) / divisor)
+    if SQUARES:
+        tl.store(sequence_squares_ptr + sequence, tl.sum(log_squares, axis=0) / divisor)
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_rows", "num_sequences", "search_steps", "num_incoming"])
@@ -130,21 +139,24 @@ def forward(
     seq_len: int,
     average: bool,
 ) -> None:
-    """Sum ``per_token`` [4, rows] over the rows of each sequence whose target is not masked.
+    """Sum ``per_token`` [4, rows] or [5, rows] over the rows of each sequence whose target is not masked.
 
-    Fills ``outputs`` = (log-probabilities in fp64, token counts in int64, mean entropy, mean logit, token accuracy),
-    each [B]. ``average`` divides the log-probabilities by the token counts.
+    Fills ``outputs`` = (log-probabilities in fp64, token counts in int64, mean entropy, mean logit, token accuracy, and
+    of five rows the mean log sum p^2), each [B]. ``average`` divides the log-probabilities by the token counts.
     """
+    sum_squares = len(per_token) > TOKEN_ROWS.value
     sequence_kernel[(outputs[0].numel(),)](
         targets,
         per_token,
         cu_seqlens if cu_seqlens is not None else targets,
         *outputs,
+        *([] if sum_squares else [per_token]),
         seq_len=seq_len,
         num_rows=targets.numel(),
         num_sequences=outputs[0].numel(),
         PACKED=cu_seqlens is not None,
         AVERAGE=average,
+        SQUARES=sum_squares,
         BLOCK=BLOCK_TOKENS,
         **COMPILER_OPTIONS,
     )

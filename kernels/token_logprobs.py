@@ -14,6 +14,9 @@ All exponents are relative to the row's largest u, so a common offset of the log
 The forward folds a row and finishes it in one launch. Where a batch has few rows, several programs fold parts of the
 columns of one row (SPLIT). They leave partial results, as ``online.py`` defines them, and a second launch merges and
 finishes them.
+
+With SQUARES the same pass finds log sum_v p_v^2 too. It reads and launches nothing more, and costs one more fused
+multiply-add per logit, one more result per row and one more number per partial result.
 """
 
 import torch
@@ -26,6 +29,7 @@ from .online import (
     INVALID_TARGET,
     IS_TOP1,
     LOG2_E,
+    LOG_SUM_SQUARES,
     LOGP,
     MASKED_TARGET,
     MEAN_LOGIT,
@@ -33,6 +37,7 @@ from .online import (
     PARTIAL_LOGIT_SUM,
     PARTIAL_MAXIMUM,
     PARTIAL_ROWS,
+    PARTIAL_SQUARE_SUM,
     PARTIAL_WEIGHTED_SUM,
     TOKEN_ROWS,
     cap,
@@ -66,6 +71,7 @@ def store_row(
     row_sum,
     row_weighted,
     row_total,
+    row_squares,
     row_max_ptr,
     log_sum_ptr,
     per_token_ptr,
@@ -76,8 +82,9 @@ def store_row(
     factor,
     log2_factor,
     HAS_SOFTCAP: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
-    """Finish a row: read its target's logit, write row_max, log_sum and the four results."""
+    """Finish a row: read its target's logit, write row_max, log_sum and the four results, with SQUARES five."""
     log_sum = tl.log(row_sum)
     mean_distance = row_weighted / row_sum
     is_token = target >= 0
@@ -94,15 +101,19 @@ def store_row(
     # a maximum ignores NaN, the log-probability does not
     is_top1 = (u_target >= row_max) & (logp == logp)
     tl.store(per_token_ptr + IS_TOP1 * num_rows + row, is_top1.to(scale.dtype))
+    if SQUARES:
+        tl.store(per_token_ptr + LOG_SUM_SQUARES * num_rows + row, tl.log(row_squares) - 2.0 * log_sum)
 
 
 @triton.jit
-def store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows):
+def store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows, SQUARES: tl.constexpr):
     """Write zeros for a row that predicts no completion token."""
     tl.store(row_max_ptr + row, 0.0)
     tl.store(log_sum_ptr + row, 0.0)
     zeros = tl.zeros([TOKEN_ROWS], per_token_ptr.dtype.element_ty)
     tl.store(per_token_ptr + tl.arange(0, TOKEN_ROWS) * num_rows + row, zeros)
+    if SQUARES:
+        tl.store(per_token_ptr + LOG_SUM_SQUARES * num_rows + row, 0.0)
 
 
 # The kernel is not specialised on any length or stride, so one compiled kernel serves every batch of a model. The
@@ -151,6 +162,7 @@ def token_logprobs_kernel(
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SQUARES: tl.constexpr,
     SPLIT: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
@@ -188,7 +200,7 @@ def token_logprobs_kernel(
         tl.store(targets_ptr + row, target.to(tl.int32))
     if is_masked:
         if not SPLIT:
-            store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows)
+            store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows, SQUARES)
         return
 
     row_offset = batch * logits_batch_stride + position * logits_row_stride
@@ -204,25 +216,34 @@ def token_logprobs_kernel(
     lane_sum = tl.zeros([LANES], COMPUTE)
     lane_weighted = tl.zeros([LANES], COMPUTE)
     lane_total = tl.zeros([LANES], COMPUTE)
+    lane_squares = tl.zeros([LANES], COMPUTE)
 
     for start in range(first, last_full, LANES * VEC):
         u, _ = cap(tl.load(row_ptr + start + tile).to(COMPUTE), scale, softcap, HAS_SOFTCAP)
-        lane_max, lane_sum, lane_weighted = fold(lane_max, lane_sum, lane_weighted, u, log2_factor)
+        lane_max, lane_sum, lane_weighted, lane_squares = fold(
+            lane_max, lane_sum, lane_weighted, lane_squares, u, log2_factor, SQUARES
+        )
         lane_total += tl.sum(u, axis=1)
     inside = last_full + tile < last
     u, _ = cap(tl.load(row_ptr + last_full + tile, mask=inside, other=0.0).to(COMPUTE), scale, softcap, HAS_SOFTCAP)
     lane_total += tl.sum(u, axis=1)
     u = tl.where(inside, u, float("-inf"))
-    lane_max, lane_sum, lane_weighted = fold(lane_max, lane_sum, lane_weighted, u, log2_factor)
+    lane_max, lane_sum, lane_weighted, lane_squares = fold(
+        lane_max, lane_sum, lane_weighted, lane_squares, u, log2_factor, SQUARES
+    )
 
-    row_max, row_sum, row_weighted = merge(lane_max, lane_sum, lane_weighted, log2_factor)
+    row_max, row_sum, row_weighted, row_squares = merge(
+        lane_max, lane_sum, lane_weighted, lane_squares, log2_factor, SQUARES
+    )
     row_total = tl.sum(lane_total, axis=0)
     if SPLIT:
-        partial_ptr = partials_ptr + program * PARTIAL_ROWS
+        partial_ptr = partials_ptr + program * (PARTIAL_ROWS + SQUARES)
         tl.store(partial_ptr + PARTIAL_MAXIMUM, row_max)
         tl.store(partial_ptr + PARTIAL_EXP_SUM, row_sum)
         tl.store(partial_ptr + PARTIAL_WEIGHTED_SUM, row_weighted)
         tl.store(partial_ptr + PARTIAL_LOGIT_SUM, row_total)
+        if SQUARES:
+            tl.store(partial_ptr + PARTIAL_SQUARE_SUM, row_squares)
     else:
         store_row(
             row_ptr,
@@ -232,6 +253,7 @@ def token_logprobs_kernel(
             row_sum,
             row_weighted,
             row_total,
+            row_squares,
             row_max_ptr,
             log_sum_ptr,
             per_token_ptr,
@@ -242,6 +264,7 @@ def token_logprobs_kernel(
             factor,
             log2_factor,
             HAS_SOFTCAP,
+            SQUARES,
         )
 
 
@@ -265,12 +288,14 @@ def combine_splits_kernel(
     softcap: tl.float64,
     factor: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Grid: (rows,). One program merges the partial results of a row's ``splits`` and finishes the row.
 
-    Reads PARTIAL_ROWS numbers per split and the target's logit, writes row_max, log_sum and four results per row.
+    Reads PARTIAL_ROWS numbers per split (with SQUARES one more) and the target's logit, writes row_max, log_sum and
+    four results (five) per row.
     """
     scale = tl.full([], scale, COMPUTE)
     softcap = tl.full([], softcap, COMPUTE)
@@ -279,17 +304,18 @@ def combine_splits_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     if target == MASKED_TARGET:
-        store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows)
+        store_masked_row(row, row_max_ptr, log_sum_ptr, per_token_ptr, num_rows, SQUARES)
         return
 
     split = tl.arange(0, BLOCK_SPLITS)
     inside = split < splits
-    partial_ptr = partials_ptr + (row * splits + split) * PARTIAL_ROWS
+    partial_ptr = partials_ptr + (row * splits + split) * (PARTIAL_ROWS + SQUARES)
     maxima = tl.load(partial_ptr + PARTIAL_MAXIMUM, mask=inside, other=float("-inf"))
     sums = tl.load(partial_ptr + PARTIAL_EXP_SUM, mask=inside, other=0.0)
     weighted = tl.load(partial_ptr + PARTIAL_WEIGHTED_SUM, mask=inside, other=0.0)
     totals = tl.load(partial_ptr + PARTIAL_LOGIT_SUM, mask=inside, other=0.0)
-    row_max, row_sum, row_weighted = merge(maxima, sums, weighted, log2_factor)
+    squares = tl.load(partial_ptr + PARTIAL_SQUARE_SUM, mask=inside, other=0.0) if SQUARES else sums
+    row_max, row_sum, row_weighted, row_squares = merge(maxima, sums, weighted, squares, log2_factor, SQUARES)
     store_row(
         logits_ptr + (row // seq_len) * logits_batch_stride + (row % seq_len) * logits_row_stride,
         target,
@@ -298,6 +324,7 @@ def combine_splits_kernel(
         row_sum,
         row_weighted,
         tl.sum(totals, axis=0),
+        row_squares,
         row_max_ptr,
         log_sum_ptr,
         per_token_ptr,
@@ -308,6 +335,7 @@ def combine_splits_kernel(
         factor,
         log2_factor,
         HAS_SOFTCAP,
+        SQUARES,
     )
 
 
@@ -492,12 +520,14 @@ def forward(
     softcap: float | None,
     factor: float,
     multiprocessors: int,
+    sum_squares: bool = False,
 ) -> None:
     """Compute each row's log-probability, entropy, mean logit and top-1 from ``logits`` [B, T, V] or [N, V].
 
     Fills ``outputs`` = (targets [rows] int32, row_max [rows], log_sum [rows], per_token [4, rows]). The rows of
-    ``per_token`` are logps, entropy (of the softmax, in nats), mean_logits (of z) and is_top1 (0 or 1). ``backward``
-    reads the first three. ``labels`` is [B, T] or [N]; ``cu_seqlens`` [B + 1] holds the offsets of packed sequences.
+    ``per_token`` are logps, entropy (of the softmax, in nats), mean_logits (of z) and is_top1 (0 or 1); with
+    ``sum_squares`` a fifth row is log sum p^2. ``backward`` reads the first three outputs. ``labels`` is [B, T] or [N];
+    ``cu_seqlens`` [B + 1] holds the offsets of packed sequences.
     """
     targets, *stats = outputs
     seq_len, batch_stride, row_stride = _row_view(logits)
@@ -512,13 +542,14 @@ def forward(
         wanted = min(wanted, triton.cdiv(blocks, MIN_SPLIT_BLOCKS))
         blocks_per_split = triton.cdiv(blocks, wanted)
         splits = triton.cdiv(blocks, blocks_per_split)
-        partials = stats[0].new_empty(rows, splits, PARTIAL_ROWS.value)
+        partials = stats[0].new_empty(rows, splits, PARTIAL_ROWS.value + sum_squares)
 
     transform = {
         "scale": scale,
         "softcap": softcap if softcap is not None else 1.0,
         "factor": factor,
         "HAS_SOFTCAP": softcap is not None,
+        "SQUARES": sum_squares,
         "COMPUTE": _compute_dtype(logits),
     }
     token_logprobs_kernel[(rows * splits,)](

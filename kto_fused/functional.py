@@ -17,7 +17,7 @@ from .engines.autograd import LogpsFromHidden, LossFromHidden
 from .engines.layout import compute_dtype
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps
-from .engines.results import SequenceValues
+from .engines.results import NUM_RETURNED, SequenceValues
 from .heads.base import REDUCTIONS, at_most_one, reduce, weighted
 from .heads.formula import FormulaHead, PreparedLoss
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
@@ -26,7 +26,6 @@ from .heads.token_formula import TokenFormulaHead
 from .metrics import LossMetrics, TokenMetrics
 
 DEFAULT_CHUNK_BYTES = 2**30
-NUM_VALUES = len(SequenceValues._fields)
 
 
 def fused_kto_loss(
@@ -962,7 +961,7 @@ def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: obje
         ref_logps,
         *head_tensors,
     )
-    sequences, reported = SequenceValues(*values[:NUM_VALUES]), values[NUM_VALUES:]
+    sequences, reported = SequenceValues(*values[:NUM_RETURNED]), values[NUM_RETURNED:]
     named = _named(head, reported, sequences.logps, sequences.token_counts, ref_logps, head_tensors)
     return loss, _metrics(sequences, ref_logps=ref_logps, **named)
 
@@ -988,7 +987,7 @@ def _loss_from_hidden(
         head,
         *head_tensors,
     )
-    sequences, (computed_ref_logps, *reported) = SequenceValues(*values[:NUM_VALUES]), values[NUM_VALUES:]
+    sequences, (computed_ref_logps, *reported) = SequenceValues(*values[:NUM_RETURNED]), values[NUM_RETURNED:]
     ref_logps = reference.logps if reference.hidden is None else computed_ref_logps
     named = _named(head, reported, sequences.logps, sequences.token_counts, ref_logps, head_tensors)
     return loss, _metrics(sequences, ref_logps=ref_logps, **named)

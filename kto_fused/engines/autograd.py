@@ -145,7 +145,7 @@ class LogpsFromHidden(torch.autograd.Function):
         results = HiddenResults.from_list(outputs)
         _save(ctx, policy, options, gradient_mode(options.needs, None), results)
         ctx.set_materialize_grads(False)  # otherwise autograd would fill a gradient of zeros for each metric
-        logps, *metrics = results.values
+        logps, *metrics = results.values.returned
         ctx.mark_non_differentiable(*metrics)
         return logps, *metrics
 
@@ -170,7 +170,7 @@ class LossFromHidden(torch.autograd.Function):
         _save(ctx, policy, options, gradient_mode(options.needs, head), results)
         ctx.num_arguments = len(arguments)
         ctx.set_materialize_grads(False)  # otherwise autograd would fill a gradient of zeros for each reported tensor
-        others = *results.values, results.ref_logps, *results.reported
+        others = *results.values.returned, results.ref_logps, *results.reported
         ctx.mark_non_differentiable(*others)
         return results.loss, *others
 

@@ -33,7 +33,7 @@ from . import cpu
 from .backends import multiprocessors, on_device
 from .layout import INVALID, MASKED, compute_dtype
 from .logits import row_outputs
-from .results import TokenValues
+from .results import TokenValues, num_token_values
 
 # Bytes of the LM head's weight that are cast at once where a GEMM cannot read it as it is; at most a quarter of a
 # chunk's bytes.
@@ -55,6 +55,8 @@ PANEL_TOKENS = 4096
 CPU_TOKENS = 1024
 CPU_LOGITS = 2**22
 MOST_TOKENS = 2**24  # of any chunk
+# ``SQUARE_SCALE`` of kernels/online.py, repeated here because a CPU has no kernels; a test compares them.
+SQUARE_SCALE = 2.0**-60
 
 # Up to this hidden size a Hopper GPU folds logits in the registers of their GEMM. On an H200 a step with a trained head
 # took 16.9 ms with it and 20.3 ms without (H = 896), 30.1 and 31.1 (2048), 81.7 and 83.8 (2560), 69.2 and 65.9 (4096).
@@ -79,6 +81,7 @@ class RowState(NamedTuple):
     weighted_sum: torch.Tensor  # sum exp(factor (u - r)) (u - r)
     logit_sum: torch.Tensor  # sum u
     maximum: torch.Tensor  # the largest u
+    square_sum: torch.Tensor | None = None  # SQUARE_SCALE sum exp(2 factor (u - r)); with ``ChunkSpec.sum_squares``
 
 
 class RowStatistics(NamedTuple):
@@ -175,6 +178,7 @@ class ChunkSpec:
     num_bytes: int  # memory budget of the chunk
     # Bytes of the weight's gradient, if its memory serves the chunk as a buffer until the last GEMM writes it.
     lent_bytes: int = 0
+    sum_squares: bool = False  # whether log sum p^2 is found too
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -286,13 +290,13 @@ class WholeRows:
         would still treat the column as the row's target.
         """
         logits = self._logits(hidden, lm_head)
-        options = {"ignore_index": MASKED, "shift": False, **self.spec.transform}
+        options = {"ignore_index": MASKED, "shift": False, "sum_squares": self.spec.sum_squares, **self.spec.transform}
         if self.spec.backend == "torch":
             outputs = cpu.token_logprobs(logits, targets, None, **options)
         else:
             from ..kernels import token_logprobs
 
-            outputs = row_outputs(logits)
+            outputs = row_outputs(logits, self.spec.sum_squares)
             with on_device(logits):
                 token_logprobs.forward(
                     logits, targets, None, outputs, multiprocessors=multiprocessors(logits.device), **options
@@ -309,8 +313,10 @@ class WholeRows:
         """
         factor = self.spec.transform["factor"]
         row_max, log_sum, _ = self.statistics
-        logps, entropy, mean_logits, _ = self.per_token
-        exp_sum = log_sum.exp()
+        logps, entropy, mean_logits, _, log_sum_squares = TokenValues(*self.per_token)
+        exp_sum, square_sum = log_sum.exp(), None
+        if log_sum_squares is not None:
+            square_sum = (log_sum_squares + 2 * log_sum).exp() * SQUARE_SCALE
         return RowState(
             reference=row_max,
             exp_sum=exp_sum,
@@ -318,10 +324,11 @@ class WholeRows:
             weighted_sum=(log_sum - entropy) / factor * exp_sum,
             logit_sum=mean_logits * (self.spec.vocab_size / factor),
             maximum=row_max,
+            square_sum=square_sum,
         )
 
     def finish(self, lm_head: LMHead, merged: MergedState | None = None) -> torch.Tensor:
-        """Return per_token [4, n]: logps, entropy, mean_logits and is_top1.
+        """Return per_token [4, n]: logps, entropy, mean_logits and is_top1; [5, n] with log_sum_squares.
 
         Without ``merged`` these are the row kernel's results. ``merged`` replaces the state, for the backward too.
         """
@@ -451,8 +458,8 @@ class FoldedRows:
         if _folds_in_registers(spec.hidden_size, spec.device) and not is_second_visit:  # it never has both at once
             # the reference model's visit, which keeps nothing, or the policy's
             partial = max(
-                register_tiles.partial_bytes(spec.vocab_size, is_kept=False),
-                register_tiles.partial_bytes(kept_cols, is_kept=True),
+                register_tiles.partial_bytes(spec.vocab_size, is_kept=False, sum_squares=spec.sum_squares),
+                register_tiles.partial_bytes(kept_cols, is_kept=True, sum_squares=spec.sum_squares),
             )
             buffer = max(buffer, num_tokens * partial)
         return buffer + num_tokens * (2 * kept_cols + _passing_bytes(spec))
@@ -470,11 +477,13 @@ class FoldedRows:
         from ..kernels import online, register_tiles
 
         self._begin(lm_head, targets)
-        self.state_rows = torch.empty(online.STATE_ROWS, len(hidden), dtype=torch.float32, device=hidden.device)
+        num_state_rows = online.STATE_ROWS + self.spec.sum_squares
+        self.state_rows = torch.empty(num_state_rows, len(hidden), dtype=torch.float32, device=hidden.device)
         self.references = self.sums = None
         with on_device(hidden):
             if self.in_registers:
-                register_tiles.start(hidden, *lm_head, targets, self.state_rows)
+                squares = self.spec.sum_squares
+                register_tiles.start(hidden, *lm_head, targets, self.state_rows, sum_squares=squares)
             if keep:
                 self._fold_and_keep(hidden, lm_head)
             else:
@@ -493,7 +502,7 @@ class FoldedRows:
         with on_device(self.state_rows):
             if merged is not None:
                 state, vocab_size = merged
-                self.state_rows = torch.stack(state)
+                self.state_rows = torch.stack([values for values in state if values is not None])
                 if self.sums is not None:  # a panel without columns: rescales the product to the new references alone
                     self._settle(slice(self.spec.vocab_size, self.spec.vocab_size))
             if self.sums is not None:
@@ -504,9 +513,10 @@ class FoldedRows:
             elif self.references is not None:
                 self._settle(slice(0, self.spec.vocab_size))
             self.references = self.sums = None
-            per_token = self.state_rows.new_empty(len(TokenValues._fields), len(self.targets))
-            factor = self.spec.transform["factor"]
-            memory_tiles.finish(self.targets, self.state_rows, per_token, vocab_size=vocab_size, factor=factor)
+            squares, factor = self.spec.sum_squares, self.spec.transform["factor"]
+            per_token = self.state_rows.new_empty(num_token_values(squares), len(self.targets))
+            options = {"vocab_size": vocab_size, "factor": factor, "sum_squares": squares}
+            memory_tiles.finish(self.targets, self.state_rows, per_token, **options)
         self.statistics = RowStatistics(*self.state_rows[:NUM_STATISTICS])
         return per_token
 
@@ -539,10 +549,12 @@ class FoldedRows:
 
         whole, rest = self._split(panel)
         transform, rows = self.spec.transform, (self.targets, self.state_rows)
+        squares = {"sum_squares": self.spec.sum_squares}
         if whole.start < whole.stop:
-            register_tiles.fold(hidden, *lm_head, *rows, whole, kept(whole), factor=transform["factor"])
+            register_tiles.fold(hidden, *lm_head, *rows, whole, kept(whole), factor=transform["factor"], **squares)
+        options = {"block": self.block, **transform, **squares}
         for tile, columns in self._tiles(hidden, lm_head, rest):
-            memory_tiles.fold(tile, lm_head.bias, *rows, columns, kept(columns), block=self.block, **transform)
+            memory_tiles.fold(tile, lm_head.bias, *rows, columns, kept(columns), **options)
 
     def _fold_and_keep(self, hidden: torch.Tensor, lm_head: LMHead) -> None:
         """Fold all columns and keep their P; multiply panels with the weight at once. ``finish`` completes P."""
@@ -731,13 +743,15 @@ def _buffer_cols(tile_cols: int, spec: ChunkSpec) -> int:
 
 
 def _finish(state: RowState, targets: torch.Tensor, vocab_size: int, factor: float) -> torch.Tensor:
-    """Return per_token [4, n] of a merged state: logps, entropy, mean_logits and is_top1, in fp64 up to the end."""
-    reference, exp_sum, target_logit, weighted_sum, logit_sum, maximum = (values.double() for values in state)
+    """Return per_token [4, n] or [5, n] of a merged state, the fields of ``TokenValues``, in fp64 up to the end."""
+    reference, exp_sum, target_logit, weighted_sum, logit_sum, maximum = (values.double() for values in state[:6])
     log_sum, mean_distance = exp_sum.log(), weighted_sum / exp_sum
     logps = factor * (target_logit - reference) - log_sum
     logps = torch.where(targets == INVALID, torch.nan, logps)
     is_top1 = (target_logit >= maximum) & ~logps.isnan()
-    per_token = logps, log_sum - factor * mean_distance, factor * logit_sum / vocab_size, is_top1.double()
+    per_token = [logps, log_sum - factor * mean_distance, factor * logit_sum / vocab_size, is_top1.double()]
+    if state.square_sum is not None:
+        per_token.append(torch.log(state.square_sum.double() / SQUARE_SCALE) - 2 * log_sum)
     return torch.stack(per_token).to(state.exp_sum.dtype)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from .layout import INVALID, MASKED, compute_dtype, row_sequences, row_targets, scale_grads
-from .results import RowResults, SequenceValues, TokenValues
+from .results import RowResults, SequenceValues, TokenValues, num_token_values
 
 # Bytes of one scratch buffer in the compute dtype. Two exist at a time; a copy of a block of rows is added where the
 # logits have another dtype and the rows are not adjacent.
@@ -96,15 +96,19 @@ def token_logprobs(
     scale: float,
     softcap: float | None,
     factor: float,
+    sum_squares: bool = False,
 ) -> RowResults:
-    """Return targets, softmax statistics and per-token values of logits [..., V]; 0 in masked rows."""
+    """Return targets, softmax statistics and per-token values of logits [..., V]; 0 in masked rows.
+
+    ``sum_squares`` adds log sum p^2 to the values, at two more passes over the scratch buffer of the exponentials.
+    """
     vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
     targets = row_targets(labels, cu_seqlens, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size).flatten()
     tokens = (targets != MASKED).nonzero().flatten()
     token_targets = targets[tokens]
     rows = _Rows(logits, tokens)
     row_maxima, log_sums = torch.zeros(2, len(tokens), dtype=dtype, device=logits.device)
-    per_token = torch.zeros(len(TokenValues._fields), len(tokens), dtype=dtype, device=logits.device)
+    per_token = torch.zeros(num_token_values(sum_squares), len(tokens), dtype=dtype, device=logits.device)
     log2_factor = torch.tensor(factor * LOG2_E, dtype=dtype, device="cpu").item()
     scratch = None
     for start, stop in _blocks(len(tokens), vocab_size, dtype):
@@ -112,7 +116,7 @@ def token_logprobs(
             scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
         u, exps = scratch[:, : stop - start]
         row_max, log_sum = row_maxima[start:stop], log_sums[start:stop]
-        logps, entropy, mean_logits, is_top1 = TokenValues(*per_token[:, start:stop])
+        logps, entropy, mean_logits, is_top1, log_sum_squares = TokenValues(*per_token[:, start:stop])
 
         x = rows.read(start, stop, exps)  # x may lie in exps, which is written only after u is made of x
         if softcap is not None:
@@ -132,8 +136,10 @@ def token_logprobs(
         is_top1.copy_((distance >= 0) & (target != INVALID))  # a NaN in the row makes its maximum NaN
         if mean_logits.isinf().any():
             u.clamp_(min=-1e30)  # turns 0 * -inf into 0: exps is 0 long before u reaches -1e30
-        mean_distance = exps.mul_(u).sum(1).div_(row_sum)
+        mean_distance = u.mul_(exps).sum(1).div_(row_sum)
         log_sum.copy_(exact_log_sum)
+        if sum_squares:
+            log_sum_squares.copy_(torch.log(exps.square_().sum(1).double()) - 2 * exact_log_sum)
         entropy.copy_(exact_log_sum - mean_distance * factor)
         # log2_factor is rounded, and the kernels correct for that in the same way
         exact_log_sum -= mean_distance * (log2_factor * math.log(2) - factor)
@@ -213,7 +219,7 @@ def sequence_sums(
 
     counts = add_up(targets != MASKED)
     divisor = counts.clamp(min=1)
-    logps, *metrics = TokenValues(*per_token)
+    logps, *metrics = per_token
     sums = add_up(logps)
     means = (add_up(values).div_(divisor).to(values.dtype, copy=True) for values in metrics)
     return SequenceValues(sums.div_(divisor) if average else sums, counts.long(), *means)

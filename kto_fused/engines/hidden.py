@@ -43,7 +43,7 @@ from .plan import (
     plan_second_visit,
     plan_visit,
 )
-from .results import Gradients, HiddenResults, SequenceValues, TokenValues
+from .results import Gradients, HiddenResults, SequenceValues, TokenValues, num_token_values, row_statistics
 from .tokens import TokenCall, is_token_level
 
 # Share of a chunk's tokens with a gradient from which on the gradient's GEMMs take all of its tokens.
@@ -83,8 +83,9 @@ class Engine:
         compute = options.compute_dtype
         self.lm_head = LMHead(weight, None if bias is None else bias.to(compute).contiguous())
         self.tokens, self.chunk, self.options = tokens, chunk, options
-        # [4, N], the fields of ``TokenValues``; 0 until a token's chunk was visited
-        self.per_token = hidden.new_zeros(len(TokenValues._fields), len(tokens.rows), dtype=compute)
+        # [4, N] or [5, N], the fields of ``TokenValues``; 0 until a token's chunk was visited
+        num_values = num_token_values(options.logits.sum_squares)
+        self.per_token = hidden.new_zeros(num_values, len(tokens.rows), dtype=compute)
         self.statistics = None
         self.grad_hidden = None
         if options.needs.hidden:
@@ -292,7 +293,8 @@ class HeadCall:
         """Call the head on the whole batch."""
         if self.head is None:
             return HeadResult(None, None, ())
-        loss, logp_grads, *reported = self.head(values.logps, values.token_counts, self.ref_logps, *self.tensors)
+        of_sequences = values.logps, values.token_counts, self.ref_logps, *self.tensors
+        loss, logp_grads, *reported = self.head(*of_sequences, **row_statistics(self.head, values))
         return HeadResult(loss, logp_grads, tuple(reported))
 
     def grads_of_groups(self, values: SequenceValues, first: int, last: int) -> torch.Tensor:
@@ -313,7 +315,8 @@ class HeadCall:
 
         tensors = map(part, (values.logps, values.token_counts, self.ref_logps, *self.tensors))
         whole = {"batch_counts": values.token_counts} if getattr(self.head, "reads_batch_counts", False) else {}
-        _, grads, *_ = self.head(*tensors, num_losses=num_groups, **whole)
+        statistics = {name: tuple(map(part, of_rows)) for name, of_rows in row_statistics(self.head, values).items()}
+        _, grads, *_ = self.head(*tensors, num_losses=num_groups, **whole, **statistics)
         logp_grads = torch.zeros_like(values.logps)
         logp_grads.view(-1, num_groups)[:, first:last] = grads.view(-1, last - first)
         return logp_grads
@@ -407,7 +410,7 @@ def forward(
         if token_call is None:
             result = call.on_batch(values)
         else:
-            total, _ = token_call(engine.per_token[0], 0, len(tokens.rows))
+            total, _ = token_call(TokenValues(*engine.per_token), 0, len(tokens.rows))
             result = _token_result(head, total)
         if mode is GradientMode.OF_LOSS:
             # a token-level loss comes to this place only where there are no tokens
@@ -486,7 +489,7 @@ def _visit_tokens(engine: Engine, call: TokenCall, plan: Plan) -> tuple[Sequence
     token_grads = torch.zeros_like(engine.per_token[0])
     for start, stop in plan.ranges:
         engine.forward(start, stop, keep=True)
-        loss, grads = call(engine.per_token[0, start:stop], start, stop)
+        loss, grads = call(TokenValues(*engine.per_token[:, start:stop]), start, stop)
         total += loss
         token_grads[start:stop] = grads
         if call.head.may_be_zero:

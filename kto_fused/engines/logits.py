@@ -21,22 +21,22 @@ from .backends import multiprocessors, on_device, opaque
 from .first_derivative import first_derivative_only
 from .layout import MASKED, check_contents, compute_dtype, row_targets, scale_grads
 from .options import LOGIT_SCHEMA, LogitOptions
-from .results import RowResults, SequenceValues, TokenValues
+from .results import RowResults, SequenceValues, TokenValues, num_token_values, row_statistics
 from .tokens import is_token_level, token_loss
 
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
-def row_outputs(logits: torch.Tensor, *_: Any) -> RowResults:
+def row_outputs(logits: torch.Tensor, sum_squares: bool) -> RowResults:
     """Return empty tensors for the row operation to fill."""
     rows = math.prod(logits.shape[:-1])  # Size.numel() would fix a symbolic length
     row_max, log_sum = (logits.new_empty(rows, dtype=compute_dtype(logits)) for _ in range(2))
-    per_token = row_max.new_empty(len(TokenValues._fields), rows)
+    per_token = row_max.new_empty(num_token_values(sum_squares), rows)
     return RowResults(logits.new_empty(rows, dtype=torch.int32), row_max, log_sum, per_token)
 
 
 @opaque(
-    fake=row_outputs,
+    fake=lambda logits, labels, cu_seqlens, *flat: row_outputs(logits, LogitOptions(*flat).sum_squares),
     schema=f"(Tensor logits, Tensor labels, Tensor? cu_seqlens, {LOGIT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _token_logprobs(logits, labels, cu_seqlens, *flat_options) -> tuple[torch.Tensor, ...]:
@@ -44,10 +44,12 @@ def _token_logprobs(logits, labels, cu_seqlens, *flat_options) -> tuple[torch.Te
     options = LogitOptions(*flat_options)
     check_contents(labels, cu_seqlens, **options.labelling, vocab_size=logits.shape[-1])
     if options.backend == "torch":
-        return cpu.token_logprobs(logits, labels, cu_seqlens, **options.labelling, **options.transform)
+        return cpu.token_logprobs(
+            logits, labels, cu_seqlens, sum_squares=options.sum_squares, **options.labelling, **options.transform
+        )
     from ..kernels import token_logprobs
 
-    outputs = row_outputs(logits)
+    outputs = row_outputs(logits, options.sum_squares)
     with on_device(logits):
         token_logprobs.forward(
             logits,
@@ -55,6 +57,7 @@ def _token_logprobs(logits, labels, cu_seqlens, *flat_options) -> tuple[torch.Te
             cu_seqlens,
             outputs,
             multiprocessors=multiprocessors(logits.device),
+            sum_squares=options.sum_squares,
             **options.labelling,
             **options.transform,
         )
@@ -97,11 +100,19 @@ def _sequence_outputs(
     return SequenceValues(
         per_token.new_empty(num_sequences, dtype=torch.float64),
         per_token.new_empty(num_sequences, dtype=torch.int64),
-        *(per_token.new_empty(num_sequences) for _ in range(3)),
+        *[per_token.new_empty(num_sequences) for _ in range(per_token.shape[0] - 1)],
     )
 
 
-@opaque(fake=_sequence_outputs)
+def _no_none(values: SequenceValues) -> list[torch.Tensor]:
+    return [value for value in values if value is not None]
+
+
+@opaque(
+    fake=lambda *arguments: _no_none(_sequence_outputs(*arguments)),
+    schema="(Tensor targets, Tensor per_token, Tensor? cu_seqlens, SymInt num_sequences, bool average, str backend)"
+    " -> Tensor[]",
+)
 def sequence_sums(
     targets: torch.Tensor,
     per_token: torch.Tensor,
@@ -109,13 +120,14 @@ def sequence_sums(
     num_sequences: int,
     average: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the fields of ``SequenceValues``, each [B], from ``per_token`` [4, rows]."""
+) -> list[torch.Tensor]:
+    """Return the fields of ``SequenceValues``, each [B], from ``per_token`` [4, rows], or from [5, rows] one more."""
     if backend == "torch":
-        return cpu.sequence_sums(targets, per_token, cu_seqlens, num_sequences=num_sequences, average=average)
+        values = cpu.sequence_sums(targets, per_token, cu_seqlens, num_sequences=num_sequences, average=average)
+        return _no_none(values)
     from ..kernels import sequence
 
-    outputs = _sequence_outputs(targets, per_token, cu_seqlens, num_sequences)
+    outputs = _no_none(_sequence_outputs(targets, per_token, cu_seqlens, num_sequences))
     seq_len = targets.numel() // num_sequences
     with on_device(targets):
         sequence.forward(targets, per_token, cu_seqlens, outputs, seq_len=seq_len, average=average)
@@ -303,16 +315,18 @@ class LossFromLogits(torch.autograd.Function):
         ctx.is_token_level = is_token_level(head)
         if ctx.is_token_level:
             tokens = TokenValues(*rows.per_token).logps.contiguous(), rows.targets, values.token_counts, cu_seqlens
-            loss, head_grads = token_loss(*tokens, head_tensors, options.shift, *heads.flatten(head))
+            of_rows = row_statistics(head, TokenValues(*rows.per_token)).get("statistics", ())
+            loss, head_grads = token_loss(*tokens, head_tensors, list(of_rows), options.shift, *heads.flatten(head))
             reported = []
         else:
-            loss, head_grads, *reported = head(values.logps, values.token_counts, ref_logps, *head_tensors)
+            of_sequences = values.logps, values.token_counts, ref_logps, *head_tensors
+            loss, head_grads, *reported = head(*of_sequences, **row_statistics(head, values))
         saved = logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, head_grads, cu_seqlens
         _save(ctx, options, *saved)
         ctx.num_arguments = len(arguments)
         ctx.set_materialize_grads(False)  # otherwise autograd would fill a gradient of zeros for each reported tensor
-        ctx.mark_non_differentiable(*values, *reported)
-        return loss, *values, *reported
+        ctx.mark_non_differentiable(*values.returned, *reported)
+        return loss, *values.returned, *reported
 
     @staticmethod
     @first_derivative_only

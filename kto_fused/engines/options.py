@@ -42,6 +42,7 @@ class LogitOptions:
     logit_softcap: float | None = None
     inplace_backward: bool = False
     backend: str = "torch"
+    sum_squares: bool = False  # whether the row pass finds log sum p^2, which some loss heads ask for
 
     @property
     def factor(self) -> float:

@@ -252,6 +252,7 @@ def chunk_spec(weight: torch.Tensor, options: HiddenOptions, keeps: Keeps) -> Ch
         by_hidden=options.needs.hidden,
         by_head=options.is_head_trained,
         num_bytes=options.chunk_bytes,
+        sum_squares=logits.sum_squares,
     )
 
 
@@ -309,13 +310,13 @@ def largest_chunk(counts: list[int], weight: torch.Tensor, options: HiddenOption
 def beside_bookkeeping(num_positions: int, weight: torch.Tensor, options: HiddenOptions) -> HiddenOptions:
     """Return ``options`` with ``chunk_bytes`` reduced by the bytes of the per-position numbers, on the PyTorch backend.
 
-    A position's numbers are its row and its target, and in the compute dtype its four results, its gradient and, for a
-    second visit, its statistics. On a GPU they take less than the allocator's rounding of a chunk. A budget that holds
-    not even one token beside them is exceeded by as little as possible, and a warning names the size.
+    A position's numbers are its row and its target, and in the compute dtype its four or five results, its gradient
+    and, for a second visit, its statistics. On a GPU they take less than the allocator's rounding of a chunk. A budget
+    that holds not even one token beside them is exceeded by as little as possible, and a warning names the size.
     """
     if options.logits.backend != "torch":
         return options
-    numbers = 6 + NUM_STATISTICS * options.is_head_trained
+    numbers = 6 + options.logits.sum_squares + NUM_STATISTICS * options.is_head_trained
     held = num_positions * (12 + numbers * options.compute_dtype.itemsize)
     keeps = "panels" if any(options.needs) else "nothing"
     least = max(held + chunk_spec(weight, options, keeps).size(1), SEARCH_BYTES * num_positions)

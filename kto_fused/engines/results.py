@@ -1,6 +1,6 @@
 """The named results that the engines hand to each other."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,16 +11,22 @@ class RowResults(NamedTuple):
     targets: torch.Tensor  # [rows] int32: a token id, or a mark of ``layout``
     row_max: torch.Tensor  # [rows] the largest u, see ``LogitOptions.factor``
     log_sum: torch.Tensor  # [rows] log sum exp(factor (u - row_max))
-    per_token: torch.Tensor  # [4, rows]: the fields of ``TokenValues``
+    per_token: torch.Tensor  # [4, rows], or [5, rows] with ``sum_squares``: the fields of ``TokenValues``
 
 
 class TokenValues(NamedTuple):
-    """The rows of ``per_token`` [4, rows], in order; all 0 where a row is masked."""
+    """The rows of ``per_token`` [4, rows] or [5, rows], in order; all 0 where a row is masked."""
 
     logps: torch.Tensor  # log-probability of the target, in nats
     entropy: torch.Tensor  # of the softmax, in nats
     mean_logits: torch.Tensor  # mean of z over the vocabulary
     is_top1: torch.Tensor  # 1 where the target has the largest logit, else 0
+    log_sum_squares: torch.Tensor | None = None  # log sum p^2 over the vocabulary; with ``LogitOptions.sum_squares``
+
+
+def num_token_values(sum_squares: bool) -> int:
+    """Return the number of rows of ``per_token``."""
+    return len(TokenValues._fields) - (not sum_squares)
 
 
 class SequenceValues(NamedTuple):
@@ -31,6 +37,22 @@ class SequenceValues(NamedTuple):
     entropy: torch.Tensor  # this and the next two are means over completion tokens
     mean_logits: torch.Tensor
     token_accuracy: torch.Tensor
+    # a mean too; with ``LogitOptions.sum_squares``, for the loss head alone: no function returns it
+    log_sum_squares: torch.Tensor | None = None
+
+    @property
+    def returned(self) -> tuple[torch.Tensor, ...]:
+        """The values that a function returns, for its metrics."""
+        return self[:NUM_RETURNED]
+
+
+NUM_RETURNED = 5
+
+
+def row_statistics(head: Any, values: SequenceValues | TokenValues) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Return the keyword ``statistics`` of a head's call: the values that it asks for by name, in its order."""
+    names = getattr(head, "statistics", ())
+    return {"statistics": tuple([getattr(values, name) for name in names])} if names else {}
 
 
 class Gradients(NamedTuple):
@@ -58,7 +80,7 @@ class HiddenResults(NamedTuple):
         optional = (self.ref_logps, *self.gradients, self.statistics)
         of_head = () if self.loss is None else (self.loss, self.head_grads, *self.reported)
         empty = self.values.logps.new_empty
-        return [*self.values, *(empty(0) if x is None else x for x in optional), *of_head]
+        return [*self.values.returned, *(empty(0) if x is None else x for x in optional), *of_head]
 
     @classmethod
     def from_list(cls, outputs: list[torch.Tensor]) -> "HiddenResults":

@@ -11,6 +11,7 @@ import torch
 from ..heads import base as heads
 from .backends import opaque
 from .layout import MASKED, CompletionTokens, row_sequences
+from .results import TokenValues, row_statistics
 
 
 def is_token_level(head: Any) -> bool:
@@ -71,26 +72,36 @@ class TokenCall:
         layout = {"num_rows": num_rows, "is_packed": is_packed, "shift": shift}
         return cls.of(head, tensors, tokens.rows, sequence, counts, **layout)
 
-    def __call__(self, logps: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed loss of tokens start..stop, a float64 scalar, and its gradient by their ``logps``."""
+    def __call__(self, values: TokenValues, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed loss of tokens start..stop, a float64 scalar, and its gradient by their log-probabilities.
+
+        ``values`` are those of these tokens alone.
+        """
         tensors = tuple(x if x.ndim == 0 else x[start:stop] for x in self.tensors)
-        return self.head.on_tokens(logps, self.counts[start:stop], self.weights[start:stop], tensors)
+        of_tokens = values.logps, self.counts[start:stop], self.weights[start:stop], tensors
+        return self.head.on_tokens(*of_tokens, **row_statistics(self.head, values))
 
 
-def _fake_token_loss(logps, targets, token_counts, cu_seqlens, tensors, shift, name, reduction, loss_dtype, *_):
+def _fake_token_loss(
+    logps, targets, token_counts, cu_seqlens, tensors, statistics, shift, name, reduction, loss_dtype, *_
+):
     return logps.new_empty((), dtype=loss_dtype), torch.empty_like(logps)
 
 
 @opaque(
     fake=_fake_token_loss,
-    schema="(Tensor logps, Tensor targets, Tensor token_counts, Tensor? cu_seqlens, Tensor[] tensors, bool shift, "
-    "str name, str reduction, ScalarType loss_dtype, str[] texts, float[] numbers) -> (Tensor, Tensor)",
+    schema="(Tensor logps, Tensor targets, Tensor token_counts, Tensor? cu_seqlens, Tensor[] tensors, "
+    "Tensor[] statistics, bool shift, str name, str reduction, ScalarType loss_dtype, str[] texts, float[] numbers) "
+    "-> (Tensor, Tensor)",
     waits=True,
 )
 def token_loss(
-    logps, targets, token_counts, cu_seqlens, tensors, shift, name, reduction, loss_dtype, texts, numbers
+    logps, targets, token_counts, cu_seqlens, tensors, statistics, shift, name, reduction, loss_dtype, texts, numbers
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of all rows' log-probabilities [rows] and its gradient by each; 0 where a row is masked."""
+    """Return the loss of all rows' log-probabilities [rows] and its gradient by each; 0 where a row is masked.
+
+    ``statistics`` are the rows' values that the head asks for, [rows] each.
+    """
     head = heads.rebuild(heads.FlatHead(name, reduction, loss_dtype, texts, numbers))
     rows, num_rows = (targets != MASKED).nonzero().flatten(), len(targets)
     if cu_seqlens is None:
@@ -99,5 +110,7 @@ def token_loss(
         sequence = row_sequences(cu_seqlens, num_rows)[rows]
     layout = {"num_rows": num_rows, "is_packed": cu_seqlens is not None, "shift": shift}
     call = TokenCall.of(head, tuple(tensors), rows, sequence, token_counts, **layout)
-    value, grads = call(logps[rows], 0, len(rows))
+    asked = dict(zip(getattr(head, "statistics", ()), [values[rows] for values in statistics], strict=True))
+    values = TokenValues(**{**dict.fromkeys(TokenValues._fields), **asked, "logps": logps[rows]})
+    value, grads = call(values, 0, len(rows))
     return value.to(loss_dtype), torch.zeros_like(logps).index_copy_(0, rows, grads)
