@@ -203,6 +203,8 @@ def loss_head(
         **head_options,
     )
     check_reference(head, **references)
+    if getattr(head, "statistics", ()):
+        head.check_statistics()
     return head, head_tensors
 
 
@@ -233,6 +235,16 @@ def _with_sums(
         layout = inputs.num_sequences, vocab_size, *options.labelling.values(), options.backend
         summed[name] = sums_over_labels(value.detach(), inputs.labels, inputs.cu_seqlens, *layout)
     return summed
+
+
+def with_statistics(inputs: LogitInputs | HiddenInputs, head: Any) -> LogitInputs | HiddenInputs:
+    """Let the row pass find what the head asks for."""
+    if "log_sum_squares" not in getattr(head, "statistics", ()):
+        return inputs
+    if isinstance(inputs, LogitInputs):
+        return inputs._replace(options=replace(inputs.options, sum_squares=True))
+    logits = replace(inputs.options.logits, sum_squares=True)
+    return inputs._replace(options=replace(inputs.options, logits=logits))
 
 
 def _logit_options(

@@ -948,6 +948,7 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
 
 def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: object) -> tuple[torch.Tensor, LossMetrics]:
     head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+    inputs = arguments.with_statistics(inputs, head)
     ref_logps = inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequence_logps(inputs.ref_logits, inputs)
@@ -975,6 +976,7 @@ def _loss_from_hidden(
     inputs: HiddenInputs, head_type: type, **head_options: object
 ) -> tuple[torch.Tensor, LossMetrics]:
     head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+    inputs = arguments.with_statistics(inputs, head)
     reference = inputs.reference
     loss, *values = LossFromHidden.apply(
         inputs.hidden,

@@ -22,7 +22,7 @@ from .arguments import HiddenInputs, LogitInputs
 from .engines import backends, scan
 from .engines.layout import check_contents, check_offsets, compute_dtype
 from .engines.options import LogitOptions
-from .engines.results import SequenceValues
+from .engines.results import SequenceValues, row_statistics
 from .functional import kto_class_weights, kto_reference_point
 from .heads import reward
 from .heads.base import reduce
@@ -67,6 +67,7 @@ class Tokens(NamedTuple):
     mean_logits: torch.Tensor  # mean over the vocabulary
     is_top1: torch.Tensor  # 1 where no token is likelier than the target
     is_token: torch.Tensor  # bool: whether the position is a completion token
+    log_sum_squares: torch.Tensor | None  # log sum p^2; None unless a loss asks for it
 
 
 def _targets(labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index: int, shift: bool) -> torch.Tensor:
@@ -122,7 +123,8 @@ def _tokens(logits: torch.Tensor, inputs: LogitInputs) -> Tokens:
         entropy = -(p * log_p).where(p != 0, 0.0).sum(-1).where(is_token, 0.0)
         mean_logits = z.mean(-1)
         is_top1 = (z.gather(-1, index)[..., 0] == z.amax(-1)) & ~logps.isnan() & is_token
-    return Tokens(logps, entropy, mean_logits, is_top1.to(z.dtype), is_token)
+        log_sum_squares = (2 * log_p).logsumexp(-1).where(is_token, 0.0) if options.sum_squares else None
+    return Tokens(logps, entropy, mean_logits, is_top1.to(z.dtype), is_token, log_sum_squares)
 
 
 def _sequences(logits: torch.Tensor, inputs: LogitInputs) -> SequenceValues:
@@ -139,7 +141,8 @@ def _sequences(logits: torch.Tensor, inputs: LogitInputs) -> SequenceValues:
     sums = add_up(tokens.logps.double())
     means = (
         (add_up(values.double()) / divisor).to(values.dtype)
-        for values in (tokens.entropy, tokens.mean_logits, tokens.is_top1)
+        for values in (tokens.entropy, tokens.mean_logits, tokens.is_top1, tokens.log_sum_squares)
+        if values is not None
     )
     return SequenceValues(sums / divisor if inputs.options.average_log_prob else sums, counts, *means)
 
@@ -150,10 +153,11 @@ def _loss(
     logps: torch.Tensor,
     token_counts: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
+    **statistics: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Return the head's formula in float64, reduced, and the metrics that log-probabilities alone give."""
     exact = logps.double(), token_counts, None if ref_logps is None else ref_logps.double()
-    loss = reduce(head.losses(*exact, *head_tensors), head.reduction).to(head.loss_dtype)
+    loss = reduce(head.losses(*exact, *head_tensors, **statistics), head.reduction).to(head.loss_dtype)
     with torch.no_grad():
         named = head.metrics(head.report(*exact, *head_tensors), *head_tensors)
     return loss, LossMetrics(logps=logps.detach(), ref_logps=ref_logps, token_counts=token_counts, **named)
@@ -231,7 +235,7 @@ def _token_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     """A token-level loss: each completion token's loss times its factor, added up in float64."""
     inputs, head_options = _checked(given)
     head, head_tensors = arguments.loss_head(TokenFormulaHead, inputs, **head_options)
-    inputs = _with_logits(inputs)
+    inputs = _with_logits(arguments.with_statistics(inputs, head))
     tokens, policy = _tokens(inputs.logits, inputs), _sequences(inputs.logits, inputs)
     if inputs.cu_seqlens is None:
         sequence = torch.arange(inputs.num_sequences, device=tokens.logps.device)[:, None].expand(tokens.logps.shape)
@@ -250,7 +254,8 @@ def _token_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
 
     weights = head.weights_of(policy.token_counts, head_tensors)[sequence[tokens.is_token]]
     counts, own = of_completion(policy.token_counts), tuple(of_completion(x) for x in head_tensors)
-    loss = head.losses(tokens.logps[tokens.is_token].double(), counts, weights, own).sum()
+    statistics = [getattr(tokens, name)[tokens.is_token] for name in head.statistics]
+    loss = head.losses(tokens.logps[tokens.is_token].double(), counts, weights, own, statistics).sum()
     metrics = LossMetrics(
         logps=policy.logps.detach(),
         ref_logps=None,
@@ -277,11 +282,12 @@ def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics
 def _loss_of(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     inputs, head_options = _checked(given)
     head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
-    inputs = _with_logits(inputs)
+    inputs = _with_logits(arguments.with_statistics(inputs, head))
     policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequences(inputs.ref_logits, inputs).logps
-    loss, metrics = _loss(head, head_tensors, policy.logps, policy.token_counts, ref_logps)
+    statistics = row_statistics(head, policy)
+    loss, metrics = _loss(head, head_tensors, policy.logps, policy.token_counts, ref_logps, **statistics)
     means = {name: getattr(policy, name) for name in ("entropy", "mean_logits", "token_accuracy")}
     return loss, replace(metrics, **means)
 

@@ -10,6 +10,8 @@ tensors come with each call: an engine calls ``head(logps, token_counts, ref_log
   batch's groups alone; ``num_losses`` is then the number of losses in the whole batch, by which a mean divides, and a
   head with the attribute ``reads_batch_counts`` gets the whole batch's token counts as ``batch_counts``. A head without
   a group is only called on the whole batch, and without these two
+- ``statistics``: the names of what it wants to know of the sequences' rows, fields of ``engines.results``; where there
+  are any, each call has the keyword ``statistics`` with their tensors
 - ``reduction`` and ``loss_dtype``: fields that every head has. Its other fields are strings, floats and bools, because
   an operator of ``torch.compile`` takes no object: ``flatten`` turns a head into plain values, ``rebuild`` inverts that
 - ``outputs(logps, ..., reduction, num_losses, loss_dtype)``: empty tensors shaped like the results of a call

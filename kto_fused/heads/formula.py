@@ -4,6 +4,7 @@
 ``FormulaHead``. It works on [B] float64 log-probabilities, so that its cost does not depend on the vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,11 @@ class PreparedLoss:
     def loss_name(self) -> str:
         return repr(self.head)
 
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The row statistics that an engine passes with each call as ``statistics``, in this order."""
+        return self.head.statistics()
+
     @classmethod
     def of(
         cls, loss: Head, tensors: dict[str, torch.Tensor], **fields: Any
@@ -48,6 +54,14 @@ class PreparedLoss:
 
     def named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         return dict(zip(self.tensor_names.split(",") if self.tensor_names else [], tensors, strict=True))
+
+    def check_statistics(self) -> None:
+        """Refuse row statistics among the tensors of a call whose engine finds them itself."""
+        for name in self.tensor_names.split(","):
+            if name in self.statistics:
+                raise TypeError(
+                    f"{name} came for {self.head!r}, but is found in the logits, without a gradient: leave it out"
+                )
 
 
 def checked_tensor(name: str, value: torch.Tensor | float, policy: torch.Tensor) -> torch.Tensor:
@@ -118,6 +132,12 @@ class FormulaHead(PreparedLoss):
             )
         if token_counts is not None:
             check_token_counts(token_counts, policy_logps)
+        missing = [name for name in self.statistics if name not in self.tensor_names.split(",")]
+        if missing:
+            raise TypeError(
+                f"{self.head!r} reads the row statistics {missing}, which log-probabilities do not tell: pass them by "
+                "name [B], means over completion tokens; the losses from logits and hidden states find them"
+            )
 
     def losses(
         self,
@@ -126,9 +146,12 @@ class FormulaHead(PreparedLoss):
         ref_logps: torch.Tensor | None,
         *tensors: torch.Tensor,
         batch_counts: torch.Tensor | None = None,
+        statistics: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """One loss per sequence or per pair; times the weight where ``weights`` came for a loss that has none."""
         named, weights = self.named(tensors), None
+        if statistics:
+            named.update(zip(self.statistics, statistics, strict=True))
         if "weights" in named and "weights" not in self.head.tensor_names():
             weights = named.pop("weights")
         if self.head.reads_batch_counts():
@@ -174,6 +197,7 @@ class FormulaHead(PreparedLoss):
         *tensors: torch.Tensor,
         num_losses: int | None = None,
         batch_counts: torch.Tensor | None = None,
+        statistics: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.head.reads_batch_counts() and batch_counts is None:
             batch_counts = token_counts
@@ -185,6 +209,7 @@ class FormulaHead(PreparedLoss):
             ref_logps,
             list(tensors),
             batch_counts,
+            list(statistics),
             self.text,
             self.tensor_names,
             self.backend,
@@ -222,6 +247,11 @@ def check_tensors(
             )
         if name == "weights":
             _check_weights(value, loss, lengths)
+        if name in loss.statistics() and value.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, but no gradient flows through row statistics: pass {name}.detach(), or "
+                "write the loss in plain PyTorch"
+            )
         checked[name] = value.detach()
     return checked
 
@@ -233,7 +263,18 @@ def _check_weights(weights: torch.Tensor, loss: Head, lengths: tuple[int, ...]) 
 
 
 def _fake_formula(
-    logps, counts, ref_logps, tensors, batch_counts, text, tensor_names, backend, reduction, num_losses, loss_dtype
+    logps,
+    counts,
+    ref_logps,
+    tensors,
+    batch_counts,
+    statistics,
+    text,
+    tensor_names,
+    backend,
+    reduction,
+    num_losses,
+    loss_dtype,
 ):
     head = FormulaHead(text, tensor_names, reduction, loss_dtype, backend)
     return head.outputs(logps, reduction, num_losses, loss_dtype)
@@ -241,11 +282,23 @@ def _fake_formula(
 
 @opaque(
     fake=_fake_formula,
-    schema="(Tensor logps, Tensor? counts, Tensor? ref_logps, Tensor[] tensors, Tensor? batch_counts, str text, "
-    "str tensor_names, str backend, str reduction, SymInt? num_losses, ScalarType loss_dtype) -> (Tensor, Tensor)",
+    schema="(Tensor logps, Tensor? counts, Tensor? ref_logps, Tensor[] tensors, Tensor? batch_counts, "
+    "Tensor[] statistics, str text, str tensor_names, str backend, str reduction, SymInt? num_losses, "
+    "ScalarType loss_dtype) -> (Tensor, Tensor)",
 )
 def _formula(
-    logps, counts, ref_logps, tensors, batch_counts, text, tensor_names, backend, reduction, num_losses, loss_dtype
+    logps,
+    counts,
+    ref_logps,
+    tensors,
+    batch_counts,
+    statistics,
+    text,
+    tensor_names,
+    backend,
+    reduction,
+    num_losses,
+    loss_dtype,
 ):
     """The reduced loss of a head's formula in float64, and its gradient by the log-probabilities [B]."""
     head = FormulaHead(text, tensor_names, reduction, loss_dtype, backend)
@@ -253,6 +306,7 @@ def _formula(
     ref_logps = None if ref_logps is None else ref_logps.double()
 
     def losses(logps: torch.Tensor) -> torch.Tensor:
-        return head.losses(logps, counts, ref_logps, *tensors, batch_counts=batch_counts)
+        given = {"batch_counts": batch_counts, "statistics": statistics}
+        return head.losses(logps, counts, ref_logps, *tensors, **given)
 
     return value_and_grads(losses, logps.double(), reduction, loss_dtype, num_losses)

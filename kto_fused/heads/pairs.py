@@ -8,13 +8,14 @@ function.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from .. import checks
+from .base import weighted
 from .preference import DEFAULT_GAMMA, DPO_LOSS_TYPES, DPOHead
 from .protocol import Head, register
 
@@ -71,8 +72,44 @@ class _ReferencePair(Head):
         checks.number("beta", self.beta, above=0)
 
 
+def wpo_weights(logps: torch.Tensor, counts: torch.Tensor, log_sum_squares: torch.Tensor) -> torch.Tensor:
+    """Return w_w w_l of each pair, detached, with w = exp(mean_t [l_t - log sum_v p_tv^2]) (Zhou et al. 2024, arXiv
+    2406.11827): close to 1 where the answer is one that the policy itself would give. [B] -> [B/2]
+    """
+    chosen, rejected = (length_averaged(logps.detach(), counts) - log_sum_squares).chunk(2)
+    return torch.exp(chosen + rejected)
+
+
 @dataclass(frozen=True)
-class _ScoredPair(_ReferencePair):
+class _WeightedPair(_ReferencePair):
+    """A pair loss that ``use_weighting`` multiplies by ``wpo_weights``, as TRL's option of this name does.
+
+    ``pair_losses`` is the formula without the weights.
+    """
+
+    use_weighting: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.flag("use_weighting", self.use_weighting)
+
+    def statistics(self) -> tuple[str, ...]:
+        return ("log_sum_squares",) if self.use_weighting else ()
+
+    def losses(self, logps, counts, ref_logps, *, log_sum_squares=None):
+        if not self.use_weighting:
+            return self.pair_losses(logps, counts, ref_logps)
+        weights = wpo_weights(logps, counts, log_sum_squares)
+        # a weight that underflows to 0 stops gradients, even an infinite loss's
+        logps = torch.where((weights != 0).repeat(2), logps, logps.detach())
+        return weighted(self.pair_losses(logps, counts, ref_logps), weights)
+
+    def pair_losses(self, logps: torch.Tensor, counts: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _ScoredPair(_WeightedPair):
     """A pair loss that reads log-ratios through an f-divergence's score."""
 
     f_divergence_type: str = "reverse_kl"
@@ -93,6 +130,8 @@ class _ScoredPair(_ReferencePair):
 
 def _dpo_kernel(loss: Head, tensors: dict[str, torch.Tensor]) -> tuple[type, dict[str, Any]] | None:
     """DPO's kernel for a loss that it computes, unless tensors came. A user's subclass has another name."""
+    if loss.statistics():
+        return None
     if tensors or loss.name not in DPO_LOSS_TYPES or getattr(loss, "f_divergence_type", "reverse_kl") != "reverse_kl":
         return None
     return DPOHead, {
@@ -124,7 +163,7 @@ class Sigmoid(_ScoredPair):
         super().__post_init__()
         _check_label_smoothing(self.label_smoothing)
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         return smoothed_log_loss(self.beta * self.difference(logps, ref_logps), self.label_smoothing)
 
     def fast_options(self, tensors):
@@ -138,7 +177,7 @@ class Robust(Sigmoid):
     [-(1-s) log sigma(beta h) + s log sigma(-beta h)] / (1 - 2s).
     """
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         u, s = self.beta * self.difference(logps, ref_logps), self.label_smoothing
         kept = -(1 - s) * F.logsigmoid(u)
         return kept if s == 0 else (kept + s * F.logsigmoid(-u)) / (1 - 2 * s)
@@ -149,7 +188,7 @@ class Robust(Sigmoid):
 class Hinge(_ScoredPair):
     """SLiC-HF (Zhao et al. 2023, arXiv 2305.10425): max(0, 1 - beta h)."""
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         return torch.relu(1 - self.beta * self.difference(logps, ref_logps))
 
     def fast_options(self, tensors):
@@ -161,7 +200,7 @@ class Hinge(_ScoredPair):
 class IPO(_ScoredPair):
     """IPO (Azar et al. 2023, arXiv 2310.12036): (r_w / n_w - r_l / n_l - 1 / (2 beta))^2."""
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         chosen, rejected = length_averaged(self.scores(logps, ref_logps), counts).chunk(2)
         return (chosen - rejected - 1 / (2 * self.beta)) ** 2
 
@@ -174,7 +213,7 @@ class IPO(_ScoredPair):
 class SigmoidNorm(_ScoredPair):
     """DPO of length-averaged log-ratios: -log sigma(beta (r_w / n_w - r_l / n_l))."""
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         chosen, rejected = length_averaged(self.scores(logps, ref_logps), counts).chunk(2)
         return -F.logsigmoid(self.beta * (chosen - rejected))
 
@@ -192,7 +231,7 @@ class EXOPair(_ScoredPair):
         super().__post_init__()
         _check_label_smoothing(self.label_smoothing, above_zero=True)
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         u, s = self.beta * self.difference(logps, ref_logps), self.label_smoothing
         kept = torch.sigmoid(u) * (F.logsigmoid(u) - math.log1p(-s))
         return kept + torch.sigmoid(-u) * (F.logsigmoid(-u) - math.log(s))
@@ -200,44 +239,44 @@ class EXOPair(_ScoredPair):
 
 @register("nca_pair")
 @dataclass(frozen=True)
-class NCAPair(_ReferencePair):
+class NCAPair(_WeightedPair):
     """NCA (Chen et al. 2024, arXiv 2402.05369):
     -log sigma(beta r_w) - 1/2 log sigma(-beta r_w) - 1/2 log sigma(-beta r_l).
     """
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         chosen, rejected = (self.beta * (logps - ref_logps)).chunk(2)
         return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 @register("bco_pair")
 @dataclass(frozen=True)
-class BCOPair(_ReferencePair):
+class BCOPair(_WeightedPair):
     """BCO of a pair (Jung et al. 2024, arXiv 2404.04656), without its moving reward shift:
     -log sigma(beta r_w) - log sigma(-beta r_l).
     """
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         chosen, rejected = (self.beta * (logps - ref_logps)).chunk(2)
         return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 @register("sppo_hard")
 @dataclass(frozen=True)
-class SPPOHard(_ReferencePair):
+class SPPOHard(_WeightedPair):
     """SPPO with hard labels (Wu et al. 2024, arXiv 2405.00675): (r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2."""
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         chosen, rejected = (logps - ref_logps).chunk(2)
         return (chosen - 0.5 / self.beta) ** 2 + (rejected + 0.5 / self.beta) ** 2
 
 
 @register("apo_zero")
 @dataclass(frozen=True)
-class APOZero(_ReferencePair):
+class APOZero(_WeightedPair):
     """APO-zero (D'Oosterlinck et al. 2024, arXiv 2408.06266): [1 - sigma(beta r_w)] + sigma(beta r_l)."""
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         chosen, rejected = (self.beta * (logps - ref_logps)).chunk(2)
         return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
@@ -247,10 +286,10 @@ class APOZero(_ReferencePair):
 
 @register("apo_down")
 @dataclass(frozen=True)
-class APODown(_ReferencePair):
+class APODown(_WeightedPair):
     """APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266): sigma(beta r_w) + [1 - sigma(beta h)]."""
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         chosen, rejected = (self.beta * (logps - ref_logps)).chunk(2)
         return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
@@ -271,7 +310,7 @@ class DiscoPOP(_ScoredPair):
         super().__post_init__()
         checks.number("discopop_tau", self.discopop_tau, above=0)
 
-    def losses(self, logps, counts, ref_logps):
+    def pair_losses(self, logps, counts, ref_logps):
         u = self.beta * self.difference(logps, ref_logps)
         scaled = u / self.discopop_tau
         # m exp(-u) as one exponential: its factors alone are 0 and infinite for large -u

@@ -38,7 +38,13 @@ from .base import no_hooks, recording, weighted
 _CLASSES: dict[str, type["Head"]] = {}
 # the parameters of ``losses`` that are not tensors of the call
 _SEQUENCES = ("logps", "counts", "ref_logps")
-_GIVEN = ("self", *_SEQUENCES, "batch_counts")
+# what the row pass finds beside log-probabilities, by a head's level; the engines' names of the same values
+STATISTICS = {
+    "sequence": ("entropy", "mean_logits", "token_accuracy", "log_sum_squares"),
+    "token": ("entropy", "mean_logits", "is_top1", "log_sum_squares"),
+}
+_ALL_STATISTICS = tuple(dict.fromkeys((*STATISTICS["sequence"], *STATISTICS["token"])))
+_GIVEN = ("self", *_SEQUENCES, "batch_counts", *_ALL_STATISTICS)
 
 
 class _Parameters(NamedTuple):
@@ -106,6 +112,16 @@ class Head:
                 with a default may be left out. A tensor has one entry per sequence, one per pair, or none (a scalar).
                 The name ``batch_counts`` is reserved: it gets the token counts of the whole batch, [B], also where the
                 head is called on a part of it.
+
+        Other reserved names get what the row pass finds at no further read of the logits, as means over each
+        sequence's completion tokens, [B]; 0 for a sequence without any:
+
+        - ``entropy``: of the softmax, in nats
+        - ``mean_logits``: the mean over the vocabulary of the logits after scale, soft cap and temperature
+        - ``token_accuracy``: the share of tokens that are the most likely ones, ties included
+        - ``log_sum_squares``: log sum_v p_v^2, in nats; computed only if a loss asks for it
+
+        They are detached: no gradient flows through them, so that an entropy bonus, for example, would train nothing.
         """
         raise NotImplementedError
 
@@ -122,6 +138,12 @@ class Head:
     def fast_options(self, tensors: dict[str, torch.Tensor]) -> tuple[type, dict[str, Any]] | None:
         """Return a head with a kernel of its own and its options, if there is one for this call; see ``heads.base``."""
         return None
+
+    def statistics(self) -> tuple[str, ...]:
+        """The row statistics that ``losses`` takes, by its parameters' names. A subclass whose fields decide whether it
+        reads one gives that parameter a default, and overrides this method.
+        """
+        return tuple(name for name in inspect.signature(type(self).losses).parameters if name in _ALL_STATISTICS)
 
     @classmethod
     def tensor_names(cls) -> tuple[str, ...]:
@@ -218,6 +240,12 @@ def as_loss(loss: "Head | str | Callable[..., torch.Tensor]") -> "Head | Callabl
 def _formula_of(loss: "Head") -> Callable[..., torch.Tensor]:
     """The formula of a head that is not registered, as a function of a whole batch."""
 
+    if loss.statistics():
+        raise ValueError(
+            f"{loss!r} reads the row statistics {list(loss.statistics())}, which only a registered head gets: decorate "
+            "its class with heads.register(name)"
+        )
+
     def formula(logps, counts, ref_logps, *, weights=None, **tensors):
         if (ref_logps is not None) != loss.needs_reference:
             raise ValueError(f"{loss!r} has needs_reference={loss.needs_reference}: expected a reference accordingly")
@@ -302,6 +330,9 @@ class Mix(Head):
     def required_tensors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for head in self.heads for name in head.required_tensors()))
 
+    def statistics(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for head in self.heads for name in head.statistics()))
+
     def takes_any_tensor(self) -> bool:
         return False
 
@@ -328,6 +359,7 @@ class Mix(Head):
     @staticmethod
     def _losses_of(head, logps, counts, ref_logps, batch_counts, tensors) -> torch.Tensor:
         own = {name: tensors[name] for name in head.tensor_names() if name in tensors}
+        own.update({name: tensors[name] for name in head.statistics()})
         if head.reads_batch_counts():
             own["batch_counts"] = batch_counts
         return head.losses(logps, counts, ref_logps if head.needs_reference else None, **own)
@@ -351,7 +383,7 @@ class Mix(Head):
 
 def check_tensor_names(loss: Head, tensors: dict[str, Any]) -> None:
     """Refuse tensors that a loss does not know, and name those that it lacks."""
-    known = (*loss.tensor_names(), *(() if "weights" in loss.tensor_names() else ("weights",)))
+    known = (*loss.tensor_names(), *(() if "weights" in loss.tensor_names() else ("weights",)), *loss.statistics())
     for name in tensors:
         if name not in known and not loss.takes_any_tensor():
             raise TypeError(f"{loss!r} takes no tensor {name!r}: expected some of {list(known)}")
@@ -420,6 +452,12 @@ def _check_class(name: object, kind: object) -> None:
     if not isinstance(kind.group, property):
         check_group(kind, kind.group)
     parameters = inspect.signature(kind.losses).parameters
+    for parameter in parameters:
+        if parameter in _ALL_STATISTICS and parameter not in STATISTICS[kind.level]:
+            raise TypeError(
+                f"{kind.__name__}.losses asks for {parameter}, which a {kind.level}-level head does not get: expected "
+                f"some of {list(STATISTICS[kind.level])}"
+            )
     is_named = all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters.values())
     if kind.losses is Head.losses or tuple(parameters)[:4] != _GIVEN[:4] or not is_named:
         raise TypeError(
@@ -519,6 +557,9 @@ def _try_head(head: Head, tensors: dict[str, torch.Tensor], num_items: int) -> N
     batch.update({name: made_up(like) for name, like in tensors.items()})
     if "desirable" in head.tensor_names():
         batch["desirable"] = torch.arange(size) % 3 != 0
+    for name in head.statistics():
+        values = torch.rand(size, generator=generator)
+        batch[name] = -values if name == "log_sum_squares" else values.round() if name == "is_top1" else values
     whole = {"batch_counts": counts} if head.reads_batch_counts() else {}
 
     losses, grads = _losses_and_gradient(head, batch, whole, None if group is None else size // group)
@@ -574,7 +615,8 @@ def _losses_and_gradient(
         if not torch.equal(given[name].detach(), value):
             raise ValueError(f"{kind}.losses changes its argument {name} in place: work on a copy")
     if not losses.requires_grad:
-        raise ValueError(f"{kind}.losses is not differentiable by logps: it must use PyTorch operations on them")
+        why = f"; no gradient flows through {list(head.statistics())}" if head.statistics() else ""
+        raise ValueError(f"{kind}.losses is not differentiable by logps: it must use PyTorch operations on them{why}")
     (grads,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
     if grads is None:
         raise ValueError(f"{kind}.losses does not depend on logps")

@@ -1,5 +1,6 @@
 """The engines' side of a token-level ``Head``: its formula on completion tokens, differentiated by autograd."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,10 +73,17 @@ class TokenFormulaHead(PreparedLoss):
         return (1 / self.named(tensors)["num_items"].double()).expand_as(counts)
 
     def losses(
-        self, logps: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]
+        self,
+        logps: torch.Tensor,
+        counts: torch.Tensor,
+        weights: torch.Tensor,
+        tensors: tuple[torch.Tensor, ...],
+        statistics: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return the weighted losses of n tokens, [n] float64. ``tensors`` have one entry per token, or are scalars."""
-        named = self.named(tensors)
+        """Return the weighted losses of n tokens, [n] float64. ``tensors`` have one entry per token, or are scalars;
+        ``statistics`` [n] are those that the head asks for.
+        """
+        named = {**self.named(tensors), **dict(zip(self.statistics, statistics, strict=True))}
         named.pop("num_items", None)
         if "weights" in named and "weights" not in self.head.tensor_names():
             weights = weights * named.pop("weights")
@@ -85,11 +93,16 @@ class TokenFormulaHead(PreparedLoss):
         return weighted(self.head.losses(logps, counts, None, **named), weights)
 
     def on_tokens(
-        self, logps: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor, tensors: tuple[torch.Tensor, ...]
+        self,
+        logps: torch.Tensor,
+        counts: torch.Tensor,
+        weights: torch.Tensor,
+        tensors: tuple[torch.Tensor, ...],
+        statistics: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of n tokens' weighted losses, a float64 scalar, and its gradient by ``logps`` [n]."""
         value, grads = value_and_grads(
-            lambda logps: self.losses(logps, counts, weights, tensors), logps.double(), "sum", torch.float64
+            lambda logps: self.losses(logps, counts, weights, tensors, statistics), logps.double(), "sum", torch.float64
         )
         return value, grads.to(logps.dtype)
 
