@@ -157,8 +157,6 @@ def fold_tile_kernel(
     reference = tl.load(state_ptr + REFERENCE * num_rows + row, mask=not is_first, other=float("-inf"))
     row_sum = tl.load(state_ptr + EXP_SUM * num_rows + row, mask=not is_first, other=0.0)
     row_weighted = tl.load(state_ptr + WEIGHTED_SUM * num_rows + row, mask=not is_first, other=0.0)
-    if SQUARES:
-        row_squares = tl.load(state_ptr + SQUARE_SUM * num_rows + row, mask=not is_first, other=0.0)
 
     if reference == float("-inf"):  # no column so far, or only -inf
         lane_max = tl.full([LANES], float("-inf"), tl.float32)
@@ -180,20 +178,23 @@ def fold_tile_kernel(
         # where the factor is 0, the old sum may have overflowed: drop it rather than multiply inf by 0
         row_weighted = tl.where(rescale > 0, (row_weighted + row_sum * step) * rescale, 0.0)
         row_sum = row_sum * rescale
-        if SQUARES:
-            row_squares = row_squares * rescale * rescale
         reference = tile_max
         tile_sum, tile_weighted, tile_total, tile_max, tile_squares = fold_columns(
             row_ptr, row_bias_ptr, kept_row_ptr, cols, reference, scale, softcap, log2_factor,
             HAS_BIAS, HAS_SOFTCAP, KEEP, SQUARES, LANES, VEC,
         )  # fmt: skip
+    if SQUARES:
+        # loaded here, with the reference so far, because the folds above have no register left to hold them
+        row_squares = tl.load(state_ptr + SQUARE_SUM * num_rows + row, mask=not is_first, other=0.0)
+        old = tl.load(state_ptr + REFERENCE * num_rows + row, mask=not is_first, other=float("-inf"))
+        step = tl.where(row_squares > 0, tl.maximum(old - reference, -1e30), 0.0)
+        rescale = tl.exp2(step * log2_factor)
+        tl.store(state_ptr + SQUARE_SUM * num_rows + row, row_squares * (rescale * rescale) + tile_squares)
     tl.store(state_ptr + REFERENCE * num_rows + row, reference)
     tl.store(state_ptr + EXP_SUM * num_rows + row, row_sum + tile_sum)
     tl.store(state_ptr + WEIGHTED_SUM * num_rows + row, row_weighted + tile_weighted)
     row_total = tl.load(state_ptr + LOGIT_SUM * num_rows + row, mask=not is_first, other=0.0)
     tl.store(state_ptr + LOGIT_SUM * num_rows + row, row_total + tile_total)
-    if SQUARES:
-        tl.store(state_ptr + SQUARE_SUM * num_rows + row, row_squares + tile_squares)
     if KEEP:
         tl.store(references_ptr + row * num_tiles + tile_index, reference)
 

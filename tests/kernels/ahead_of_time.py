@@ -24,6 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import kto_fused
+from kto_fused import heads
 from kto_fused.engines import backends
 from kto_fused.engines import chunks as chunk_module
 from kto_fused.engines import logits as from_logits
@@ -110,6 +111,20 @@ def launch_hidden(
             loss.sum().backward()
 
 
+def launch_weighted(hidden_size: int) -> None:
+    """Launch a loss that asks for the sum of squared probabilities: from logits, and from hidden states."""
+    head, vocab = heads.make("sigmoid", use_weighting=True), 32000
+    for dtype, (seq_len, softcap) in itertools.product((torch.bfloat16, torch.float32), ((300, None), (3, 30.0))):
+        logits, labels = torch.empty(2, seq_len, vocab, dtype=dtype), torch.zeros(2, seq_len, dtype=torch.long)
+        kto_fused.fused_loss(head, logits, labels, ref_logps=torch.zeros(2), logit_softcap=softcap)
+    hidden, labels = torch.empty(2, 3, hidden_size, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.long)
+    weight, bias = torch.empty(vocab, hidden_size, dtype=torch.bfloat16), torch.empty(vocab, dtype=torch.bfloat16)
+    weight.requires_grad_()
+    for softcap, lm_head_bias in itertools.product((None, 30.0), (None, bias)):
+        options = {"ref_hidden": hidden, "lm_head_bias": lm_head_bias, "logit_softcap": softcap}
+        kto_fused.fused_linear_loss(head, hidden, weight, labels, **options)
+
+
 def launch_gae(dtype: torch.dtype, batch: int, seq_len: int, packed: bool = False, masked: bool = False) -> None:
     """Advantages of rewards that start one element behind a 16-byte boundary."""
     rewards = torch.empty(batch * seq_len + 1, dtype=dtype)[1:].view(batch, seq_len)
@@ -188,9 +203,11 @@ def launch_everything(reductions: tuple[str, ...]) -> None:
         launch(dtype, 2, 3, 1001, logit_softcap=30.0)  # rows that do not start at 16-byte boundaries
     for softcap in (None, 30.0):
         launch_hidden(3, 32000, logit_softcap=softcap)
-    if chunk_module._is_hopper(torch.device("cuda")):  # kernels that fold in registers: one variant per hidden size
+    is_hopper = chunk_module._is_hopper(torch.device("cuda"))
+    if is_hopper:  # kernels that fold in registers: one variant per hidden size
         for hidden_size in (2048, 2560):
             launch_hidden(3, 32000, hidden_size=hidden_size)
+    launch_weighted(2560 if is_hopper else 896)  # where registers are scarcest
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         rows.scale_(
             torch.empty(4096, dtype=dtype),

@@ -132,8 +132,8 @@ def test_tile_kernels_read_16_bytes_and_write_8_at_a_time_on_sm_90(reports):
 def test_the_kernels_that_fold_in_registers_multiply_by_warp_groups_on_sm_90(reports):
     """They also copy ahead of their multiplications, within the shared memory of a multiprocessor of that GPU."""
     fold, keep = (kernels(reports["sm_90"], f"{name}_register_tiles") for name in ("fold", "keep"))
-    # three hidden sizes, with and without a bias; a fold with and without keeping P
-    assert (len(fold), len(keep)) == (12, 6)
+    # three hidden sizes, with and without a bias; a fold with and without keeping P, and of one size with squares
+    assert (len(fold), len(keep)) == (16, 6)
     for entry in fold + keep:
         assert entry["warp_group_products"] >= 4, entry
         assert 128 * 2**10 < entry["shared_memory"] <= 227 * 2**10, entry
@@ -146,7 +146,21 @@ def test_a_logit_costs_few_instructions_after_its_product_on_sm_90(reports):
     logits = register_tiles.ROWS * register_tiles.COLUMNS / (32 * register_tiles.NUM_WARPS)
     for name, limit in (("fold", 14), ("keep", 9)):
         for entry in kernels(reports["sm_90"], f"{name}_register_tiles"):
-            assert 1 < entry["instructions_after_product"] / logits <= limit, entry
+            squares = 3 * ("SQUARES=True" in entry["variant"])
+            assert 1 < entry["instructions_after_product"] / logits <= limit + squares, entry
+
+
+def test_squares_are_compiled_into_the_forward_kernels_alone_and_only_where_asked(reports):
+    for target, report in reports.items():
+        with_squares = {entry["kernel"] for entry in kernels(report) if "SQUARES=True" in entry["variant"]}
+        of_hopper = {f"{name}_kernel" for name in ("start_rows", "fold_register_tiles", "merge_register_tiles")}
+        assert with_squares == (of_hopper if target == "sm_90" else set()) | {
+            "token_logprobs_kernel",
+            "combine_splits_kernel",
+            "sequence_kernel",
+            "fold_tile_kernel",
+            "finish_rows_kernel",
+        }
 
 
 def test_grids_use_the_one_dimension_that_holds_2_to_the_31_programs(reports):
