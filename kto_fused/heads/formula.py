@@ -247,6 +247,8 @@ def check_tensors(
             )
         if name == "weights":
             _check_weights(value, loss, lengths)
+        if name in loss.statistics() and value.shape != (num_sequences,):
+            raise ValueError(f"{name} has shape {list(value.shape)}, expected [{num_sequences}], one per sequence")
         if name in loss.statistics() and value.requires_grad:
             raise ValueError(
                 f"{name} requires a gradient, but no gradient flows through row statistics: pass {name}.detach(), or "

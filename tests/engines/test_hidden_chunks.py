@@ -443,3 +443,51 @@ def test_logits_that_registers_do_not_serve(why, in_registers, monkeypatch):
     for trained in ((), INPUTS):
         check_hidden_against_twin(fused_linear_kto_loss, case, trained=trained, **reference_logps)
     assert not in_registers
+
+
+# ---- sums of squared probabilities ----------------------------------------------------------------------------------
+
+STEPS = {  # (first column, last column, bias), the bias as a power of 2
+    # 700 columns 2^59.5 times as large as the row's reference: without a scale their squares would add up to 2^128
+    "below the headroom": [(1100, 1800, 59.5)],
+    "twice": [(1100, 1800, 59.5), (2100, 2900, 119.0)],
+    "beyond it, then a little more": [(1100, 1800, 70.0), (2100, 2900, 129.5)],
+    "far beyond": [(1100, 1800, 1e4), (2100, 2900, 3e4)],
+    "one column": [(2500, 2501, 59.0)],
+    "nothing but -inf at first": [(0, 1024, -math.inf)],
+    "nothing but -inf later": [(1024, 3000, -math.inf)],
+}
+
+
+def check_squares(engine, columns: str, dtype: torch.dtype) -> None:
+    """Compare log sum p^2 of three rows, as a chunk finds it in tiles, with float64."""
+    generator, (backend, device) = torch.Generator().manual_seed(0), engine
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(device, dtype) / 20 for n in (3, 3000))
+    bias = torch.zeros(3000, device=device)
+    for first, last, value in STEPS[columns]:
+        bias[first:last] = value * math.log(2)
+    lm_head, transform = chunk_module.LMHead(weight, bias), {"scale": 1.0, "softcap": None, "factor": 1.0}
+    targets = torch.tensor([0, 1, 1000], dtype=torch.int32, device=device)
+    options = {"num_bytes": 2**26, "sum_squares": True}
+    of_all = *weight.shape, dtype, torch.device(device), backend, "all", transform, True, True
+    spec = chunk_module.ChunkSpec(*of_all, **options)
+    chunk = spec.kind(3, spec)
+    chunk.fold(hidden, lm_head, targets, True)
+    actual = chunk.finish(lm_head)[4]
+    log_p = (hidden.double() @ weight.double().T + bias.double()).log_softmax(-1)
+    torch.testing.assert_close(actual.double(), (2 * log_p).logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", STEPS)
+def test_squares_of_far_columns_neither_overflow_nor_vanish(columns, engine, monkeypatch):
+    """A row's reference need not be its largest logit, which may be 2^60 times as likely."""
+    monkeypatch.setattr(chunk_module, "TILE_LOGITS", 1)  # the narrowest tiles: three
+    for dtype in (torch.bfloat16, torch.float32):
+        check_squares(engine, columns, dtype)
+
+
+@pytest.mark.parametrize("columns", STEPS)
+def test_squares_folded_in_registers(columns, in_registers):
+    """Every tile is relative to the row's target, or to its own largest logit."""
+    check_squares(("triton", DEVICE), columns, torch.bfloat16)
+    assert in_registers == ["fold"]

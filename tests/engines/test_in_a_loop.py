@@ -212,6 +212,10 @@ def test_the_operators_are_well_formed(engine):
     case = make_case(batch=2, seq_len=3, vocab=8, device=device)
     check = torch.library.opcheck
     options = LogitOptions(temperature=0.7, logit_scale=1.5, logit_softcap=4.0, backend=backend).flat()
+    with_squares = (case.logits, case.labels, None, *LogitOptions(backend=backend, sum_squares=True).flat())
+    check(from_logits._token_logprobs.op, with_squares)
+    targets, *_, five_rows = from_logits._token_logprobs(*with_squares)
+    check(from_logits.sequence_sums.op, (targets, five_rows, None, 2, False, backend))
     of_rows = (case.logits, case.labels, None, *options)
     check(from_logits._token_logprobs.op, of_rows)
     targets, row_max, log_sum, per_token = from_logits._token_logprobs(*of_rows)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import on
 from devices import ENGINES
-from kto_fused.kernels import online
+from kto_fused.kernels import memory_tiles, online
 
 from kto_fused.engines import chunks as chunk_module
 from kto_fused.engines.chunks import ChunkSpec, LMHead, MergedState, RowState
@@ -13,18 +13,27 @@ N, V, H, MIDDLE = 6, 300, 64, 128
 FACTOR = 0.7
 
 
-def make_chunk(engine, dtype, weight, keeps):
+def make_chunk(engine, dtype, weight, keeps, **options):
     device, backend = on(engine).values()
     transform = {"scale": FACTOR, "softcap": None, "factor": FACTOR}
     spec = ChunkSpec(
-        *weight.shape, dtype, torch.device(device), backend, keeps, transform, True, keeps == "all", num_bytes=2**24
+        *weight.shape,
+        dtype,
+        torch.device(device),
+        backend,
+        keeps,
+        transform,
+        True,
+        keeps == "all",
+        num_bytes=2**24,
+        **options,
     )
     return spec.kind(N, spec)
 
 
 def merged(states: list[RowState], targets: torch.Tensor) -> RowState:
     """The formula in kernels/online.py, for columns before and after MIDDLE."""
-    stacked = RowState(*(torch.stack(values) for values in zip(*states, strict=True)))
+    stacked = RowState(*(torch.stack(values) for values in zip(*states, strict=True) if values[0] is not None))
     reference = stacked.reference.amax(0)
     step = stacked.reference - reference
     rescale = torch.exp(FACTOR * step)
@@ -35,13 +44,16 @@ def merged(states: list[RowState], targets: torch.Tensor) -> RowState:
         weighted_sum=(rescale * (stacked.weighted_sum + stacked.exp_sum * step)).sum(0),
         logit_sum=stacked.logit_sum.sum(0),
         maximum=stacked.maximum.amax(0),
+        square_sum=None if stacked.square_sum is None else (rescale**2 * stacked.square_sum).sum(0),
     )
 
 
 def test_the_engine_and_the_kernels_name_the_same_rows():
     names = {name.lower(): getattr(online, name.upper()).value for name in RowState._fields}
     assert names == {name: row for row, name in enumerate(RowState._fields)}
-    assert len(names) == online.STATE_ROWS
+    assert len(names) == online.STATE_ROWS + 1
+    assert RowState._fields[-1] == "square_sum"  # which only a state with squares has
+    assert chunk_module.SQUARE_SCALE == online.SQUARE_SCALE.value == 2.0**-memory_tiles.HEADROOM.value
     assert RowState._fields[:3] == ("reference", "exp_sum", "target_logit")  # what RowStatistics takes
     assert chunk_module.NUM_STATISTICS == 3
 
@@ -53,7 +65,8 @@ def test_states_of_two_column_ranges_merge_into_the_state_of_all(engine, dtype):
     hidden = torch.randn(N, H, generator=generator).to(device, dtype)
     weight = torch.randn(V, H, generator=generator).to(device, dtype)
     targets = torch.tensor([0, 5, MIDDLE - 1, MIDDLE, V - 1, 200], dtype=torch.int32, device=device)
-    whole = make_chunk(engine, dtype, weight, "nothing")
+    squares = {"sum_squares": True}
+    whole = make_chunk(engine, dtype, weight, "nothing", **squares)
     whole.fold(hidden, LMHead(weight, None), targets, False)
     expected, expected_state = whole.finish(LMHead(weight, None)), whole.state
 
@@ -61,7 +74,7 @@ def test_states_of_two_column_ranges_merge_into_the_state_of_all(engine, dtype):
     for columns in (slice(0, MIDDLE), slice(MIDDLE, V)):
         is_here = (targets >= columns.start) & (targets < columns.stop)
         lm_head = LMHead(weight[columns].contiguous(), None)
-        chunk = make_chunk(engine, dtype, lm_head.weight, "nothing")
+        chunk = make_chunk(engine, dtype, lm_head.weight, "nothing", **squares)
         # a row without a target here takes column 0, and the merge drops its logit
         chunk.fold(hidden, lm_head, torch.where(is_here, targets - columns.start, 0).int(), False)
         chunks.append((chunk, lm_head))
@@ -71,6 +84,7 @@ def test_states_of_two_column_ranges_merge_into_the_state_of_all(engine, dtype):
     )
     for name in ("target_logit", "logit_sum", "maximum"):
         assert torch.allclose(getattr(state, name), getattr(expected_state, name), rtol=1e-4, atol=1e-4), name
+    assert len(expected) == 5
     for chunk, lm_head in chunks:  # each rank gets the same
         assert torch.allclose(chunk.finish(lm_head, MergedState(state, V)), expected, rtol=1e-4, atol=1e-4)
 

@@ -376,6 +376,8 @@ def trl_batch(given: dict[str, torch.Tensor]) -> tuple[SimpleNamespace, dict[str
     log_probs = (mask * (given["logps"] / counts)[:, None])[:, 1:]
     zeros = torch.zeros_like(log_probs)
     outputs = SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    if "log_sum_squares" in given:  # of each sequence, as if equal for its tokens
+        outputs.log_sum_sq_probs = given["log_sum_squares"][:, None].expand_as(log_probs)
     batch = {"input_ids": mask.long(), "attention_mask": torch.ones_like(mask), "completion_mask": mask.long()}
     return outputs, batch
 
@@ -394,7 +396,7 @@ def trl_dpo_loss(given, loss_type, beta=0.1, **options):
         loss_types=[loss_type],
         loss_weights=[1.0],
         ld_alpha=None,
-        use_weighting=False,
+        use_weighting="log_sum_squares" in given,
         precompute_ref_logps=True,
         aux_loss_enabled=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
@@ -472,6 +474,38 @@ def test_a_pair_loss_is_trls(name, options):
         loss.backward()
         results.append((loss.detach(), logps.grad))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+WEIGHTED = [name for name in OURS if "use_weighting" in heads.protocol._CLASSES[name].__dataclass_fields__]
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_use_weighting_is_trls(name):
+    """WPO's weights multiply each pair's loss, and no gradient flows through them."""
+    pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    given = {key: value.float() if value.is_floating_point() else value for key, value in inputs(seed=8).items()}
+    given["log_sum_squares"] = torch.tensor([-0.2, -0.7, -1.1, -0.4, -1.6, -0.9])
+    options = {"label_smoothing": 0.2} if name in ("exo_pair", "robust") else {}
+    results = []
+    for is_ours in (True, False):
+        logps = given["logps"].clone().requires_grad_()
+        if is_ours:
+            head = heads.make(name, beta=0.3, use_weighting=True, **options)
+            tensors = {"token_counts": given["counts"], "log_sum_squares": given["log_sum_squares"]}
+            loss, _ = loss_from_logps(head, logps, given["ref_logps"], **tensors)
+        else:
+            loss = trl_dpo_loss({**given, "logps": logps}, name, beta=0.3, **options)
+        loss.backward()
+        results.append((loss.detach(), logps.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_use_weighting_is_a_field_wherever_trl_has_it():
+    """TRL's ``sft`` is one number for all pairs, which it cannot multiply by a weight each."""
+    pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    assert set(WEIGHTED) == {name for name, _ in TRL_PAIRS} - {"aot", "aot_unpaired", "sft"}
+    with pytest.raises(RuntimeError, match="memory location"):
+        trl_dpo_loss({**inputs(), "log_sum_squares": torch.zeros(6)}, "sft")
 
 
 @pytest.mark.parametrize("is_weighted", [False, True], ids=["balanced", "weighted"])
