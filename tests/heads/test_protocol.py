@@ -685,16 +685,17 @@ def test_a_tensor_that_anneals_compiles_nothing_anew(compiler, name, tensor):
     assert len(set(losses)) == 4
 
 
-@pytest.mark.parametrize("name", ["toy", "bco", "aot"])
+@pytest.mark.parametrize("name", ["toy", "bco", "aot", "ipo"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_operator_is_well_formed(compiler, engine, name, reduction):
-    head, device = heads.make(name), engine[1]
+    head, device = heads.make(name, **({"use_weighting": True} if name == "ipo" else {})), engine[1]
     if head.group is None and reduction == "none":
         reduction = "sum"
     tensors = [LIKED.to(device), torch.tensor(0.1, device=device)] if name == "bco" else []
     names = "desirable,delta" if name == "bco" else ""
     ref_logps = REF_LOGPS.to(device) if head.needs_reference else None
-    arguments = (LOGPS.to(device), COUNTS.to(device), ref_logps, tensors, COUNTS.to(device))
+    statistics = [-torch.ones_like(LOGPS, device=device) for _ in head.statistics()]
+    arguments = (LOGPS.to(device), COUNTS.to(device), ref_logps, tensors, COUNTS.to(device), statistics)
     settings = (protocol.to_text(head), names, engine[0], reduction, 3, torch.float32)
     torch.library.opcheck(formula._formula.op, (*arguments, *settings))
 
