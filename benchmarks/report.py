@@ -13,6 +13,7 @@ import report_from_logits
 import report_training
 import torch
 
+RESULTS = Path(__file__).with_name("results")
 KINDS = {"logits": report_from_logits, "hidden": report_from_hidden, "training": report_training}
 
 
@@ -20,12 +21,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=KINDS, help="measure this part only; without it all parts")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument("--cases", nargs="+", help="with --only hidden: measure these cases only, as 'orpo trained'")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if arguments.cases and (arguments.only != "hidden" or arguments.out == RESULTS):
+        parser.error(f"--cases measures a part of --only hidden: name both, and an --out other than {RESULTS}")
     for kind in [arguments.only] if arguments.only else KINDS:
         module = KINDS[kind]
-        module.run(device, module.PLANS[device.type], arguments.out)
+        plan = module.PLANS[device.type]
+        module.run(device, plan.of_cases(arguments.cases) if arguments.cases else plan, arguments.out)
 
 
 if __name__ == "__main__":

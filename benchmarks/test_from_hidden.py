@@ -1,15 +1,17 @@
-"""Time a KTO or DPO step from hidden states, with a trained or frozen LM head: `pytest benchmarks/`."""
+"""Time a loss's step from hidden states, with a trained or frozen LM head: `pytest benchmarks/`."""
 
 import pytest
 import torch
 from conftest import DEVICE
-from contenders_from_hidden import GEMMs, contenders, make_problem
+from contenders_from_hidden import LOSSES, GEMMs, contenders, make_problem
 
 from kto_fused.measure import synchronize
 
 # (B, T, H, V, dtype); on a CPU all benchmarks end within five minutes
 SIZE = (8, 2048, 896, 151936, torch.bfloat16) if DEVICE.type == "cuda" else (4, 64, 256, 32000, torch.float32)
-CONTENDERS = contenders(DEVICE)
+CASES = [f"{loss} {head}" for loss in LOSSES for head in ("trained", "frozen")]
+# compiling takes longest: two losses of a reference model stand for all
+CONTENDERS = {loss: contenders(DEVICE, loss, compiled=loss in ("kto", "dpo")) for loss in LOSSES}
 ROUNDS = {"rounds": 5, "warmup_rounds": 2}
 
 
@@ -18,17 +20,17 @@ def inputs():
     return make_problem(*SIZE, softcap=None, device=DEVICE)
 
 
-@pytest.fixture(params=["kto trained", "kto frozen", "dpo trained", "dpo frozen"])
-def problem(request, inputs, benchmark):
-    benchmark.group = request.param
-    loss, head = request.param.split()
+@pytest.fixture
+def problem(case, inputs, benchmark):
+    benchmark.group = case
+    loss, head = case.split()
     return inputs.posed(loss, is_trained=head == "trained")
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in CONTENDERS[case.split()[0]]])
 def test_step(benchmark, problem, name):
     def step():
-        loss, _ = CONTENDERS[name](problem)
+        loss, _ = CONTENDERS[problem.loss][name](problem)
         loss.backward()
         synchronize(DEVICE)
 
@@ -37,6 +39,7 @@ def test_step(benchmark, problem, name):
     assert (problem.weight.grad is not None) == problem.is_trained
 
 
+@pytest.mark.parametrize("case", CASES)
 def test_gemms_alone(benchmark, problem):
     gemms = GEMMs(problem)
 

@@ -73,7 +73,7 @@ class TunedTurn(HiddenTurn):
     """A step with some constants set to other values. Errors are not measured; ``report_from_hidden.py`` does that."""
 
     def __init__(self, sweep: Sweep, setting: tuple[int, ...], problem: Problem):
-        super().__init__(sweep.title(setting), fused, problem, truth=None)
+        super().__init__(sweep.title(setting), fused, problem, expected=None)
         self.patches = [
             partial(mock.patch.object, sweep.module, name, value)
             for name, value in zip(sweep.names, setting, strict=True)
