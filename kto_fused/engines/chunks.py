@@ -361,7 +361,7 @@ class WholeRows:
 
     def _logits(self, hidden: torch.Tensor, lm_head: LMHead) -> torch.Tensor:
         """Write the logits [n, V] into the buffer and return them."""
-        logits = self.logits[: len(hidden)]
+        logits, self.source_rows = self.logits[: len(hidden)], None
         if self.spec.is_native:
             _multiply(hidden, lm_head.weight.T, logits)
         else:
@@ -374,7 +374,10 @@ class WholeRows:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these ``rows`` of what ``backward`` reads, ascending indices [m]; it then takes [m] gradients."""
-        _move_together(self.logits, rows)
+        if self.spec.backend == "torch":
+            self.source_rows = rows  # ``backward`` reads them where they are
+        else:
+            _move_together(self.logits, rows)
         row_max, log_sum, _ = self.statistics
         self.targets, self.statistics = self.targets[rows], RowStatistics(row_max[rows], log_sum[rows], None)
 
@@ -384,7 +387,9 @@ class WholeRows:
         logits, self.current = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
         arguments = logits, self.current, self.targets, token_grads, row_max, log_sum
         if self.spec.backend == "torch":
-            cpu.token_logprobs_backward(*arguments, **self.spec.transform)
+            if self.source_rows is not None:
+                arguments = self.logits, *arguments[1:]
+            cpu.token_logprobs_backward(*arguments, **self.spec.transform, source_rows=self.source_rows)
         else:
             from ..kernels import token_logprobs
 

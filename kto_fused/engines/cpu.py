@@ -56,9 +56,9 @@ class _Rows:
         first = int(offsets[0])
         return self.view[first : first + stop - start]
 
-    def read(self, start: int, stop: int, scratch: torch.Tensor) -> torch.Tensor:
+    def read(self, start: int, stop: int, scratch: torch.Tensor, is_copy: bool = False) -> torch.Tensor:
         """Return the rows as a view, or as a copy, which lies in ``scratch`` if that has their dtype."""
-        block = self.block(start, stop)
+        block = None if is_copy else self.block(start, stop)
         if block is None:
             out = scratch if scratch.dtype == self.view.dtype else None
             block = torch.index_select(self.view, 0, self.offsets[start:stop], out=out)
@@ -163,14 +163,20 @@ def token_logprobs_backward(
     scale: float,
     softcap: float | None,
     factor: float,
+    source_rows: torch.Tensor | None = None,
 ) -> None:
-    """Fill ``grad``, shaped as ``logits`` and possibly the same tensor, from token_grads = d loss / d logps [rows]."""
+    """Fill ``grad``, shaped as ``logits`` and possibly the same tensor, from token_grads = d loss / d logps [rows].
+
+    With ``source_rows`` [rows], ascending, row i of ``grad`` is the gradient by ``logits[source_rows[i]]``. ``grad``
+    may then be the first rows of ``logits``: what a block of rows overwrites, no later block reads.
+    """
     vocab_size, dtype = logits.shape[-1], compute_dtype(logits)
     token_grads = torch.where(targets == INVALID, math.nan, token_grads)
     is_needed = (targets != MASKED) & (token_grads != 0)
     _Rows(grad, (~is_needed).nonzero().flatten()).zero()
     tokens = is_needed.nonzero().flatten()
-    rows, grad_rows = _Rows(logits, tokens), _Rows(grad, tokens)
+    grad_rows = _Rows(grad, tokens)
+    rows = _Rows(logits, tokens if source_rows is None else source_rows[tokens])
     # d z / d x without the soft cap's own derivative
     coefficients = (token_grads * (factor if softcap is None else factor * scale))[tokens]
     p_scale = coefficients / log_sum[tokens].exp()
@@ -179,7 +185,7 @@ def token_logprobs_backward(
     for start, stop in _blocks(len(tokens), vocab_size, dtype):
         if scratch is None:
             scratch = torch.empty(2, stop - start, vocab_size, dtype=dtype, device=logits.device)
-        x = rows.read(start, stop, scratch[1, : stop - start])
+        x = rows.read(start, stop, scratch[1, : stop - start], is_copy=source_rows is not None)
         result = grad_rows.block(start, stop) if grad.dtype == dtype else None
         if result is None:
             result = scratch[0, : stop - start]

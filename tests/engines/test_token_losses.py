@@ -6,6 +6,7 @@ from cases import GRAD_TOLERANCE
 from torch.utils.flop_counter import FlopCounterMode
 
 from kto_fused import fused_linear_loss, fused_loss, heads, linear_token_logps, reference
+from kto_fused.engines import cpu
 from kto_fused.heads.tokens import NORMALIZERS
 
 B, T, V, H = 4, 17, 300, 32
@@ -200,3 +201,21 @@ def test_a_wrong_call_is_named(loss, options, error, message):
     with pytest.raises(error) as raised:
         fused_linear_loss(loss, case["hidden"], case["weight"], case["labels"], **options)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 5, 6, 7, 11], [3, 4, 5, 6, 8, 9, 10]], ids=["from 0", "from 3"])
+def test_rows_that_are_left_out_may_be_overwritten_by_the_others_gradients(monkeypatch, rows, softcap):
+    """On a CPU the rows' gradients are written together, over logits of which each is read before."""
+    vocab = 16
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 3 * vocab * 8)
+    logits, rows = torch.randn(12, vocab, dtype=torch.float64), torch.tensor(rows)
+    options = {"scale": 1.0, "softcap": softcap, "factor": 1.0}
+    targets, row_max, log_sum, _ = cpu.token_logprobs(
+        logits, torch.randint(vocab, (12,)), None, ignore_index=-100, shift=False, **options
+    )
+    chosen = targets[rows], torch.randn(len(rows), dtype=torch.float64), row_max[rows], log_sum[rows]
+    expected = torch.empty(len(rows), vocab, dtype=torch.float64)
+    cpu.token_logprobs_backward(logits[rows], expected, *chosen, **options)
+    cpu.token_logprobs_backward(logits, logits[: len(rows)], *chosen, **options, source_rows=rows)
+    assert torch.equal(logits[: len(rows)], expected)
