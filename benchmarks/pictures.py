@@ -1,7 +1,8 @@
 """Draw the pictures in `benchmarks/results/` from the JSON files there: `python benchmarks/pictures.py`.
 
 Each picture shows time and peak memory of every contender as lines, and beside them linear bars per model: how many
-times the time and memory of kto-fused each peer takes. The reports call `redraw` after they have measured. Nothing is
+times the time and memory of kto-fused each peer takes. The picture of losses from hidden states has bars only, and its
+times are divided by those of the matrix products alone. The reports call `redraw` after they have measured. Nothing is
 measured here, so a change of style needs no new measurement.
 
 A picture's title line holds device, dtype, PyTorch version and date. Reports record their date. Results from before
@@ -43,6 +44,9 @@ COLOURS = {
 }
 # The contenders that the bars compare with. The plain reference is written to be read, not to be fast.
 PEERS = ("TRL", "Liger", "cut-cross-entropy", "eager", "torch.compile")
+FLOOR = "GEMMs alone"
+# the losses whose names are not their capital letters
+LOSS_NAMES = {"nll": "SFT", "ppo-clipped": "PPO,\na quarter clipped"}
 
 
 class Measured(NamedTuple):
@@ -65,6 +69,13 @@ class Picture(NamedTuple):
     x_label: str
     x_scale: int  # ticks show x divided by this
     bars: list[Measured]
+    baseline: str = "kto-fused"  # whose time the bars of time are divided by
+
+    @property
+    def barred(self) -> list[str]:
+        """The contenders that have a bar of time: the peers, and kto-fused unless it is the baseline."""
+        ours = () if self.baseline == "kto-fused" else ("kto-fused",)
+        return list(dict.fromkeys(x.contender for x in self.bars if is_peer(x.contender) or x.contender in ours))
 
 
 def redraw(results: Path) -> list[Path]:
@@ -94,7 +105,7 @@ def pictures(results: Path) -> list[Picture]:
     """The pictures that one JSON file of results is enough for."""
     rows = json.loads(results.read_text())["rows"]
     if results.stem.endswith("-hidden"):
-        return from_hidden(rows)
+        return from_hidden(rows) + losses(rows)
     if results.stem.endswith("-training"):
         return training(rows)
     return from_logits(rows)
@@ -105,7 +116,7 @@ def from_hidden(rows: list[dict]) -> list[Picture]:
     lengths: dict[str, list[int]] = {}
     measured: dict[str, list[Measured]] = {}
     for row in rows:
-        if row["case"] == "kto trained":
+        if row["case"] == "kto trained" and "chunk" not in row["size"]:  # long sequences have a table of their own
             head = re.sub(r" T=\d+", "", row["size"])
             if row["seq_len"] not in lengths.setdefault(head, []):
                 lengths[head].append(row["seq_len"])
@@ -114,12 +125,34 @@ def from_hidden(rows: list[dict]) -> list[Picture]:
             model = f"{name}{softcap}\nT={row['seq_len']}"
             entry = Measured(row["contender"], model, row["seq_len"], row["ms"], row["peak_mib"])
             measured.setdefault(head, []).append(entry)
+    if not lengths:
+        return []
     drawn = max(lengths, key=lambda head: len(lengths[head]))
     name, _, sizes = drawn.partition(": ")
     bars = [entry for head, entries in measured.items() for entry in entries if entry.x == lengths[head][0]]
     title = "KTO from hidden states, head trained: policy forward and backward, reference forward"
     label = f"sequence length T ({name}, {sizes.rsplit(' ', 1)[0]})"
     return [Picture("", title, sizes.split()[-1], measured[drawn], label, 1, bars)]
+
+
+def losses(rows: list[dict]) -> list[Picture]:
+    """Bars for each loss with a trained head, at the size at which most losses were measured, if it has three."""
+    rows = [row for row in rows if row["case"].endswith(" trained")]
+    cases: dict[str, dict[str, None]] = {}
+    for row in rows:
+        cases.setdefault(row["size"], {})[row["case"]] = None
+    size = max(cases, key=lambda size: len(cases[size]), default=None)
+    if size is None or len(cases[size]) < 3:
+        return []
+    bars = []
+    for row in rows:
+        if row["size"] == size:
+            loss = row["case"].split()[0]
+            name = LOSS_NAMES.get(loss, loss.upper())
+            bars.append(Measured(row["contender"], name, row["seq_len"], row["ms"], row["peak_mib"]))
+    head, dtype = size.rsplit(" ", 1)
+    title = f"Losses from hidden states, head trained ({head})"
+    return [Picture("-losses", title, dtype, [], "", 1, bars, baseline=FLOOR)]
 
 
 def from_logits(rows: list[dict]) -> list[Picture]:
@@ -162,7 +195,7 @@ def training(rows: list[dict]) -> list[Picture]:
 def figure(picture: Picture, subtitle: str) -> Figure:
     """Lines at the left, bars at the right, one legend below both."""
     groups = list(dict.fromkeys(entry.model for entry in picture.bars))
-    most_bars = len([entry for entry in picture.bars if is_peer(entry.contender)]) + len(groups)
+    most_bars = len([entry for entry in picture.bars if entry.contender in picture.barred]) + len(groups)
     height = max(5.8 if picture.lines else 2.6, 0.17 * most_bars + 1.6)
     drawn = Figure(figsize=(14 if picture.lines else 10, height), layout="constrained")
     FigureCanvasAgg(drawn)
@@ -172,9 +205,8 @@ def figure(picture: Picture, subtitle: str) -> Figure:
     if picture.lines:
         for row, (name, value) in enumerate((("time, ms", "ms"), ("peak memory, MiB", "peak_mib"))):
             lines(drawn.add_subplot(grid[row, 0]), picture, name, value)
-    kinds = (("x faster: peer's time / kto-fused's", "ms"), ("x less memory: peer's peak / kto-fused's", "peak_mib"))
-    for column, (name, value) in enumerate(kinds, columns - 2):
-        bars(drawn.add_subplot(grid[:, column]), picture.bars, groups, name, value)
+    bars(drawn.add_subplot(grid[:, -2]), picture, groups, "ms")
+    bars(drawn.add_subplot(grid[:, -1]), picture._replace(baseline="kto-fused"), groups, "peak_mib")
     handles: dict[str, object] = {}
     for axes in drawn.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -221,28 +253,35 @@ def lines(axes: Axes, picture: Picture, name: str, value: str) -> None:
         axes.set_xlabel(picture.x_label)
 
 
-def bars(axes: Axes, entries: list[Measured], groups: list[str], title: str, value: str) -> None:
-    """One linear bar per peer and model: the peer's time or memory divided by that of kto-fused."""
-    position, middles = 0.0, []
+BAR_TITLES = {
+    ("kto-fused", "ms"): "x faster: peer's time / kto-fused's",
+    ("kto-fused", "peak_mib"): "x less memory: peer's peak / kto-fused's",
+    (FLOOR, "ms"): "x GEMMs: time / that of the matrix products alone",
+}
+
+
+def bars(axes: Axes, picture: Picture, groups: list[str], value: str) -> None:
+    """One linear bar per contender and model: its time or memory divided by that of the picture's baseline."""
+    position, middles, baseline = 0.0, [], picture.baseline
     for group in groups:
-        here = {entry.contender: entry for entry in entries if entry.model == group}
-        ours = getattr(here.get("kto-fused") or here["kto-fused trainer"], value)
-        peers = [name for name in here if is_peer(name)]
-        for offset, name in enumerate(peers):
-            ratio = getattr(here[name], value) / ours
+        here = {entry.contender: entry for entry in picture.bars if entry.model == group}
+        base = getattr(here.get(baseline) or here[f"{baseline} trainer"], value)
+        shown = [name for name in picture.barred if name in here]
+        for offset, name in enumerate(shown):
+            ratio = getattr(here[name], value) / base
             axes.barh(position + offset, ratio, color=COLOURS[name], label=name, height=0.85)
-            text = f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
+            text = f"{ratio:.2f}" if ratio < 1 or name == "kto-fused" else f"{ratio:.1f}"
             label = axes.annotate(text, (ratio, position + offset), (3, 0), textcoords="offset points", fontsize=8)
             label.set(verticalalignment="center", bbox={"color": "white", "pad": 0.5})  # the line at 1 passes behind it
-        middles.append(position + (len(peers) - 1) / 2)
-        position += len(peers) + 1
-    axes.axvline(1, color=COLOURS["kto-fused"], linewidth=1.2, zorder=0.5)
+        middles.append(position + (len(shown) - 1) / 2)
+        position += len(shown) + 1
+    axes.axvline(1, color=COLOURS[baseline], linewidth=1.2, zorder=0.5)
     axes.set_yticks(middles, labels=groups, fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.margins(x=0.15, y=0.01)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("kto-fused = 1 (blue line)")
+    axes.set_title(BAR_TITLES[baseline, value], fontsize=10)
+    axes.set_xlabel(f"{baseline} = 1 ({'blue' if baseline == 'kto-fused' else 'black'} line)")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
 

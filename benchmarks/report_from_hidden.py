@@ -259,7 +259,8 @@ def exact_loss(problem: Problem, token_logps: torch.Tensor, ref_logps: torch.Ten
 def expect(problem: Problem, truth: Truth) -> Expected:
     """Compute loss and gradients: d loss / d log-probabilities first, then d loss / d logits of a piece of tokens."""
     token_logps, rows = truth.token_logps.clone().requires_grad_(), sampled_rows(problem)
-    loss = exact_loss(problem, token_logps, truth.ref_logps)
+    ref_logps = truth.ref_logps if problem.ref_logps is None else problem.ref_logps.double()
+    loss = exact_loss(problem, token_logps, ref_logps)
     (by_logps,) = torch.autograd.grad(loss, token_logps)
     weight = problem.weight.detach().double()
     by_last_hidden = torch.zeros_like(problem.hidden[-1], dtype=torch.float64)

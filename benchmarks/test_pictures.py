@@ -31,9 +31,7 @@ def test_no_label_overlaps_another_and_the_legend_hides_nothing(results, picture
 def test_the_legend_names_every_contender_that_is_drawn(results, picture):
     (legend,) = pictures.figure(picture, "").legends
     named = {text.get_text() for text in legend.get_texts()}
-    assert named == {x.contender for x in picture.lines} | {
-        x.contender for x in picture.bars if pictures.is_peer(x.contender)
-    }
+    assert named == {x.contender for x in picture.lines} | set(picture.barred)
 
 
 def test_contenders_of_one_picture_have_different_colours():

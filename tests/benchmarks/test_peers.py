@@ -6,7 +6,14 @@ import pytest
 import torch
 from cases import assert_close, assert_same_gradient, make_hidden_case
 
-from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps
+from kto_fused import (
+    fused_linear_dpo_loss,
+    fused_linear_kto_loss,
+    fused_linear_loss,
+    heads,
+    linear_sequence_logps,
+    linear_token_logps,
+)
 
 B, T, V, H = 4, 6, 97, 24
 POINT = 0.4
@@ -93,6 +100,64 @@ def test_dpo_equals_ligers(case, loss_type):
     loss, _ = fused_linear_dpo_loss(
         hidden, weight, case.labels, lm_head_bias=bias, ref_hidden=case.ref_hidden, shift=False, **options
     )
+    loss.backward()
+    compare((loss, ours), (expected, theirs))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "options", "head"),
+    [
+        ("ORPO", {}, heads.make("orpo", beta=0.2)),
+        (
+            "CPO",
+            {"alpha": 0.7, "label_smoothing": 0.1},
+            heads.make("cpo", beta=0.2, cpo_alpha=0.7, label_smoothing=0.1),
+        ),
+        ("SimPO", {"alpha": 0.0, "gamma": 0.3}, heads.make("simpo", beta=0.2, gamma=0.3)),
+    ],
+    ids=["orpo", "cpo", "simpo"],
+)
+def test_losses_without_a_reference_equal_ligers(case, theirs, options, head):
+    skip_unless("liger-kernel", "0.8.5")
+    from liger_kernel import chunked_loss
+
+    peer = getattr(chunked_loss, f"LigerFusedLinear{theirs}Loss")(beta=0.2, compiled=False, **options)
+    case.labels[0, 4:] = case.labels[3, :2] = -100  # lengths differ, so that averages differ from sums
+    expected_leaves, ours = leaves(case), leaves(case)
+    hidden, weight, bias = expected_leaves
+    expected, _ = peer(weight, hidden, case.labels, bias=bias)
+    expected.backward()
+    hidden, weight, bias = ours
+    loss, _ = fused_linear_loss(head, hidden, weight, case.labels, lm_head_bias=bias, shift=False)
+    loss.backward()
+    compare((loss, ours), (expected, expected_leaves))
+
+
+@pytest.mark.parametrize("name", ["grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("delta", [None, 1.5])
+def test_clipped_losses_equal_ligers(case, name, delta):
+    skip_unless("liger-kernel", "0.8.5")
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    clipping = {"epsilon_low": 0.2, "epsilon_high": 0.3, "delta": delta, "max_completion_length": T}
+    peer = LigerFusedLinearGRPOLoss(compiled=False, loss_type=name, beta=0.1, **clipping)
+    case.labels[0, 4:] = case.labels[3, :2] = -100
+    options = {"lm_head_bias": case.bias, "shift": False}
+    logps = linear_token_logps(case.hidden, case.weight, case.labels, **options)
+    old_logps, ref_token_logps = logps + torch.randn(2, B, T) / 2
+    advantages = torch.tensor([1.0, -2.0, 0.5, -0.5])
+    theirs, ours = leaves(case), leaves(case)
+    hidden, weight, bias = theirs
+    tokens = case.labels.clamp(min=0), case.labels != -100, advantages
+    expected, _ = peer(
+        hidden, weight, *tokens, bias, ref_per_token_logps=ref_token_logps, old_per_token_logps=old_logps
+    )
+    expected.backward()
+    hidden, weight, bias = ours
+    fields = {"clip": (0.2, 0.3), "delta": delta or 0.0, "kl_beta": 0.1}
+    head = heads.make(name, **fields, **({"max_tokens": T} if name == "dr_grpo" else {}))
+    tensors = {"old_logps": old_logps, "advantages": advantages, "ref_token_logps": ref_token_logps}
+    loss, _ = fused_linear_loss(head, hidden, weight, case.labels, **options | {"lm_head_bias": bias}, **tensors)
     loss.backward()
     compare((loss, ours), (expected, theirs))
 
