@@ -4,6 +4,7 @@ A step is the policy's loss and gradients and, for KTO and DPO, the reference mo
 with those of the step's matrix products alone.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,6 +85,7 @@ class Plan:
     lengths: tuple[int, ...]
     rounds: int
     settling: float = 0.0  # seconds of load in each turn
+    enough: float = math.inf  # seconds of steps after which a contender takes no more turns
 
     @property
     def all_entries(self) -> list[Entry]:
@@ -111,7 +113,7 @@ def of(heads: str, *losses: str) -> tuple[str, ...]:
 
 
 SMALL = Size("small head", hidden=256, vocab=32000, batch=4, seq_len=128, dtype=torch.float32)
-MEDIUM = Size("medium head", hidden=1024, vocab=32768, batch=4, seq_len=512, dtype=torch.float32)
+MEDIUM = Size("medium head", hidden=1024, vocab=16384, batch=4, seq_len=512, dtype=torch.float32)
 # A sequence has 4096 completion tokens, its chunks 1024: of the budget, which is that of 4 gradients of the LM head, a
 # pair's two accumulators take half.
 LONG = Size(
@@ -139,20 +141,21 @@ PLANS = {
     "cpu": Plan(
         entries=(
             Entry(SMALL, compiled=True),
-            Entry(MEDIUM, of("trained frozen", "kto", "dpo"), compiled=True),
-            Entry(MEDIUM, of("trained frozen", "orpo", "nll", "ppo", "ppo-clipped")),
+            Entry(MEDIUM, of("trained frozen", "kto"), compiled=True),
+            Entry(MEDIUM, of("trained frozen", "dpo", "orpo", "nll", "ppo", "ppo-clipped")),
             Entry(LONG, of("trained", "kto", "dpo", "nll"), only=("kto-fused",)),
         ),
         picture=SMALL,
-        lengths=(128, 256, 512, 1024),
-        rounds=3,
+        lengths=(128, 256, 512),
+        rounds=4,
+        enough=4.0,
     ),
     "cuda": Plan(
         entries=(
             Entry(QWEN_05B, ("kto trained", "kto frozen"), compiled=True),
             Entry(QWEN_05B, of("trained", "dpo", "orpo", "nll", "ppo", "ppo-clipped")),
-            Entry(QWEN_8B, ("kto trained", "kto frozen", "dpo trained"), compiled=True),
-            Entry(QWEN_8B, (*of("trained", "orpo", "nll", "ppo", "ppo-clipped"), "ppo frozen")),
+            Entry(QWEN_8B, ("kto trained", "kto frozen"), compiled=True),
+            Entry(QWEN_8B, of("trained", "dpo", "orpo", "nll", "ppo", "ppo-clipped")),
             Entry(on_gpu("Llama-3.2-1B", 2048, 128256)),
             Entry(on_gpu("Llama-3-8B", 4096, 128256)),
             Entry(on_gpu("Gemma-3-4B", 2560, 262208)),
@@ -162,7 +165,7 @@ PLANS = {
         picture=QWEN_05B,
         lengths=(512, 2048, 8192),
         rounds=3,
-        settling=0.5,
+        settling=0.4,
     ),
 }
 
@@ -348,7 +351,7 @@ def measure(
     """Measure all contenders and the GEMMs on one problem; a failed contender is appended to `left_out`."""
     expected, device = expect(problem, truth), problem.hidden.device
     turns = [*(HiddenTurn(name, contender, problem, expected) for name, contender in found.items()), FloorTurn(problem)]
-    turns = take_turns(turns, plan.rounds, title(case, size), left_out, device, plan.settling)
+    turns = take_turns(turns, plan.rounds, title(case, size), left_out, device, plan.settling, plan.enough)
     ms = {turn.name: turn.milliseconds[0] for turn in turns}
     gradients = [problem.hidden, problem.weight] if problem.is_trained else [problem.hidden]
     return [
@@ -378,15 +381,16 @@ def cell(value: float | None, form: str) -> str:
 
 def tables(report: dict) -> str:
     """Return the report's Markdown."""
+    enough = f"; after {report['enough']:g} s of steps a contender took no more of them" if report["enough"] else ""
     lines = [
         f"# From hidden states, {report['device']}",
         "",
         f"{machine_line(report)} A step is the policy's forward and backward pass and, for KTO and DPO, the reference "
         f"model's forward pass; half of each sequence is prompt. Times are medians of {report['rounds']} rounds in "
-        f"which the contenders took turns{settled(report['settling'])}. {how_timed(report['device'])} {FLOOR}: the "
-        "same matrix products on completion tokens, in the input dtype, into buffers allocated before; the tokens that "
-        "PPO clips take no part in the gradients' products. With long sequences the reference's log-probabilities are "
-        "given. Peak memory is all that a step allocates beside its inputs, the gradients included. Errors are "
+        f"which the contenders took turns{settled(report['settling'])}{enough}. {how_timed(report['device'])} {FLOOR}: "
+        "the same matrix products on completion tokens, in the input dtype, into buffers allocated before; the tokens "
+        "that PPO clips take no part in the gradients' products. With long sequences the reference's log-probabilities "
+        "are given. Peak memory is all that a step allocates beside its inputs, the gradients included. Errors are "
         "differences from float64 on the same inputs: that of the loss; the largest of a sequence's log-probability, "
         "in nats; that of the gradient w.r.t. the last sequence's hidden states and w.r.t. "
         f"{SAMPLED_ROWS} rows of the head, relative to the gradient's norm. Liger's KTO, cross-entropy and clipped "
@@ -415,7 +419,10 @@ def tables(report: dict) -> str:
 
 def run(device: torch.device, plan: Plan, out: Path) -> None:
     """Measure the plan and write JSON, tables and picture to `out`."""
-    report = new_report(device, plan.rounds) | {"settling": plan.settling}
+    report = new_report(device, plan.rounds) | {
+        "settling": plan.settling,
+        "enough": None if math.isinf(plan.enough) else plan.enough,
+    }
     for entry in plan.all_entries:
         size = entry.size
         free(device)

@@ -7,6 +7,7 @@ show the medians. A contender that runs out of memory or fails is left out, and 
 import datetime
 import gc
 import json
+import math
 import platform
 import re
 import statistics
@@ -100,18 +101,30 @@ class Turn(ABC):
         self.rounds.append(times)
 
     @property
+    def seconds(self) -> float:
+        """The time of all rounds' steps."""
+        return sum(map(sum, self.rounds))
+
+    @property
     def milliseconds(self) -> list[float]:
         """The median of each step, in milliseconds."""
         return [statistics.median(times) * 1e3 for times in zip(*self.rounds, strict=True)]
 
 
 def take_turns(
-    turns: list[Turn], rounds: int, case: str, left_out: list[dict], device: torch.device, settling: float = 0.0
+    turns: list[Turn],
+    rounds: int,
+    case: str,
+    left_out: list[dict],
+    device: torch.device,
+    settling: float = 0.0,
+    enough: float = math.inf,
 ) -> list[Turn]:
     """Measure all turns. Returns the turns that ran; the failed ones are appended to `left_out` with the reason.
 
     A GPU at rest starts with clock rates that it cannot keep under load. `settling` seconds of load in each turn bring
-    it to the clock rates of a training run.
+    it to the clock rates of a training run. A contender whose steps took `enough` seconds takes no part in later
+    rounds, so that slow contenders do not take most of a report's time.
     """
     running = []
     for turn in turns:
@@ -125,7 +138,8 @@ def take_turns(
             print(f"{case}: {turn.name} left out, {reason}", flush=True)
     for _ in range(rounds):
         for turn in running:
-            turn.take(device, settling)
+            if turn.seconds < enough:
+                turn.take(device, settling)
     return running
 
 

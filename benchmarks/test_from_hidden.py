@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import DEVICE
-from contenders_from_hidden import LOSSES, GEMMs, contenders, make_problem
+from contenders_from_hidden import CLIPPED_EVERY, LOSSES, GEMMs, contenders, make_problem
+from report_from_hidden import HiddenTurn, exact, expect
 
 from kto_fused.measure import synchronize
 
@@ -48,3 +49,20 @@ def test_gemms_alone(benchmark, problem):
         synchronize(DEVICE)
 
     benchmark.pedantic(step, **ROUNDS)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_contender_computes_the_same_loss_and_gradients(loss):
+    inputs = make_problem(4, 64, 64, 1000, torch.float32, None, DEVICE)
+    problem = inputs.posed(loss, is_trained=True)
+    expected = expect(problem, exact(problem))
+    for name, contender in contenders(DEVICE, loss, compiled=False).items():
+        turn = HiddenTurn(name, contender, problem, expected)
+        turn.fresh()
+        turn.step()
+        errors = turn.measure_errors()
+        assert max(errors.values()) < 1e-4, (name, errors)
+        has_gradient = (problem.hidden.grad[:, :-1][problem.mask] != 0).any(-1)
+        share = 1 - 1 / CLIPPED_EVERY if loss == "ppo-clipped" else 1.0
+        assert has_gradient.double().mean() == share, name
+        turn.drop()
