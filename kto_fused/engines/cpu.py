@@ -2,8 +2,9 @@
 
 Each function here has a Triton counterpart with the same arguments and results: ``token_logprobs`` and
 ``token_logprobs_backward`` in ``kernels/token_logprobs.py``, which explains the formulas; ``sequence_sums`` and
-``sequence_backward`` in ``kernels/sequence.py``. Completion rows are visited in blocks small enough for the processor's
-cache, through two scratch buffers. Beside these two buffers the functions take about a hundred bytes per position.
+``sequence_backward`` in ``kernels/sequence.py``. Only ``token_logprobs_backward`` here takes ``source_rows``.
+Completion rows are visited in blocks small enough for the processor's cache, through two scratch buffers. Beside these
+two buffers the functions take about a hundred bytes per position.
 """
 
 import math
