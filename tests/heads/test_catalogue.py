@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from kto_fused import fused_linear_loss, fused_loss, heads, kto_reference_point, loss_from_logps, reference
+from kto_fused.engines.logits import sums_over_labels
 
 exp, log, tanh = math.exp, math.log, math.tanh
 
@@ -723,6 +724,29 @@ def test_log_probabilities_of_tokens_are_summed_over_the_completion(engine, layo
         results.append((loss.detach(), leaf.grad, metrics.summary()["ratios"]))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_sums_of_tokens_are_an_operator(engine):
+    """Of ``torch.compile``, which sees one graph."""
+    (backend, device), case = engine, policy_gradient_case()
+    torch.use_deterministic_algorithms(False)  # torch.compile has a guard on this setting
+    labels, old_logps = case["labels"].to(device), case["old"].nan_to_num().to(device)
+    torch.library.opcheck(sums_over_labels.op, (old_logps, labels, None, 4, 13, -100, True, backend))
+    offsets = torch.tensor([0, 9, 9, 36], device=device)
+    torch.library.opcheck(
+        sums_over_labels.op, (old_logps.flatten(), labels.flatten(), offsets, 3, 13, -100, True, backend)
+    )
+
+    def step(logits):
+        tensors = {"old_logps": old_logps, "advantages": case["advantages"].to(device)}
+        return fused_loss("gspo", logits * 1, labels, **tensors, backend=backend)[0]
+
+    logits = case["logits"].detach().to(device).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    losses = [function(logits) for function in (step, compiled)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
 
 
 def test_what_cannot_be_summed_is_refused():

@@ -433,6 +433,21 @@ def test_tensors_are_named_where_unknown_missing_or_misshapen():
         loss_from_logps("sigmoid", LOGPS[:3], REF_LOGPS[:3])
 
 
+@pytest.mark.parametrize("weights", [{}, {"weights": torch.ones(B)}], ids=["kernel", "formula"])
+def test_a_tensor_of_one_number_is_a_scalar(weights):
+    """To the kernel of KTO, to its formula, and to losses of tokens."""
+    head = heads.make("kto", reference_point="tensor")
+    results = [
+        value_and_grad(head, desirable=LIKED, z0=z0, **weights) for z0 in (torch.tensor(0.2), torch.tensor([0.2]))
+    ]
+    torch.testing.assert_close(*results)
+    case = make_case(vocab=17)
+    tensors = {"old_logps": torch.tensor([-3.0]), "advantages": torch.tensor([2.0]), "num_items": torch.tensor([7.0])}
+    scalars = {name: value[0] for name, value in tensors.items()}
+    losses = [fused_loss("dapo", case.logits, case.labels, **given)[0] for given in (tensors, scalars)]
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("name", ["bco", "kto", "apo_zero_unpaired"])
 def test_desirable_may_hold_integers(name):
     delta = {"delta": torch.tensor(0.1)} if name == "bco" else {}
