@@ -8,7 +8,7 @@ ROOMS = ("commands", "data", "engines", "heads", "huggingface", "integrations", 
 setup(
     name="kto-fused",
     version="0.2.0",
-    description="Fused KTO and DPO losses for PyTorch: exact, in a fraction of the memory",
+    description="Fused KTO, DPO and other losses for PyTorch: exact, in a fraction of the memory",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

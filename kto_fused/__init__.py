@@ -1,4 +1,4 @@
-"""Fused KTO and DPO losses: the plain formulas' results in a fraction of the memory, with hand-written backwards.
+"""Fused losses of log-probabilities, KTO and DPO first: the plain formulas' results in a fraction of the memory.
 
 Call the functions from a training loop, on logits, on hidden states or on log-probabilities. ``kto_fused.trainers``
 holds trainers for Hugging Face models, and ``kto_fused.reference`` the plain PyTorch definition of every function.
