@@ -54,6 +54,7 @@ class _Parameters(NamedTuple):
     required: tuple[str, ...]  # those without a default
     takes_rest: bool  # whether it ends in **tensors
     reads_batch_counts: bool
+    statistics: tuple[str, ...]  # of the row pass
 
 
 def _parameters_of(losses: Callable[..., torch.Tensor]) -> _Parameters:
@@ -61,7 +62,8 @@ def _parameters_of(losses: Callable[..., torch.Tensor]) -> _Parameters:
     rest = tuple(name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD)
     names = tuple(name for name in parameters if name not in (*_GIVEN, *rest))
     required = tuple(name for name in names if parameters[name].default is inspect.Parameter.empty)
-    return _Parameters(names, required, bool(rest), "batch_counts" in parameters)
+    statistics = tuple(name for name in parameters if name in _ALL_STATISTICS)
+    return _Parameters(names, required, bool(rest), "batch_counts" in parameters, statistics)
 
 
 class Head:
@@ -143,7 +145,7 @@ class Head:
         """The row statistics that ``losses`` takes, by its parameters' names. A subclass whose fields decide whether it
         reads one gives that parameter a default, and overrides this method.
         """
-        return tuple(name for name in inspect.signature(type(self).losses).parameters if name in _ALL_STATISTICS)
+        return self._parameters.statistics
 
     @classmethod
     def tensor_names(cls) -> tuple[str, ...]:

@@ -549,6 +549,18 @@ def test_a_class_of_ones_own_runs_inside_a_hugging_face_model():
     assert_same_gradients(grads[0][1], grads[1][1])
 
 
+def test_a_call_reads_no_signature(monkeypatch):
+    """Which would take a fifth of a small call."""
+    case = make_case(vocab=17)
+
+    def step():
+        return fused_loss(Toy(), case.logits, case.labels, ref_logps=REF_LOGPS)[0]
+
+    expected = step()
+    monkeypatch.setattr(protocol.inspect, "signature", None)
+    assert torch.equal(step(), expected)
+
+
 # ---- what is not registered -----------------------------------------------------------------------------------------
 
 
