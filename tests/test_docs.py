@@ -297,23 +297,22 @@ def from_hidden_states_on_a_gpu() -> list[str]:
 def predicted_on_a_gpu() -> list[str]:
     """Units times the measured milliseconds per unit of KTO, on two heads at T=2048."""
     text = (RESULTS / "nvidia-h200-tune.md").read_text(encoding="utf-8")
-    kto = {}  # by (head trained or frozen, hidden size): milliseconds of a step with the default `chunk_bytes`
-    for row in re.findall(r"^\| kto \w+, .*T=2048 H=(?:896|4096) V=151936 .*$", text, re.MULTILINE):
+    kto = {}  # by hidden size: milliseconds of a step with the default `chunk_bytes`
+    for row in re.findall(r"^\| kto trained, .*T=2048 H=(?:896|4096) V=151936 .*$", text, re.MULTILINE):
         case, _, whole, _, half, _ = row.strip("| ").split(" | ")
-        head, hidden = re.match(r"kto (\w+), .* H=(\d+)", case).groups()
-        kto[head, hidden] = Decimal((half if (head, hidden) == ("trained", "896") else whole).split()[0])
-    units = {"trained": 4, "frozen": 3}
+        hidden = re.search(r" H=(\d+) ", case)[1]
+        kto[hidden] = Decimal((half if hidden == "896" else whole).split()[0])
     lines = [
-        "| B=8 T=2048, bfloat16, predicted ms | units | Qwen2.5-0.5B (896, 151936) | Qwen3-8B (4096, 151936) |",
+        "| B=8 T=2048, bfloat16, head trained, predicted ms | units | Qwen2.5-0.5B (896, 151936) "
+        "| Qwen3-8B (4096, 151936) |",
     ]
-    for name, own, case in (
-        ("DPO, head trained", "4", "trained"),
-        ("ORPO, SFT (`nll`) or PPO, head trained", "3", "trained"),
-        ("PPO, a quarter of the tokens clipped, head trained", "2.5", "trained"),
-        ("PPO, head frozen", "2", "frozen"),
+    for name, units in (
+        ("DPO", "4"),
+        ("ORPO, SFT (`nll`) or PPO", "3"),
+        ("PPO, a quarter of the tokens clipped", "2.5"),
     ):
-        cells = [f"{kto[case, hidden] / units[case] * Decimal(own):.1f}" for hidden in ("896", "4096")]
-        lines.append(f"| {name} | {own} | {' | '.join(cells)} |")
+        cells = [f"{kto[hidden] / 4 * Decimal(units):.1f}" for hidden in ("896", "4096")]
+        lines.append(f"| {name} | {units} | {' | '.join(cells)} |")
     return lines
 
 
