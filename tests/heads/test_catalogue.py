@@ -862,7 +862,7 @@ def test_gradients_from_hidden_states_agree_with_finite_differences(name):
         )
 
 
-@pytest.mark.parametrize("name", ["sigmoid_norm", "orpo", "cpo", "sft", "bco", "apo_zero_unpaired", "aot"])
+@pytest.mark.parametrize("name", ["sigmoid_norm", "orpo", "cpo", "sft", "bco", "gspo", "apo_zero_unpaired", "aot"])
 def test_a_batch_in_chunks_takes_three_gemms_unless_a_loss_reads_all_of_it(poisoned_memory, name):
     """Four sequences of 8 tokens each; a chunk holds one pair."""
     torch.use_deterministic_algorithms(False)  # poisoned memory is filled by operators
