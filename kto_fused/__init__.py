@@ -6,6 +6,7 @@ holds trainers for Hugging Face models, and ``kto_fused.reference`` the plain Py
 
 from . import heads, reference
 from .advantages import gae
+from .arguments import ld_token_weights
 from .functional import (
     dpo_loss_from_logps,
     fused_dpo_loss,
@@ -56,6 +57,7 @@ __all__ = [
     "kto_class_weights",
     "kto_loss_from_logps",
     "kto_reference_point",
+    "ld_token_weights",
     "linear_bradley_terry_loss",
     "linear_sequence_logps",
     "linear_token_logps",

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from . import arguments, checks
-from .arguments import HiddenInputs, LogitInputs, LogpInputs
+from .arguments import HiddenInputs, LogitInputs, LogpInputs, TokenInputs, TokenLogpInputs
 from .engines.autograd import LogpsFromHidden, LossFromHidden
 from .engines.layout import compute_dtype
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
-from .engines.logps import LossFromLogps
+from .engines.logps import LossFromLogps, LossFromTokenLogps
 from .engines.results import NUM_RETURNED, SequenceValues
 from .heads.base import REDUCTIONS, at_most_one, reduce, weighted
 from .heads.formula import FormulaHead, PreparedLoss
+from .heads.mixed_formula import MixedFormulaHead
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
-from .heads.protocol import Head, as_loss
+from .heads.protocol import Head, as_loss, level_of
 from .heads.token_formula import TokenFormulaHead
 from .metrics import LossMetrics, TokenMetrics
 
@@ -450,6 +451,7 @@ def sequence_logps(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
+    token_weights: torch.Tensor | None = None,
     average_log_prob: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -462,8 +464,13 @@ def sequence_logps(
 ) -> torch.Tensor:
     """Log-probability L_s of each sequence's completion. Differentiable in ``logits``.
 
-    Call it under ``torch.no_grad()`` on the reference model's logits for the ``ref_logps`` of a loss. The arguments and
-    errors are those of ``fused_kto_loss``.
+    Call it under ``torch.no_grad()`` on the reference model's logits for the ``ref_logps`` of a loss.
+
+    Args:
+        token_weights: as in ``fused_loss``: L_s is the sum of weight times log-probability, with ``average_log_prob``
+            divided by the number of completion tokens, whatever their weights.
+
+    The other arguments and the errors are those of ``fused_kto_loss``.
 
     Returns:
         [B] in nats: the sum over completion tokens, or their mean with ``average_log_prob``; 0 for a sequence without
@@ -479,6 +486,7 @@ def sequence_logps(
         logits,
         labels,
         cu_seqlens,
+        token_weights=token_weights,
         average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
@@ -497,6 +505,7 @@ def linear_sequence_logps(
     labels: torch.Tensor,
     *,
     lm_head_bias: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     average_log_prob: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -511,8 +520,8 @@ def linear_sequence_logps(
     states, weight and bias.
 
     It takes 1 GEMM of 2 N H V operations without a gradient (a reference model's ``ref_logps``), 2 with a frozen head,
-    and 4 with a trained head, whose logits the backward computes again. The arguments and errors are those of
-    ``fused_linear_kto_loss``.
+    and 4 with a trained head, whose logits the backward computes again. ``token_weights`` is as in ``sequence_logps``;
+    the other arguments and the errors are those of ``fused_linear_kto_loss``.
 
     Returns:
         [B] float64 in nats, like ``sequence_logps``.
@@ -528,6 +537,7 @@ def linear_sequence_logps(
         lm_head_bias,
         labels,
         cu_seqlens,
+        token_weights=token_weights,
         average_log_prob=average_log_prob,
         ignore_index=ignore_index,
         shift=shift,
@@ -699,6 +709,7 @@ def fused_loss(
     *,
     ref_logits: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     reduction: str = "mean",
     cu_seqlens: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -717,6 +728,11 @@ def fused_loss(
             your own, ``f(logps, counts, ref_logps, **tensors)``, which need not be registered.
         ref_logits, ref_logps: the reference, exactly one of them; neither if the loss has none. A function of your own
             may have either or neither.
+        token_weights: factors >= 0 of the tokens' log-probabilities in their sequences' sums, L_s = sum_t w_t l_t, for
+            the policy and for ``ref_logits``. Shaped as ``labels`` and aligned with them: entry t belongs to the token
+            ``labels[:, t]``. ``ref_logps`` must have been summed with the same weights, also with those of a head's
+            ``ld_alpha`` < 1 (``ld_token_weights``). Token counts stay the numbers of completion tokens. A token of
+            weight 0 has a gradient of exactly 0. Token-level losses take ``weights`` instead.
         reduction: ``mean`` over the losses, ``sum``, or ``none``: one loss per sequence or pair.
         tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
             name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
@@ -741,6 +757,7 @@ def fused_loss(
         cu_seqlens,
         ref_logits=ref_logits,
         ref_logps=ref_logps,
+        token_weights=token_weights,
         ignore_index=ignore_index,
         shift=shift,
         temperature=temperature,
@@ -750,8 +767,8 @@ def fused_loss(
         backend=backend,
     )
     loss = as_loss(head)
-    if isinstance(loss, Head):
-        head_type, options = _head_of(loss, tensors)
+    inputs, head_type, options = prepared(inputs, head, loss, tensors)
+    if head_type is not None:
         return _loss_from_logits(inputs, head_type, reduction=reduction, **options)
     at_most_one(ref_logits=ref_logits, ref_logps=ref_logps)
     logps, ref_logps = _sequence_logps(inputs.logits, inputs), inputs.ref_logps
@@ -772,6 +789,7 @@ def fused_linear_loss(
     ref_lm_head_weight: torch.Tensor | None = None,
     ref_lm_head_bias: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     reduction: str = "mean",
     cu_seqlens: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -787,12 +805,14 @@ def fused_linear_loss(
 
     A registered head takes as many GEMMs as ``fused_linear_kto_loss``: 2 with a frozen LM head and 3 with a trained
     one; 4 where a group of sequences exceeds the chunk, as there. A token-level head takes 2 and 3 at any length, and
-    leaves tokens whose gradient is exactly 0 out of the gradient's GEMMs. A function that is not registered takes 4
-    with a trained LM head.
+    leaves tokens whose gradient is exactly 0 out of the gradient's GEMMs; so does any head with ``token_weights`` of 0
+    where chunks hold whole groups. A ``Mix`` of token-level and other heads takes 4 where a group exceeds the chunk. A
+    function that is not registered takes 4 with a trained LM head.
 
     Args:
         head: as in ``fused_loss``.
         ref_hidden, ref_logps: the reference, exactly one of them; neither if the loss has none.
+        token_weights: as in ``fused_loss``, for the policy and for ``ref_hidden``.
         tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
             name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
             ``weights`` >= 0, one per loss, multiplies the losses of any head; a mean still divides by their number.
@@ -816,6 +836,7 @@ def fused_linear_loss(
         ref_lm_head_weight=ref_lm_head_weight,
         ref_lm_head_bias=ref_lm_head_bias,
         ref_logps=ref_logps,
+        token_weights=token_weights,
         ignore_index=ignore_index,
         shift=shift,
         temperature=temperature,
@@ -824,8 +845,8 @@ def fused_linear_loss(
         backend=backend,
     )
     loss = as_loss(head)
-    if isinstance(loss, Head):
-        head_type, options = _head_of(loss, tensors)
+    inputs, head_type, options = prepared(inputs, head, loss, tensors)
+    if head_type is not None:
         return _loss_from_hidden(inputs, head_type, reduction=reduction, **options)
     at_most_one(ref_hidden=ref_hidden, ref_logps=ref_logps)
     policy, ref_logps = _logps_from_hidden(inputs), inputs.reference.logps
@@ -840,17 +861,31 @@ def loss_from_logps(
     ref_logps: torch.Tensor | None = None,
     *,
     token_counts: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
     **tensors: torch.Tensor,
 ) -> tuple[torch.Tensor, LossMetrics]:
-    """Any loss of sequence log-probabilities that you already have. Differentiable in ``policy_logps``.
+    """Any loss of log-probabilities that you already have. Differentiable in ``policy_logps``.
+
+    A loss of sequences takes one log-probability per sequence. A token-level loss, and a ``Mix`` with one, takes one
+    per position, such as ``token_logps`` returns, and ``labels`` or ``mask``.
 
     Args:
         head: as in ``fused_loss``.
-        policy_logps: [B] floating-point, in nats, summed over completion tokens; for pairs chosen, then rejected.
+        policy_logps: [B] floating-point, in nats, summed over completion tokens; for pairs chosen, then rejected. For
+            losses of tokens [B, T], or [N] with ``cu_seqlens``.
         ref_logps: [B] the reference model's; None if the loss has none.
-        token_counts: [B] integers >= 0, the completions' lengths, for losses that read them.
+        token_counts: [B] integers >= 0, the completions' lengths, for losses of sequences that read them.
+        labels: [B, T] (or [N]), for losses of tokens: as they were given to ``token_logps``, shifted. Entry t of
+            ``policy_logps`` belongs to ``labels[:, t + 1]``, and counts unless that is -100. The loss's tensors are
+            aligned with ``labels``.
+        mask: instead of labels, for any other layout: which entries of ``policy_logps`` count, bool or 0 and 1, in its
+            shape. The loss's tensors are then aligned with ``policy_logps``.
+        token_weights, cu_seqlens: as in ``fused_loss``, for losses of tokens.
         tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
             name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
             ``weights`` >= 0, one per loss, multiplies the losses of any head; a mean still divides by their number.
@@ -863,9 +898,15 @@ def loss_from_logps(
     0.6444
     """
     loss = as_loss(head)
+    of_tokens = {"labels": labels, "mask": mask, "token_weights": token_weights, "cu_seqlens": cu_seqlens}
+    if reads_tokens(loss, token_counts):
+        token_inputs = arguments.from_token_logps(policy_logps, ref_logps, backend=backend, **of_tokens)
+        token_inputs, head_type, options = prepared(token_inputs, head, loss, tensors)
+        return _loss_from_token_logps(token_inputs, head_type, reduction=reduction, **options)
+    tensors = of_sequences(head, loss, of_tokens, tensors)
     if isinstance(loss, Head):
         inputs = arguments.from_logps(
-            FormulaHead if loss.level == "sequence" else TokenFormulaHead,
+            FormulaHead,
             policy_logps,
             ref_logps,
             token_counts=token_counts,
@@ -956,6 +997,7 @@ def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: obje
         inputs.logits,
         inputs.labels,
         inputs.cu_seqlens,
+        inputs.token_weights,
         inputs.num_sequences,
         inputs.options,
         head,
@@ -969,7 +1011,8 @@ def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: obje
 
 def _sequence_logps(logits: torch.Tensor, inputs: LogitInputs) -> torch.Tensor:
     """Return the log-probabilities [B] of the policy's or the reference's logits."""
-    return SequenceLogps.apply(logits, inputs.labels, inputs.cu_seqlens, inputs.num_sequences, inputs.options)
+    layout = inputs.labels, inputs.cu_seqlens, inputs.token_weights, inputs.num_sequences
+    return SequenceLogps.apply(logits, *layout, inputs.options)
 
 
 def _loss_from_hidden(
@@ -984,6 +1027,7 @@ def _loss_from_hidden(
         inputs.bias,
         inputs.labels,
         inputs.cu_seqlens,
+        inputs.token_weights,
         *reference,
         inputs.options,
         head,
@@ -997,9 +1041,8 @@ def _loss_from_hidden(
 
 def _logps_from_hidden(inputs: HiddenInputs) -> SequenceValues:
     """Return the values of each sequence, or of each position if the options say so."""
-    values = LogpsFromHidden.apply(
-        inputs.hidden, inputs.weight, inputs.bias, inputs.labels, inputs.cu_seqlens, inputs.options
-    )
+    layout = inputs.labels, inputs.cu_seqlens, inputs.token_weights
+    values = LogpsFromHidden.apply(inputs.hidden, inputs.weight, inputs.bias, *layout, inputs.options)
     return SequenceValues(*values)
 
 
@@ -1013,12 +1056,60 @@ def _loss_from_logps(inputs: LogpInputs) -> tuple[torch.Tensor, LossMetrics]:
     return loss, LossMetrics(logps=logps, ref_logps=inputs.ref_logps, token_counts=inputs.token_counts, **named)
 
 
-def _head_of(loss: Head, tensors: dict[str, torch.Tensor]) -> tuple[type, dict[str, Any]]:
-    """The kind of head that computes a loss fastest, and the options from which it is prepared."""
+def _loss_from_token_logps(
+    inputs: TokenLogpInputs, head_type: type, **head_options: object
+) -> tuple[torch.Tensor, LossMetrics]:
+    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+    loss, logps, token_counts = LossFromTokenLogps.apply(
+        inputs.logps,
+        arguments.predicting_rows(inputs),
+        inputs.cu_seqlens,
+        inputs.token_weights,
+        inputs.num_sequences,
+        inputs.options,
+        head,
+        inputs.ref_logps,
+        *head_tensors,
+    )
+    named = _named(head, (), logps, token_counts, inputs.ref_logps, head_tensors)
+    return loss, LossMetrics(logps=logps, ref_logps=inputs.ref_logps, token_counts=token_counts, **named)
+
+
+def reads_tokens(loss: Head | Callable[..., torch.Tensor], token_counts: object) -> bool:
+    """Whether ``loss_from_logps`` gets the tokens' log-probabilities."""
+    if not isinstance(loss, Head) or level_of(loss) == "sequence":
+        return False
+    if token_counts is not None:
+        raise TypeError(f"{loss!r} reads tokens, which labels or mask count: token_counts has no meaning")
+    return True
+
+
+def of_sequences(
+    head: Any,
+    loss: Head | Callable[..., torch.Tensor],
+    of_tokens: dict[str, torch.Tensor | None],
+    tensors: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return a sequence-level loss's tensors: what ``loss_from_logps`` calls ``mask`` may be one of its own."""
+    arguments.refuse_ld_alpha(head if isinstance(head, Head) else loss)
+    return {**tensors, **{name: value for name, value in of_tokens.items() if value is not None}}
+
+
+def prepared(
+    inputs: TokenInputs, head: Any, loss: Head | Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor]
+) -> tuple[TokenInputs, type | None, dict[str, Any]]:
+    """Return the inputs with the token weights of the loss, the kind of head that computes the loss fastest, and the
+    options from which it is prepared. The kind is None for a function that is not registered.
+    """
+    inputs, tensors, own = arguments.with_weights_of(inputs, head if isinstance(head, Head) else loss, tensors)
+    if not isinstance(loss, Head):
+        return inputs, None, {}
+    options = {"loss": loss, "tensors": tensors, **own}
+    level = level_of(loss)
+    if level != "sequence":
+        return inputs, TokenFormulaHead if level == "token" else MixedFormulaHead, options
     fast = loss.fast_options(tensors)
-    if loss.level == "token":
-        return TokenFormulaHead, {"loss": loss, "tensors": tensors}
-    return (FormulaHead, {"loss": loss, "tensors": tensors}) if fast is None else fast
+    return (inputs, FormulaHead, options) if fast is None else (inputs, *fast)
 
 
 def _named(

@@ -18,19 +18,18 @@ from typing import Any, NamedTuple
 import torch
 
 from . import advantages, arguments, checks, functional
-from .arguments import HiddenInputs, LogitInputs
+from .arguments import HiddenInputs, LogitInputs, TokenLogpInputs, ld_token_weights
 from .engines import backends, scan
 from .engines.layout import check_contents, check_offsets, compute_dtype
 from .engines.options import LogitOptions
 from .engines.results import SequenceValues, row_statistics
 from .functional import kto_class_weights, kto_reference_point
 from .heads import reward
-from .heads.base import reduce
+from .heads.base import reduce, weighted
 from .heads.formula import FormulaHead
 from .heads.preference import DPOHead, KTOHead
-from .heads.protocol import Head, as_loss
+from .heads.protocol import Head, as_loss, level_of
 from .heads.reward import bradley_terry_loss, value_loss
-from .heads.token_formula import TokenFormulaHead
 from .metrics import LossMetrics, TokenMetrics
 
 __all__ = [
@@ -42,6 +41,7 @@ __all__ = [
     "kto_loss",
     "kto_loss_from_logps",
     "kto_reference_point",
+    "ld_token_weights",
     "linear_bradley_terry_loss",
     "linear_dpo_loss",
     "linear_kto_loss",
@@ -128,17 +128,20 @@ def _tokens(logits: torch.Tensor, inputs: LogitInputs) -> Tokens:
 
 
 def _sequences(logits: torch.Tensor, inputs: LogitInputs) -> SequenceValues:
-    """Sum or average each sequence's completion tokens, log-probabilities in float64."""
+    """Sum or average each sequence's completion tokens, log-probabilities times ``token_weights``, in float64."""
+    return _sums(_tokens(logits, inputs), inputs)
 
+
+def _sums(tokens: Tokens, inputs: LogitInputs | TokenLogpInputs) -> SequenceValues:
     def add_up(values: torch.Tensor) -> torch.Tensor:
         if inputs.cu_seqlens is None:
             return values.sum(-1)
         return torch.stack([part.sum() for part in values.split(inputs.cu_seqlens.diff().tolist())])
 
-    tokens = _tokens(logits, inputs)
     counts = add_up(tokens.is_token.long())
     divisor = counts.clamp(min=1)
-    sums = add_up(tokens.logps.double())
+    logps = tokens.logps.double()
+    sums = add_up(logps if inputs.token_weights is None else weighted(logps, inputs.token_weights.double()))
     means = (
         (add_up(values.double()) / divisor).to(values.dtype)
         for values in (tokens.entropy, tokens.mean_logits, tokens.is_top1, tokens.log_sum_squares)
@@ -167,7 +170,7 @@ def _loss(
 
 ENGINE_ARGUMENTS = frozenset(
     {
-        *("policy_logits", "logits", "ref_logits", "ref_logps", "labels", "cu_seqlens"),
+        *("policy_logits", "logits", "ref_logits", "ref_logps", "labels", "cu_seqlens", "token_weights"),
         *("hidden", "lm_head_weight", "lm_head_bias", "ref_hidden", "ref_lm_head_weight", "ref_lm_head_bias"),
         *("chunk_bytes", *(field.name for field in fields(LogitOptions))),
     }
@@ -199,7 +202,7 @@ def _with_logits(inputs: LogitInputs | HiddenInputs) -> LogitInputs:
     if reference.hidden is not None:
         ref_logits = _logits(reference.hidden, reference.weight, reference.bias, is_token, inputs.options.ref_dtype)
     labels_and_offsets = inputs.labels, inputs.cu_seqlens, inputs.num_sequences
-    return LogitInputs(logits, *labels_and_offsets, options, ref_logits, reference.logps)
+    return LogitInputs(logits, *labels_and_offsets, options, ref_logits, reference.logps, inputs.token_weights)
 
 
 def _token_logps(given: dict[str, Any]) -> torch.Tensor | tuple[torch.Tensor, TokenMetrics]:
@@ -218,12 +221,14 @@ def _sequence_logps(given: dict[str, Any]) -> torch.Tensor:
 
 def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     """The twin of ``fused_loss`` and ``fused_linear_loss``: the head's formula, registered or not."""
-    loss, tensors, reduction = as_loss(given.pop("head")), given.pop("tensors"), given.pop("reduction")
-    if isinstance(loss, Head) and loss.level == "token":
-        return _token_loss({**given, "loss": loss, "tensors": tensors, "reduction": reduction})
-    if isinstance(loss, Head):
-        return _loss_of(FormulaHead, {**given, "loss": loss, "tensors": tensors, "reduction": reduction})
-    inputs = _with_logits(_checked(given)[0])
+    head, tensors, reduction = given.pop("head"), given.pop("tensors"), given.pop("reduction")
+    loss = as_loss(head)
+    inputs, head_type, options = functional.prepared(_checked(given)[0], head, loss, tensors)
+    if head_type is not None and level_of(loss) != "sequence":
+        return _token_loss(inputs, head_type, reduction=reduction, **options)
+    if head_type is not None:  # the formula, also where it has a kernel
+        return _loss_of_inputs(inputs, FormulaHead, loss=loss, tensors=tensors, reduction=reduction)
+    inputs = _with_logits(inputs)
     policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequences(inputs.ref_logits, inputs).logps
@@ -231,12 +236,55 @@ def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     return functional._plain_loss(loss, policy.logps, policy.token_counts, ref_logps, tensors, reduction, dtype)
 
 
-def _token_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
-    """A token-level loss: each completion token's loss times its factor, added up in float64."""
-    inputs, head_options = _checked(given)
-    head, head_tensors = arguments.loss_head(TokenFormulaHead, inputs, **head_options)
+def _token_loss(
+    inputs: LogitInputs | HiddenInputs, head_type: type, **head_options: Any
+) -> tuple[torch.Tensor, LossMetrics]:
+    """A loss that reads tokens, from logits or hidden states."""
+    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
     inputs = _with_logits(arguments.with_statistics(inputs, head))
-    tokens, policy = _tokens(inputs.logits, inputs), _sequences(inputs.logits, inputs)
+    tokens, ref_logps = _tokens(inputs.logits, inputs), inputs.ref_logps
+    if inputs.ref_logits is not None:
+        ref_logps = _sequences(inputs.ref_logits, inputs).logps
+    loss, metrics = _loss_of_tokens(tokens, inputs, head, head_tensors, ref_logps)
+    means = {name: getattr(_sums(tokens, inputs), name) for name in ("entropy", "mean_logits", "token_accuracy")}
+    return loss, replace(metrics, **means)
+
+
+def _loss_of_tokens(
+    tokens: Tokens,
+    inputs: LogitInputs | TokenLogpInputs,
+    head: Any,
+    head_tensors: tuple[torch.Tensor, ...],
+    ref_logps: torch.Tensor | None,
+) -> tuple[torch.Tensor, LossMetrics]:
+    """A token-level loss, and beside it a loss of sequences where the head has both levels."""
+    policy = _sums(tokens, inputs)
+    if head.level == "token":
+        loss = _sum_of_tokens(tokens, inputs, head, head_tensors, policy.token_counts)
+    else:
+        loss = _sum_of_tokens(tokens, inputs, *head.part("token", head_tensors), policy.token_counts)
+        sequence_head, sequence_tensors = head.part("sequence", head_tensors)
+        counts = head.completion_counts(head_tensors)
+        exact_ref = None if ref_logps is None else ref_logps.double()
+        of_sequences = policy.logps, policy.token_counts if counts is None else counts, exact_ref, *sequence_tensors
+        losses = sequence_head.losses(*of_sequences, **row_statistics(sequence_head, policy))
+        loss = loss + reduce(losses, head.reduction)
+    with torch.no_grad():
+        exact_ref = None if ref_logps is None else ref_logps.double()
+        reported = head.report(policy.logps.detach(), policy.token_counts, exact_ref, *head_tensors)
+        named = head.metrics(reported, *head_tensors)
+    logps, counts = policy.logps.detach(), policy.token_counts
+    return loss.to(head.loss_dtype), LossMetrics(logps=logps, ref_logps=ref_logps, token_counts=counts, **named)
+
+
+def _sum_of_tokens(
+    tokens: Tokens,
+    inputs: LogitInputs | TokenLogpInputs,
+    head: Any,
+    head_tensors: tuple[torch.Tensor, ...],
+    token_counts: torch.Tensor,
+) -> torch.Tensor:
+    """Each completion token's loss times its factor, added up in float64."""
     if inputs.cu_seqlens is None:
         sequence = torch.arange(inputs.num_sequences, device=tokens.logps.device)[:, None].expand(tokens.logps.shape)
     else:
@@ -252,25 +300,27 @@ def _token_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
             return x[tokens.is_token]
         return x[sequence[tokens.is_token]]
 
-    weights = head.weights_of(policy.token_counts, head_tensors)[sequence[tokens.is_token]]
-    counts, own = of_completion(policy.token_counts), tuple(of_completion(x) for x in head_tensors)
+    weights = head.weights_of(token_counts, head_tensors)[:, sequence[tokens.is_token]]
+    counts, own = of_completion(token_counts), tuple(of_completion(x) for x in head_tensors)
     statistics = [getattr(tokens, name)[tokens.is_token] for name in head.statistics]
-    loss = head.losses(tokens.logps[tokens.is_token].double(), counts, weights, own, statistics).sum()
-    metrics = LossMetrics(
-        logps=policy.logps.detach(),
-        ref_logps=None,
-        rewards=policy.logps.detach(),
-        is_paired=False,
-        token_counts=policy.token_counts,
-        entropy=policy.entropy,
-        mean_logits=policy.mean_logits,
-        token_accuracy=policy.token_accuracy,
-    )
-    return loss.to(head.loss_dtype), metrics
+    return head.losses(tokens.logps[tokens.is_token].double(), counts, weights, own, statistics).sum()
 
 
 def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
-    loss, tensors, reduction = as_loss(given.pop("head")), given.pop("tensors"), given.pop("reduction")
+    head, tensors, reduction = given.pop("head"), given.pop("tensors"), given.pop("reduction")
+    loss = as_loss(head)
+    of_tokens = {name: given.pop(name) for name in ("labels", "mask", "token_weights", "cu_seqlens")}
+    if functional.reads_tokens(loss, given["token_counts"]):
+        inputs = arguments.from_token_logps(
+            given["policy_logps"], given["ref_logps"], backend=given["backend"], **of_tokens
+        )
+        inputs, head_type, options = functional.prepared(inputs, head, loss, tensors)
+        prepared, head_tensors = arguments.loss_head(head_type, inputs, reduction=reduction, **options)
+        is_token = arguments.predicting_rows(inputs)
+        logps = torch.where(is_token, inputs.logps, 0.0)
+        tokens = Tokens(logps, *[torch.zeros_like(logps.detach())] * 3, is_token)
+        return _loss_of_tokens(tokens, inputs, prepared, head_tensors, inputs.ref_logps)
+    tensors = functional.of_sequences(head, loss, of_tokens, tensors)
     if isinstance(loss, Head):
         return _loss_of_logps(FormulaHead, {**given, "loss": loss, "tensors": tensors, "reduction": reduction})
     given.pop("backend")
@@ -281,6 +331,12 @@ def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics
 
 def _loss_of(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     inputs, head_options = _checked(given)
+    return _loss_of_inputs(inputs, head_type, **head_options)
+
+
+def _loss_of_inputs(
+    inputs: LogitInputs | HiddenInputs, head_type: type, **head_options: Any
+) -> tuple[torch.Tensor, LossMetrics]:
     head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
     inputs = _with_logits(arguments.with_statistics(inputs, head))
     policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps

@@ -13,7 +13,7 @@ from .backends import HAS_TRITON, on_device
 from .cpu import BLOCK_BYTES
 from .first_derivative import first_derivative_only
 from .layout import compute_dtype, row_targets, scale_grads
-from .logits import sequence_backward
+from .logits import sequence_backward, weighted_grads
 from .operators import linear_backward, linear_forward
 from .options import GradientMode, HiddenOptions, gradient_mode
 from .results import Gradients, HiddenResults
@@ -72,8 +72,8 @@ def scale_(values: torch.Tensor, factor: torch.Tensor) -> None:
 
 
 def _save(ctx, policy, options: HiddenOptions, mode: GradientMode, results: HiddenResults) -> None:
-    """Save what the backward of ``mode`` reads. ``policy`` is (hidden, weight, bias, labels, cu_seqlens)."""
-    hidden, weight, bias, labels, cu_seqlens = policy
+    """Save what the backward of ``mode`` reads. ``policy`` holds the first six tensors of ``linear_forward``."""
+    hidden, weight, bias, labels, cu_seqlens, token_weights = policy
     ctx.options, ctx.mode = options, mode
     ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
     if mode is GradientMode.OF_LOSS:
@@ -82,7 +82,7 @@ def _save(ctx, policy, options: HiddenOptions, mode: GradientMode, results: Hidd
     elif mode is GradientMode.PER_TOKEN:
         ctx.vocab_size = weight.shape[0]
         counts = results.values.token_counts
-        ctx.save_for_backward(results.gradients.hidden, labels, cu_seqlens, counts, results.head_grads)
+        ctx.save_for_backward(results.gradients.hidden, labels, cu_seqlens, token_weights, counts, results.head_grads)
     elif mode is GradientMode.IN_BACKWARD:
         ctx.save_for_backward(*policy, results.head_grads, results.statistics)
 
@@ -106,7 +106,7 @@ def _gradients_of_loss(ctx, incoming: torch.Tensor) -> Gradients:
 def _gradients_per_token(ctx, incoming: torch.Tensor) -> Gradients:
     """Scale the rows of d token log-probability / d hidden by d loss / d token log-probability."""
     options: HiddenOptions = ctx.options
-    direction, labels, cu_seqlens, token_counts, head_grads = ctx.saved_tensors
+    direction, labels, cu_seqlens, token_weights, token_counts, head_grads = ctx.saved_tensors
     if options.per_position:
         row_grads = torch.where(token_counts > 0, incoming, 0.0)
     else:
@@ -121,6 +121,7 @@ def _gradients_per_token(ctx, incoming: torch.Tensor) -> Gradients:
             options.compute_dtype,
             options.logits.backend,
         )
+        row_grads = weighted_grads(row_grads, token_weights)
     row_grads = row_grads.view(*direction.shape[:-1], 1)
     if torch.compiler.is_compiling() or _keeps_graph():
         direction = direction.clone()
@@ -139,8 +140,8 @@ class LogpsFromHidden(torch.autograd.Function):
     """The fields of ``SequenceValues``: of sequences, each [B]; or of positions, each [rows]."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, options):
-        policy, no_reference = (hidden, weight, bias, labels, cu_seqlens), (None, None, None, None)
+    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, token_weights, options):
+        policy, no_reference = (hidden, weight, bias, labels, cu_seqlens, token_weights), (None, None, None, None)
         outputs = linear_forward(*policy, *no_reference, [], *options.flat(), *heads.FlatHead())
         results = HiddenResults.from_list(outputs)
         _save(ctx, policy, options, gradient_mode(options.needs, None), results)
@@ -152,7 +153,7 @@ class LogpsFromHidden(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, incoming, *_):
-        return *_gradients(ctx, incoming), None, None, None
+        return *_gradients(ctx, incoming), None, None, None, None
 
 
 class LossFromHidden(torch.autograd.Function):
@@ -164,7 +165,7 @@ class LossFromHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):  # torch.compile may drop the first of named arguments where nothing needs a gradient
-        policy, reference, (options, head, *head_tensors) = arguments[:5], arguments[5:9], arguments[9:]
+        policy, reference, (options, head, *head_tensors) = arguments[:6], arguments[6:10], arguments[10:]
         outputs = linear_forward(*policy, *reference, head_tensors, *options.flat(), *heads.flatten(head))
         results = HiddenResults.from_list(outputs)
         _save(ctx, policy, options, gradient_mode(options.needs, head), results)

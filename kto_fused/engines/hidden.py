@@ -27,7 +27,7 @@ import torch
 
 from .chunks import NUM_STATISTICS, ChunkSpec, FoldedRows, LMHead, WholeRows, move_rows
 from .layout import CompletionTokens, check_contents, completion_tokens
-from .logits import sequence_backward, sequence_sums
+from .logits import sequence_backward, sequence_sums, weighted_grads, weighted_tokens
 from .options import GradientMode, HiddenOptions, Needs, gradient_mode
 from .plan import (
     Plan,
@@ -44,7 +44,7 @@ from .plan import (
     plan_visit,
 )
 from .results import Gradients, HiddenResults, SequenceValues, TokenValues, num_token_values, row_statistics
-from .tokens import TokenCall, is_token_level
+from .tokens import TokenCall, is_mixed, is_token_level
 
 # Share of a chunk's tokens with a gradient from which on the gradient's GEMMs take all of its tokens.
 MOST_ALIVE = 0.9
@@ -220,7 +220,7 @@ class Engine:
         logits = self.options.logits
         sums = sequence_sums(
             self.tokens.targets,
-            self.per_token,
+            weighted_tokens(self.per_token, self.tokens.weights),
             self.tokens.offsets,
             len(self.tokens.counts),
             logits.average_log_prob,
@@ -242,6 +242,10 @@ class Engine:
         """Return d loss / d token log-probability [N] from ``logp_grads``: d loss / d log-probability of the sequences
         [B] or positions [rows].
         """
+        return weighted_grads(self.unweighted_grads(logp_grads), self.tokens.weights)
+
+    def unweighted_grads(self, logp_grads: torch.Tensor) -> torch.Tensor:
+        """Return ``token_grads`` of tokens that all have the weight 1: one value for all tokens of a sequence."""
         if self.options.per_position:
             return logp_grads[self.tokens.rows].to(self.options.compute_dtype)
         return sequence_backward(
@@ -275,6 +279,13 @@ class HeadResult(NamedTuple):
     logp_grads: torch.Tensor | None  # [B] d loss / d log-probability
     reported: tuple[torch.Tensor, ...]
 
+    def plus(self, head: Any, total: torch.Tensor) -> "HeadResult":
+        """Return this result with the loss of all tokens, a float64 scalar of a token-level head, added."""
+        total = total.to(head.loss_dtype)
+        if self.loss is None:  # a token-level head alone has no gradient by sequences
+            return HeadResult(total, total.new_empty(0), ())
+        return self._replace(loss=self.loss + total)
+
 
 def head_group(head: Any) -> int | None:
     """Return how many sequences one loss value of a head reads. None, the default: the whole batch."""
@@ -288,12 +299,16 @@ class HeadCall:
     head: Any
     ref_logps: torch.Tensor | None
     tensors: tuple[torch.Tensor | None, ...]
+    counts: torch.Tensor | None = None  # [B] the sequences' lengths; None: the numbers of all labelled tokens
+
+    def _counts(self, values: SequenceValues) -> torch.Tensor:
+        return values.token_counts if self.counts is None else self.counts
 
     def on_batch(self, values: SequenceValues) -> HeadResult:
         """Call the head on the whole batch."""
         if self.head is None:
             return HeadResult(None, None, ())
-        of_sequences = values.logps, values.token_counts, self.ref_logps, *self.tensors
+        of_sequences = values.logps, self._counts(values), self.ref_logps, *self.tensors
         loss, logp_grads, *reported = self.head(*of_sequences, **row_statistics(self.head, values))
         return HeadResult(loss, logp_grads, tuple(reported))
 
@@ -313,8 +328,9 @@ class HeadCall:
             columns = x.reshape(-1, num_groups)[:, first:last]
             return columns.clone(memory_format=torch.contiguous_format).view(-1)
 
-        tensors = map(part, (values.logps, values.token_counts, self.ref_logps, *self.tensors))
-        whole = {"batch_counts": values.token_counts} if getattr(self.head, "reads_batch_counts", False) else {}
+        counts = self._counts(values)
+        tensors = map(part, (values.logps, counts, self.ref_logps, *self.tensors))
+        whole = {"batch_counts": counts} if getattr(self.head, "reads_batch_counts", False) else {}
         statistics = {name: tuple(map(part, of_rows)) for name, of_rows in row_statistics(self.head, values).items()}
         _, grads, *_ = self.head(*tensors, num_losses=num_groups, **whole, **statistics)
         logp_grads = torch.zeros_like(values.logps)
@@ -347,6 +363,7 @@ def forward(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
     options: HiddenOptions,
     head: Any,
     reference: Reference | None,
@@ -356,7 +373,8 @@ def forward(
     """Find log-probabilities, the loss of ``head`` (None: no loss), and the gradients of ``gradient_mode``.
 
     In IN_BACKWARD there are no gradients, but the ``statistics`` that ``backward`` needs. ``ref_logps`` [B] are the
-    reference's log-probabilities where ``reference`` is None.
+    reference's log-probabilities where ``reference`` is None. ``token_weights``, shaped as ``labels``, are the factors
+    of the rows' log-probabilities in the sums of both models.
     """
     mode = gradient_mode(options.needs, head)
     options = beside_bookkeeping(labels.numel(), weight, options)
@@ -365,9 +383,16 @@ def forward(
     # the other modes keep the batch's order: ``backward`` finds the tokens again, without a head to ask for groups
     group = head_group(head) if mode in (GradientMode.NONE, GradientMode.OF_LOSS) else None
     room = chunk_room(weight, options)  # its Python runs before the host waits for the device
-    tokens = find_tokens(weight, labels, cu_seqlens, options, group or 1)
+    tokens = find_tokens(weight, labels, cu_seqlens, token_weights, options, group or 1)
     plan = plan_visit(
-        tokens.counts, room, weight, options, mode=mode, group=group, may_split_sequences=is_token_level(head)
+        tokens.counts,
+        room,
+        weight,
+        options,
+        mode=mode,
+        group=group,
+        may_split_sequences=is_token_level(head),
+        may_split_groups=not is_mixed(head),
     )
     weight_sum = empty_weight_sum(plan, weight, options) if plan.spec.lent_bytes else None
 
@@ -382,21 +407,18 @@ def forward(
     chunk = chunk or make_chunk(plan, weight_sum)
     engine = Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
-    call = HeadCall(head, ref_logps, head_tensors)
-    token_call = None
-    if is_token_level(head):
-        layout = {"num_rows": labels.numel(), "is_packed": cu_seqlens is not None, "shift": options.logits.shift}
-        token_call = TokenCall.of_packed(head, head_tensors, tokens, **layout)
+    layout = {"num_rows": labels.numel(), "is_packed": cu_seqlens is not None, "shift": options.logits.shift}
+    call, token_call = _calls(head, ref_logps, head_tensors, tokens, layout)
 
     if plan.is_loss_in_time:
         if not plan.num_accumulators:
             engine.start_sums(empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
         if plan.num_accumulators:
             values, result = _visit_split_groups(engine, call, plan)
-        elif token_call is None:
-            values, result = _visit_with_loss_in_time(engine, call, plan)
-        else:
+        elif is_token_level(head):
             values, result = _visit_tokens(engine, token_call, plan)
+        else:
+            values, result = _visit_with_loss_in_time(engine, call, token_call, plan)
     else:
         is_direction = plan.spec.keeps == "panels"  # the chunk prepares d log-probability / d hidden, without a loss
         ones = engine.per_token.new_ones(len(tokens.rows))
@@ -407,14 +429,15 @@ def forward(
             if is_direction:
                 engine.backward(start, stop, ones)
         values = engine.values()
-        if token_call is None:
-            result = call.on_batch(values)
-        else:
-            total, _ = token_call(TokenValues(*engine.per_token), 0, len(tokens.rows))
-            result = _token_result(head, total)
+        result, of_tokens = call.on_batch(values), None
+        if token_call is not None:
+            total, of_tokens = token_call(TokenValues(*engine.per_token), 0, len(tokens.rows))
+            result = result.plus(token_call.head, total)
         if mode is GradientMode.OF_LOSS:
-            # a token-level loss comes to this place only where there are no tokens
-            token_grads = engine.token_grads(result.logp_grads) if token_call is None else engine.per_token[0]
+            # a token-level head comes to this place only where there are no tokens
+            token_grads = of_tokens if is_token_level(head) else engine.token_grads(result.logp_grads)
+            if is_mixed(head):
+                token_grads = token_grads + of_tokens
             if is_direction:
                 engine.scale_hidden_gradient(token_grads, plan.ranges)
             else:
@@ -425,13 +448,34 @@ def forward(
     )
 
 
-def _visit_with_loss_in_time(engine: Engine, call: HeadCall, plan: Plan) -> tuple[SequenceValues, HeadResult]:
+def _calls(
+    head: Any,
+    ref_logps: torch.Tensor | None,
+    head_tensors: tuple[torch.Tensor | None, ...],
+    tokens: CompletionTokens,
+    layout: dict[str, Any],
+) -> tuple[HeadCall, TokenCall | None]:
+    """Return the calls of a head's sequence-level and of its token-level part; ``layout`` is that of the labels."""
+    if is_token_level(head):
+        return HeadCall(None, None, ()), TokenCall.of_packed(head, head_tensors, tokens, **layout)
+    if not is_mixed(head):
+        return HeadCall(head, ref_logps, head_tensors), None
+    sequence_head, sequence_tensors = head.part("sequence", head_tensors)
+    token_head, token_tensors = head.part("token", head_tensors)
+    call = HeadCall(sequence_head, ref_logps, sequence_tensors, head.completion_counts(head_tensors))
+    return call, TokenCall.of_packed(token_head, token_tensors, tokens, **layout)
+
+
+def _visit_with_loss_in_time(
+    engine: Engine, call: HeadCall, token_call: TokenCall | None, plan: Plan
+) -> tuple[SequenceValues, HeadResult]:
     """Find log-probabilities and gradients chunk by chunk. The head is called once per chunk.
 
     Until the last chunk, the head sees the chunk's groups alone: the later sequences' log-probabilities are not known
     yet. With the last chunk all are known, so that this call gives the loss and the reported values of the whole batch.
     """
     group = call.head.group if len(plan.ranges) > 1 else 1  # a head that reads the whole batch gets one chunk
+    losses = []
     for (start, stop), (first, last) in zip(
         plan.ranges, group_ranges(engine.tokens.counts, plan.ranges, group), strict=True
     ):
@@ -442,20 +486,29 @@ def _visit_with_loss_in_time(engine: Engine, call: HeadCall, plan: Plan) -> tupl
         else:
             result = call.on_batch(values)
             logp_grads = result.logp_grads
-        engine.backward(start, stop, engine.token_grads(logp_grads))
-    return values, result
+        token_grads = engine.token_grads(logp_grads)
+        if token_call is not None:
+            loss, of_tokens = token_call(TokenValues(*engine.per_token[:, start:stop]), start, stop)
+            losses.append(loss)
+            token_grads[start:stop] += of_tokens
+        if engine.tokens.weights is None:
+            engine.backward(start, stop, token_grads)
+        else:  # weights of 0
+            engine.backward_of_some(start, stop, token_grads)
+    return values, result if token_call is None else result.plus(token_call.head, sum(losses))
 
 
 def _visit_split_groups(engine: Engine, call: HeadCall, plan: Plan) -> tuple[SequenceValues, HeadResult]:
     """Find log-probabilities and gradients in one visit where a group exceeds a chunk, see ``plan._split_groups``.
 
     A chunk holds whole groups, or some tokens of a single sequence. In the second case its gradients are those of the
-    log-probabilities alone, until the group's last chunk brings the loss: it scales the accumulators and the rows of
-    the gradient by the hidden states.
+    weighted log-probabilities alone, until the group's last chunk brings the loss: it scales the accumulators and the
+    rows of the gradient by the hidden states.
     """
     counts, group = engine.tokens.counts, call.head.group
     ends = list(itertools.accumulate(counts))
-    ones = engine.per_token.new_ones(len(engine.tokens.rows))
+    weights = engine.tokens.weights
+    weights = engine.per_token.new_ones(len(engine.tokens.rows)) if weights is None else weights
     accumulators: dict[int, HeadSums] = {}  # of the present group's sequences
     total = engine.zeroed_sums()
     for start, stop in plan.ranges:
@@ -469,14 +522,14 @@ def _visit_split_groups(engine: Engine, call: HeadCall, plan: Plan) -> tuple[Seq
             sums = accumulators.get(sequence)
             if sums is None:
                 accumulators[sequence] = sums = engine.zeroed_sums()
-            engine.backward(start, stop, ones, into=sums)
+            engine.backward(start, stop, weights, into=sums)
             continue
-        token_grads = engine.token_grads(call.grads_of_groups(engine.values(), first, max(last, first + 1)))
-        engine.backward(start, stop, token_grads, into=total)
+        factors = engine.unweighted_grads(call.grads_of_groups(engine.values(), first, max(last, first + 1)))
+        engine.backward(start, stop, weighted_grads(factors, engine.tokens.weights), into=total)
         for sequence, sums in accumulators.items():
             begin, end = ends[sequence] - counts[sequence], min(ends[sequence], start)
-            total.add(sums, token_grads[begin])  # one factor for all tokens of a sequence
-            engine.scale_rows(begin, end, token_grads)
+            total.add(sums, factors[begin])  # one factor for all tokens of a sequence
+            engine.scale_rows(begin, end, factors)
         accumulators.clear()
     engine.weight_sum, engine.bias_sum = total
     values = engine.values()
@@ -496,21 +549,22 @@ def _visit_tokens(engine: Engine, call: TokenCall, plan: Plan) -> tuple[Sequence
             engine.backward_of_some(start, stop, token_grads)
         else:
             engine.backward(start, stop, token_grads)
-    return engine.values(), _token_result(call.head, total)
-
-
-def _token_result(head: Any, total: torch.Tensor) -> HeadResult:
-    """The loss of all tokens; a token-level head has no gradient by sequences."""
-    return HeadResult(total.to(head.loss_dtype), total.new_empty(0), ())
+    return engine.values(), HeadResult(None, None, ()).plus(call.head, total)
 
 
 def find_tokens(
-    weight: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, options: HiddenOptions, group: int
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    options: HiddenOptions,
+    group: int,
 ) -> CompletionTokens:
     """Check the labels where the host may read them, and find the completion tokens."""
     labelling = {**options.logits.labelling, "vocab_size": len(weight)}
     check_contents(labels, cu_seqlens, **labelling)
-    return completion_tokens(labels, cu_seqlens, group=group, **labelling)
+    tokens = completion_tokens(labels, cu_seqlens, group=group, **labelling)
+    return tokens if token_weights is None else replace(tokens, weights=token_weights.flatten()[tokens.rows])
 
 
 def _visit_reference(
@@ -572,6 +626,7 @@ def backward(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
     logp_grads: torch.Tensor,
     statistics: torch.Tensor,
     options: HiddenOptions,
@@ -582,7 +637,7 @@ def backward(
     ``forward``.
     """
     options = beside_bookkeeping(labels.numel(), weight, options)
-    tokens = find_tokens(weight, labels, cu_seqlens, options, group=1)
+    tokens = find_tokens(weight, labels, cu_seqlens, token_weights, options, group=1)
     engine = Engine(hidden, weight.to(options.dtype), bias, tokens, None, options, weight.dtype)
     engine.statistics = statistics
     _visit_again(engine, weight, engine.token_grads(logp_grads))

@@ -67,6 +67,8 @@ class CompletionTokens:
     counts: list[int]  # [B] tokens of each packed sequence, known to the host
     sequences: torch.Tensor | None  # [B] int64, the packed sequences' numbers in the batch; None: they keep their order
     group: int = 1  # sequences in a group
+    # [N] factors of the log-probabilities in their sequences' sums; None: 1
+    weights: torch.Tensor | None = None
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Return [B] values of the packed sequences in the batch's order."""

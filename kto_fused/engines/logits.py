@@ -11,7 +11,7 @@ Backward:  incoming gradient times the head's -> sequence operation -> token gra
 """
 
 import math
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -22,7 +22,7 @@ from .first_derivative import first_derivative_only
 from .layout import MASKED, check_contents, compute_dtype, row_targets, scale_grads
 from .options import LOGIT_SCHEMA, LogitOptions
 from .results import RowResults, SequenceValues, TokenValues, num_token_values, row_statistics
-from .tokens import is_token_level, token_loss
+from .tokens import is_mixed, is_token_level, token_loss
 
 # ---- operators ----------------------------------------------------------------------------------------------------
 
@@ -206,6 +206,19 @@ def sequence_backward(
     return token_grads
 
 
+def weighted_tokens(per_token: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
+    """Return ``per_token`` with the log-probabilities times their weights [rows]; None: as they are."""
+    if token_weights is None:
+        return per_token
+    logps = heads.weighted(TokenValues(*per_token).logps, token_weights.flatten())
+    return torch.cat([logps[None], per_token[1:]])
+
+
+def weighted_grads(token_grads: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
+    """Return d loss / d log-probability [rows] from d loss / d (weight times log-probability); 0 for a weight of 0."""
+    return token_grads if token_weights is None else heads.weighted(token_grads, token_weights.flatten())
+
+
 # ---- engine -------------------------------------------------------------------------------------------------------
 
 
@@ -216,10 +229,59 @@ def _rows_forward(
 
 
 def _sequences_forward(
-    rows: RowResults, cu_seqlens: torch.Tensor | None, num_sequences: int, options: LogitOptions
+    targets: torch.Tensor,
+    per_token: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    num_sequences: int,
+    options: LogitOptions,
 ) -> SequenceValues:
-    average, backend = options.average_log_prob, options.backend
-    return SequenceValues(*sequence_sums(rows.targets, rows.per_token, cu_seqlens, num_sequences, average, backend))
+    per_token, average = weighted_tokens(per_token, token_weights), options.average_log_prob
+    return SequenceValues(*sequence_sums(targets, per_token, cu_seqlens, num_sequences, average, options.backend))
+
+
+class RowsLoss(NamedTuple):
+    """A loss of rows' log-probabilities."""
+
+    loss: torch.Tensor
+    values: SequenceValues
+    head_grads: torch.Tensor  # d loss / d log-probability: [B] of sequences; [rows] where the loss reads tokens
+    reported: list[torch.Tensor]
+
+
+def loss_of_rows(
+    targets: torch.Tensor,
+    per_token: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    num_sequences: int,
+    options: LogitOptions,
+    head: Any,
+    ref_logps: torch.Tensor | None,
+    head_tensors: tuple[torch.Tensor | None, ...],
+) -> RowsLoss:
+    """Call a loss head of any level on ``per_token`` [4, rows] or [5, rows]."""
+    values = _sequences_forward(targets, per_token, cu_seqlens, token_weights, num_sequences, options)
+    counts = values.token_counts
+    if not (is_token_level(head) or is_mixed(head)):
+        of_sequences = values.logps, counts, ref_logps, *head_tensors
+        loss, logp_grads, *reported = head(*of_sequences, **row_statistics(head, values))
+        return RowsLoss(loss, values, logp_grads, reported)
+    token_head, token_tensors = head.part("token", head_tensors) if is_mixed(head) else (head, head_tensors)
+    tokens = TokenValues(*per_token).logps.contiguous(), targets, counts, cu_seqlens
+    of_rows = row_statistics(token_head, TokenValues(*per_token)).get("statistics", ())
+    loss, token_grads = token_loss(*tokens, token_tensors, list(of_rows), options.shift, *heads.flatten(token_head))
+    if is_mixed(head):
+        sequence_head, tensors = head.part("sequence", head_tensors)
+        completion_counts = head.completion_counts(head_tensors)
+        of_sequences = values.logps, counts if completion_counts is None else completion_counts, ref_logps, *tensors
+        sequence_loss, logp_grads = sequence_head(*of_sequences, **row_statistics(sequence_head, values))
+        loss = loss + sequence_loss
+        spread = sequence_backward(
+            targets, counts, None, logp_grads, cu_seqlens, options.average_log_prob, token_grads.dtype, options.backend
+        )
+        token_grads = token_grads + weighted_grads(spread, token_weights)
+    return RowsLoss(loss, values, token_grads, [])
 
 
 def _rows_backward(
@@ -244,12 +306,12 @@ def _rows_backward(
 
 
 def _sequences_backward(ctx: Any, incoming: torch.Tensor) -> torch.Tensor:
-    logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens = ctx.saved_tensors
+    logits, targets, row_max, log_sum, token_counts, head_grads, cu_seqlens, token_weights = ctx.saved_tensors
     average, backend = ctx.options.average_log_prob, ctx.options.backend
     token_grads = sequence_backward(
         targets, token_counts, head_grads, incoming, cu_seqlens, average, row_max.dtype, backend
     )
-    return _rows_backward(ctx, logits, targets, token_grads, row_max, log_sum)
+    return _rows_backward(ctx, logits, targets, weighted_grads(token_grads, token_weights), row_max, log_sum)
 
 
 def _save(ctx: Any, options: LogitOptions, *tensors: torch.Tensor | None) -> None:
@@ -288,16 +350,17 @@ class SequenceLogps(torch.autograd.Function):
     """Sequence log-probabilities [B] in float64."""
 
     @staticmethod
-    def forward(ctx, logits, labels, cu_seqlens, num_sequences, options):
+    def forward(ctx, logits, labels, cu_seqlens, token_weights, num_sequences, options):
         rows = _rows_forward(logits, labels, cu_seqlens, options)
-        values = _sequences_forward(rows, cu_seqlens, num_sequences, options)
-        _save(ctx, options, logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, None, cu_seqlens)
+        values = _sequences_forward(rows.targets, rows.per_token, cu_seqlens, token_weights, num_sequences, options)
+        saved = logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, None, cu_seqlens, token_weights
+        _save(ctx, options, *saved)
         return values.logps
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, incoming):
-        return _sequences_backward(ctx, incoming), None, None, None, None
+        return _sequences_backward(ctx, incoming), None, None, None, None, None
 
 
 class LossFromLogits(torch.autograd.Function):
@@ -309,20 +372,22 @@ class LossFromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):  # torch.compile may drop the first of named arguments where nothing needs a gradient
-        logits, labels, cu_seqlens, num_sequences, options, head, ref_logps, *head_tensors = arguments
+        logits, labels, cu_seqlens, token_weights, num_sequences, options, head, ref_logps, *head_tensors = arguments
         rows = _rows_forward(logits, labels, cu_seqlens, options)
-        values = _sequences_forward(rows, cu_seqlens, num_sequences, options)
-        ctx.is_token_level = is_token_level(head)
-        if ctx.is_token_level:
-            tokens = TokenValues(*rows.per_token).logps.contiguous(), rows.targets, values.token_counts, cu_seqlens
-            of_rows = row_statistics(head, TokenValues(*rows.per_token)).get("statistics", ())
-            loss, head_grads = token_loss(*tokens, head_tensors, list(of_rows), options.shift, *heads.flatten(head))
-            reported = []
-        else:
-            of_sequences = values.logps, values.token_counts, ref_logps, *head_tensors
-            loss, head_grads, *reported = head(*of_sequences, **row_statistics(head, values))
+        loss, values, head_grads, reported = loss_of_rows(
+            rows.targets,
+            rows.per_token,
+            cu_seqlens,
+            token_weights,
+            num_sequences,
+            options,
+            head,
+            ref_logps,
+            tuple(head_tensors),
+        )
+        ctx.reads_tokens = is_token_level(head) or is_mixed(head)
         saved = logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, head_grads, cu_seqlens
-        _save(ctx, options, *saved)
+        _save(ctx, options, *saved, token_weights)
         ctx.num_arguments = len(arguments)
         ctx.set_materialize_grads(False)  # otherwise autograd would fill a gradient of zeros for each reported tensor
         ctx.mark_non_differentiable(*values.returned, *reported)
@@ -331,8 +396,8 @@ class LossFromLogits(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, incoming, *_):
-        if ctx.is_token_level:
-            logits, targets, row_max, log_sum, _, head_grads, _ = ctx.saved_tensors
+        if ctx.reads_tokens:
+            logits, targets, row_max, log_sum, _, head_grads, *_ = ctx.saved_tensors
             token_grads = scale_grads(head_grads, incoming).to(head_grads.dtype)
             grad = _rows_backward(ctx, logits, targets, token_grads, row_max, log_sum)
         else:

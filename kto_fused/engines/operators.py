@@ -17,7 +17,7 @@ from .options import HIDDEN_SCHEMA, NUM_HIDDEN_OPTIONS, GradientMode, HiddenOpti
 from .plan import held_dtype
 from .results import Gradients, HiddenResults, SequenceValues
 
-_POLICY_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens"
+_POLICY_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens, Tensor? token_weights"
 _REFERENCE_SCHEMA = (
     "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_logps, Tensor?[] head_tensors"
 )
@@ -41,6 +41,7 @@ def _fake_forward(
     bias,
     labels,
     cu_seqlens,
+    token_weights,
     ref_hidden,
     ref_weight,
     ref_bias,
@@ -83,6 +84,7 @@ def linear_forward(
     bias,
     labels,
     cu_seqlens,
+    token_weights,
     ref_hidden,
     ref_weight,
     ref_bias,
@@ -93,11 +95,13 @@ def linear_forward(
     """``hidden.forward``, its results as ``HiddenResults.to_list``."""
     options, head = _unflat(options_and_head)
     reference = None if ref_hidden is None else Reference(ref_hidden, ref_weight, ref_bias)
-    policy = hidden, weight, bias, labels, cu_seqlens
+    policy = hidden, weight, bias, labels, cu_seqlens, token_weights
     return forward(*policy, options, head, reference, ref_logps, tuple(head_tensors)).to_list()
 
 
-def _fake_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statistics, *options) -> list[torch.Tensor]:
+def _fake_backward(
+    hidden, weight, bias, labels, cu_seqlens, token_weights, logp_grads, statistics, *options
+) -> list[torch.Tensor]:
     return _no_none(hidden, _fake_gradients((hidden, weight, bias), HiddenOptions.unflat(options).needs))
 
 
@@ -106,9 +110,11 @@ def _fake_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statist
     waits=True,
     schema=f"({_POLICY_SCHEMA}, Tensor logp_grads, Tensor statistics, {HIDDEN_SCHEMA}) -> Tensor[]",
 )
-def linear_backward(hidden, weight, bias, labels, cu_seqlens, logp_grads, statistics, *options) -> list[torch.Tensor]:
+def linear_backward(
+    hidden, weight, bias, labels, cu_seqlens, token_weights, logp_grads, statistics, *options
+) -> list[torch.Tensor]:
     """``hidden.backward``: the fields of ``Gradients``, an empty tensor where no gradient is wanted."""
-    policy = hidden, weight, bias, labels, cu_seqlens
+    policy = hidden, weight, bias, labels, cu_seqlens, token_weights
     return _no_none(hidden, backward(*policy, logp_grads, statistics, HiddenOptions.unflat(options)))
 
 

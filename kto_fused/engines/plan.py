@@ -85,9 +85,11 @@ def plan_visit(
     mode: GradientMode,
     group: int | None,
     may_split_sequences: bool = False,
+    may_split_groups: bool = True,
 ) -> Plan:
     """Plan the first visit to packed sequences of ``counts`` tokens. One loss value reads ``group`` of them, None: all;
-    or a token alone, where chunks ``may_split_sequences``.
+    or a token alone, where chunks ``may_split_sequences``. Chunks ``may_split_groups`` where the tokens of a sequence
+    share one factor, their weights aside.
 
     With ``is_loss_in_time`` the first visit is the only one.
     """
@@ -107,9 +109,10 @@ def plan_visit(
             return Plan(alone, [(0, num_tokens)], is_loss_in_time=True)
         if several is not None:
             return Plan(room.spec, several, is_loss_in_time=True)
-        split = None if group is None or room.spec.keeps != "all" else _split_groups(counts, room, weight, group)
-        if split is not None:
-            return split
+        if may_split_groups and group is not None and room.spec.keeps == "all":
+            split = _split_groups(counts, room, weight, group)
+            if split is not None:
+                return split
     if room.spec.keeps == "all":  # the loss comes too late: what a chunk would keep is dropped before it is known
         spec = chunk_spec(weight, options, "nothing")
         return Plan(spec, even_ranges(num_tokens, spec.capacity()))

@@ -18,13 +18,18 @@ def is_token_level(head: Any) -> bool:
     return getattr(head, "level", "sequence") == "token"
 
 
+def is_mixed(head: Any) -> bool:
+    """Whether a head has a part of each level: ``head.part(level, tensors)`` is that part with its tensors."""
+    return getattr(head, "level", "sequence") == "mixed"
+
+
 @dataclass(frozen=True)
 class TokenCall:
     """A token-level head with its tensors for N completion tokens."""
 
     head: Any
     counts: torch.Tensor  # [N] int64, the numbers of tokens in their sequences
-    weights: torch.Tensor  # [N] float64, the factors of the tokens' losses
+    weights: torch.Tensor  # [L, N] float64, the factors of the tokens' losses, for a sum of L losses
     tensors: tuple[torch.Tensor, ...]  # [N] each, or scalars
 
     @classmethod
@@ -51,7 +56,7 @@ class TokenCall:
             is_of_labels = x.ndim == 2 or (is_packed and len(x) == num_rows)
             return x.flatten()[rows + int(shift)] if is_of_labels else x[sequence]
 
-        weights = head.weights_of(token_counts, tensors)[sequence]
+        weights = head.weights_of(token_counts, tensors)[:, sequence]
         return cls(head, token_counts[sequence], weights, tuple(gather(x) for x in tensors))
 
     @classmethod
@@ -65,12 +70,12 @@ class TokenCall:
         is_packed: bool,
         shift: bool,
     ) -> "TokenCall":
-        """The call on packed completion tokens whose sequences keep the batch's order."""
+        """The call on packed completion tokens."""
         counts = tokens.offsets.diff()
         index = torch.arange(len(counts), device=counts.device)
-        sequence = index.repeat_interleave(counts, output_size=len(tokens.rows))
+        sequence = tokens.pack(index).repeat_interleave(counts, output_size=len(tokens.rows))
         layout = {"num_rows": num_rows, "is_packed": is_packed, "shift": shift}
-        return cls.of(head, tensors, tokens.rows, sequence, counts, **layout)
+        return cls.of(head, tensors, tokens.rows, sequence, tokens.unpack(counts), **layout)
 
     def __call__(self, values: TokenValues, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed loss of tokens start..stop, a float64 scalar, and its gradient by their log-probabilities.
@@ -78,7 +83,7 @@ class TokenCall:
         ``values`` are those of these tokens alone.
         """
         tensors = tuple(x if x.ndim == 0 else x[start:stop] for x in self.tensors)
-        of_tokens = values.logps, self.counts[start:stop], self.weights[start:stop], tensors
+        of_tokens = values.logps, self.counts[start:stop], self.weights[:, start:stop], tensors
         return self.head.on_tokens(*of_tokens, **row_statistics(self.head, values))
 
 

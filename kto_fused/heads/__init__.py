@@ -2,7 +2,7 @@
 
 >>> from kto_fused import heads
 >>> heads.make("ipo", beta=0.2)
-IPO(beta=0.2, use_weighting=False, f_divergence_type='reverse_kl', f_alpha_divergence_coef=0.5)
+IPO(beta=0.2, ld_alpha=1.0, use_weighting=False, f_divergence_type='reverse_kl', f_alpha_divergence_coef=0.5)
 """
 
 from . import completions, pairs, tokens

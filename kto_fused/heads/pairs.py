@@ -18,6 +18,7 @@ from .. import checks
 from .base import weighted
 from .preference import DEFAULT_GAMMA, DPO_LOSS_TYPES, DPOHead
 from .protocol import Head, register
+from .tokens import NLL
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # the largest exponent of an alpha-divergence's score, as TRL has it: exp(80) is finite in float32
@@ -62,14 +63,24 @@ def chosen_nll(logps: torch.Tensor, batch_counts: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _ReferencePair(Head):
-    """A loss of the chosen and the rejected log-ratio against a reference model."""
+    """A loss of the chosen and the rejected log-ratio against a reference model.
+
+    ``ld_alpha`` in [0, 1] is LD-DPO's (Liu et al. 2024, arXiv 2409.06411): a sequence's log-probability, the policy's
+    and the reference's, is that of its first min(n_w, n_l) completion tokens plus ``ld_alpha`` times that of the rest.
+    1 is the plain loss. Lengths n stay the numbers of completion tokens. ``ref_logps`` that you compute beforehand must
+    be weighted likewise: ``sequence_logps(..., token_weights=ld_token_weights(labels, ld_alpha))``.
+    """
 
     beta: float = 0.1
+    ld_alpha: float = field(default=1.0, kw_only=True)
 
     group: ClassVar[int | None] = 2
 
     def __post_init__(self) -> None:
         checks.number("beta", self.beta, above=0)
+        checks.number("ld_alpha", self.ld_alpha, at_least=0)
+        if self.ld_alpha > 1:
+            raise ValueError(f"ld_alpha must lie in [0, 1], got {self.ld_alpha}")
 
 
 def wpo_weights(logps: torch.Tensor, counts: torch.Tensor, log_sum_squares: torch.Tensor) -> torch.Tensor:
@@ -367,6 +378,9 @@ class ChosenNLL(Head):
     def losses(self, logps, counts, ref_logps, *, batch_counts):
         return chosen_nll(logps, batch_counts)
 
+    def beside_ld_alpha(self):
+        return NLL(chosen_only=True)
+
 
 # ---- without a reference model ------------------------------------------------------------------------------------
 
@@ -495,23 +509,49 @@ def odds_ratio_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tenso
     return torch.where(is_ahead, ahead, behind)
 
 
+@register("odds_ratio")
+@dataclass(frozen=True)
+class OddsRatio(Head):
+    """ORPO's second term alone (Hong et al. 2024, arXiv 2403.07691): -log sigma(o_w - o_l), with
+    o = a - log(1 - exp a) the log-odds of a = L / n.
+    """
+
+    group: ClassVar[int | None] = 2
+    needs_reference: ClassVar[bool] = False
+
+    def losses(self, logps, counts, ref_logps):
+        return odds_ratio_loss(*length_averaged(logps, counts).chunk(2))
+
+
 @register("orpo")
 @dataclass(frozen=True)
 class ORPO(Head):
     """ORPO (Hong et al. 2024, arXiv 2403.07691): NLL(chosen) - beta log sigma(o_w - o_l), with
     o = a - log(1 - exp a) the log-odds of a = L / n.
 
-    ``beta`` is the paper's lambda. NLL is averaged over the batch's chosen completion tokens.
+    ``beta`` is the paper's lambda. NLL is averaged over the batch's chosen completion tokens with
+    ``nll_on="completion"``. With ``"all"``, as in TRL's ``ORPOTrainer``, it is averaged over the chosen prompts' tokens
+    too: ``labels`` then hold the prompts' tokens, and the call's tensor ``completion_mask`` [B, T], aligned with
+    ``labels``, is 1 for the completions' tokens, of which L and n are.
     """
 
     beta: float = 0.1
+    nll_on: str = "completion"
 
     group: ClassVar[int | None] = 2
     needs_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.number("beta", self.beta, at_least=0)
+        checks.choice("nll_on", self.nll_on, ("completion", "all"))
+
+    def leaves(self):
+        if self.nll_on == "completion":
+            return super().leaves()
+        return (1.0, NLL(chosen_only=True)), (self.beta, OddsRatio())
 
     def losses(self, logps, counts, ref_logps, *, batch_counts):
+        if self.nll_on == "all":
+            raise TypeError(f"{self!r} reads the prompts' tokens: pass it to fused_loss or fused_linear_loss")
         odds_loss = odds_ratio_loss(*length_averaged(logps, counts).chunk(2))
         return chosen_nll(logps, batch_counts) + self.beta * odds_loss

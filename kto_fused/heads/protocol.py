@@ -83,6 +83,9 @@ class Head:
             per token, shaped as ``labels`` and aligned with them. ``losses`` gets their sums over each sequence's
             completion tokens, float64.
 
+    A field ``ld_alpha`` of a pair loss is a number in [0, 1] by which the engines multiply the log-probabilities of
+    completion tokens beyond the shorter answer's length, see ``kto_fused.ld_token_weights``.
+
     Fields are the loss's numbers: floats, integers, booleans, strings, or a tuple of floats. Check them in
     ``__post_init__``. A number that changes from step to step should be a tensor of the call instead, so that
     ``torch.compile`` compiles nothing again.
@@ -100,6 +103,14 @@ class Head:
     @property
     def is_paired(self) -> bool:
         return self.group == 2
+
+    def leaves(self) -> tuple[tuple[float, "Head"], ...]:
+        """Return the losses whose weighted sum this one is: itself with weight 1, unless it consists of several."""
+        return ((1.0, self),)
+
+    def beside_ld_alpha(self) -> "Head":
+        """Return the loss that takes this one's place in a ``Mix`` whose other losses have ``ld_alpha`` < 1."""
+        return self
 
     def losses(
         self, logps: torch.Tensor, counts: torch.Tensor, ref_logps: torch.Tensor | None, **tensors: torch.Tensor
@@ -217,7 +228,7 @@ def make(name: str, **fields: Any) -> Head:
 
     >>> from kto_fused import heads
     >>> heads.make("orpo", beta=0.25)
-    ORPO(beta=0.25)
+    ORPO(beta=0.25, nll_on='completion')
     """
     if name not in _CLASSES:
         raise ValueError(f"no loss is registered as {name!r}: expected one of {list(names())}")
@@ -236,7 +247,11 @@ def as_loss(loss: "Head | str | Callable[..., torch.Tensor]") -> "Head | Callabl
         if isinstance(loss, type) or not callable(loss):
             raise TypeError(f"head must be a Head, a name of {list(names())} or a function, got {loss!r}")
         return loss
-    return loss if is_registered(loss) else _formula_of(loss)
+    if is_registered(loss):
+        return loss
+    if level_of(loss) != "sequence":
+        raise TypeError(f"{loss!r} reads tokens and is not registered: decorate its class with heads.register(name)")
+    return _formula_of(loss)
 
 
 def _formula_of(loss: "Head") -> Callable[..., torch.Tensor]:
@@ -277,10 +292,58 @@ def is_registered(head: Head) -> bool:
     return isinstance(head, Mix) or _CLASSES.get(getattr(type(head), "name", "")) is type(head)
 
 
+def level_of(head: Head) -> str:
+    """Return ``"sequence"``, ``"token"``, or ``"mixed"`` for a loss with a part of each."""
+    levels = [leaf.level for _, leaf in head.leaves()]
+    return "mixed" if "token" in levels and "sequence" in levels else levels[0]
+
+
+def part_of(head: Head, level: str) -> "Mix":
+    """Return the losses of one level that a loss consists of."""
+    return Mix(*[(weight, leaf) for weight, leaf in head.leaves() if leaf.level == level])
+
+
+def ld_alpha_of(head: Head) -> float:
+    """Return the ``ld_alpha`` of a loss, 1 where it has none.
+
+    Raises:
+        ValueError: parts of a ``Mix`` differ in it, since a sequence's log-probability is summed once; or the loss
+            reads no pairs, whose shorter answer ``ld_alpha`` asks for.
+    """
+    found = [getattr(leaf, "ld_alpha", 1.0) for _, leaf in head.leaves() if leaf.level == "sequence"]
+    if not found or max(found) == 1.0 == min(found):
+        return 1.0
+    if min(found) != max(found):
+        raise ValueError(
+            f"{head!r} mixes ld_alpha={min(found)} and {max(found)} (1 where a loss has no such field): expected one "
+            "value, since each sequence's log-probability is summed once"
+        )
+    if not head.is_paired:
+        raise ValueError(f"ld_alpha={found[0]} compares the lengths of pairs, and {head!r} reads no pairs: set it to 1")
+    return found[0]
+
+
 class Mix(Head):
     """A weighted sum of losses, found in one visit to the tokens: ``Mix((1.0, DPO()), (0.2, SFT()))``.
 
     Losses of single sequences count as the mean over a pair's two sequences where others are losses of pairs.
+
+    Losses of tokens may stand beside losses of sequences. The gradients of both add up token by token. From hidden
+    states a mix of both levels takes 3 GEMMs with a trained LM head where groups of sequences fit the chunk, else 4; a
+    mix of token-level losses alone takes 3 at any length. In such a mix
+
+    - ``reduction="mean"`` gives each loss its own mean: token-level losses their ``normalizer``, losses of sequences or
+      pairs the mean over their number. ``"sum"`` is the weighted sum of the losses' sums; ``"none"`` is refused
+    - a tensor goes to the losses that declare its name, and ``num_items`` to those with ``normalizer="items"``
+    - ``weights``, one per sequence-level loss (per pair where one of them reads pairs), also multiply the losses of the
+      tokens in these sequences, unless a part declares ``weights`` itself
+    - ``token_weights`` and ``ld_alpha`` belong to the losses of sequences. A mix of both levels also takes
+      ``completion_mask`` [B, T], bool or 0 and 1, aligned with ``labels``: sequences' log-probabilities and lengths are
+      then those of the labelled tokens in the mask, and token-level losses read all labelled tokens, for example the
+      prompt's
+
+    With ``ld_alpha`` < 1 in a mix, ``sft`` reads unweighted log-probabilities, as in TRL. It is then computed token by
+    token.
 
     Raises:
         ValueError: no loss, or a weight below 0.
@@ -301,10 +364,6 @@ class Mix(Head):
             weight, head = part
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 raise ValueError(f"a weight of Mix must be a finite number >= 0, got {weight!r}")
-            if head.level == "token":
-                raise TypeError(
-                    f"Mix takes losses of sequences or pairs, got the token-level {head!r}; for NLL take 'sft'"
-                )
             if not is_registered(head):
                 raise TypeError(f"{type(head).__name__} is not registered: decorate it with heads.register(name)")
         self.parts = parts
@@ -312,6 +371,16 @@ class Mix(Head):
     @property
     def heads(self) -> list[Head]:
         return [head for _, head in self.parts]
+
+    @property
+    def level(self) -> str:
+        return level_of(self)
+
+    def leaves(self) -> tuple[tuple[float, Head], ...]:
+        leaves = [(weight * own, leaf) for weight, part in self.parts for own, leaf in part.leaves()]
+        if any(getattr(leaf, "ld_alpha", 1.0) < 1 for _, leaf in leaves):
+            leaves = [(weight, leaf.beside_ld_alpha()) for weight, leaf in leaves]
+        return tuple(leaves)
 
     @property
     def group(self) -> int | None:
@@ -346,6 +415,8 @@ class Mix(Head):
         return tuple(dict.fromkeys(name for head in self.heads for name in head.summed_tensors))
 
     def losses(self, logps, counts, ref_logps, **tensors):
+        if self.level != "sequence":
+            raise TypeError(f"{self!r} holds losses of tokens, which fused_loss and fused_linear_loss compute")
         total, batch_counts = None, tensors.pop("batch_counts", None)
         results = [
             (weight, self._losses_of(head, logps, counts, ref_logps, batch_counts, tensors))
@@ -367,8 +438,9 @@ class Mix(Head):
         return head.losses(logps, counts, ref_logps if head.needs_reference else None, **own)
 
     def report(self, logps, counts, ref_logps, **tensors):
-        """The first loss's report."""
-        head = self.parts[0][1]
+        """The report of the first loss, in a mix of levels of the first that reads sequences."""
+        of_sequences = [part for part in self.heads if level_of(part) != "token"]
+        head = of_sequences[0] if of_sequences else self.heads[0]
         own = {name: tensors[name] for name in head.tensor_names() if name in tensors}
         sequences = logps, counts, ref_logps if head.needs_reference else None
         return {**Head.report(head, *sequences), **head.report(*sequences, **own)}

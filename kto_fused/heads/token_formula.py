@@ -17,7 +17,8 @@ from .protocol import Head, check_tensor_names, try_once
 class TokenFormulaHead(PreparedLoss):
     """A token-level head, which an engine calls on the completion tokens that it has just visited.
 
-    ``weights_of`` gives the factor of each sequence's tokens, ``on_tokens`` the loss of some tokens and its gradient.
+    ``weights_of`` gives the factors of each sequence's tokens, ``on_tokens`` the loss of some tokens and its gradient.
+    The loss may be a ``Mix`` of L token-level losses, each with factors of its own.
     """
 
     level: ClassVar[str] = "token"
@@ -43,34 +44,29 @@ class TokenFormulaHead(PreparedLoss):
                 "token_logps, and apply the formula to its result"
             )
         checks.choice("reduction", reduction, ("mean", "sum"))
+        if num_sequences % 2 and any(_reads_chosen_only(leaf) for _, leaf in loss.leaves()):
+            raise ValueError(
+                f"{loss!r} has chosen_only=True, which needs an even batch, chosen then rejected; got {num_sequences} "
+                "sequences"
+            )
         tensors = _checked_tensors(loss, tensors, num_sequences, policy)
         return cls.of(loss, tensors, reduction=reduction, **fields)
-
-    def check_logps(self, *_: Any) -> None:
-        raise ValueError(
-            f"{self.head!r} is a loss of single tokens, and policy_logps are those of sequences: pass logits or hidden "
-            "states to fused_loss or fused_linear_loss"
-        )
 
     @property
     def may_be_zero(self) -> bool:
         """Whether gradients of exactly 0 are worth looking for: clipped ratios, advantages and weights of 0."""
-        return bool(self.tensor_names)
+        return bool(self.tensor_names) or any(_reads_chosen_only(leaf) for _, leaf in self.head.leaves())
 
     def weights_of(self, token_counts: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Return the factor of the losses of each sequence's tokens, [B] float64, for sequences of ``token_counts``."""
-        counts = token_counts.double()
-        if self.reduction == "sum":
-            return torch.ones_like(counts)
-        head = self.head
-        normalizer = getattr(head, "normalizer", "tokens")  # that of a class which is no TokenHead
-        if normalizer == "tokens":
-            return (1 / counts.sum().clamp(min=1)).expand_as(counts)
-        if normalizer == "sequences":
-            return 1 / (counts.clamp(min=1) * len(counts))
-        if normalizer == "constant":
-            return torch.full_like(counts, 1 / (len(counts) * head.max_tokens))
-        return (1 / self.named(tensors)["num_items"].double()).expand_as(counts)
+        """Return the factors of the losses of each sequence's tokens, [L, B] float64, for sequences of
+        ``token_counts``.
+        """
+        num_items = self.named(tensors).get("num_items")
+        factors = [
+            weight * _factors(leaf, token_counts.double(), self.reduction, num_items)
+            for weight, leaf in self.head.leaves()
+        ]
+        return torch.stack(factors)
 
     def losses(
         self,
@@ -80,17 +76,24 @@ class TokenFormulaHead(PreparedLoss):
         tensors: tuple[torch.Tensor, ...],
         statistics: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return the weighted losses of n tokens, [n] float64. ``tensors`` have one entry per token, or are scalars;
-        ``statistics`` [n] are those that the head asks for.
+        """Return the weighted losses of n tokens, [n] float64, with ``weights`` [L, n]. ``tensors`` have one entry per
+        token, or are scalars; ``statistics`` [n] are those that the head asks for.
         """
         named = {**self.named(tensors), **dict(zip(self.statistics, statistics, strict=True))}
         named.pop("num_items", None)
         if "weights" in named and "weights" not in self.head.tensor_names():
             weights = weights * named.pop("weights")
-        try_once(self.head, named, len(logps))  # a compiled call comes here untried
-        # a token of weight 0 takes no part and has a gradient of 0, even if its loss is infinite
-        logps = torch.where(weights != 0, logps, logps.detach())
-        return weighted(self.head.losses(logps, counts, None, **named), weights)
+        total = None
+        for (_, leaf), factors in zip(self.head.leaves(), weights, strict=True):
+            own = named
+            if leaf is not self.head:
+                own = {name: named[name] for name in (*leaf.tensor_names(), *leaf.statistics()) if name in named}
+            try_once(leaf, own, len(logps))  # a compiled call comes here untried
+            # a token of weight 0 takes no part and has a gradient of 0, even if its loss is infinite
+            given = torch.where(factors != 0, logps, logps.detach())
+            losses = weighted(leaf.losses(given, counts, None, **own), factors)
+            total = losses if total is None else total + losses
+        return total
 
     def on_tokens(
         self,
@@ -119,19 +122,55 @@ class TokenFormulaHead(PreparedLoss):
         return logps.new_empty((), dtype=loss_dtype), logps.new_empty(0, dtype=torch.float64)
 
 
+def _reads_chosen_only(head: Head) -> bool:
+    return getattr(head, "chosen_only", False)
+
+
+def _normalizer(head: Head) -> str:
+    return getattr(head, "normalizer", "tokens")  # "tokens" is that of a class which is no TokenHead
+
+
+def _factors(head: Head, counts: torch.Tensor, reduction: str, num_items: torch.Tensor | None) -> torch.Tensor:
+    """Return the factor of the losses of each sequence's tokens, [B] float64, for sequences of ``counts`` tokens."""
+    num_sequences, normalizer = len(counts), _normalizer(head)
+    takes_part = None
+    if _reads_chosen_only(head):
+        num_sequences //= 2
+        takes_part = torch.arange(len(counts), device=counts.device) < num_sequences
+        counts = torch.where(takes_part, counts, 0.0)
+    if reduction == "sum":
+        factors = torch.ones_like(counts)
+    elif normalizer == "tokens":
+        factors = (1 / counts.sum().clamp(min=1)).expand_as(counts)
+    elif normalizer == "sequences":
+        factors = 1 / (counts.clamp(min=1) * num_sequences)
+    elif normalizer == "constant":
+        factors = torch.full_like(counts, 1 / (num_sequences * head.max_tokens))
+    else:
+        factors = (1 / num_items.double()).expand_as(counts)
+    return factors if takes_part is None else torch.where(takes_part, factors, 0.0)
+
+
+def check_num_items(loss: Head, tensors: dict[str, torch.Tensor]) -> None:
+    """Require ``num_items`` if and only if a token-level loss divides by it."""
+    num_items = tensors.get("num_items")
+    normalizers = [_normalizer(leaf) for _, leaf in loss.leaves() if leaf.level == "token"]
+    if num_items is not None and "num_items" in loss.tensor_names():  # a loss of sequences declares it
+        return
+    if (num_items is None) == ("items" in normalizers):
+        came = "none" if num_items is None else "one"
+        raise TypeError(
+            "num_items is the number of tokens that normalizer='items' divides by: expected one for it and none for "
+            f"any other, got {came} with normalizer={', '.join([repr(normalizer) for normalizer in normalizers])}"
+        )
+
+
 def _checked_tensors(
     loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int, policy: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Check the tensors by name and shape. Returns them detached, with one entry per position, per sequence or none."""
-    num_items = tensors.get("num_items")
     check_tensor_names(loss, {name: value for name, value in tensors.items() if name != "num_items"})
-    normalizer = getattr(loss, "normalizer", "tokens")
-    if (num_items is None) == (normalizer == "items"):
-        came = "none" if num_items is None else "one"
-        raise TypeError(
-            "num_items is the number of tokens that normalizer='items' divides by: expected one for it and none for "
-            f"any other, got {came} with normalizer={normalizer!r}"
-        )
+    check_num_items(loss, tensors)
     shape = tuple(policy.shape[:-1])
     checked = {}
     for name in dict.fromkeys((*loss.tensor_names(), *tensors, "weights", "num_items")):

@@ -76,7 +76,13 @@ class TokenHead(Head):
 @register("nll")
 @dataclass(frozen=True)
 class NLL(TokenHead):
-    """The negative log-likelihood of supervised fine-tuning: -l."""
+    """The negative log-likelihood of supervised fine-tuning: -l.
+
+    ``chosen_only``, for a batch of pairs: the rejected sequences' tokens, those of the batch's second half, take no
+    part, and do not count in the normaliser.
+    """
+
+    chosen_only: bool = False
 
     def losses(self, logps, counts, ref_logps):
         return -logps

@@ -101,7 +101,9 @@ def check_head(engine, head, tensors, trained, num_tokens, monkeypatch) -> None:
     needs = Needs(*(x.requires_grad for x in fused))
     options = HiddenOptions(logits, torch.float64, torch.float64, 2**30, needs=needs)
     with chunks_of(num_tokens):
-        outputs = LossFromHidden.apply(*fused, case.labels, None, None, None, None, ref_logps, options, head, *tensors)
+        no_reference = (None, None, None)
+        layout = (case.labels, None, None)
+        outputs = LossFromHidden.apply(*fused, *layout, *no_reference, ref_logps, options, head, *tensors)
         loss, reported = outputs[0], outputs[-len(head.report(ref_logps, ref_logps, *tensors)) :]
         loss.sum().backward()
 

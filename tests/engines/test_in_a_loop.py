@@ -414,7 +414,8 @@ def test_the_operators_from_hidden_states_are_well_formed(engine, needs):
     case = make_hidden_case(batch=2, seq_len=3, vocab=8, bias=True, device=device)
     case.hidden.nan_to_num_()  # opcheck compares inputs before and after
     case.ref_hidden.nan_to_num_()
-    tensors = (case.hidden, case.weight, case.bias, case.labels, None)
+    weights = torch.linspace(0, 1, 6, device=device).view(2, 3) if needs[1] else None
+    tensors = (case.hidden, case.weight, case.bias, case.labels, None, weights)
     logits = LogitOptions(temperature=0.7, logit_scale=1.5, logit_softcap=4.0, backend=backend)
     of_sequences = HiddenOptions(logits, torch.float32, torch.float32, 2**30, needs=Needs(*needs))
     options, of_positions = of_sequences.flat(), replace(of_sequences, per_position=True).flat()

@@ -65,6 +65,22 @@ def test_one_visit_gives_the_losss_own_gradients(engine, lengths, loss, dtype):
         assert error < 2 * GRAD_TOLERANCE[dtype]  # scaled rows of the gradient by hidden states are rounded twice
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "apo_zero_unpaired"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_token_weights_go_into_the_unscaled_gradients(lengths, loss):
+    weights = torch.rand(len(lengths), max(lengths) + 3, generator=torch.Generator().manual_seed(1))
+    weights[weights < 0.2] = 0
+    options = {"chunk_bytes": 160_000 if lengths == LENGTHS["the last pair"] else 120_000, "token_weights": weights}
+    value, grads, _, units = step(loss, fused_linear_loss, lengths, torch.float32, "cpu", **options)
+    expected, expected_grads, *_ = step(
+        loss, reference.linear_loss, lengths, torch.float32, "cpu", token_weights=weights
+    )
+    assert units < 3.1, "the logits are computed once"
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad - expected_grad).norm() < 2 * GRAD_TOLERANCE[torch.float32] * expected_grad.norm()
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
 def test_results_do_not_move_between_runs(engine, loss):
     backend, device = engine

@@ -13,7 +13,16 @@ from cases import assert_close, chunks_of, make_case, make_hidden_case
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from kto_fused import fused_linear_loss, fused_loss, heads, kto_reference_point, loss_from_logps, reference
+import kto_fused
+from kto_fused import (
+    fused_linear_loss,
+    fused_loss,
+    heads,
+    kto_reference_point,
+    loss_from_logps,
+    reference,
+    sequence_logps,
+)
 from kto_fused.engines.logits import sums_over_labels
 
 exp, log, tanh = math.exp, math.log, math.tanh
@@ -247,6 +256,7 @@ FORMULAS = {
         {"beta": 0.3, "loss_type": "ipo"},
         with_nll(1, of_averages(lambda c, r: (c - r - 1 / 0.6) ** 2)),
     ),
+    "odds_ratio": ("odds_ratio", {}, of_averages(lambda c, r: cost(log_odds(c) - log_odds(r)))),
     "orpo": ("orpo", {"beta": 0.3}, with_nll(1, of_averages(lambda c, r: 0.3 * cost(log_odds(c) - log_odds(r))))),
     "kto": ("kto", CLASSES, kto_around_the_mean),
     "kto, a number": (
@@ -408,6 +418,59 @@ def trl_dpo_loss(given, loss_type, beta=0.1, **options):
     return DPOTrainer._compute_loss(trainer, lambda **_: outputs, batch, False)
 
 
+def token_batch(seed: int = 7) -> dict[str, torch.Tensor]:
+    """Logits of six sequences of a prompt, a completion and padding, in float64."""
+    random = torch.Generator().manual_seed(seed)
+    position = torch.arange(10)
+    starts, lengths = torch.tensor([2, 1, 3, 2, 3, 1]), torch.tensor([7, 3, 4, 5, 6, 4])
+    ends = (starts + lengths)[:, None]
+    ids = torch.randint(13, (6, 10), generator=random)
+    completion = (position >= starts[:, None]) & (position < ends)
+    return {
+        "ids": ids,
+        "attention": position < ends,
+        "completion": completion,
+        "labels": ids.masked_fill(~completion, -100),
+        "logits": torch.randn(6, 10, 13, generator=random, dtype=torch.float64),
+        "ref_logits": torch.randn(6, 10, 13, generator=random, dtype=torch.float64),
+    }
+
+
+def trl_ld_loss(given, logits, loss_types, loss_weights, ld_alpha):
+    """The loss of TRL's DPO trainer with a policy and a reference model of these logits."""
+    from trl import DPOTrainer
+
+    def outputs_of(logits):
+        log_probs = reference.token_logps(logits, given["labels"])[:, :-1]
+        zeros = torch.zeros_like(log_probs)
+        return SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+
+    mask = given["completion"].long()
+    batch = {"input_ids": given["ids"], "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+    model = torch.nn.Identity()
+    model.is_gradient_checkpointing = False
+    trainer = SimpleNamespace(
+        model=model,
+        ref_model=lambda **_: outputs_of(given["ref_logits"]),
+        accelerator=ONE_PROCESS,
+        args=SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
+        beta=0.3,
+        loss_types=loss_types,
+        loss_weights=loss_weights,
+        ld_alpha=ld_alpha,
+        use_weighting=False,
+        precompute_ref_logps=False,
+        aux_loss_enabled=False,
+        f_divergence_type="reverse_kl",
+        f_alpha_divergence_coef=0.5,
+        label_smoothing=0.2,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    return DPOTrainer._compute_loss(trainer, lambda **_: outputs_of(logits), batch, False)
+
+
 DIVERGENCES = [{"f_divergence_type": name} for name in ("forward_kl", "js_divergence", "alpha_divergence")]
 SCORED = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
 # in float32: TRL's alpha divergence knows no wider type. Label smoothing is left out for sigmoid: TRL's has none
@@ -551,6 +614,76 @@ def test_a_loss_of_completions_is_trls(loss_type, is_weighted):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # TRL's sigmoid has no label smoothing
+
+
+@pytest.mark.parametrize("ld_alpha", [0.4, 0.0])
+@pytest.mark.parametrize("name", [*sorted({name for name, _ in TRL_PAIRS} - {"sft"}), "sigmoid and sft"])
+def test_ld_alpha_is_trls_for_every_loss(name, ld_alpha):
+    """For policy and reference; the reference by its logits, and by log-probabilities weighted beforehand."""
+    pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    given = token_batch()
+    names, weights = name.split(" and "), [1.0, 0.7]
+    smoothing = {"label_smoothing": 0.2} if name in SMOOTHED else {}
+    head = heads.make(names[0], beta=0.3, ld_alpha=ld_alpha, **smoothing)
+    if len(names) == 2:
+        head = heads.Mix((1.0, head), (0.7, heads.make("sft")))
+    own_weights = kto_fused.ld_token_weights(given["labels"], ld_alpha)
+    ref_logps = sequence_logps(given["ref_logits"], given["labels"], token_weights=own_weights)
+    results = []
+    for way in ("trl", "logits", "logps"):
+        logits = given["logits"].clone().requires_grad_()
+        if way == "trl":
+            loss = trl_ld_loss(given, logits, names, weights[: len(names)], ld_alpha)
+        else:
+            ref = {"ref_logits": given["ref_logits"]} if way == "logits" else {"ref_logps": ref_logps}
+            loss, _ = fused_loss(head, logits, given["labels"], **ref)
+        loss.backward()
+        results.append((loss.detach(), logits.grad))
+    # TRL's exo_pair holds its label smoothing in float32
+    tolerance = {"rtol": 1e-7, "atol": 1e-8} if name == "exo_pair" else {"rtol": 1e-10, "atol": 1e-12}
+    for ours in results[1:]:
+        torch.testing.assert_close(ours, results[0], **tolerance)
+
+
+def test_orpo_of_prompt_and_completion_is_trls():
+    pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
+    from trl.experimental.orpo import ORPOTrainer
+
+    given, results = token_batch(), []
+    labels = given["ids"].masked_fill(~given["attention"], -100)
+    for is_ours in (True, False):
+        logits = given["logits"].clone().requires_grad_()
+        if is_ours:
+            head, mask = heads.make("orpo", beta=0.3, nll_on="all"), given["completion"]
+            loss, metrics = fused_loss(head, logits, labels, completion_mask=mask)
+            rewards = metrics.rewards
+        else:
+            trainer = SimpleNamespace(
+                accelerator=ONE_PROCESS,
+                beta=0.3,
+                is_encoder_decoder=False,
+                padding_value=0,
+                aux_loss_enabled=False,
+                concatenated_inputs=ORPOTrainer.concatenated_inputs,
+                get_batch_logps=ORPOTrainer.get_batch_logps,
+            )
+            trainer.concatenated_forward = lambda *args, of=trainer: ORPOTrainer.concatenated_forward(of, *args)
+            trainer.odds_ratio_loss = lambda *args, of=trainer: ORPOTrainer.odds_ratio_loss(of, *args)
+            named = {"input_ids": given["ids"], "attention_mask": given["attention"].long(), "labels": given["labels"]}
+            batch = {
+                f"{side}_{name}": value.chunk(2)[index]
+                for name, value in named.items()
+                for index, side in enumerate(("chosen", "rejected"))
+            }
+            model = lambda *_, logits=logits, **options: SimpleNamespace(logits=logits)  # noqa: E731
+            loss, _ = ORPOTrainer.get_batch_loss_metrics(trainer, model, batch)
+        loss.backward()
+        results.append((loss.detach().double(), logits.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)  # TRL's odds ratio is float32
+    torch.testing.assert_close(rewards, 0.3 * sequence_logps(given["logits"], given["labels"]))
+
+
 TRL_CPO = {
     "sigmoid": ("cpo", {"loss_type": "sigmoid", "label_smoothing": 0.1}, False),
     "hinge": ("cpo", {"loss_type": "hinge"}, False),
@@ -592,7 +725,7 @@ def test_a_loss_without_a_reference_is_trls(case):
 
 
 def test_orpos_odds_ratio_is_trls():
-    """In float32, as TRL computes it. TRL's negative log-likelihood counts the prompt too, ours does not."""
+    """In float32, as TRL computes it. TRL's negative log-likelihood counts the prompt too, ours by default does not."""
     pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
     from trl.experimental.orpo import ORPOTrainer
 
@@ -932,7 +1065,7 @@ def test_an_empty_completion_harms_no_other_pair(engine, name, is_empty):
     options = {"token_counts": counts, **tensors_of(name, 4, {}, device), "backend": engine[0]}
     loss, _ = loss_from_logps(head, logps, ref_logps if head.needs_reference else None, **options)
     loss.backward()
-    if name == "orpo" and is_empty[1]:
+    if name in ("orpo", "odds_ratio") and is_empty[1]:
         assert loss == math.inf or is_empty[0]
     else:
         assert loss.isfinite()

@@ -282,7 +282,7 @@ def test_a_tensor_per_pair_is_tried_as_a_tensor_per_pair():
 def test_making_a_loss_that_is_not_there():
     with pytest.raises(ValueError, match=r"no loss is registered as 'opro': expected one of \['alphapo'"):
         heads.make("opro")
-    with pytest.raises(TypeError, match=r"orpo has no field 'gamma': expected some of \['beta'\]"):
+    with pytest.raises(TypeError, match=r"orpo has no field 'gamma': expected some of \['beta', 'nll_on'\]"):
         heads.make("orpo", gamma=1.0)
     with pytest.raises(ValueError, match="beta"):
         heads.make("sigmoid", beta=0.0)
@@ -322,9 +322,26 @@ def test_mixes_are_equal_by_their_parts():
     assert first == second
     assert hash(first) == hash(second)
     assert first != third
-    assert repr(heads.Mix((0.5, heads.make("orpo")))) == "Mix((0.5, ORPO(beta=0.1)))"
-    assert pickle.loads(pickle.dumps(first)) == first
-    assert protocol.from_text(protocol.to_text(first)) == first
+    assert repr(heads.Mix((0.5, heads.make("sft")))) == "Mix((0.5, ChosenNLL()))"
+    mixed = heads.Mix((1.0, first), (0.5, heads.make("ppo", clip=(0.2, 0.3))), (1, heads.make("orpo", nll_on="all")))
+    for mix in (first, mixed):
+        assert pickle.loads(pickle.dumps(mix)) == mix
+        assert protocol.from_text(protocol.to_text(mix)) == mix
+    assert [leaf.name for _, leaf in mixed.leaves()] == ["sigmoid", "ppo", "nll", "odds_ratio"]
+    assert (mixed.level, mixed.group, mixed.is_paired, mixed.needs_reference) == ("mixed", 2, True, True)
+
+
+def test_in_a_mix_only_one_ld_alpha_has_a_meaning():
+    """``sft`` reads unweighted tokens there, as in TRL."""
+    parts = (1.0, heads.make("sigmoid", ld_alpha=0.5)), (0.5, heads.make("sft"))
+    assert [leaf.name for _, leaf in heads.Mix(*parts).leaves()] == ["sigmoid", "nll"]
+    assert protocol.ld_alpha_of(heads.Mix(*parts)) == 0.5
+    with pytest.raises(ValueError, match=r"mixes ld_alpha=0.5 and 1.0 \(1 where a loss has no such field\)"):
+        protocol.ld_alpha_of(heads.Mix(*parts, (1.0, heads.make("simpo"))))
+    with pytest.raises(ValueError, match=r"ld_alpha must lie in \[0, 1\], got 1.5"):
+        heads.make("ipo", ld_alpha=1.5)
+    with pytest.raises(ValueError, match="weights tokens, and policy_logps are sums already"):
+        loss_from_logps(heads.make("sigmoid", ld_alpha=0.5), LOGPS, REF_LOGPS)
 
 
 def test_a_mix_reports_its_first_losss_rewards():
