@@ -318,7 +318,7 @@ def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics
         prepared, head_tensors = arguments.loss_head(head_type, inputs, reduction=reduction, **options)
         is_token = arguments.predicting_rows(inputs)
         logps = torch.where(is_token, inputs.logps, 0.0)
-        tokens = Tokens(logps, *[torch.zeros_like(logps.detach())] * 3, is_token)
+        tokens = Tokens(logps, *[torch.zeros_like(logps.detach())] * 3, is_token, None)
         return _loss_of_tokens(tokens, inputs, prepared, head_tensors, inputs.ref_logps)
     tensors = functional.of_sequences(head, loss, of_tokens, tensors)
     if isinstance(loss, Head):

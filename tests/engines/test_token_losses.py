@@ -239,7 +239,6 @@ def test_rows_that_are_left_out_may_be_overwritten_by_the_others_gradients(monke
 
 # ---- mixes ----------------------------------------------------------------------------------------------------------
 
-PPO_TENSORS = ("old_logps", "advantages")
 # (parts, GEMMs with a trained LM head where a pair fits its chunk, and where it does not); N = 64, a pair has 32 tokens
 MIXES = {
     "tokens": (((1.0, "nll"), (0.3, "ppo"), (0.5, heads.make("dft", normalizer="sequences"))), 3, 3),
@@ -247,6 +246,7 @@ MIXES = {
     "chosen tokens": (((0.7, "simpo"), (2.0, heads.make("nll", chosen_only=True))), 3, 4),
     "the batch and tokens": (((1.0, "aot"), (0.3, "nll")), 4, 4),
     "completions and tokens": (((1.0, "apo_zero_unpaired"), (0.3, "grpo")), 3, 4),
+    "sums and tokens": (((1.0, heads.make("gspo", clip=0.2)), (0.3, "ppo"), (0.1, "kl")), 3, 4),  # share old_logps
 }
 
 
@@ -256,8 +256,9 @@ def mix_of(name: str) -> heads.Mix:
 
 
 def tensors_of_mix(mix: heads.Mix, case: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    own = {"old_logps": old_logps_of(case), "advantages": case["advantages"]}
-    tensors = {name: value for name, value in own.items() if name in mix.tensor_names()}
+    old_logps = old_logps_of(case)
+    own = {"old_logps": old_logps, "advantages": case["advantages"][:, 0], "ref_token_logps": old_logps - 0.1}
+    tensors = {name: value for name, value in own.items() if name in mix.required_tensors()}
     if "desirable" in mix.tensor_names():
         tensors["desirable"] = torch.arange(B, device=case["hidden"].device) % 2
     if mix.needs_reference:
@@ -518,6 +519,18 @@ def test_ld_alpha_multiplies_token_weights_of_the_call():
     torch.testing.assert_close(*values)
 
 
+def test_token_weights_weight_the_old_log_probabilities_that_are_summed_too():
+    case = make(torch.float64, "cpu")
+    inputs, head = (case["hidden"], case["weight"], case["labels"]), heads.make("gspo", clip=0.5)
+    weights, old_logps = weights_of_tokens("cpu"), old_logps_of(case)
+    summed = (weights * old_logps)[:, 1:].double().sum(1)
+    values = [
+        fused_linear_loss(head, *inputs, token_weights=weights, old_logps=old, advantages=torch.ones(B))[0]
+        for old in (old_logps, summed)
+    ]
+    torch.testing.assert_close(*values, rtol=1e-6, atol=1e-8)
+
+
 COMPILED = {
     "weights": ("simpo", {"token_weights": weights_of_tokens("cpu").nan_to_num()}),
     "ld_alpha": (heads.make("sigmoid", ld_alpha=0.5), {"ref_logps": torch.zeros(B)}),
@@ -604,6 +617,18 @@ MIXED = heads.Mix((1.0, heads.make("simpo")), (0.3, heads.make("nll")))
             {"weights": torch.ones(B, T)},
             ValueError,
             "weights has shape [4, 17], expected [4] (sequences), [2]",
+        ),
+        (
+            heads.make("sigmoid", use_weighting=True),
+            {"token_weights": torch.ones(B, T)},
+            ValueError,
+            "take one of the two",
+        ),
+        (
+            heads.Mix((1.0, heads.make("sigmoid", use_weighting=True)), (1.0, heads.make("nll"))),
+            {"completion_mask": torch.ones(B, T, dtype=torch.bool)},
+            ValueError,
+            "means over all labelled tokens, not over those of the mask",
         ),
         (MIXED, {"num_items": 3}, TypeError, "num_items is the number"),
         (MIXED, {"advantages": torch.ones(B)}, TypeError, "takes no tensor 'advantages'"),
