@@ -38,7 +38,7 @@ def batch(lengths: list[int], dtype: torch.dtype, device: str) -> tuple[torch.Te
 def step(loss, function, lengths, dtype, device, **options):
     hidden, weight, labels = batch(lengths, dtype, device)
     bias = torch.linspace(-1, 1, V, device=device).to(dtype).requires_grad_()
-    head = heads.make(loss)
+    head = heads.make("ipo", use_weighting=True) if loss == "wpo" else heads.make(loss)
     if head.needs_reference:
         options["ref_logps"] = -4.0 * torch.tensor(lengths, device=device)
     if loss == "apo_zero_unpaired":
@@ -50,7 +50,7 @@ def step(loss, function, lengths, dtype, device, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("loss", ["sigmoid", "simpo", "orpo", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss", ["sigmoid", "wpo", "simpo", "orpo", "apo_zero_unpaired"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_one_visit_gives_the_losss_own_gradients(engine, lengths, loss, dtype):
     backend, device = engine
