@@ -10,9 +10,11 @@ sharded weights are gathered around the head, and gradients are reduced.
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .forward import FusedCall, Outcome, forward_like, forward_of, head_forward, is_loss, unknown_router_loss
@@ -31,9 +33,9 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     added to each sequence's loss. It is not added to log-probabilities.
 
     Args:
-        function: takes hidden states: ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``,
-            ``linear_sequence_logps``, ``linear_token_logps``, or a twin of theirs in ``reference``. A function of your
-            own that returns a tuple must return a loss first.
+        function: takes hidden states: ``fused_linear_loss``, with ``head=`` any loss among the arguments,
+            ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``, ``linear_sequence_logps``, ``linear_token_logps``, or
+            a twin of theirs in ``reference``. A function of your own that returns a tuple must return a loss first.
         model: a ``PreTrainedModel`` with an LM head, bare or wrapped (PEFT, DDP, FSDP2, ``torch.compile``).
         model_inputs: for the model's backbone: ``input_ids`` [B, T], ``attention_mask``, ``position_ids``, ...
         arguments: for ``function``: ``labels`` and its other arguments, except for ``logit_scale`` and
@@ -60,6 +62,9 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     >>> loss.backward()
     >>> metrics.token_counts.tolist()
     [3, 3]
+    >>> loss, metrics = huggingface.apply(
+    ...     kto_fused.fused_linear_loss, model, {"input_ids": input_ids}, head="orpo", labels=input_ids
+    ... )
     """
     _check_call(function, model_inputs, arguments)
     attach(model)
@@ -84,8 +89,9 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
     ``function(logits, **arguments)`` runs once. The auxiliary loss of a mixture of experts is added as in ``apply``.
 
     Args:
-        function: takes logits [B, T, V]: ``fused_kto_loss``, ``fused_dpo_loss``, ``sequence_logps``, ``token_logps``,
-            or a twin of theirs in ``reference``.
+        function: takes logits [B, T, V] as its first argument, or by the name ``policy_logits`` or ``logits``:
+            ``fused_loss``, with ``head=`` any loss among the arguments, ``fused_kto_loss``, ``fused_dpo_loss``,
+            ``sequence_logps``, ``token_logps``, or a twin of theirs in ``reference``.
         model: any model that returns ``logits``, bare or wrapped.
         model_inputs: arguments of the model, as in ``apply``.
         arguments: for ``function``, as in ``apply``. ``logit_scale`` and ``logit_softcap`` are refused here too: the
@@ -111,7 +117,7 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
     """
     _check_call(function, model_inputs, arguments)
     outputs = model(**{**model_inputs, "use_cache": False, "return_dict": True})
-    result = function(outputs.logits, **arguments)
+    result = _call_on_logits(function, outputs.logits, arguments)
     aux_loss = getattr(outputs, "aux_loss", None)
     if aux_loss is None or not is_loss(result):
         return result
@@ -119,6 +125,13 @@ def apply_to_logits(function: Callable, model: nn.Module, model_inputs: dict[str
     if not hasattr(inner, "router_aux_loss_coef"):
         raise unknown_router_loss(inner)
     return result[0] + inner.router_aux_loss_coef * aux_loss.to(result[0]), *result[1:]
+
+
+def _call_on_logits(function: Callable, logits: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """Call a function on logits: by name where they are not its first argument, as in ``fused_loss(head, ...)``."""
+    parameters = () if isinstance(function, nn.Module) else signature(function).parameters
+    name = next((name for name in ("policy_logits", "logits") if name in parameters), None)
+    return function(logits, **arguments) if name is None else function(**{name: logits}, **arguments)
 
 
 def _check_call(function: Callable, model_inputs: Any, arguments: dict[str, Any]) -> None:
