@@ -68,7 +68,8 @@ class UnpairedCollator(_Padding):
           tokens that ``completion_mask`` leaves out have the label -100.
         - ``kl_input_ids``, ``kl_attention_mask``, ``kl_labels`` [B, T'] int64, if the examples have
           ``kl_completion_ids``. A row without a mismatched completion holds its prompt and no label.
-        - ``ref_logps`` and ``ref_kl_logps`` [B] float64, if the examples have them.
+        - ``weights``, ``ref_logps`` and ``ref_kl_logps`` [B] float64, if the examples have ``weight``, ``ref_logps``
+          and ``ref_kl_logps``.
 
     >>> from kto_fused.preference_data import UnpairedCollator
     >>> batch = UnpairedCollator(pad_token_id=0)([
@@ -90,6 +91,8 @@ class UnpairedCollator(_Padding):
             batch |= {f"kl_{name}": tensor for name, tensor in mismatched.items()}
         for name in {"ref_logps", "ref_kl_logps"} & columns.keys():
             batch[name] = torch.tensor(columns[name], dtype=torch.float64)
+        if "weight" in columns:
+            batch["weights"] = torch.tensor(columns["weight"], dtype=torch.float64)
         return batch
 
 
@@ -105,7 +108,8 @@ class PairedCollator(_Padding):
 
     Returns:
         A call on a list of examples returns a dictionary of ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T]
-        int64, and ``ref_logps`` [B, 2] float64 if the examples have ``ref_chosen_logps`` and ``ref_rejected_logps``.
+        int64, ``ref_logps`` [B, 2] float64 if the examples have ``ref_chosen_logps`` and ``ref_rejected_logps``, and
+        ``weights`` [B] float64 if they have ``weight``.
         Prompts, padding and tokens that ``chosen_mask`` or ``rejected_mask`` leave out have the label -100.
 
     >>> from kto_fused.preference_data import PairedCollator
@@ -125,4 +129,6 @@ class PairedCollator(_Padding):
         if {"ref_chosen_logps", "ref_rejected_logps"} <= examples[0].keys():
             logps = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]
             batch["ref_logps"] = torch.tensor(logps, dtype=torch.float64)
+        if "weight" in examples[0]:
+            batch["weights"] = torch.tensor([example["weight"] for example in examples], dtype=torch.float64)
         return batch

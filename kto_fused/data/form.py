@@ -5,6 +5,7 @@ A dataset has one form: unpaired or paired, texts or conversations. ``form_of`` 
 expected, and often what to do.
 """
 
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from datasets import Features, Value
 
 UNPAIRED, PAIRED = ("prompt", "completion", "label"), ("prompt", "chosen", "rejected")
+WEIGHT = "weight"  # a field that all records have, or none: a number >= 0 that multiplies the record's loss
 # fields that a model or a chat template would get too: without them the rest of the record means something else
 UNSUPPORTED = ("images", "image", "audio", "audios", "video", "videos", "tools", "chat_template_kwargs")
 # The bytes of a line of JSON, and the characters of a record of a table, that one record may have. It is some four
@@ -35,18 +37,20 @@ class DataError(ValueError):
 class Form(NamedTuple):
     """The properties that all records of a dataset share."""
 
-    fields: tuple[str, ...]  # UNPAIRED or PAIRED
+    fields: tuple[str, ...]  # UNPAIRED or PAIRED, perhaps with WEIGHT
     conversational: bool
 
     def __str__(self) -> str:
-        kind = "paired" if self.fields == PAIRED else "unpaired"
-        return f"{kind} {'conversations' if self.conversational else 'texts'}"
+        kind = "paired" if "chosen" in self.fields else "unpaired"
+        weights = " with weights" if WEIGHT in self.fields else ""
+        return f"{kind} {'conversations' if self.conversational else 'texts'}{weights}"
 
     @property
     def features(self) -> Features:
         """The columns' types in a ``Dataset``."""
         text = [MESSAGE] if self.conversational else Value("string")
-        return Features({field: Value("bool") if field == "label" else text for field in self.fields})
+        numbers = {"label": Value("bool"), WEIGHT: Value("float64")}
+        return Features({field: numbers.get(field, text) for field in self.fields})
 
 
 def form_of(record: Any, where: str) -> Form:
@@ -61,7 +65,8 @@ def form_of(record: Any, where: str) -> Form:
     for field in fields:
         if field not in record:
             raise DataError(f"{where}, field {field!r}: missing, {expected}, got {names(record)}{_renaming(record)}")
-    return Form(fields, isinstance(record["prompt"], list))
+    weight = (WEIGHT,) if WEIGHT in record else ()
+    return Form(fields + weight, isinstance(record["prompt"], list))
 
 
 def _renaming(columns: Iterable[str]) -> str:
@@ -99,6 +104,11 @@ def checked_record(record: Any, form: Form, where: str) -> dict[str, Any]:
             if not isinstance(value, int) or value not in (0, 1):  # a bool is an int
                 raise DataError(f"{here}: expected true, false, 1 or 0, got {short(value)}")
             checked[field] = bool(value)
+            continue
+        if field == WEIGHT:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise DataError(f"{here}: expected a finite number >= 0, got {short(value)}")
+            checked[field] = float(value)
             continue
         if isinstance(value, (str, list)) and isinstance(value, list) != form.conversational:
             raise DataError(_mixed(value, form, field, here))
@@ -152,7 +162,7 @@ def _text(value: Any, here: str) -> str:
 
 def characters(record: dict[str, Any]) -> int:
     """Return the number of characters in the texts of a checked record."""
-    texts = [value for value in record.values() if not isinstance(value, bool)]
+    texts = [value for value in record.values() if isinstance(value, (str, list))]
     return sum(
         len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text) for text in texts
     )

@@ -60,7 +60,8 @@ def load(source: Source) -> Dataset:
         source: a ``Dataset``, a path, or a list of paths.
 
     Returns:
-        A dataset of ``prompt``, ``completion``, ``label`` (bool), or of ``prompt``, ``chosen``, ``rejected``.
+        A dataset of ``prompt``, ``completion``, ``label`` (bool), or of ``prompt``, ``chosen``, ``rejected``; and
+        ``weight`` (float64), if the records have it.
 
     Raises:
         DataError: a source cannot be read, or a record has not the form that ``kto_fused.data`` describes.

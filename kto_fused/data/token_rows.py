@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .form import DataError
+from .form import WEIGHT, DataError
 from .rendering import GENERATION, Renderer
 
 # How many tokens of a prompt's messages may change once an answer follows: one or two, if the tokenizer merges across
@@ -104,9 +104,10 @@ def token_rows(
         tokenizer, max_length: see ``prepare_unpaired``.
         name: of the data, for messages.
     """
-    fields = [field for field in batch if field not in ("prompt", "label")]
+    fields = [field for field in batch if field not in ("prompt", "label", WEIGHT)]
     is_split = len(fields) > len(sides)
-    labels = batch.get("label", [None] * len(rows))
+    nothing = [None] * len(rows)
+    labels, weights = batch.get("label", nothing), batch.get(WEIGHT, nothing)
     special = _special_tokens(tokenizer)
     made = {column: [] for column in columns}
     with Renderer(tokenizer, name) as render:
@@ -114,7 +115,8 @@ def token_rows(
             encoded = _encoded_texts(batch, fields, tokenizer)
         else:
             encoded = _encoded_conversations(batch, fields, rows, tokenizer, special, render)
-        for row, messages, label, (prompt, answers) in zip(rows, batch["prompt"], labels, encoded, strict=True):
+        each = zip(rows, batch["prompt"], labels, weights, encoded, strict=True)
+        for row, messages, label, weight, (prompt, answers) in each:
             why_same = _why_same(answers, max_length) if len(answers) == 2 else ""
             groups = [(answers[:1], True), (answers[1:], False)] if is_split else [(answers, label)]
             for group, its_label in groups:
@@ -126,7 +128,7 @@ def token_rows(
                     example = {"dropped": why_same}
                 if "dropped" in example:
                     example["dropped"] = [*DROPPED].index(example["dropped"]) + 1
-                example |= {"label": its_label, "row": row}
+                example |= {"label": its_label, WEIGHT: weight, "row": row}
                 for column in columns:
                     empty = [] if column.endswith(("_ids", "_mask")) else 0
                     made[column].append(example.get(column, empty))

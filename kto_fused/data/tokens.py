@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import checks
 from . import cache
-from .form import PAIRED, UNPAIRED, DataError
+from .form import PAIRED, UNPAIRED, WEIGHT, DataError
 from .partners import mismatched_partners
 from .records import Source, load
 from .token_rows import DROPPED, FOUND, no_end_cause, token_rows
@@ -104,7 +104,8 @@ def prepare_unpaired(
         A dataset of ``prompt_ids``, ``completion_ids``, ``label`` (bool), ``length`` (tokens of prompt and completion)
         and ``kl_completion_ids``: the completion of another prompt, cut to the room that is left, or empty if there is
         none. If an answer has several messages, there are also ``completion_mask`` and ``kl_completion_mask`` (bool,
-        one per token): True for the assistant's tokens, which alone are trained.
+        one per token): True for the assistant's tokens, which alone are trained. ``weight`` (float64) is the record's,
+        if the records have it; a pair's two examples both have the pair's.
 
     Raises:
         DataError: the data are bad, a chat template is missing, fails or exceeds a limit of ``Renderer``, the
@@ -149,7 +150,7 @@ def prepare_paired(
     Returns:
         A dataset of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``length`` (tokens of the prompt and the
         longer side). If an answer has several messages, there are also ``chosen_mask`` and ``rejected_mask``, as in
-        ``prepare_unpaired``.
+        ``prepare_unpaired``, and ``weight`` if the records have it.
 
     Raises:
         DataError: as in ``prepare_unpaired``, and for unpaired data.
@@ -171,11 +172,12 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
     if not is_text and not tokenizer.chat_template:
         raise DataError(f"{name} data: holds conversations, but the tokenizer has no chat template to render them with")
     sides = [field for field in fields if field not in ("prompt", "label")]
-    answers = [field for field in records.column_names if field not in ("prompt", "label")]
+    answers = [field for field in records.column_names if field not in ("prompt", "label", WEIGHT)]
     has_masks = not is_text and any(_column(records, answer, pc.list_value_length).max() > 1 for answer in answers)
     columns = {"prompt_ids": TOKENS} | {f"{side}_ids": TOKENS for side in sides}
     columns |= {f"{side}_mask": MASK for side in sides} if has_masks else {}
     columns |= {"label": Value("bool")} if "label" in fields else {}
+    columns |= {WEIGHT: Value("float64")} if WEIGHT in records.column_names else {}
     columns |= {"length": Value("int32"), **KEYS, **REPORTED}
     tokens = cache.mapped(
         records,
