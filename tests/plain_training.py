@@ -54,8 +54,7 @@ def plain_dpo(policy, ref, batch, args):
         ref_logits=ref_logits,
         beta=args.beta,
         loss_type=args.loss_type,
-        label_smoothing=args.label_smoothing,
-        gamma=args.gamma,
+        **{name: value for name in ("label_smoothing", "gamma") if (value := getattr(args, name)) is not None},
     )
 
 

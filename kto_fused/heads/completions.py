@@ -121,6 +121,23 @@ class APOZeroUnpaired(_LabelledCompletion):
             undesirable_weight=self.undesirable_weight,
         )
 
+    def fast_options(self, tensors):
+        """KTO's kernel, unless weights came. A subclass has a name, and perhaps a formula, of its own."""
+        if self.name != "apo_zero_unpaired" or "weights" in tensors:
+            return None
+        check_tensor_names(self, tensors)
+        return KTOHead, {
+            "desirable": tensors["desirable"],
+            "reference_point": 0.0,
+            "loss_type": self.name,
+            "beta": self.beta,
+            "desirable_weight": self.desirable_weight,
+            "undesirable_weight": self.undesirable_weight,
+        }
+
+    def report(self, logps, counts, ref_logps, *, desirable):
+        return {"reference_point": logps.new_zeros(())}
+
 
 @register("bco")
 @dataclass(frozen=True)
@@ -136,6 +153,9 @@ class BCO(_LabelledCompletion):
     def losses(self, logps, counts, ref_logps, *, desirable, delta):
         sign, weight = signs_and_weights(logps, desirable, self.desirable_weight, self.undesirable_weight)
         return -weight * F.logsigmoid(sign * (self.beta * (logps - ref_logps) - delta))
+
+    def report(self, logps, counts, ref_logps, *, desirable, delta):
+        return {"delta": delta}
 
 
 @register("gspo")

@@ -230,13 +230,19 @@ def make(name: str, **fields: Any) -> Head:
     >>> heads.make("orpo", beta=0.25)
     ORPO(beta=0.25, nll_on='completion')
     """
+    kind = class_of(name)
+    for field in fields:
+        if field not in kind.__dataclass_fields__:  # torch.compile traces no dataclasses.fields of a class
+            known = [field.name for field in dataclasses.fields(kind)]
+            raise TypeError(f"{name} has no field {field!r}: expected some of {known}")
+    return kind(**fields)
+
+
+def class_of(name: str) -> type[Head]:
+    """Return the class that is registered as ``name``."""
     if name not in _CLASSES:
         raise ValueError(f"no loss is registered as {name!r}: expected one of {list(names())}")
-    for field in fields:
-        if field not in _CLASSES[name].__dataclass_fields__:  # torch.compile traces no dataclasses.fields of a class
-            known = [field.name for field in dataclasses.fields(_CLASSES[name])]
-            raise TypeError(f"{name} has no field {field!r}: expected some of {known}")
-    return _CLASSES[name](**fields)
+    return _CLASSES[name]
 
 
 def as_loss(loss: "Head | str | Callable[..., torch.Tensor]") -> "Head | Callable[..., torch.Tensor]":

@@ -2,8 +2,8 @@
 
 ``FusedTrainer`` holds everything that is not specific to one loss: models, data, the reference's log-probabilities,
 the batch's path to the loss, evaluation and logging. ``ResumableTrainer`` below it saves and resumes. A recipe (a
-subclass in ``recipes``) says which columns its data have, which collator makes batches of them, and which loss a batch
-goes to.
+subclass in ``recipes``) says which columns its data have, which collator makes batches of them, which losses it trains,
+and which tensors of a batch they get.
 
 An optimizer step: for each batch, the reference's log-probabilities (from another model, other adapters, or disk), then
 policy and loss in one fused call, then backward. KTO first estimates z0 from all batches of the step, over all ranks.
@@ -27,10 +27,11 @@ from .. import huggingface, log
 from ..data.collators import PairedCollator, UnpairedCollator
 from ..data.records import Source
 from ..data.tokens import Prepared
-from ..functional import linear_sequence_logps, sequence_logps
+from ..functional import fused_linear_loss, fused_loss, linear_sequence_logps, sequence_logps
+from ..heads.protocol import Head, as_loss, is_registered
 from ..huggingface.padding import without_padding_mask
 from ..metrics import LossMetrics, Totals
-from . import adapters, fingerprints, models
+from . import adapters, fingerprints, losses, models
 from .configs import FusedPreferenceConfig
 from .reference import make_reference, precompute
 from .resuming import ResumableTrainer
@@ -52,15 +53,30 @@ class FusedTrainer(ResumableTrainer):
 
     config_class: type[FusedPreferenceConfig]
     collator_class: type[UnpairedCollator | PairedCollator]
-    loss_functions: Functions
-    loss_options: tuple[str, ...]  # the options in ``args`` that the loss takes under the same names
+    tensors: tuple[str, ...]  # those of a loss's tensors that the recipe has, by the names in ``losses`` of the loss
     columns: tuple[str, ...]  # of a prepared dataset
-    mask_columns: tuple[str, ...]  # further ones, of a dataset whose answers have several messages
+    optional_columns: tuple[str, ...]  # further ones: masks where answers have several messages, weights
     ref_columns: tuple[str, ...]  # further ones, of a dataset with precomputed reference log-probabilities
 
     def _tokenize(self, source: Source, args: FusedPreferenceConfig, name: str) -> Prepared:
         """Return the records of ``source`` as a dataset with ``columns``."""
         raise NotImplementedError
+
+    def _check_loss(self, loss: losses.AnyLoss, args: FusedPreferenceConfig) -> None:
+        """Refuse a loss that the recipe's batches do not fit, by name. A recipe adds what it asks of a loss."""
+        name = losses.describe(loss)
+        if missing := [tensor for tensor in losses.required(loss) if tensor not in self.tensors]:
+            raise ValueError(
+                f"{name} needs the tensors {missing}, and {type(self).__name__} has none of these names: it has "
+                f"{list(self.tensors)}"
+            )
+        parts = args.world_size * args.gradient_accumulation_steps
+        if getattr(loss, "group", None) is None and parts > 1:
+            raise ValueError(
+                f"{name} reads the whole batch, which would lie in {parts} parts: {args.world_size} processes, "
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps}; train it in one process without "
+                "accumulation, or say that it reads less (a class's group = 1 or 2)"
+            )
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
@@ -85,10 +101,18 @@ class FusedTrainer(ResumableTrainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        loss: losses.AnyLoss | str | None = None,
     ):
         log.show()
         args = self.config_class("trainer_output") if args is None else args
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}")
+        self.loss = args.make_loss() if loss is None else self._given_loss(loss)
+        if loss is not None:
+            args = args.with_loss(self.loss)
+        self.args = args  # ``Trainer`` sets it too, but only after the data are prepared
         self._check_arguments(args, model, ref_model)
+        self._check_loss(self.loss, args)
         self._tokenizer = models.tokenizer_of(model, processing_class, args.trust_remote_code)
         self.model_path = model if isinstance(model, str) else None
         self.path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
@@ -101,7 +125,14 @@ class FusedTrainer(ResumableTrainer):
         pad_token_id = models.pad_token_id(self._tokenizer)
         self._check_embedded(pad_token_id, "processing_class pads with")
         model = models.with_adapters(model, peft_config, args.seed)
-        models.check_policy(model, ref_model, args, optimizers[0], is_trained=train_dataset is not None)
+        models.check_policy(
+            model,
+            ref_model,
+            args,
+            optimizers[0],
+            is_trained=train_dataset is not None,
+            needs_reference=self.needs_reference,
+        )
         if models.has_adapters(model):
             adapters.drop_copies(model)
             if args.gradient_checkpointing:
@@ -134,24 +165,49 @@ class FusedTrainer(ResumableTrainer):
             if train_dataset is not None:
                 models.freeze_unreached(self.model, args, is_ddp=self._is_ddp)
             self._reference = make_reference(self, ref_model)
-            if args.needs_reference and args.should_log:
+            if args.should_log:
+                self._say_how_the_loss_is_computed()
+            if self.needs_reference and args.should_log:
                 before = " Its log-probabilities are computed before training." * args.precompute_ref_log_probs
                 logger.info(f"The reference is {self._reference.description}.{before}")
             if args.precompute_ref_log_probs:
                 precompute(self, self._reference)
 
+    @staticmethod
+    def _given_loss(loss: Any) -> losses.AnyLoss:
+        """Return the loss of the argument ``loss``: a head, a function, or a registered loss by its name."""
+        return loss if isinstance(loss, Head) else as_loss(loss)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the reference's log-probabilities."""
+        return losses.needs_reference(self.loss)
+
+    def _say_how_the_loss_is_computed(self) -> None:
+        """Log what a loss does not say by itself: 4 GEMMs, and a mean over the tokens of single batches."""
+        if not isinstance(self.loss, Head) or not is_registered(self.loss):
+            logger.info(
+                f"The loss {losses.describe(self.loss)} is not registered: it takes 4 GEMMs where a registered class "
+                "takes 3 (heads.register)."
+            )
+        in_parts = self.args.world_size * self.args.gradient_accumulation_steps > 1
+        if in_parts and isinstance(self.loss, Head) and self.loss.reads_batch_counts():
+            logger.info(
+                f"The loss {losses.describe(self.loss)} divides by the tokens of one device's batch: of accumulated "
+                "batches and processes it is the mean over these batches, weighted by their examples."
+            )
+
     def _check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
-        if not isinstance(args, self.config_class):
-            raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}")
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel is not supported: start a process "
                 "per GPU (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES)"
             )
-        if ref_model is not None and not args.needs_reference:
+        if ref_model is not None and not self.needs_reference:
             raise ValueError(
                 f"ref_model is given, but loss_type={args.loss_type!r} has no reference: leave ref_model out"
             )
+        args.check_reference(self.needs_reference)
         if ref_model is model and not isinstance(model, str):
             raise ValueError("ref_model is the model itself: leave it out, and a copy is made")
 
@@ -212,7 +268,7 @@ class FusedTrainer(ResumableTrainer):
                 )
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*self.columns, *self.mask_columns, *self.ref_columns]
+        self._signature_columns = [*self.columns, *self.optional_columns, *self.ref_columns]
 
     def _get_train_sampler(self, train_dataset: Dataset) -> torch.utils.data.Sampler | None:
         args = self.args
@@ -232,13 +288,17 @@ class FusedTrainer(ResumableTrainer):
     # ---- a batch's log-probabilities and loss ----
 
     logps_functions = Functions(linear_sequence_logps, sequence_logps)
+    loss_functions = Functions(fused_linear_loss, fused_loss)
 
     def _apply_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], **arguments: Any
     ) -> tuple[torch.Tensor, LossMetrics]:
-        """Return the loss of a batch and its metrics; ``arguments`` are the loss's tensors and its reduction."""
-        options = {name: getattr(self.args, name) for name in self.loss_options}
-        return self._apply(self.loss_functions, model, inputs, **options, **arguments)
+        """Return the loss of a batch and its metrics; ``arguments`` are the loss's tensors and its reduction.
+
+        Args:
+            arguments: ``ref_logps``, the loss's tensors by their names, and ``reduction``.
+        """
+        return self._apply(self.loss_functions, model, inputs, head=self.loss, **arguments)
 
     def _apply(
         self,
@@ -261,7 +321,6 @@ class FusedTrainer(ResumableTrainer):
         arguments |= {
             "labels": inputs[prefix + "labels"],
             "backend": args.backend,
-            "average_log_prob": args.average_log_prob,
         }
         if args.loss_from == "logits":
             in_place = torch.is_grad_enabled()  # without a backward the logits may share memory with another tensor
@@ -274,7 +333,7 @@ class FusedTrainer(ResumableTrainer):
     def _logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
         """Return a batch's sequence log-probabilities [B], without a gradient; of ``prefix`` as in ``_apply``."""
         with torch.no_grad():
-            return self._apply(self.logps_functions, model, inputs, prefix)
+            return self._apply(self.logps_functions, model, inputs, prefix, average_log_prob=self.args.average_log_prob)
 
     def _ref_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
         """Return the reference's log-probabilities [B], from the batch where they were precomputed."""
@@ -297,10 +356,14 @@ class FusedTrainer(ResumableTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the sequences, or pairs, of an optimizer step over all ranks."""
-        count = sum(len(batch["input_ids"]) for batch in batch_samples)
+        count = sum(self._num_items(batch) for batch in batch_samples)
         if self.args.world_size == 1:
             return count
         return self.accelerator.gather(torch.tensor(count, device=device)).sum()
+
+    def _num_items(self, batch: dict[str, torch.Tensor]) -> int:
+        """Return the number by which a batch's mean loss divides: its sequences, or pairs."""
+        return len(batch["input_ids"])
 
     def compute_loss(
         self,
@@ -315,12 +378,12 @@ class FusedTrainer(ResumableTrainer):
         So accumulated batches and ranks, including smaller last ones, add up to the gradient of one large batch.
         """
         loss, metrics = self._loss(model, inputs)
-        rows = len(inputs["input_ids"])
+        items = self._num_items(inputs)
         if self.model.training:
-            self._train_totals.add(metrics.totals() | {"loss": self._total(loss, rows)})
+            self._train_totals.add(metrics.totals() | {"loss": self._total(loss, items)})
             self._num_tokens += inputs["attention_mask"].sum()
         if num_items_in_batch is not None:
-            share = rows * self.accelerator.num_processes / num_items_in_batch
+            share = items * self.accelerator.num_processes / num_items_in_batch
             if not (isinstance(share, float) and share == 1):
                 loss = loss * share
         return (loss, metrics) if return_outputs else loss
@@ -424,10 +487,20 @@ class FusedTrainer(ResumableTrainer):
         """Return a batch's mean loss, without logits and labels: there are no logits."""
         inputs, gather = self._prepare_inputs(inputs), self.accelerator.gather_for_metrics
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses, metrics = self._loss(model, inputs, reduction="none")
+            values, metrics = self._losses(model, inputs)
         # gathered per sequence, because accelerate may fill the last batch with sequences that it repeats
-        self._eval_totals.add(metrics.gathered(gather).totals() | {"loss": self._total(gather(losses))})
-        return losses.mean(), None, None
+        self._eval_totals.add(metrics.gathered(gather).totals() | {"loss": self._total(gather(values))})
+        return values.mean(), None, None
+
+    def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
+        """Return the loss of each sequence (pair) of a batch, [b], and the metrics.
+
+        A loss of the whole batch, which is trained in one process alone, gives each the batch's mean.
+        """
+        if getattr(self.loss, "group", None) is not None:
+            return self._loss(model, inputs, reduction="none")
+        loss, metrics = self._loss(model, inputs)
+        return loss.expand(self._num_items(inputs)), metrics
 
 
 class _LengthGroupedEpochs(LengthGroupedSampler):

@@ -1,27 +1,24 @@
 """The trainers' options: ``transformers.TrainingArguments`` and the options of each loss.
 
 An option is a field with its default, its help text and its choices, in this file alone: the command's flags are made
-from the fields. ``__post_init__`` refuses values with which a run would not be the one that was asked for.
-``TrainingArguments`` and accelerate refuse others themselves; those checks are not repeated here.
+from the fields. The options of the losses come from the registry of losses (``losses.with_loss_options``).
+``__post_init__`` refuses values with which a run would not be the one that was asked for. ``TrainingArguments`` and
+accelerate refuse others themselves; those checks are not repeated here.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from transformers import TrainingArguments
 
-from .. import checks
+from .. import checks, heads
 from ..engines import backends
 from ..functional import DEFAULT_CHUNK_BYTES
-from ..heads.preference import (
-    DEFAULT_GAMMA,
-    DPO_LOSS_TYPES,
-    KTO_LOSS_TYPES,
-    REFERENCE_FREE,
-    check_dpo_options,
-    check_kto_options,
-)
+from ..heads.preference import KTO_LOSS_TYPES
+from ..heads.protocol import Head, class_of
+from . import losses
 
 MISMATCHED = "mismatched"
 AUTO = "auto"
@@ -76,7 +73,10 @@ def _option(default: Any, text: str, **metadata: Any) -> Any:
 
 @dataclass
 class FusedPreferenceConfig(TrainingArguments):
-    """The options that ``FusedKTOConfig`` and ``FusedDPOConfig`` share.
+    """The options that all recipes share. A recipe's own class adds ``loss_type`` and the options of its losses.
+
+    An option of a loss is None until it is set, which means the loss's own default; an option that the chosen loss does
+    not have is refused. After construction the chosen loss's options hold the values that it has.
 
     Four defaults differ from ``TrainingArguments``: the first four fields below. Examples are grouped by length, so
     that batches pad little. NaN losses are not filtered, because the filter would wait for the device at every step.
@@ -94,7 +94,12 @@ class FusedPreferenceConfig(TrainingArguments):
         choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
 
-    beta: float = _option(0.1, "Pull towards the reference model, > 0.")
+    loss_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of several losses, in loss_type's order, of which the sum is trained; 1 if not given."
+        },
+    )
     reference: str = _option(
         POLICY,
         "The reference if no ref_model is given. 'policy': the policy as it is before training; for a model with "
@@ -144,8 +149,14 @@ class FusedPreferenceConfig(TrainingArguments):
         "the log says what differs.",
     )
 
+    # of the recipe, see ``losses.with_loss_options``
+    loss_names: ClassVar[tuple[str, ...]]
+    loss_options: ClassVar[dict[str, dict[str, Any]]]
+    default_loss: ClassVar[str]
+
     def __post_init__(self):
         super().__post_init__()
+        self._settle_loss()
         if isinstance(self.max_length, str) and self.max_length.isdecimal():  # HfArgumentParser leaves it a string
             self.max_length = int(self.max_length)
         self._check_types()
@@ -160,11 +171,15 @@ class FusedPreferenceConfig(TrainingArguments):
             if option is inherited.get(option.name):
                 continue
             name, value = option.name, getattr(self, option.name)
+            if option.name == "loss_type":
+                continue
             if "choices" in option.metadata:
                 or_none = (None,) if option.default is None else ()
                 checks.choice(name, value, (*option.metadata["choices"], *or_none))
             elif types[name] is bool:
                 checks.flag(name, value)
+            elif name in self.loss_options:
+                continue  # the loss checks its fields itself
             elif types[name] == int | None and not _is_count(value):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
 
@@ -222,18 +237,106 @@ class FusedPreferenceConfig(TrainingArguments):
             ("hub_model_id", None, "push_to_hub", self.push_to_hub),
             ("precompute_ref_batch_size", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
             ("ref_cache_dir", None, "precompute_ref_log_probs", self.precompute_ref_log_probs),
-            ("precompute_ref_log_probs", False, "a loss_type that has a reference", self.needs_reference),
-            ("reference", POLICY, "a loss_type that has a reference", self.needs_reference),
         ):
             if getattr(self, name) not in (unset, {}) and not is_there:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no meaning without {needed}")
+        self.check_reference(losses.needs_reference(self.make_loss()))
+
+    def check_reference(self, needs_reference: bool) -> None:
+        """Refuse options of the reference model where the loss has none."""
+        for name, unset in (("precompute_ref_log_probs", False), ("reference", POLICY)):
+            if getattr(self, name) != unset and not needs_reference:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning without a loss_type that has a reference"
+                )
+
+    # ---- the loss ----
+
+    def make_loss(self) -> Head:
+        """Return the loss that ``loss_type`` and its options describe. Several losses are a ``heads.Mix``."""
+        names = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+        made = [heads.make(name, **self._fields_of(name)) for name in names]
+        if len(made) == 1 and self.loss_weights is None:
+            return made[0]
+        return heads.Mix(*zip(self.loss_weights or [1.0] * len(made), made, strict=True))
+
+    def with_loss(self, loss: losses.AnyLoss) -> "FusedPreferenceConfig":
+        """Return a copy that says that ``loss`` is trained, which ``loss_type`` and its options do not describe.
+
+        Raises:
+            ValueError: an option of a loss was given too.
+        """
+        if self._loss_options_given:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._loss_options_given)
+            raise ValueError(
+                f"loss={losses.describe(loss)} is given, and {given} too: set the numbers of a loss on the loss itself"
+            )
+        args = copy.copy(self)
+        for option in self.loss_options:
+            setattr(args, option, None)
+        args.loss_type = losses.describe(loss)
+        return args
+
+    def _fields_of(self, name: str) -> dict[str, Any]:
+        """Return the fields of the loss ``name`` that options set."""
+        hints, given = get_type_hints(class_of(name)), {}
+        for of_loss in fields(class_of(name)):
+            option = losses.option_name(name, of_loss.name, self.taken_names)
+            if option in self.loss_options and getattr(self, option) is not None:
+                given[of_loss.name] = losses.field_value(getattr(self, option), hints[of_loss.name])
+        return given
+
+    def _settle_loss(self) -> None:
+        """Check the loss's options, and put the chosen loss's values in place of None."""
+        if isinstance(self.loss_type, list):
+            self.loss_type = [name for name in self.loss_type if name is not None] or None
+        options = ("loss_type", "loss_weights", *self.loss_options)
+        self._loss_options_given = tuple(name for name in options if getattr(self, name) is not None)
+        if self.loss_type is None:
+            self.loss_type = self.default_loss
+        names = self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+        known = [*self.loss_names, *(name for name in heads.names() if not losses.is_ours(name))]
+        for name in names:
+            checks.choice("loss_type", name, known)
+        if self.loss_weights is None and len(names) == 1:
+            self.loss_type = names[0]
+        elif self.loss_weights is not None and len(self.loss_weights) != len(names):
+            raise ValueError(f"loss_weights must hold one weight per loss of {names}, got {self.loss_weights}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"loss_type names a loss twice: {names}")
+        for option, defaults in self.loss_options.items():
+            value = getattr(self, option)
+            users = [name for name in names if self._has(name, option)]
+            if value is not None and not users:
+                raise ValueError(
+                    f"{option}={value!r} has no meaning for loss_type={self.loss_type!r}: it belongs to {[*defaults]}"
+                )
+        made = self.make_loss()
+        for option in self.loss_options:
+            held = {
+                getattr(head, of_loss.name)
+                for head in losses.parts(made)
+                for of_loss in fields(head)
+                if losses.option_name(head.name, of_loss.name, self.taken_names) == option
+            }
+            if len(held) == 1:
+                setattr(self, option, *held)
+
+    def _has(self, name: str, option: str) -> bool:
+        options = (losses.option_name(name, of_loss.name, self.taken_names) for of_loss in fields(class_of(name)))
+        return option in options
+
+
+# One or several losses. The order of the types matters: of a union, ``HfArgumentParser`` takes the type beside None.
+LossType = list[str] | None | str
 
 
 @dataclass
+@losses.with_loss_options(losses.built_in(losses.trains_completions), left_out=("reference_point",))
 class FusedKTOConfig(FusedPreferenceConfig):
     """Options of ``FusedKTOTrainer``.
 
-    ``reference_point`` is z0, in one of three forms:
+    ``reference_point`` is z0 of the losses ``kto`` and ``kto_squared``, in one of three forms:
 
     - ``"mismatched"``: the paper's estimate from prompts with other prompts' completions, which takes two more forward
       passes, without gradient. It is the mean over all ranks and accumulated batches of an optimizer step; in
@@ -245,14 +348,24 @@ class FusedKTOConfig(FusedPreferenceConfig):
     'kto'
     """
 
-    loss_type: str = _option("kto", "The loss.", choices=list(KTO_LOSS_TYPES))
-    desirable_weight: float = _option(1.0, "Weight of desirable completions, >= 0.")
-    undesirable_weight: float = _option(1.0, "Weight of undesirable completions, >= 0.")
+    default_loss: ClassVar[str] = "kto"
+
+    loss_type: LossType = field(
+        default=None,
+        metadata={
+            "help": "The loss, of single completions with labels; kto if not given. Several losses are summed.",
+            "choices": list(losses.built_in(losses.trains_completions)),
+        },
+    )
     reference_point: str = _option(MISMATCHED, "z0: 'mismatched', 'batch_mean', or a number in nats.")
+    reward_shift_decay: float = _option(
+        0.9,
+        "Loss bco: share of the former mean rewards that an optimizer step keeps in the moving means, whose middle is "
+        "the reward shift delta; in [0, 1).",
+    )
     average_log_prob: bool = _option(False, "Average a completion's log-probabilities over its tokens, not sum them.")
 
     def __post_init__(self):
-        super().__post_init__()
         if self.reference_point not in (MISMATCHED, "batch_mean"):
             given = self.reference_point
             try:
@@ -261,46 +374,58 @@ class FusedKTOConfig(FusedPreferenceConfig):
                 self.reference_point = math.nan
             if not math.isfinite(self.reference_point):
                 raise ValueError(f"reference_point must be 'mismatched', 'batch_mean' or a number, got {given!r}")
-        number = 0.0 if self.reference_point == MISMATCHED else self.reference_point
-        # check_kto_options accepts "batch_mean" with this loss, because it is the functions' default; it is not this
-        # option's default
-        if number == "batch_mean" and self.loss_type == "apo_zero_unpaired":
-            raise ValueError("loss_type='apo_zero_unpaired' fixes reference_point at 0, got 'batch_mean'")
-        check_kto_options(self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight, number, "mean")
+        checks.number("reward_shift_decay", self.reward_shift_decay, at_least=0)
+        if not self.reward_shift_decay < 1:
+            raise ValueError(f"reward_shift_decay must lie in [0, 1), got {self.reward_shift_decay}")
+        super().__post_init__()
+        if self.average_log_prob and self.loss_type not in KTO_LOSS_TYPES:
+            raise ValueError(
+                f"average_log_prob=True has no meaning for loss_type={self.loss_type!r}: it belongs to "
+                f"{list(KTO_LOSS_TYPES)}"
+            )
+        self.check_tensors(self.make_loss())
 
-    @property
-    def needs_reference(self) -> bool:
-        return True
+    def _fields_of(self, name: str) -> dict[str, Any]:
+        fields = super()._fields_of(name)
+        if name in ("kto", "kto_squared"):
+            fields["reference_point"] = "tensor" if self.reference_point == MISMATCHED else self.reference_point
+        return fields
 
-    @property
-    def needs_mismatched(self) -> bool:
-        return self.reference_point == MISMATCHED and self.loss_type != "apo_zero_unpaired"
+    def check_tensors(self, loss: losses.AnyLoss) -> None:
+        """Refuse options of z0 and of the reward shift for a loss that has none."""
+        has_z0 = any(losses.takes(part, "z0") for part in losses.parts(loss))
+        for name, unset, is_there in (
+            ("reference_point", MISMATCHED, has_z0),
+            ("reward_shift_decay", type(self).reward_shift_decay, losses.takes(loss, "delta")),
+        ):
+            if getattr(self, name) != unset and not is_there:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning for loss_type={self.loss_type!r}, which reads no "
+                    f"{'z0' if name == 'reference_point' else 'delta'}"
+                )
 
 
 @dataclass
+@losses.with_loss_options(losses.built_in(losses.trains_pairs))
 class FusedDPOConfig(FusedPreferenceConfig):
     """Options of ``FusedDPOTrainer``.
 
     >>> FusedDPOConfig(output_dir="out", use_cpu=True, loss_type="ipo").beta
     0.1
+    >>> FusedDPOConfig(output_dir="out", use_cpu=True, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2]).beta
+    0.1
     """
 
-    loss_type: str = _option("sigmoid", "The loss.", choices=list(DPO_LOSS_TYPES))
-    label_smoothing: float = _option(
-        0.0, "Probability that a preference is wrong, in [0, 0.5); for sigmoid, robust and simpo."
-    )
-    gamma: float = _option(
-        DEFAULT_GAMMA, "Target reward margin of simpo: its loss is -log sigmoid(beta x difference - gamma)."
-    )
+    default_loss: ClassVar[str] = "sigmoid"
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_dpo_options(self.loss_type, self.beta, self.label_smoothing, self.gamma, "mean")
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.loss_type not in REFERENCE_FREE
+    loss_type: LossType = field(
+        default=None,
+        metadata={
+            "help": "The loss, of pairs; sigmoid (DPO) if not given. Several losses are summed.",
+            "choices": list(losses.built_in(losses.trains_pairs)),
+        },
+    )
 
     @property
     def average_log_prob(self) -> bool:
-        return False  # ipo and simpo average by themselves
+        return False  # the losses divide by lengths themselves where they do

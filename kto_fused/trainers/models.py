@@ -157,7 +157,13 @@ def max_length(wanted: int | str | None, multiple: int | None, **models: nn.Modu
 
 
 def check_policy(
-    model: nn.Module, ref_model: nn.Module | None, args: FusedPreferenceConfig, optimizer: Any, *, is_trained: bool
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    args: FusedPreferenceConfig,
+    optimizer: Any,
+    *,
+    is_trained: bool,
+    needs_reference: bool,
 ) -> None:
     """Refuse a policy that cannot be trained, or not against this reference, before any data is prepared.
 
@@ -167,6 +173,7 @@ def check_policy(
         args: the trainer's options.
         optimizer: the caller's own optimizer, or None.
         is_trained: whether there is training data; else the trainer only evaluates.
+        needs_reference: whether the loss has a reference.
     """
     if is_trained:
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -184,7 +191,7 @@ def check_policy(
         head_layers(huggingface.unwrap(model))
     if args.reference == BASE:
         check_base_is_reference(model, ref_model)
-    if has_adapters(model) and args.needs_reference and ref_model is None:
+    if has_adapters(model) and needs_reference and ref_model is None:
         check_adapters_alone_are_trained(model)
 
 

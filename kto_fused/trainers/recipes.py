@@ -1,7 +1,11 @@
-"""The trainers of the losses. Each says its columns, its collator, its loss, and what the loss takes beside a batch."""
+"""The trainers, one per kind of data. Each says its columns, its collator, which losses it trains, and which tensors
+they get.
+"""
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,22 +17,23 @@ from ..data import tokens
 from ..data.collators import IGNORE_INDEX, PairedCollator, UnpairedCollator
 from ..data.records import Source
 from ..data.tokens import Prepared
-from ..functional import (
-    fused_dpo_loss,
-    fused_kto_loss,
-    fused_linear_dpo_loss,
-    fused_linear_kto_loss,
-    kto_class_weights,
-)
+from ..functional import fused_kto_loss, fused_linear_kto_loss, kto_class_weights
+from ..heads.completions import KTO
+from ..heads.protocol import Mix
 from ..metrics import LossMetrics
+from . import losses
 from .base import Functions, FusedTrainer
-from .configs import FusedDPOConfig, FusedKTOConfig
+from .configs import MISMATCHED, FusedDPOConfig, FusedKTOConfig
 
 logger = logging.getLogger(__name__)
 
 
 class FusedKTOTrainer(FusedTrainer):
-    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) on ``transformers.Trainer``, without logits.
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) and other losses of single completions on
+    ``transformers.Trainer``, without logits.
+
+    ``args.loss_type`` names the loss: ``kto``, ``kto_squared``, ``apo_zero_unpaired``, ``bco``, or one that you
+    registered. ``loss`` is any other.
 
     Args:
         model: a causal language model, bare or a ``PeftModel``, or a checkpoint's path or id.
@@ -51,6 +56,13 @@ class FusedKTOTrainer(FusedTrainer):
         processing_class: the tokenizer; None: the model's own.
         peft_config: adapters to add to the model, a ``peft.PeftConfig``.
         callbacks, optimizers: as in ``Trainer``.
+        loss: a loss in place of ``args.loss_type``: a head (``heads.make("kto", beta=0.2)``, one of your own, a
+            ``heads.Mix``), the name of a registered one, or a function ``f(logps, counts, ref_logps, **tensors)``. It
+            may take the tensors ``desirable``, ``z0`` (the reference point, in nats), ``delta`` (the moving mean of
+            the rewards, see ``heads.completions.BCO``) and ``weights``. A function that is not registered takes 4
+            GEMMs, and has a reference unless its attribute ``needs_reference`` is False.
+
+    A record may have a ``weight`` >= 0, which multiplies its loss. The mean divides by the number of records.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, by name; ``preference_data.DataError`` for a record,
@@ -65,59 +77,115 @@ class FusedKTOTrainer(FusedTrainer):
 
     config_class = FusedKTOConfig
     collator_class = UnpairedCollator
-    loss_functions = Functions(fused_linear_kto_loss, fused_kto_loss)
-    loss_options = ("loss_type", "beta", "desirable_weight", "undesirable_weight")
-    mask_columns = ("completion_mask", "kl_completion_mask")
+    tensors = ("desirable", "z0", "delta", "weights")
+    optional_columns = ("completion_mask", "kl_completion_mask", "weight")
+    # the loss of length-averaged log-probabilities, an option of these functions alone
+    averaged_functions = Functions(fused_linear_kto_loss, fused_kto_loss)
 
     def __init__(self, *arguments: Any, **named_arguments: Any):
         super().__init__(*arguments, **named_arguments)
-        args = self.args
-        if args.reference_point == "batch_mean" and args.world_size * args.gradient_accumulation_steps > 1:
+        self._reward_shift = RewardShift(self.args.reward_shift_decay, self.args.device)
+
+    def _check_loss(self, loss: losses.AnyLoss, args: FusedKTOConfig) -> None:
+        name = losses.describe(loss)
+        if getattr(loss, "level", "sequence") != "sequence" or getattr(loss, "is_paired", False):
+            kind = "pairs (FusedDPOTrainer)" if getattr(loss, "is_paired", False) else "single tokens"
+            raise ValueError(f"{name} is a loss of {kind}, and FusedKTOTrainer trains losses of single completions")
+        if isinstance(loss, Mix) and losses.takes(loss, "delta"):
+            raise ValueError(
+                f"{name} mixes a loss that takes delta, the moving mean of its own rewards: train it alone"
+            )
+        args.check_tensors(loss)
+        parts = args.world_size * args.gradient_accumulation_steps
+        if args.reference_point == "batch_mean" and parts > 1:
             raise ValueError(
                 "reference_point='batch_mean' couples a batch that lies in several parts: "
                 f"{args.world_size} processes, gradient_accumulation_steps={args.gradient_accumulation_steps}; "
                 "use 'mismatched' or a number"
             )
+        super()._check_loss(loss, args)
+        if _takes_z0(loss) and args.reference_point == "batch_mean":
+            raise ValueError(f"{name} takes z0, and reference_point is 'batch_mean': use 'mismatched' or a number")
+        own = {part.reference_point for part in losses.parts(loss) if isinstance(part, KTO)} - {"tensor"}
+        if args.reference_point != MISMATCHED and own - {args.reference_point}:
+            raise ValueError(f"reference_point={args.reference_point!r} is given, and {name} has its own")
+        if args.average_log_prob and args.loss_type != getattr(loss, "name", None):
+            raise ValueError(f"average_log_prob=True has no meaning for loss={name}")
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether z0 is estimated from mismatched pairs."""
+        return self.args.reference_point == MISMATCHED and _takes_z0(self.loss)
 
     @property
     def columns(self) -> tuple[str, ...]:
         columns = ("prompt_ids", "completion_ids", "label", "length")
-        return (*columns, "kl_completion_ids") if self.args.needs_mismatched else columns
+        return (*columns, "kl_completion_ids") if self.needs_mismatched else columns
 
     @property
     def ref_columns(self) -> tuple[str, ...]:
-        return ("ref_logps", "ref_kl_logps") if self.args.needs_mismatched else ("ref_logps",)
+        return ("ref_logps", "ref_kl_logps") if self.needs_mismatched else ("ref_logps",)
 
     def _tokenize(self, source: Source, args: FusedKTOConfig, name: str) -> Prepared:
         prepared = tokens.prepare_unpaired(
             source,
             self._tokenizer,
             max_length=self.max_length,
-            mismatch=args.needs_mismatched,
+            mismatch=self.needs_mismatched,
             needs_both_labels=name == "train",
             seed=args.seed,
             num_proc=args.dataset_num_proc,
             name=name,
         )
-        if name == "train" and args.loss_type == "kto" and args.should_log:
-            _advise_weights(prepared.dataset, args)
+        if args.average_log_prob and "weight" in prepared.dataset.column_names:
+            raise ValueError(f"{name} data: records have a weight, which average_log_prob=True does not take")
+        if name == "train" and isinstance(self.loss, KTO) and self.loss.name == "kto" and args.should_log:
+            _advise_weights(prepared.dataset, self.loss)
         return prepared
 
     def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        prefixes = ("", "kl_") if self.args.needs_mismatched else ("",)
+        prefixes = ("", "kl_") if self.needs_mismatched else ("",)
         return tuple(self._ref_logps(model, inputs, prefix) for prefix in prefixes)
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
     ) -> tuple[torch.Tensor, LossMetrics]:
-        return self._apply_loss(
-            model,
-            inputs,
-            desirable=inputs["desirable"],
-            reference_point=self._reference_point(model, inputs),
-            ref_logps=self._ref_logps(model, inputs),
-            reduction=reduction,
-        )
+        z0 = self._reference_point(model, inputs)
+        ref_logps = self._ref_logps(model, inputs) if self.needs_reference else None
+        if self.args.average_log_prob:
+            options = {name: getattr(self.loss, name) for name in ("beta", "desirable_weight", "undesirable_weight")}
+            return self._apply(
+                self.averaged_functions,
+                model,
+                inputs,
+                loss_type=self.loss.name,
+                desirable=inputs["desirable"],
+                reference_point=getattr(self.loss, "reference_point", 0.0) if z0 is None else z0,
+                ref_logps=ref_logps,
+                reduction=reduction,
+                average_log_prob=True,
+                **options,
+            )
+        tensors = {"z0": z0, "weights": inputs.get("weights")}
+        if losses.takes(self.loss, "desirable"):
+            tensors["desirable"] = inputs["desirable"]
+        if losses.takes(self.loss, "delta"):
+            tensors["delta"] = self._reward_shift.value(self.accelerator.reduce)
+        tensors = {name: value for name, value in tensors.items() if value is not None}
+        loss, metrics = self._apply_loss(model, inputs, ref_logps=ref_logps, reduction=reduction, **tensors)
+        metrics = replace(metrics, desirable=inputs["desirable"], is_paired=False)
+        if "delta" in tensors and self.model.training:
+            self._reward_shift.add(metrics.rewards, inputs["desirable"])
+        return loss, metrics
+
+    # ---- the reward shift delta ----
+
+    def _recipe_state(self) -> dict[str, torch.Tensor]:
+        return self._reward_shift.state() if losses.takes(self.loss, "delta") else {}
+
+    def _restore_recipe_state(self, state: dict[str, torch.Tensor]) -> None:
+        if state:
+            self._reward_shift.restore(state)
 
     # ---- the reference point z0 ----
 
@@ -130,17 +198,19 @@ class FusedKTOTrainer(FusedTrainer):
         return batches, num_items
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._reward_shift = RewardShift(self.args.reward_shift_decay, self.args.device)
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:  # a later call of ``compute_loss`` by hand must not get the last step's z0
             self._step_batches = self._step_reference_point = None
 
-    def _reference_point(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor | float | str:
-        """Return z0, estimated once for all batches of an optimizer step, or for each batch of an evaluation."""
-        if self.args.loss_type == "apo_zero_unpaired":
-            return 0.0
-        if not self.args.needs_mismatched:
-            return self.args.reference_point
+    def _reference_point(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor | float | None:
+        """Return the tensor z0 of a loss that takes it, None for any other.
+
+        An estimate is made once for all batches of an optimizer step, and for each batch of an evaluation.
+        """
+        if not self.needs_mismatched:
+            return self.args.reference_point if _takes_z0(self.loss) else None
         if not self.model.training:  # asked of the model itself: DeepSpeed's engine does not say
             return self._estimated_reference_point(model, [inputs])
         if self._step_reference_point is None:  # estimated in the step, after resuming has restored the random state
@@ -170,11 +240,51 @@ class FusedKTOTrainer(FusedTrainer):
         return (total / count.clamp(min=1)).clamp(min=0)
 
 
+class RewardShift:
+    """The reward shift delta of BCO: the middle between the moving means of desirable and undesirable rewards.
+
+    A mean moves once per optimizer step, by the rewards of all its batches and ranks: m <- decay m + (1 - decay) mean.
+    It starts with the first step's mean; before that it is 0. So delta of a step depends on the steps before it, and
+    takes no further forward pass.
+    """
+
+    def __init__(self, decay: float, device: torch.device):
+        self.decay = decay
+        self.means = torch.zeros(2, dtype=torch.float64, device=device)  # of desirable and undesirable completions
+        self.is_known = torch.zeros(2, dtype=torch.bool, device=device)
+        self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # rewards since the last move: sums, counts
+        self.is_due = False  # whether there are such rewards, on this rank as on all others
+
+    def add(self, rewards: torch.Tensor, desirable: torch.Tensor) -> None:
+        """Keep the rewards [B] of a training batch for the next move."""
+        sides = torch.stack([desirable, ~desirable]).double()
+        self.sums = self.sums + torch.stack([(sides * rewards.double()).sum(1), sides.sum(1)])
+        self.is_due = True
+
+    def value(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return delta, a float64 scalar, moved by the rewards since the last call. ``reduce`` sums over ranks."""
+        if self.is_due:
+            sums, counts = reduce(self.sums)
+            means, is_seen = sums / counts.clamp(min=1), counts > 0
+            moved = torch.where(self.is_known, self.decay * self.means + (1 - self.decay) * means, means)
+            self.means = torch.where(is_seen, moved, self.means)
+            self.is_known, self.sums, self.is_due = self.is_known | is_seen, torch.zeros_like(self.sums), False
+        return self.means.mean()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"means": self.means, "is_known": self.is_known, "sums": self.sums}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.means, self.is_known, self.sums, self.is_due = state["means"], state["is_known"], state["sums"], True
+
+
 class FusedDPOTrainer(FusedTrainer):
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290) and its relatives on ``transformers.Trainer``, without logits.
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290) and any other loss of pairs on ``transformers.Trainer``, without
+    logits.
 
     Takes the arguments of ``FusedKTOTrainer``, with ``FusedDPOConfig`` and pairs: ``prompt``, ``chosen``, ``rejected``.
-    ``loss_type="simpo"`` has no reference.
+    A list in ``loss_type`` with ``loss_weights`` is a weighted sum of losses. Losses without a reference model
+    (``simpo``, ``cpo``, ``orpo``, ...) load none. A ``loss`` of your own may take the tensor ``weights``.
 
     >>> trainer = FusedDPOTrainer(
     ...     "Qwen/Qwen2.5-0.5B-Instruct", args=FusedDPOConfig(output_dir="out"), train_dataset="pairs.jsonl"
@@ -183,11 +293,17 @@ class FusedDPOTrainer(FusedTrainer):
 
     config_class = FusedDPOConfig
     collator_class = PairedCollator
-    loss_functions = Functions(fused_linear_dpo_loss, fused_dpo_loss)
-    loss_options = ("loss_type", "beta", "label_smoothing", "gamma")
+    tensors = ("weights",)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
-    mask_columns = ("chosen_mask", "rejected_mask")
+    optional_columns = ("chosen_mask", "rejected_mask", "weight")
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
+
+    def _check_loss(self, loss: losses.AnyLoss, args: FusedDPOConfig) -> None:
+        level, group = getattr(loss, "level", "sequence"), getattr(loss, "group", None)
+        if level != "sequence" or group == 1:
+            kind = "single completions (FusedKTOTrainer)" if level == "sequence" else "single tokens"
+            raise ValueError(f"{losses.describe(loss)} is a loss of {kind}, and FusedDPOTrainer trains losses of pairs")
+        super()._check_loss(loss, args)
 
     def _tokenize(self, source: Source, args: FusedDPOConfig, name: str) -> Prepared:
         return tokens.prepare_paired(
@@ -201,21 +317,31 @@ class FusedDPOTrainer(FusedTrainer):
         self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
     ) -> tuple[torch.Tensor, LossMetrics]:
         sequences = _chosen_then_rejected(inputs)
-        ref_logps = self._ref_logps(model, sequences) if self.args.needs_reference else None
-        return self._apply_loss(model, sequences, ref_logps=ref_logps, reduction=reduction)
+        ref_logps = self._ref_logps(model, sequences) if self.needs_reference else None
+        weights = {"weights": inputs["weights"]} if "weights" in inputs else {}
+        loss, metrics = self._apply_loss(model, sequences, ref_logps=ref_logps, reduction=reduction, **weights)
+        return loss, replace(metrics, is_paired=True)
 
 
 def _chosen_then_rejected(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Reshape a batch of pairs [b, 2, ...] to sequences [2b, ...], all chosen ones first."""
-    return {name: values.transpose(0, 1).flatten(0, 1) for name, values in inputs.items()}
+    return {name: values.transpose(0, 1).flatten(0, 1) for name, values in inputs.items() if name != "weights"}
 
 
-def _advise_weights(dataset: Dataset, args: FusedKTOConfig) -> None:
+def _takes_z0(loss: losses.AnyLoss) -> bool:
+    """Whether the loss gets the reference point as the tensor z0."""
+    return any(
+        part.reference_point == "tensor" if isinstance(part, KTO) else losses.takes(part, "z0")
+        for part in losses.parts(loss)
+    )
+
+
+def _advise_weights(dataset: Dataset, loss: KTO) -> None:
     """Log the weights that the paper advises for the labels of the data, where the options leave both at 1."""
     desirable = int(np.sum(dataset["label"]))
     counts = desirable, len(dataset) - desirable
     advised = [math.ceil(100 * weight) / 100 for weight in kto_class_weights(*counts)]  # up: nearer to the middle
-    if advised == [1.0, 1.0] or (args.desirable_weight, args.undesirable_weight) != (1.0, 1.0):
+    if advised == [1.0, 1.0] or (loss.desirable_weight, loss.undesirable_weight) != (1.0, 1.0):
         return
     name, weight = ("desirable_weight", advised[0]) if advised[0] > 1 else ("undesirable_weight", advised[1])
     logger.info(

@@ -103,7 +103,7 @@ def make_reference(trainer: "FusedTrainer", ref_model: PreTrainedModel | None) -
         ref_model: the caller's reference model; None: the policy as it is now.
     """
     args = trainer.args
-    if not args.needs_reference:
+    if not trainer.needs_reference:
         return Reference("none")
     if ref_model is not None:
         return Reference("ref_model, a model of its own", _prepared(trainer, ref_model))

@@ -25,7 +25,7 @@ class ResumableTrainer(Trainer):
     """``Trainer`` whose runs can be stopped at any step. Its subclass sets the attributes below."""
 
     columns: tuple[str, ...]
-    mask_columns: tuple[str, ...]
+    optional_columns: tuple[str, ...]
     _tokenizer: PreTrainedTokenizerBase
     _reference: Reference
     _train_totals: Totals  # the metrics since the last log
@@ -63,7 +63,7 @@ class ResumableTrainer(Trainer):
                 tokenizer=self._tokenizer,
                 train_dataset=self.train_dataset,
                 eval_dataset=self.eval_dataset,
-                columns=[*self.columns, *self.mask_columns],
+                columns=[*self.columns, *self.optional_columns],
             )
             if checkpoint is not None:
                 checkpoints.agreed(args, lambda: runs.check_same_run(checkpoint, self._run, args))
@@ -144,11 +144,17 @@ class ResumableTrainer(Trainer):
         return os.path.join(folder, f"metrics_{self.args.process_index}.pt")
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save, beside the random state, the sums of the metrics since the last log."""
+        """Save, beside the random state, the sums of the metrics since the last log and the recipe's own state."""
         super()._save_rng_state(output_dir)
-        torch.save(
-            {"totals": self._train_totals.values, "num_tokens": self._num_tokens}, self._metrics_file(output_dir)
-        )
+        state = {"totals": self._train_totals.values, "num_tokens": self._num_tokens, "recipe": self._recipe_state()}
+        torch.save(state, self._metrics_file(output_dir))
+
+    def _recipe_state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of this rank that a recipe carries from step to step."""
+        return {}
+
+    def _restore_recipe_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what ``_recipe_state`` returned."""
 
     # ---- loading ----
 
@@ -159,6 +165,7 @@ class ResumableTrainer(Trainer):
             device = self.args.device  # moved here: torch.load takes no map_location like "cpu:0"
             self._train_totals.values = {name: values.to(device) for name, values in state["totals"].items()}
             self._num_tokens = state["num_tokens"].to(device)
+            self._restore_recipe_state({name: value.to(device) for name, value in state.get("recipe", {}).items()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights, and keep which adapters are active and which weights are frozen.

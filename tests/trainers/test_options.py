@@ -1,13 +1,15 @@
 """Options reach the losses and the data; options that cannot be honoured are refused by name."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tiny_training import CONFIGS, KINDS, by_kind, make_trainer, model
+from tiny_training import CONFIGS, by_kind, make_trainer, model
 from transformers import HfArgumentParser
 
+from kto_fused import heads
 from kto_fused.data import tokens
 from kto_fused.trainers.base import Functions
 from kto_fused.trainers.configs import AT_LEAST
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 def spied(function: Callable, calls: list[dict[str, Any]], **replaced: Any) -> Callable:
     """Return ``function`` with ``replaced`` arguments; its named arguments are appended to ``calls``."""
 
+    @functools.wraps(function)
     def spying(*args, **named):
         calls.append(named)
         return function(*args, **{**named, **replaced})
@@ -29,24 +32,49 @@ def spied_functions(functions: Functions, calls: list[dict[str, Any]]) -> Functi
     return Functions(*(spied(function, calls) for function in functions))
 
 
-LOSS_OPTIONS = {"beta": 0.3, "backend": "torch"}
-KTO_OPTIONS = {"desirable_weight": 1.5, "undesirable_weight": 0.5, "reference_point": 0.2, "average_log_prob": True}
-DPO_OPTIONS = {"loss_type": "simpo", "label_smoothing": 0.1, "gamma": 0.7}
-
-
 @pytest.mark.parametrize("loss_from", ["hidden", "logits"])
 @pytest.mark.parametrize(
-    ("kind", "options"), [("kto", {"loss_type": "kto_squared", **KTO_OPTIONS}), ("dpo", DPO_OPTIONS)], ids=KINDS
+    ("kind", "name", "options"),
+    [
+        ("kto", "kto_squared", {"desirable_weight": 1.5, "undesirable_weight": 0.5, "reference_point": 0.2}),
+        ("kto", "bco", {"desirable_weight": 1.5}),
+        ("dpo", "simpo", {"label_smoothing": 0.1, "gamma": 0.7}),
+        ("dpo", "discopop", {"discopop_tau": 0.1, "f_divergence_type": "js_divergence"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_every_option_of_a_loss_reaches_it(tmp_path, kind, options, loss_from, monkeypatch):
-    options = {**LOSS_OPTIONS, **options, **({"chunk_bytes": 2**20} if loss_from == "hidden" else {})}
-    engine_options = {"inplace_backward": True} if loss_from == "logits" else {}
+def test_every_option_of_a_loss_reaches_it(tmp_path, kind, name, options, loss_from, monkeypatch):
+    engine_options = {"chunk_bytes": 2**20} if loss_from == "hidden" else {}
     calls = []
-    trainer = make_trainer(kind, tmp_path, train=4, loss_from=loss_from, **options)
+    trainer = make_trainer(
+        kind,
+        tmp_path,
+        train=4,
+        loss_from=loss_from,
+        loss_type=name,
+        beta=0.3,
+        backend="torch",
+        **options,
+        **engine_options,
+    )
     monkeypatch.setattr(trainer, "loss_functions", spied_functions(trainer.loss_functions, calls))
     trainer.train()
     assert len(calls) == 1
-    assert {**options, **engine_options}.items() <= calls[0].items()
+    expected = {"head": heads.make(name, beta=0.3, **options), "backend": "torch", **engine_options}
+    if loss_from == "logits":
+        expected["inplace_backward"] = True
+    assert expected.items() <= calls[0].items()
+
+
+@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+def test_averaged_log_probabilities_reach_the_loss_of_kto(tmp_path, loss_from, monkeypatch):
+    calls = []
+    options = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5, "reference_point": 0.2}
+    trainer = make_trainer("kto", tmp_path, train=4, loss_from=loss_from, average_log_prob=True, **options)
+    monkeypatch.setattr(trainer, "averaged_functions", spied_functions(trainer.averaged_functions, calls))
+    trainer.train()
+    assert len(calls) == 1
+    assert {**options, "loss_type": "kto", "average_log_prob": True}.items() <= calls[0].items()
 
 
 @by_kind
@@ -80,7 +108,7 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
         with pytest.raises((ValueError, TypeError), match=match):
             config(output_dir=str(tmp_path), use_cpu=True, **options)
 
-    refused("loss_type.*'kto_squared'.*apo_zero_unpaired|loss_type.*'sigmoid'.*'apo_down'", loss_type="squared")
+    refused("loss_type must be one of .*('kto_squared'|'sigmoid').*, got 'squared'", loss_type="squared")
     refused("loss_from.*'hidden'.*'logits'.*'text'", loss_from="text")
     refused("train_sampling_strategy must be one of", train_sampling_strategy="by_length")
     refused("beta", beta=0.0)
@@ -108,7 +136,7 @@ def test_options_out_of_range_are_refused_by_name(tmp_path, kind):
     else:
         refused("undesirable_weight", undesirable_weight=-1.0)
         for other in ("batch_mean", 0.5):
-            fixed = f"'apo_zero_unpaired' fixes reference_point at 0, got {other!r}"
+            fixed = f"reference_point={other!r} has no meaning for loss_type='apo_zero_unpaired', which reads no z0"
             refused(fixed, loss_type="apo_zero_unpaired", reference_point=other)
         for rubbish in ("mean", "nan", "inf", None, [0.1], True):
             refused("reference_point must be 'mismatched', 'batch_mean' or a number, got", reference_point=rubbish)
