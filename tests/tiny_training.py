@@ -135,6 +135,7 @@ def make_trainer(
     peft_config: Any = None,
     callbacks: list[TrainerCallback] | None = None,
     words: list[str] = WORDS,
+    loss: Any = None,
     **settings: Any,
 ) -> FusedTrainer:
     """Return a trainer. ``train`` and ``evaluation`` are data, or a number of rows.
@@ -166,6 +167,7 @@ def make_trainer(
         processing_class=tokenizer(words),
         peft_config=peft_config,
         callbacks=callbacks,
+        loss=loss,
     )
 
 

@@ -38,7 +38,8 @@ class FlagParser(HfArgumentParser):
     """Has a flag for each field of the dataclasses ``kinds`` whose name is not in ``left_out``.
 
     ``belongs_to`` maps a flag that this command lacks to the place that has it, for the error message. Flags cannot be
-    abbreviated, so that a misspelt flag is an error.
+    abbreviated, so that a misspelt flag is an error. ``more`` is a dataclass whose fields are flags too, but which
+    ``build`` does not make.
     """
 
     def __init__(
@@ -47,12 +48,17 @@ class FlagParser(HfArgumentParser):
         command: str,
         left_out: Iterable[str] = (),
         belongs_to: dict[str, str] | None = None,
+        more: type | None = None,
         **settings: Any,
     ):
         self._left_out, self._belongs_to = frozenset(left_out), belongs_to or {}
         super().__init__(
             kinds, prog=f"kto-fused {command}", allow_abbrev=False, formatter_class=_HelpFormatter, **settings
         )
+        if more is not None:
+            self._left_out = frozenset()
+            self._add_dataclass_arguments(more)
+            kinds = [*kinds, more]
         hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
         self._nullable = {name for name, hint in hints.items() if type(None) in typing.get_args(hint)}
         takes_list = {name for name, hint in hints.items() if list in map(typing.get_origin, typing.get_args(hint))}

@@ -30,7 +30,7 @@ from ..huggingface import files as model_files
 from ..metrics import LossMetrics
 from ..trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, checkpoints, folder_lock
 from ..trainers.configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
-from . import progress, results, resuming
+from . import own_loss, progress, results, resuming
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable, setup_errors, user_errors
@@ -84,8 +84,13 @@ class TrainSettings:
             "--eval_strategy or --eval_steps says otherwise"
         },
     )
-    loss: Literal["kto", "dpo"] = field(
-        default="kto", metadata={"help": "loss to train with; kto also accepts pairs and uses both answers as feedback"}
+    loss: str = field(
+        default="kto",
+        metadata={
+            "help": "kto: losses of single completions, also of pairs, both of whose answers are feedback; dpo: losses "
+            "of pairs; --loss_type names the loss. module:Name: a loss of your own, from a module in the current "
+            "folder or an installed one; its fields are flags"
+        },
     )
     ref_model: str | None = field(
         default=None,
@@ -110,6 +115,7 @@ class TrainSettings:
             "all linear layers except the LM head"
         },
     )
+    own_loss: Any = field(default=None, init=False)  # the loss of ``--loss module:Name``
 
     def __post_init__(self):
         if self.dtype is None:
@@ -163,8 +169,9 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
         trainer.accelerator.end_training()
         return 130
     with user_errors(Exception, prefix=f"{config.output_dir} cannot be written{results.saved_model_note(trainer)}: "):
-        written_config = config.to_dict() | {"max_length": trainer.max_length}
+        written_config = trainer.args.to_dict() | {"max_length": trainer.max_length}
         written_settings = vars(settings) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
+        written_settings.pop("own_loss")  # the configuration's loss_type describes it
         results.write_all(trainer, {"settings": written_settings, "config": written_config, **metrics})
     if trainer.is_world_process_zero():
         results.print_summary(metrics)
@@ -194,42 +201,64 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     path = next(iter(first.config), None)
     file = read_settings(path) if path else {}
     loss = first.loss or file.get("loss") or "kto"
-    if loss not in CONFIGS:
-        raise CommandError(f"--loss {loss} is unknown: choose one of {', '.join(CONFIGS)}")
-    parser = flags_of(loss)
+    own = None if loss in CONFIGS else own_loss.find(loss, CONFIGS)
+    recipe = loss if own is None else own.recipe
+    taken = taken_names(recipe)
+    parser = flags_of(recipe, own)
     values = parser.values([*parser.arguments_from(file, path), *arguments])
+    if own is not None:
+        made = own.make({name: values.pop(name) for name in own.flag_names(taken)}, taken)
     for name in ("output_dir", "report_to"):  # to transformers, None would mean another folder and an error
         if values[name] is None:
             values[name] = parser.get_default(name)
-    check_evaluation(values)
+    check_evaluation(values, recipe)
     if values["eval_strategy"] is None:
         strategy = "epoch" if values["eval_steps"] is None else "steps"
         values["eval_strategy"] = strategy if values["eval_data"] else "no"
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and computes_in_bfloat16()
-    return parser.build(values)
+    settings, config = parser.build(values)
+    if own is not None:
+        settings.own_loss = made
+    return settings, config
 
 
-def flags_of(loss: str) -> FlagParser:
-    """Return the parser for the flags of ``loss``, which suggests ``--loss`` for a flag of another loss."""
+def flags_of(loss: str, own: own_loss.OwnLoss | None = None) -> FlagParser:
+    """Return the parser for the flags of a recipe, which suggests ``--loss`` for a flag of another recipe.
+
+    With a loss of the user's ``own``, the fields of that loss are flags in place of those of the built-in ones.
+    """
     names = {name: {field.name for field in fields(kind)} for name, kind in CONFIGS.items()}
+    of_losses = () if own is None else ("loss_type", "loss_weights", *CONFIGS[loss].loss_options)
     parser = FlagParser(
         [TrainSettings, CONFIGS[loss]],
         "train",
         usage="%(prog)s --model MODEL --data FILE [FILE ...] [FLAGS]",  # all flags would take three pages
         description=DESCRIPTION,
-        left_out=LEFT_OUT,
-        belongs_to={name: f"--loss {other}" for other in CONFIGS for name in names[other] - names[loss]},
+        left_out=(*LEFT_OUT, *of_losses),
+        belongs_to={
+            name: f"--loss {other}" for other in CONFIGS for name in names[other] - (names[loss] - {*of_losses})
+        },
+        more=None if own is None else own.flags(taken_names(loss)),
     )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="YAML file of settings, named like the flags; flags override it"
     )
-    parser.set_defaults(output_dir=f"runs/{loss}", logging_first_step=True, save_total_limit=1)
+    parser.set_defaults(
+        output_dir=f"runs/{loss if own is None else own.text.replace(':', '.')}",
+        logging_first_step=True,
+        save_total_limit=1,
+    )
     parser.set_defaults(bf16=None, eval_strategy=None)  # parse() derives them from other flags
     return parser
 
 
-def check_evaluation(values: dict[str, Any]) -> None:
+def taken_names(recipe: str) -> frozenset[str]:
+    """Return the names that the fields of a loss cannot have as flags, because other flags have them."""
+    return CONFIGS[recipe].taken_names | {field.name for field in fields(TrainSettings)} | {"config", "help"}
+
+
+def check_evaluation(values: dict[str, Any], recipe: str) -> None:
     """Check that flags about evaluations come with evaluations, and that those report ``--metric_for_best_model``.
 
     transformers would ignore such a flag, or refuse it only once the model is loaded. It would look the metric up after
@@ -237,7 +266,7 @@ def check_evaluation(values: dict[str, Any]) -> None:
     """
     is_off, metric = values["eval_strategy"] == "no", values["metric_for_best_model"]
     if values["eval_data"] and not is_off:
-        reported = evaluation_metrics(values["loss"])
+        reported = evaluation_metrics(recipe)
         if metric is not None and metric.removeprefix("eval_") not in reported:
             raise CommandError(f"--metric_for_best_model {metric} is unknown: choose one of {', '.join(reported)}")
         return
@@ -282,7 +311,8 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
     options = settings.dtype, config.trust_remote_code
     tokenizer, model = load(settings.model, *options)
     ref_model = load(settings.ref_model, *options, "ref_model")[1] if settings.ref_model else None
-    return TRAINERS[settings.loss](
+    recipe = next(name for name, kind in CONFIGS.items() if isinstance(config, kind))
+    return TRAINERS[recipe](
         model,
         ref_model,
         config,
@@ -290,6 +320,7 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
         eval_dataset=settings.eval_data,
         processing_class=tokenizer,
         peft_config=lora(settings) if settings.lora_rank else None,
+        loss=settings.own_loss,
     )
 
 

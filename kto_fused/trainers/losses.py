@@ -39,14 +39,15 @@ def is_ours(name: str) -> bool:
 
 
 def reads_pairs(loss: AnyLoss | type[Head]) -> bool:
-    """Whether the loss reads pairs: chosen sequences, then rejected ones. A class is asked with its fields' defaults.
+    """Whether the loss reads pairs: chosen sequences, then rejected ones.
 
     A loss of the whole batch that does not say so reads pairs unless it takes labels of single completions.
     """
-    loss = loss() if isinstance(loss, type) else loss
-    if isinstance(loss, Head) and (loss.is_paired or loss.group is not None):
-        return loss.is_paired
-    return not takes(loss, "desirable")
+    group, is_paired = getattr(loss, "group", None), getattr(loss, "is_paired", False)
+    if isinstance(loss, type):  # a property depends on fields, of which a class has no values
+        group = None if isinstance(group, property) else group
+        is_paired = group == 2 if isinstance(is_paired, property) else is_paired
+    return is_paired or (group is None and not takes(loss, "desirable"))
 
 
 def trains_pairs(kind: type[Head]) -> bool:
@@ -87,7 +88,7 @@ def with_loss_options(names: tuple[str, ...], left_out: tuple[str, ...] = ()) ->
                 if field.name not in left_out:
                     option = option_name(name, field.name, config.taken_names)
                     config.loss_options.setdefault(option, {})[name] = field.default
-                    annotations.setdefault(option, typing.Optional[_option_type(hints[field.name])])
+                    annotations.setdefault(option, option_type(hints[field.name]) | None)
         for option, defaults in config.loss_options.items():
             setattr(config, option, dataclasses.field(default=None, metadata={"help": _help(option, defaults, names)}))
         config.__annotations__ = annotations
@@ -96,7 +97,7 @@ def with_loss_options(names: tuple[str, ...], left_out: tuple[str, ...] = ()) ->
     return decorate
 
 
-def _option_type(hint: Any) -> type:
+def option_type(hint: Any) -> type:
     """Return the type of an option's value on the command line. Text that is no text of the loss is read as JSON."""
     return hint if hint in (bool, int, float, str) else str
 
@@ -135,9 +136,9 @@ def needs_reference(loss: AnyLoss) -> bool:
     return getattr(loss, "needs_reference", True)
 
 
-def takes(loss: AnyLoss, tensor: str) -> bool:
+def takes(loss: AnyLoss | type[Head], tensor: str) -> bool:
     """Whether the loss has a parameter for a tensor of this name."""
-    if isinstance(loss, Head):
+    if isinstance(loss, Head) or (isinstance(loss, type) and issubclass(loss, Head)):
         return tensor in loss.tensor_names() or loss.takes_any_tensor()
     parameters = list(inspect.signature(loss).parameters.values())[3:]
     return any(each.name == tensor or each.kind is each.VAR_KEYWORD for each in parameters)

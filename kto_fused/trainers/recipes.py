@@ -28,6 +28,49 @@ from .configs import MISMATCHED, FusedDPOConfig, FusedKTOConfig
 logger = logging.getLogger(__name__)
 
 
+class RewardShift:
+    """The reward shift delta of BCO: the middle between the moving means of desirable and undesirable rewards.
+
+    A mean moves once per optimizer step, by the rewards of all its batches and ranks: m <- decay m + (1 - decay) mean.
+    It starts with the first step's mean; before that it is 0. So delta of a step depends on the steps before it, and
+    takes no further forward pass.
+    """
+
+    def __init__(self, decay: float, device: torch.device):
+        self.decay = decay
+        self.means = torch.zeros(2, dtype=torch.float64, device=device)  # of desirable and undesirable completions
+        self.is_known = torch.zeros(2, dtype=torch.bool, device=device)
+        self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # rewards since the last move: sums, counts
+        self.is_due = False  # whether there are such rewards, on this rank as on all others
+
+    def add(self, rewards: torch.Tensor, desirable: torch.Tensor) -> None:
+        """Keep the rewards [B] of a training batch for the next move."""
+        sides = torch.stack([desirable, ~desirable]).double()
+        self.sums = self.sums + torch.stack([(sides * rewards.double()).sum(1), sides.sum(1)])
+        self.is_due = True
+
+    def move(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Move the means by the rewards since the last move, if there are any. ``reduce`` sums over ranks."""
+        if not self.is_due:
+            return
+        sums, counts = reduce(self.sums)
+        means, is_seen = sums / counts.clamp(min=1), counts > 0
+        moved = torch.where(self.is_known, self.decay * self.means + (1 - self.decay) * means, means)
+        self.means = torch.where(is_seen, moved, self.means)
+        self.is_known, self.sums, self.is_due = self.is_known | is_seen, torch.zeros_like(self.sums), False
+
+    @property
+    def value(self) -> torch.Tensor:
+        """Delta, a float64 scalar."""
+        return self.means.mean()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"means": self.means, "is_known": self.is_known, "sums": self.sums}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.means, self.is_known, self.sums, self.is_due = state["means"], state["is_known"], state["sums"], True
+
+
 class FusedKTOTrainer(FusedTrainer):
     """KTO (Ethayarajh et al. 2024, arXiv 2402.01306) and other losses of single completions on
     ``transformers.Trainer``, without logits.
@@ -170,7 +213,7 @@ class FusedKTOTrainer(FusedTrainer):
         if losses.takes(self.loss, "desirable"):
             tensors["desirable"] = inputs["desirable"]
         if losses.takes(self.loss, "delta"):
-            tensors["delta"] = self._reward_shift.value(self.accelerator.reduce)
+            tensors["delta"] = self._moved_reward_shift()
         tensors = {name: value for name, value in tensors.items() if value is not None}
         loss, metrics = self._apply_loss(model, inputs, ref_logps=ref_logps, reduction=reduction, **tensors)
         metrics = replace(metrics, desirable=inputs["desirable"], is_paired=False)
@@ -179,6 +222,16 @@ class FusedKTOTrainer(FusedTrainer):
         return loss, metrics
 
     # ---- the reward shift delta ----
+
+    _reward_shift: RewardShift
+    _is_new_step = False  # whether no batch of the optimizer step has asked for delta yet
+
+    def _moved_reward_shift(self) -> torch.Tensor:
+        """Return delta, moved by the former step's rewards at the first batch of a step, or of an evaluation."""
+        if self._is_new_step or not self.model.training:
+            self._reward_shift.move(self.accelerator.reduce)
+        self._is_new_step = self._is_new_step and not self.model.training
+        return self._reward_shift.value
 
     def _recipe_state(self) -> dict[str, torch.Tensor]:
         return self._reward_shift.state() if losses.takes(self.loss, "delta") else {}
@@ -194,7 +247,7 @@ class FusedKTOTrainer(FusedTrainer):
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list, torch.Tensor | int | None]:
         batches, num_items = super().get_batch_samples(*arguments)
-        self._step_batches, self._step_reference_point = batches, None
+        self._step_batches, self._step_reference_point, self._is_new_step = batches, None, True
         return batches, num_items
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,6 +256,7 @@ class FusedKTOTrainer(FusedTrainer):
             return super()._inner_training_loop(*args, **kwargs)
         finally:  # a later call of ``compute_loss`` by hand must not get the last step's z0
             self._step_batches = self._step_reference_point = None
+            self._is_new_step = False
 
     def _reference_point(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor | float | None:
         """Return the tensor z0 of a loss that takes it, None for any other.
@@ -238,44 +292,6 @@ class FusedKTOTrainer(FusedTrainer):
         else:
             total, count = self.accelerator.gather_for_metrics(sums).sum(0)
         return (total / count.clamp(min=1)).clamp(min=0)
-
-
-class RewardShift:
-    """The reward shift delta of BCO: the middle between the moving means of desirable and undesirable rewards.
-
-    A mean moves once per optimizer step, by the rewards of all its batches and ranks: m <- decay m + (1 - decay) mean.
-    It starts with the first step's mean; before that it is 0. So delta of a step depends on the steps before it, and
-    takes no further forward pass.
-    """
-
-    def __init__(self, decay: float, device: torch.device):
-        self.decay = decay
-        self.means = torch.zeros(2, dtype=torch.float64, device=device)  # of desirable and undesirable completions
-        self.is_known = torch.zeros(2, dtype=torch.bool, device=device)
-        self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # rewards since the last move: sums, counts
-        self.is_due = False  # whether there are such rewards, on this rank as on all others
-
-    def add(self, rewards: torch.Tensor, desirable: torch.Tensor) -> None:
-        """Keep the rewards [B] of a training batch for the next move."""
-        sides = torch.stack([desirable, ~desirable]).double()
-        self.sums = self.sums + torch.stack([(sides * rewards.double()).sum(1), sides.sum(1)])
-        self.is_due = True
-
-    def value(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Return delta, a float64 scalar, moved by the rewards since the last call. ``reduce`` sums over ranks."""
-        if self.is_due:
-            sums, counts = reduce(self.sums)
-            means, is_seen = sums / counts.clamp(min=1), counts > 0
-            moved = torch.where(self.is_known, self.decay * self.means + (1 - self.decay) * means, means)
-            self.means = torch.where(is_seen, moved, self.means)
-            self.is_known, self.sums, self.is_due = self.is_known | is_seen, torch.zeros_like(self.sums), False
-        return self.means.mean()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"means": self.means, "is_known": self.is_known, "sums": self.sums}
-
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        self.means, self.is_known, self.sums, self.is_due = state["means"], state["is_known"], state["sums"], True
 
 
 class FusedDPOTrainer(FusedTrainer):

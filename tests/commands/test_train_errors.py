@@ -69,7 +69,7 @@ def test_a_metric_that_no_evaluation_reports_is_refused(files, capsys, loss, met
         ),
         (["--beta", "1", "2"], "'2' does not belong to any flag"),
         (["--max_steps", "ten"], "--max_steps/--max-steps: invalid int value: 'ten'"),
-        (["--loss", "sft"], "--loss sft is unknown: choose one of kto, dpo"),
+        (["--loss", "fly"], "--loss fly is unknown: choose one of kto, dpo"),
         (["--loss_type", "sigmoid"], "invalid choice: 'sigmoid'"),
         (["--data"], "--data: expected at least one argument"),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config is given 2 times, but a run reads one settings file"),

@@ -124,7 +124,7 @@ def as_a_new_process():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet"])
 def test_ignored_columns_are_named_once_per_process_even_from_the_cache(tmp_path, caplog, as_a_new_process, kind, form):
-    wide = [record | {"weight": 2.0} for record in FORMS[form]]
+    wide = [record | {"difficulty": 2.0} for record in FORMS[form]]
     wide[-1] = wide[-1] | {"system": "Be kind.", "input_ids": [1]}
     source = write(tmp_path / "data.jsonl", wide) if kind == "jsonl" else Dataset.from_list(wide)
     if kind != "jsonl":
@@ -137,7 +137,7 @@ def test_ignored_columns_are_named_once_per_process_even_from_the_cache(tmp_path
         assert load(source).to_list() == FORMS[form]
         (message,) = caplog.messages
         assert message.startswith(f"{'dataset' if kind == 'dataset' else source}: these columns are ignored")
-        assert all(f"'{name}'" in message for name in ("weight", "system", "input_ids"))
+        assert all(f"'{name}'" in message for name in ("difficulty", "system", "input_ids"))
         if kind != "dataset":
             load(source)
             assert len(caplog.messages) == 1  # once per process, though the command reads its files twice

@@ -833,7 +833,7 @@ SIDES = {f"{name}/{side}" for name in ("rewards", "logps") for side in ("chosen"
         ("ipo", {*SIDES, "rewards/margins", "rewards/accuracies"}),
         ("aot", {*SIDES, "rewards/margins", "rewards/accuracies"}),
         ("kto", {*SIDES, "rewards/margins", "kl"}),
-        ("bco", {*SIDES, "rewards/margins"}),
+        ("bco", {*SIDES, "rewards/margins", "delta"}),
         ("single", {"rewards", "logps"}),
     ],
 )
