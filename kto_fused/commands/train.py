@@ -171,7 +171,7 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     with user_errors(Exception, prefix=f"{config.output_dir} cannot be written{results.saved_model_note(trainer)}: "):
         written_config = trainer.args.to_dict() | {"max_length": trainer.max_length}
         written_settings = vars(settings) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
-        written_settings.pop("own_loss")  # the configuration's loss_type describes it
+        written_settings.pop("own_loss", None)  # the configuration's loss_type describes it
         results.write_all(trainer, {"settings": written_settings, "config": written_config, **metrics})
     if trainer.is_world_process_zero():
         results.print_summary(metrics)
