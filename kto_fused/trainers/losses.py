@@ -16,6 +16,9 @@ from .. import heads
 from ..heads.protocol import Head, Mix, class_of
 
 AnyLoss = Head | Callable[..., Any]
+# the tensors of a loss that the recipes have, by the names in its ``losses``
+OF_PAIRS = ("weights",)
+OF_COMPLETIONS = ("desirable", "z0", "delta", "weights")
 # what the options of several losses mean; an option that is missing here is described by its losses alone
 MEANINGS = {
     "beta": "Scale of the rewards; with a reference, the pull towards it.",
@@ -25,6 +28,9 @@ MEANINGS = {
     "undesirable_weight": "Weight of undesirable completions, >= 0.",
     "f_divergence_type": "Divergence that replaces the log-ratio by its score.",
     "f_alpha_divergence_coef": "Alpha of the alpha-divergence.",
+    "use_weighting": "Multiply a pair's loss by its detached likelihood (WPO).",
+    "ld_alpha": "Factor of the log-probabilities of tokens beyond the shorter answer's length, in [0, 1] (LD-DPO).",
+    "cpo_alpha": "Factor of the chosen answers' negative log-likelihood, >= 0.",
 }
 
 
@@ -52,12 +58,12 @@ def reads_pairs(loss: AnyLoss | type[Head]) -> bool:
 
 def trains_pairs(kind: type[Head]) -> bool:
     """Whether a class is one of ``FusedDPOTrainer``."""
-    return kind.level == "sequence" and reads_pairs(kind)
+    return kind.level == "sequence" and reads_pairs(kind) and {*kind.required_tensors()} <= {*OF_PAIRS}
 
 
 def trains_completions(kind: type[Head]) -> bool:
     """Whether a class is one of ``FusedKTOTrainer``."""
-    return kind.level == "sequence" and not reads_pairs(kind)
+    return kind.level == "sequence" and not reads_pairs(kind) and {*kind.required_tensors()} <= {*OF_COMPLETIONS}
 
 
 # ---- fields as options ----------------------------------------------------------------------------------------------

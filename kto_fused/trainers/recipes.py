@@ -120,7 +120,7 @@ class FusedKTOTrainer(FusedTrainer):
 
     config_class = FusedKTOConfig
     collator_class = UnpairedCollator
-    tensors = ("desirable", "z0", "delta", "weights")
+    tensors = losses.OF_COMPLETIONS
     optional_columns = ("completion_mask", "kl_completion_mask", "weight")
     # the loss of length-averaged log-probabilities, an option of these functions alone
     averaged_functions = Functions(fused_linear_kto_loss, fused_kto_loss)
@@ -309,7 +309,7 @@ class FusedDPOTrainer(FusedTrainer):
 
     config_class = FusedDPOConfig
     collator_class = PairedCollator
-    tensors = ("weights",)
+    tensors = losses.OF_PAIRS
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
     optional_columns = ("chosen_mask", "rejected_mask", "weight")
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
