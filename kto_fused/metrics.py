@@ -73,24 +73,24 @@ class LossMetrics:
             sides = {"/chosen": chosen, "/rejected": ~chosen}
         totals = {}
         for side, members in sides.items():
-            totals[f"rewards{side}"] = _total(self.rewards, members)
-            totals[f"logps{side}"] = _total(self.logps, members)
+            totals[f"rewards{side}"] = weighted_total(self.rewards, members)
+            totals[f"logps{side}"] = weighted_total(self.logps, members)
             if self.mean_logits is not None:
-                totals[f"logits{side}"] = _total(self.mean_logits, members * self.token_counts)
+                totals[f"logits{side}"] = weighted_total(self.mean_logits, members * self.token_counts)
         if is_paired:
             chosen_rewards, rejected_rewards = self.rewards.chunk(2)
             is_accurate = chosen_rewards > rejected_rewards
-            totals["rewards/accuracies"] = _total(is_accurate, torch.ones_like(chosen_rewards))
+            totals["rewards/accuracies"] = weighted_total(is_accurate, torch.ones_like(chosen_rewards))
             if self.token_accuracy is not None:
-                totals["mean_token_accuracy"] = _total(self.token_accuracy, chosen * self.token_counts)
+                totals["mean_token_accuracy"] = weighted_total(self.token_accuracy, chosen * self.token_counts)
         if self.reference_point is not None:
             # weighted by the number of sequences, like the losses that it is part of
             weight = torch.full_like(self.reference_point, self.rewards.numel())
-            totals["kl"] = _total(self.reference_point, weight)
+            totals["kl"] = weighted_total(self.reference_point, weight)
         if self.entropy is not None:
-            totals["entropy"] = _total(self.entropy, self.token_counts)
+            totals["entropy"] = weighted_total(self.entropy, self.token_counts)
         for name, values in self.reported.items():
-            totals[name] = _total(values, torch.ones_like(values))
+            totals[name] = weighted_total(values, torch.ones_like(values))
         return totals
 
     def gathered(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> "LossMetrics":
@@ -155,7 +155,7 @@ class TokenMetrics:
     is_top1: torch.Tensor
 
 
-def _total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted sum and the sum of the weights. A value of weight 0 adds nothing, even if it is NaN."""
     weights = weights.double()
     return torch.where(weights > 0, values.double() * weights, 0.0).sum(), weights.sum()

@@ -1,14 +1,15 @@
-"""The public names of ``kto_fused.data``: load files of feedback, turn them into tokens, and collate batches."""
+"""The public names of ``kto_fused.data``: load files of records, turn them into tokens, and collate batches."""
 
-from .data.collators import IGNORE_INDEX, PairedCollator, UnpairedCollator
+from .data.collators import IGNORE_INDEX, CompletionCollator, PairedCollator, UnpairedCollator
 from .data.form import DataError
 from .data.partners import mismatched_partners
 from .data.records import BUNDLED, Source, load
-from .data.tokens import Prepared, fingerprint, prepare_paired, prepare_unpaired
+from .data.tokens import Prepared, fingerprint, pack_completions, prepare_completions, prepare_paired, prepare_unpaired
 
 __all__ = [
     "BUNDLED",
     "IGNORE_INDEX",
+    "CompletionCollator",
     "DataError",
     "PairedCollator",
     "Prepared",
@@ -17,6 +18,8 @@ __all__ = [
     "fingerprint",
     "load",
     "mismatched_partners",
+    "pack_completions",
+    "prepare_completions",
     "prepare_paired",
     "prepare_unpaired",
 ]

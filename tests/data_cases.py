@@ -61,6 +61,20 @@ PAIRED = [
     {"prompt": "red", "chosen": " one two", "rejected": " three"},
     {"prompt": "green blue", "chosen": " four", "rejected": " one two three"},
 ]
+COMPLETIONS = [{"prompt": record["prompt"], "completion": record["completion"]} for record in UNPAIRED]
+WITH_MARGINS = [record | {"margin": margin} for record, margin in zip(PAIRED, (0.5, 2.0), strict=True)]
+MESSAGES = [
+    {
+        "messages": [
+            {"role": "user", "content": "red"},
+            {"role": "assistant", "content": "one two"},
+            {"role": "user", "content": "green"},
+            {"role": "assistant", "content": "three"},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "blue"}, {"role": "assistant", "content": "four"}]},
+]
+TEXTS = [{"text": "red one two"}, {"text": "blue four"}]
 FORMS = {
     "unpaired": UNPAIRED,
     "paired": PAIRED,

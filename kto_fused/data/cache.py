@@ -97,9 +97,19 @@ def stored(key: str, write: Callable[[Path], dict[str, Any]], what: str, *, one_
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def mapped(dataset: Dataset, function: Callable, *, key: str, num_proc: int | None = None, **options) -> Dataset:
-    """Return ``dataset.map(function, **options)``, cached under ``key`` if ``dataset`` itself lies on the disk."""
-    if not dataset.cache_files:
+def mapped(
+    dataset: Dataset,
+    function: Callable,
+    *,
+    key: str,
+    num_proc: int | None = None,
+    source: Dataset | None = None,
+    **options,
+) -> Dataset:
+    """Return ``dataset.map(function, **options)``, cached under ``key`` if ``dataset`` itself, or ``source`` from which
+    it was made, lies on the disk.
+    """
+    if not (dataset if source is None else source).cache_files:
         return dataset.map(function, num_proc=num_proc, new_fingerprint=key, **options)
 
     def write(folder: Path) -> dict[str, Any]:

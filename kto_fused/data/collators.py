@@ -1,9 +1,11 @@
 """Pad tokenized examples to batches.
 
-``UnpairedCollator`` pads the examples of ``prepare_unpaired``, and ``PairedCollator`` those of ``prepare_paired``.
+``UnpairedCollator`` pads the examples of ``prepare_unpaired``, ``PairedCollator`` those of ``prepare_paired``, and
+``CompletionCollator`` those of ``prepare_completions``, or joins packs of them without padding.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,8 +111,8 @@ class PairedCollator(_Padding):
     Returns:
         A call on a list of examples returns a dictionary of ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T]
         int64, ``ref_logps`` [B, 2] float64 if the examples have ``ref_chosen_logps`` and ``ref_rejected_logps``, and
-        ``weights`` [B] float64 if they have ``weight``.
-        Prompts, padding and tokens that ``chosen_mask`` or ``rejected_mask`` leave out have the label -100.
+        ``weights`` and ``margin`` [B] float64 if they have ``weight`` and ``margin``. Prompts, padding and tokens that
+        ``chosen_mask`` or ``rejected_mask`` leave out have the label -100.
 
     >>> from kto_fused.preference_data import PairedCollator
     >>> batch = PairedCollator(pad_token_id=0)([{"prompt_ids": [5], "chosen_ids": [7, 8], "rejected_ids": [9]}])
@@ -129,6 +131,55 @@ class PairedCollator(_Padding):
         if {"ref_chosen_logps", "ref_rejected_logps"} <= examples[0].keys():
             logps = [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples]
             batch["ref_logps"] = torch.tensor(logps, dtype=torch.float64)
-        if "weight" in examples[0]:
-            batch["weights"] = torch.tensor([example["weight"] for example in examples], dtype=torch.float64)
+        for column, name in (("weight", "weights"), ("margin", "margin")):
+            if column in examples[0]:
+                batch[name] = torch.tensor([example[column] for example in examples], dtype=torch.float64)
         return batch
+
+
+@dataclass
+class CompletionCollator(_Padding):
+    """Makes batches of the examples of ``prepare_completions``, or of the packs of ``pack_completions``.
+
+    Args:
+        pad_token_id: fills ``input_ids`` behind each row of examples, and the end of the row of packs.
+        pad_to_multiple_of: T or N becomes a multiple of this.
+
+    Returns:
+        A call on a list of examples pads them on the right. It returns a dictionary of ``input_ids``,
+        ``attention_mask`` and ``labels`` [B, T] int64. Prompts, padding and tokens that ``completion_mask`` leaves out
+        have the label -100.
+
+        A call on a list of packs joins them to one row of N tokens. The dictionary then holds ``input_ids``,
+        ``attention_mask`` (0 for padding), ``labels`` and ``position_ids`` [1, N] int64, and ``cu_seqlens`` int32, the
+        offsets of the sequences. Padding is one more sequence. The positions of every sequence begin at 0, by which a
+        model's attention tells the sequences apart.
+
+    >>> from kto_fused.preference_data import CompletionCollator
+    >>> collator = CompletionCollator(pad_token_id=0)
+    >>> collator([{"prompt_ids": [5, 6], "completion_ids": [7]}])["labels"].tolist()
+    [[-100, -100, 7]]
+    >>> batch = collator([{"input_ids": [5, 7, 8, 9], "labels": [-100, 7, -100, 9], "lengths": [2, 2]}])
+    >>> batch["position_ids"].tolist(), batch["cu_seqlens"].tolist()
+    ([[0, 1, 0, 1]], [0, 2, 4])
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        columns = {column: [example[column] for example in examples] for column in examples[0]}
+        if "lengths" in columns:
+            return self._join(*(list(chain(*columns[name])) for name in ("input_ids", "labels", "lengths")))
+        return self._pad(columns["prompt_ids"], columns["completion_ids"], columns.get("completion_mask"))
+
+    def _join(self, tokens: list[int], labels: list[int], lengths: list[int]) -> dict[str, torch.Tensor]:
+        rest = -len(tokens) % (self.pad_to_multiple_of or 1)
+        mask = [1] * len(tokens) + [0] * rest
+        lengths = torch.tensor(lengths + [rest] * (rest > 0))
+        ends = lengths.cumsum(0)
+        positions = torch.arange(len(mask)) - (ends - lengths).repeat_interleave(lengths)
+        return {
+            "input_ids": torch.tensor([tokens + [self.pad_token_id] * rest]),
+            "attention_mask": torch.tensor([mask]),
+            "labels": torch.tensor([labels + [IGNORE_INDEX] * rest]),
+            "position_ids": positions[None],
+            "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int32), ends.to(torch.int32)]),
+        }

@@ -1,8 +1,8 @@
 """The form of a record: which fields it has, of which types, and the check that a record keeps to it.
 
-A dataset has one form: unpaired or paired, texts or conversations. ``form_of`` reads it from the first record, and
-``checked_record`` holds every record to it. Each error says where the record stands, what was found there, what was
-expected, and often what to do.
+A dataset has one form: its fields, and whether they hold texts or conversations. ``form_of`` reads it from the first
+record, and ``checked_record`` holds every record to it. Each error says where the record stands, what was found there,
+what was expected, and often what to do.
 """
 
 import math
@@ -13,12 +13,36 @@ from typing import Any, NamedTuple
 from datasets import Features, Value
 
 UNPAIRED, PAIRED = ("prompt", "completion", "label"), ("prompt", "chosen", "rejected")
-WEIGHT = "weight"  # a field that all records have, or none: a number >= 0 that multiplies the record's loss
+COMPLETION, TEXT, MESSAGES = ("prompt", "completion"), ("text",), ("messages",)
+KINDS = {
+    UNPAIRED: "unpaired",
+    PAIRED: "paired",
+    COMPLETION: "prompt-and-completion",
+    TEXT: "whole",
+    MESSAGES: "whole",
+}
+# The forms that a method takes: preferences for KTO and DPO, demonstrations for supervised fine-tuning, comparisons for
+# reward models.
+Forms = tuple[tuple[str, ...], ...]
+PREFERENCES: Forms = (UNPAIRED, PAIRED)
+DEMONSTRATIONS = (COMPLETION, TEXT, MESSAGES)
+COMPARISONS = (PAIRED,)
+EXPECTED = {
+    PREFERENCES: "expected prompt, completion and label, or prompt, chosen and rejected",
+    DEMONSTRATIONS: "expected prompt and completion, or text, or messages",
+    COMPARISONS: "expected prompt, chosen and rejected",
+}
+# Fields with a number that all records have, or none: a weight multiplies the record's loss, a margin is how far apart
+# the scores of a pair should be.
+WEIGHT, MARGIN = "weight", "margin"
+NUMBERS = {PREFERENCES: (WEIGHT,), DEMONSTRATIONS: (), COMPARISONS: (WEIGHT, MARGIN)}
+NO_TEXTS = ("label", WEIGHT, MARGIN)
 # fields that a model or a chat template would get too: without them the rest of the record means something else
 UNSUPPORTED = ("images", "image", "audio", "audios", "video", "videos", "tools", "chat_template_kwargs")
 # The bytes of a line of JSON, and the characters of a record of a table, that one record may have. It is some four
 # million tokens: far more than any model reads, while JSON and tokenizers still take it in a second or two.
 MAX_RECORD = 16 * 2**20
+ASSISTANT = ("assistant", "model")  # the roles whose messages are trained; Gemma's templates say "model"
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 # other names of the fields in public data sets
 ALIASES = {
@@ -37,46 +61,65 @@ class DataError(ValueError):
 class Form(NamedTuple):
     """The properties that all records of a dataset share."""
 
-    fields: tuple[str, ...]  # UNPAIRED or PAIRED, perhaps with WEIGHT
+    fields: tuple[str, ...]  # a key of KINDS, perhaps with some of NUMBERS
     conversational: bool
+    forms: Forms = PREFERENCES  # those among which this one was found
 
     def __str__(self) -> str:
-        kind = "paired" if "chosen" in self.fields else "unpaired"
-        weights = " with weights" if WEIGHT in self.fields else ""
-        return f"{kind} {'conversations' if self.conversational else 'texts'}{weights}"
+        numbers = [field for field in self.fields if field in (WEIGHT, MARGIN)]
+        kind = KINDS[self.fields[: len(self.fields) - len(numbers)]]
+        added = f" with {' and '.join(numbers)}" if numbers else ""
+        return f"{kind} {'conversations' if self.conversational else 'texts'}{added}"
 
     @property
     def features(self) -> Features:
         """The columns' types in a ``Dataset``."""
         text = [MESSAGE] if self.conversational else Value("string")
-        numbers = {"label": Value("bool"), WEIGHT: Value("float64")}
-        return Features({field: numbers.get(field, text) for field in self.fields})
+        others = {"label": Value("bool"), WEIGHT: Value("float64"), MARGIN: Value("float64")}
+        return Features({field: others.get(field, text) for field in self.fields})
 
 
-def form_of(record: Any, where: str) -> Form:
-    """Return the form of a record, or of a mapping of its field names to None. Raises ``DataError``."""
-    expected = "expected prompt, completion and label, or prompt, chosen and rejected"
+def form_of(record: Any, where: str, forms: Forms = PREFERENCES) -> Form:
+    """Return the form of a record, one of ``forms``. Raises ``DataError``.
+
+    Of a mapping of field names to None it returns the form whose ``conversational`` means nothing yet.
+    """
+    expected = EXPECTED[forms]
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: {expected} in a JSON object, got {short(record)}")
-    complete = [fields for fields in (UNPAIRED, PAIRED) if all(field in record for field in fields[1:])]
-    if len(complete) == 2:
-        raise DataError(f"{where}: {expected}, got both")
-    fields = complete[0] if complete else PAIRED if "chosen" in record or "rejected" in record else UNPAIRED
+    complete = [fields for fields in forms if all(field in record for field in fields[1:] or fields)]
+    if len(complete) > 1:
+        found = "both" if forms == PREFERENCES else f"{names(record)}: keep one of them"
+        raise DataError(f"{where}: {expected}, got {found}")
+    is_paired = forms == PREFERENCES and ("chosen" in record or "rejected" in record)
+    fields = complete[0] if complete else PAIRED if is_paired else forms[0]
     for field in fields:
         if field not in record:
-            raise DataError(f"{where}, field {field!r}: missing, {expected}, got {names(record)}{_renaming(record)}")
-    weight = (WEIGHT,) if WEIGHT in record else ()
-    return Form(fields + weight, isinstance(record["prompt"], list))
+            advice = _renaming(record, forms)
+            raise DataError(f"{where}, field {field!r}: missing, {expected}, got {names(record)}{advice}")
+    if fields == COMPLETION and "label" in record:
+        raise DataError(
+            f"{where}, field 'label': expected none, because supervised fine-tuning trains on every completion alike: "
+            "keep the records whose completions are good, and take the field out"
+        )
+    numbers = tuple(field for field in NUMBERS[forms] if field in record)
+    is_conversation = fields == MESSAGES or (fields != TEXT and isinstance(record["prompt"], list))
+    return Form(fields + numbers, is_conversation, forms)
 
 
-def _renaming(columns: Iterable[str]) -> str:
+def _renaming(columns: Iterable[str], forms: Forms) -> str:
     """Return how to rename columns with known other names, or "" if there are none."""
-    columns = set(columns)
+    columns, known = set(columns), {field for fields in forms for field in fields}
     renamed = [
-        f"{alias!r} to {field!r}" for field in ALIASES.keys() - columns for alias in ALIASES[field] if alias in columns
+        f"{alias!r} to {field!r}"
+        for field in (ALIASES.keys() & known) - columns
+        for alias in ALIASES[field]
+        if alias in columns
     ]
     if renamed:
         return f": rename {', '.join(sorted(renamed))} if that is what they hold"
+    if forms == DEMONSTRATIONS:
+        return ": give the answers to learn as 'completion'" if "chosen" in columns else ""
     if "messages" in columns:
         return ": give the last message of 'messages' as 'completion' and those before it as 'prompt'"
     if {"chosen", "rejected"} <= columns:
@@ -91,7 +134,7 @@ def checked_record(record: Any, form: Form, where: str) -> dict[str, Any]:
         DataError: the record has another form, a field has another type, is empty or too long, or an unsupported field
             holds something.
     """
-    own = form_of(record, where)
+    own = form_of(record, where, form.forms)
     if own != form:
         raise DataError(f"{where}: holds {own}, expected {form} as in the first record")
     for field in UNSUPPORTED:
@@ -105,16 +148,25 @@ def checked_record(record: Any, form: Form, where: str) -> dict[str, Any]:
                 raise DataError(f"{here}: expected true, false, 1 or 0, got {short(value)}")
             checked[field] = bool(value)
             continue
-        if field == WEIGHT:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise DataError(f"{here}: expected a finite number >= 0, got {short(value)}")
+        if field in (WEIGHT, MARGIN):
+            least = 0 if field == WEIGHT else -math.inf
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value < least:
+                expected = "a finite number >= 0" if field == WEIGHT else "a finite number"
+                raise DataError(f"{here}: expected {expected}, got {short(value)}")
             checked[field] = float(value)
             continue
-        if isinstance(value, (str, list)) and isinstance(value, list) != form.conversational:
+        is_whole = form.fields in (TEXT, MESSAGES)
+        if not is_whole and isinstance(value, (str, list)) and isinstance(value, list) != form.conversational:
             raise DataError(_mixed(value, form, field, here))
         checked[field] = _messages(value, here) if form.conversational else _text(value, here)
-        if form.conversational and field != "prompt" and (first := checked[field][0]["role"]) in ("system", "user"):
+        first = checked[field][0]["role"] if form.conversational else ""
+        if is_whole and first in ASSISTANT:
+            raise DataError(f"{here}: expected messages that begin with the user's or the system's, got the {first}'s")
+        if not is_whole and field != "prompt" and first in ("system", "user"):
             raise DataError(f"{here}: expected the answer alone, got messages that begin with the {first}'s")
+        if is_whole and form.conversational and not any(part["role"] in ASSISTANT for part in checked[field]):
+            raise DataError(f"{here}: expected a message of the role 'assistant', got none")
         texts = [message["content"] for message in checked[field]] if form.conversational else [checked[field]]
         if field != "prompt" and not any(texts):
             raise DataError(f"{here}: expected text, got an empty completion")

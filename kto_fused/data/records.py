@@ -1,4 +1,4 @@
-"""Read records of feedback or pairs from files or ``datasets``, and check each of them.
+"""Read records of feedback, pairs or demonstrations from files or ``datasets``, and check each of them.
 
 ``load`` is the entry. A file of JSON lines or a Parquet file is read, checked and written to the cache as Arrow; the
 next call finds it there by the checksum of its bytes. A ``Dataset`` is checked in place, and converted if its columns
@@ -26,9 +26,11 @@ from datasets import ClassLabel, Dataset, IterableDataset, concatenate_datasets
 from . import cache
 from .form import (
     MAX_RECORD,
+    PREFERENCES,
     UNSUPPORTED,
     DataError,
     Form,
+    Forms,
     characters,
     check_label_classes,
     checked_record,
@@ -50,7 +52,7 @@ _UNREADABLE = (OSError, ValueError, pa.ArrowException, NotImplementedError, Recu
 Source = Dataset | str | os.PathLike | list[str | os.PathLike]
 
 
-def load(source: Source) -> Dataset:
+def load(source: Source, forms: Forms = PREFERENCES) -> Dataset:
     """Return every record of a ``Dataset``, or of ``.jsonl``, ``.json`` (one record per line) or ``.parquet`` files.
 
     Files are read once; later calls find them in a cache until they change. All records must have one form. Other
@@ -58,24 +60,27 @@ def load(source: Source) -> Dataset:
 
     Args:
         source: a ``Dataset``, a path, or a list of paths.
+        forms: the fields that a record may have, one of the constants of ``form``. Preferences: ``prompt``,
+            ``completion``, ``label``, or ``prompt``, ``chosen``, ``rejected``. Demonstrations: ``prompt``,
+            ``completion``, or ``text``, or ``messages``. Comparisons: ``prompt``, ``chosen``, ``rejected``. Preferences
+            and comparisons may have a ``weight``, comparisons also a ``margin``.
 
     Returns:
-        A dataset of ``prompt``, ``completion``, ``label`` (bool), or of ``prompt``, ``chosen``, ``rejected``; and
-        ``weight`` (float64), if the records have it.
+        A dataset with the fields of one of the forms. A label is a bool, a weight or margin a float64.
 
     Raises:
         DataError: a source cannot be read, or a record has not the form that ``kto_fused.data`` describes.
     """
     if isinstance(source, Dataset):
-        return _checked_dataset(source, "dataset")
+        return _checked_dataset(source, "dataset", forms)
     paths = [source] if isinstance(source, (str, os.PathLike)) else source
     if not (isinstance(paths, list) and paths and all(isinstance(path, (str, os.PathLike)) for path in paths)):
         raise DataError(f"dataset: {_other_source(source)}")
-    parts = [_read(Path(path)) for path in paths]
+    parts = [_read(Path(path), forms) for path in paths]
     for path, part in zip(paths, parts, strict=True):
         if part.features != parts[0].features:
-            forms = [form_of(records[0], str(path)) for records in (part, parts[0])]
-            raise DataError(f"{path}: holds {forms[0]}, but {paths[0]} holds {forms[1]}: expected one form")
+            found = [form_of(records[0], str(path), forms) for records in (part, parts[0])]
+            raise DataError(f"{path}: holds {found[0]}, but {paths[0]} holds {found[1]}: expected one form")
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
@@ -101,15 +106,15 @@ def _other_source(source: Any) -> str:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Dataset:
+def _read(path: Path, forms: Forms) -> Dataset:
     """Return the checked records of a file, from the cache if the file was read before."""
     _check_file_type(path)
     write = _write_parquet if path.suffix == ".parquet" else _write_lines
     kind = "parquet" if path.suffix == ".parquet" else "lines"
     try:
         content = cache.checksum(path)
-        write = partial(write, path=path, content=content)
-        records, notes = cache.stored(cache.digest(kind, content), write, str(path))
+        write = partial(write, path=path, content=content, forms=forms)
+        records, notes = cache.stored(cache.digest(kind, content, forms), write, str(path))
     except DataError:
         raise
     except _UNREADABLE as error:
@@ -145,7 +150,7 @@ def _check_unchanged(path: Path, before: str, now: str) -> None:
         raise DataError(f"{path}: changed while it was read: start again when nothing writes to it any more")
 
 
-def _write_records(folder: Path, records: Iterator[tuple[str, Any]], path: Path) -> list[str]:
+def _write_records(folder: Path, records: Iterator[tuple[str, Any]], path: Path, forms: Forms) -> list[str]:
     """Check the records of the file ``path`` and write them to ``folder`` as Arrow.
 
     Args:
@@ -157,7 +162,7 @@ def _write_records(folder: Path, records: Iterator[tuple[str, Any]], path: Path)
     first = next(records, None)
     if first is None:
         raise DataError(f"{path}: holds no records")
-    form = form_of(first[1], first[0])
+    form = form_of(first[1], first[0], forms)
     schema = form.features.arrow_schema
     ignored: dict[str, None] = {}  # a set that keeps the order
 
@@ -187,7 +192,7 @@ def _next_rows(records: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 # ---- files of JSON lines -------------------------------------------------------------------------------------------
 
 
-def _write_lines(folder: Path, *, path: Path, content: str) -> dict[str, Any]:
+def _write_lines(folder: Path, *, path: Path, content: str, forms: Forms) -> dict[str, Any]:
     """Write the checked records of a file of JSON lines to ``folder``; return notes for the cache.
 
     ``content`` is the file's checksum. The bytes that are read must have the same one.
@@ -195,7 +200,7 @@ def _write_lines(folder: Path, *, path: Path, content: str) -> dict[str, Any]:
     now = xxhash.xxh3_128()
     with path.open("rb") as file:
         try:
-            ignored = _write_records(folder, _json_lines(path, file, now), path)
+            ignored = _write_records(folder, _json_lines(path, file, now), path, forms)
         except DataError:
             while chunk := file.read(2**20):
                 now.update(chunk)
@@ -285,7 +290,7 @@ def _other_json(line: bytes, error: ValueError) -> str | None:
 # ---- Parquet files -------------------------------------------------------------------------------------------------
 
 
-def _write_parquet(folder: Path, *, path: Path, content: str) -> dict[str, Any]:
+def _write_parquet(folder: Path, *, path: Path, content: str, forms: Forms) -> dict[str, Any]:
     """Write the checked records of a Parquet file to ``folder`` as Arrow; return notes for the cache.
 
     ``content`` is the file's checksum. A copy of the file is read, so that the bytes that are read were checked.
@@ -297,13 +302,15 @@ def _write_parquet(folder: Path, *, path: Path, content: str) -> dict[str, Any]:
         with pq.ParquetFile(copy) as file:
             schema = file.schema_arrow
             _check_columns(schema, str(path))
-            form = form_of(dict.fromkeys(schema.names), f"{path}, row 0")  # a missing field is reported with all names
+            form = form_of(
+                dict.fromkeys(schema.names), f"{path}, row 0", forms
+            )  # a missing field is reported with all names
             if "label" in form.fields:
                 _check_described_label(schema, str(path))
             found = [name for name in schema.names if name in UNSUPPORTED]
             if found:
                 _check_unsupported(file.iter_batches(100, columns=found), str(path))
-            _write_records(folder, _parquet_records(file, form.fields, path), path)
+            _write_records(folder, _parquet_records(file, form.fields, path), path, forms)
     finally:
         copy.unlink()
     return {"ignored": _ignored(schema.names, form)}
@@ -351,7 +358,7 @@ def _check_described_label(schema: pa.Schema, where: str) -> None:
 # ---- datasets ------------------------------------------------------------------------------------------------------
 
 
-def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
+def _checked_dataset(dataset: Dataset, name: str, forms: Forms) -> Dataset:
     """Return the form's columns after a check of every row, converted (and cached) if their types differ."""
     if len(dataset) == 0:
         raise DataError(f"{name}: holds no records")
@@ -359,7 +366,7 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
         raise DataError(f"{name}: has a transform of its own (set_transform), which is not applied here: use map")
     dataset = _stamped(dataset.with_format(None))
     _check_columns(dataset.data.schema, name)
-    form = form_of(dict.fromkeys(dataset.column_names), f"{name}, row 0")
+    form = form_of(dict.fromkeys(dataset.column_names), f"{name}, row 0", forms)
     if "label" in form.fields and isinstance(dataset.features["label"], ClassLabel):
         check_label_classes(dataset.features["label"].names, name)
     found = [field for field in dataset.column_names if field in UNSUPPORTED]
@@ -367,7 +374,7 @@ def _checked_dataset(dataset: Dataset, name: str) -> Dataset:
         _check_unsupported(dataset.select_columns(found).with_format("arrow").iter(100), name)
     ignored = _ignored(dataset.column_names, form)
     dataset = dataset.select_columns(list(form.fields))
-    form = Form(form.fields, isinstance(dataset[0]["prompt"], list))
+    form = form_of(dataset[0], f"{name}, row 0", forms)
     batches = dataset.iter(ROWS_AT_A_TIME)
     rows = chain.from_iterable(zip(*(batch[field] for field in form.fields), strict=True) for batch in batches)
     for row, values in enumerate(rows):

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .form import WEIGHT, DataError
+from .form import ASSISTANT, MARGIN, NO_TEXTS, WEIGHT, DataError
 from .rendering import GENERATION, Renderer
 
 # How many tokens of a prompt's messages may change once an answer follows: one or two, if the tokenizer merges across
 # the border. A chat template that renders a message differently changes its words and the text around them.
 MERGED = 2
 WHITE = " \t\r\n\u2581\u0120\u010a"  # with the letters that stand for a space and a line break in vocabularies
-ASSISTANT = ("assistant", "model")  # the roles whose messages are trained; Gemma's templates say "model"
 
 # Why an example is dropped: the keys of ``Prepared.dropped_for``. The texts complete "they are dropped, because". A
 # column of the rows holds the number of the reason, from 1.
@@ -33,6 +32,7 @@ DROPPED = {
     "same_tokens": "chosen and rejected have the same tokens, so nothing tells them apart: their texts are equal, or "
     "differ only in what the tokenizer does not know or the chat template leaves out",
     "untrained": "a completion has no token of the assistant's within max_length",
+    "single": "a completion without a prompt is a single token, which nothing predicts",
 }
 # What is reported of examples that are kept: the keys of ``Prepared.found``, each a column of the rows. The texts
 # complete "in 3 of 10 examples".
@@ -104,10 +104,11 @@ def token_rows(
         tokenizer, max_length: see ``prepare_unpaired``.
         name: of the data, for messages.
     """
-    fields = [field for field in batch if field not in ("prompt", "label", WEIGHT)]
+    batch = _with_prompts(batch)
+    fields = [field for field in batch if field not in ("prompt", *NO_TEXTS)]
     is_split = len(fields) > len(sides)
     nothing = [None] * len(rows)
-    labels, weights = batch.get("label", nothing), batch.get(WEIGHT, nothing)
+    labels, weights, margins = (batch.get(field, nothing) for field in NO_TEXTS)
     special = _special_tokens(tokenizer)
     made = {column: [] for column in columns}
     with Renderer(tokenizer, name) as render:
@@ -115,8 +116,8 @@ def token_rows(
             encoded = _encoded_texts(batch, fields, tokenizer)
         else:
             encoded = _encoded_conversations(batch, fields, rows, tokenizer, special, render)
-        each = zip(rows, batch["prompt"], labels, weights, encoded, strict=True)
-        for row, messages, label, weight, (prompt, answers) in each:
+        records = zip(rows, batch["prompt"], labels, weights, margins, encoded, strict=True)
+        for row, messages, label, weight, margin, (prompt, answers) in records:
             why_same = _why_same(answers, max_length) if len(answers) == 2 else ""
             groups = [(answers[:1], True), (answers[1:], False)] if is_split else [(answers, label)]
             for group, its_label in groups:
@@ -126,13 +127,32 @@ def token_rows(
                 example = _example(prompt, dict(zip(sides, group, strict=True)), start, max_length, special, tokenizer)
                 if why_same and "dropped" not in example:
                     example = {"dropped": why_same}
+                if sides == ["completion"] and its_label is None and example.get("length") == 1:
+                    example = {"dropped": "single"}
                 if "dropped" in example:
                     example["dropped"] = [*DROPPED].index(example["dropped"]) + 1
-                example |= {"label": its_label, WEIGHT: weight, "row": row}
+                example |= {"label": its_label, WEIGHT: weight, MARGIN: margin, "row": row}
                 for column in columns:
                     empty = [] if column.endswith(("_ids", "_mask")) else 0
                     made[column].append(example.get(column, empty))
     return made
+
+
+def _with_prompts(batch: dict) -> dict:
+    """Return a batch of demonstrations as prompts with completions, and any other batch as it is.
+
+    A text is a completion without a prompt. In a conversation the answer begins with the assistant's first message.
+    """
+    if "text" in batch:
+        return {"prompt": [""] * len(batch["text"]), "completion": batch["text"]}
+    if "messages" not in batch:
+        return batch
+    starts = [
+        next(number for number, message in enumerate(messages) if message["role"] in ASSISTANT)
+        for messages in batch["messages"]
+    ]
+    split = [(messages[:start], messages[start:]) for messages, start in zip(batch["messages"], starts, strict=True)]
+    return {"prompt": [prompt for prompt, _ in split], "completion": [answer for _, answer in split]}
 
 
 def _why_same(answers: list[Answer], max_length: int | None) -> str:

@@ -1,6 +1,7 @@
-"""Prepare a dataset of token ids for training: ``prepare_unpaired`` for KTO, ``prepare_paired`` for DPO.
+"""Prepare a dataset of token ids for training: ``prepare_unpaired`` for KTO, ``prepare_paired`` for DPO and reward
+models, ``prepare_completions`` for supervised fine-tuning.
 
-Both read and check the records (``records``), tokenize them (``token_rows``), drop examples that would teach nothing,
+All read and check the records (``records``), tokenize them (``token_rows``), drop examples that would teach nothing,
 and report what was found in all of them. ``prepare_unpaired`` also gives each example a mismatched completion.
 
 The results of every step are cached. What is reported is counted from columns of the cached rows, so a second run
@@ -10,7 +11,7 @@ reports the same.
 import json
 import logging
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import checks
 from . import cache
-from .form import PAIRED, UNPAIRED, WEIGHT, DataError
+from .collators import IGNORE_INDEX
+from .form import COMPARISONS, DEMONSTRATIONS, MARGIN, NO_TEXTS, PAIRED, PREFERENCES, WEIGHT, DataError, Forms
+from .packing import pack
 from .partners import mismatched_partners
 from .records import Source, load
 from .token_rows import DROPPED, FOUND, no_end_cause, token_rows
@@ -41,7 +44,7 @@ class Prepared(NamedTuple):
         dataset: the examples that are kept.
         truncated: how many of the examples had a completion cut at ``max_length``.
         dropped: how many further examples are left out.
-        dropped_for: the dropped examples by reason: "no_room", "same_after_cut", "same_tokens", "untrained".
+        dropped_for: the dropped examples by reason: "no_room", "same_after_cut", "same_tokens", "untrained", "single".
         found: the kept examples that a warning was given of, by finding: "merged", "double_bos", "double_end",
             "no_end", "unknown", "changed", "added", "masked", "ends_masked", "both_labels".
 
@@ -114,7 +117,7 @@ def prepare_unpaired(
         TypeError, ValueError: ``max_length`` is neither None nor an integer of at least 1; ``tokenizer`` is not a
             tokenizer of transformers.
     """
-    prepared = _tokenized(source, tokenizer, UNPAIRED, max_length, num_proc, name)
+    prepared = _tokenized(source, tokenizer, PREFERENCES, ["completion"], max_length, num_proc, name)
     tokens = prepared.dataset
     labels, prompts, keys, rows = (_column(tokens, column) for column in ("label", "prompt_key", "key", "row"))
     tokens = tokens.remove_columns([*KEYS])
@@ -139,45 +142,98 @@ def prepare_paired(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = 1024,
+    margins: bool = False,
     num_proc: int | None = None,
     name: str = "train",
 ) -> Prepared:
-    """Prepare tokens for DPO. The arguments are those of ``prepare_unpaired``.
+    """Prepare tokens for DPO or a reward model. The arguments are those of ``prepare_unpaired``.
 
     A pair with one completion cut counts as truncated. A pair whose sides have the same tokens, whole or once cut, is
     dropped: its margin would stay 0.
 
+    Args:
+        margins: whether the records may have a field ``margin``, a number that says how far apart the scores of the
+            pair should be. Otherwise such a field is ignored, with a warning.
+
     Returns:
         A dataset of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``length`` (tokens of the prompt and the
         longer side). If an answer has several messages, there are also ``chosen_mask`` and ``rejected_mask``, as in
-        ``prepare_unpaired``, and ``weight`` if the records have it.
+        ``prepare_unpaired``, and ``weight`` or ``margin`` (float64) if the records have them.
 
     Raises:
         DataError: as in ``prepare_unpaired``, and for unpaired data.
     """
-    prepared = _tokenized(source, tokenizer, PAIRED, max_length, num_proc, name)
+    forms = COMPARISONS if margins else PREFERENCES
+    prepared = _tokenized(source, tokenizer, forms, ["chosen", "rejected"], max_length, num_proc, name)
     return prepared._replace(dataset=prepared.dataset.remove_columns([*KEYS]))
 
 
-def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc, name: str) -> Prepared:
-    """Return the tokens of ``fields`` with the columns of ``KEYS``, and report what was found in them."""
+def prepare_completions(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Prepared:
+    """Prepare tokens for supervised fine-tuning. The arguments are those of ``prepare_unpaired``.
+
+    A record has ``prompt`` and ``completion``, of which the completion is trained; or ``text``, which is trained as a
+    whole; or ``messages``, a conversation in which all of the assistant's messages are trained.
+
+    Returns:
+        A dataset of ``prompt_ids``, ``completion_ids`` and ``length``, and ``completion_mask`` as in
+        ``prepare_unpaired``. A text is a completion; its prompt holds no more than a beginning-of-text token.
+
+    Raises:
+        DataError: as in ``prepare_unpaired``; a record has a ``label``, which says that completions differ in worth.
+    """
+    prepared = _tokenized(source, tokenizer, DEMONSTRATIONS, ["completion"], max_length, num_proc, name)
+    return prepared._replace(dataset=prepared.dataset.remove_columns([*KEYS]))
+
+
+def pack_completions(dataset: Dataset, max_length: int, *, num_proc: int | None = None, name: str = "train") -> Dataset:
+    """Put several examples of ``prepare_completions`` into one row, as many as ``max_length`` tokens hold.
+
+    No example is split or left out: the longest one goes first, each into the fullest row that has room for it.
+
+    Returns:
+        A dataset of ``input_ids`` and ``labels`` (-100 where a token is not trained) of the examples one after the
+        other, ``lengths``, their numbers of tokens, and ``length``, the sum of these.
+    """
+    packs = pack(_column(dataset, "length"), max_length)
+    return cache.mapped(
+        Dataset.from_dict({"rows": packs}, Features({"rows": List(Value("int64"))})),
+        partial(_pack_row, tokens=dataset),
+        source=dataset,
+        remove_columns=["rows"],
+        features=Features({"input_ids": TOKENS, "labels": TOKENS, "lengths": TOKENS, "length": Value("int32")}),
+        num_proc=num_proc,
+        desc=f"Packing {name} data",
+        key=cache.digest("packs", dataset._fingerprint, max_length),
+    )
+
+
+def _tokenized(
+    source: Source, tokenizer, forms: Forms, sides: list[str], max_length: int | None, num_proc: int | None, name: str
+) -> Prepared:
+    """Return the tokens of ``sides`` with the columns of ``KEYS``, and report what was found in them."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
     if max_length is not None:
         checks.integer("max_length", max_length, at_least=1)
-    records = load(source)
-    if fields == PAIRED and "chosen" not in records.column_names:
+    records = load(source, forms)
+    if "chosen" in sides and "chosen" not in records.column_names:
         raise DataError(f"{name} data: DPO needs pairs, expected {list(PAIRED)}, got {records.column_names}")
-    is_text = records.features["prompt"] == Value("string")
+    is_text = records.features[records.column_names[0]] == Value("string")
     if not is_text and not tokenizer.chat_template:
         raise DataError(f"{name} data: holds conversations, but the tokenizer has no chat template to render them with")
-    sides = [field for field in fields if field not in ("prompt", "label")]
-    answers = [field for field in records.column_names if field not in ("prompt", "label", WEIGHT)]
+    answers = [field for field in records.column_names if field not in ("prompt", *NO_TEXTS)]
     has_masks = not is_text and any(_column(records, answer, pc.list_value_length).max() > 1 for answer in answers)
     columns = {"prompt_ids": TOKENS} | {f"{side}_ids": TOKENS for side in sides}
     columns |= {f"{side}_mask": MASK for side in sides} if has_masks else {}
-    columns |= {"label": Value("bool")} if "label" in fields else {}
-    columns |= {WEIGHT: Value("float64")} if WEIGHT in records.column_names else {}
+    columns |= {"label": Value("bool")} if forms == PREFERENCES and sides == ["completion"] else {}
+    columns |= {name: Value("float64") for name in records.column_names if name in (WEIGHT, MARGIN)}
     columns |= {"length": Value("int32"), **KEYS, **REPORTED}
     tokens = cache.mapped(
         records,
@@ -188,7 +244,7 @@ def _tokenized(source, tokenizer, fields: tuple[str, ...], max_length, num_proc,
         features=Features(columns),
         num_proc=num_proc,
         desc=f"Tokenizing {name} data",
-        key=cache.digest("tokens", fields, records._fingerprint, fingerprint(tokenizer), max_length),
+        key=cache.digest("tokens", forms, sides, records._fingerprint, fingerprint(tokenizer), max_length),
     )
     return _reported(tokens, tokenizer, is_text, max_length, name)
 
@@ -265,6 +321,18 @@ def _partner_rows(prompts: list, rows: list[int], *, completions: Dataset, partn
             next(found)[:room] if partner >= 0 else [] for partner, room in zip(chosen, rooms, strict=True)
         ]
     return made
+
+
+def _pack_row(row: dict, *, tokens: Dataset) -> dict[str, Any]:
+    """Return the columns of a pack. An example's first token has no label: nothing predicts it."""
+    examples = tokens[row["rows"]]
+    ids, labels = [], []
+    masks = examples.get("completion_mask") or [[True] * len(completion) for completion in examples["completion_ids"]]
+    for prompt, completion, mask in zip(examples["prompt_ids"], examples["completion_ids"], masks, strict=True):
+        ids += prompt + completion
+        trained = [token if is_trained else IGNORE_INDEX for token, is_trained in zip(completion, mask, strict=True)]
+        labels += [IGNORE_INDEX, *([IGNORE_INDEX] * len(prompt) + trained)[1:]]
+    return {"input_ids": ids, "labels": labels, "lengths": examples["length"], "length": len(ids)}
 
 
 def _column(dataset: Dataset, column: str, values=lambda array: array) -> np.ndarray:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from .forward import FusedCall, Outcome, forward_like, forward_of, head_forward, is_loss, unknown_router_loss
-from .inspect import check_is_causal, check_logits, head_layers
-from .wrappers import UnsupportedModelError, unwrap
+from .inspect import check_is_causal, check_logits, check_scores, head_layers
+from .wrappers import UnsupportedModelError, head_of, is_scorer, unwrap
 
 __all__ = ["UnsupportedModelError", "apply", "apply_to_logits", "attach", "detach", "unwrap"]
 
@@ -32,11 +32,16 @@ def apply(function: Callable, model: nn.Module, model_inputs: dict[str, Any], **
     ``router_aux_loss_coef`` is added to the loss, as the model's own forward does. With ``reduction="none"`` it is
     added to each sequence's loss. It is not added to log-probabilities.
 
+    A reward model (``AutoModelForSequenceClassification`` of a causal model) has a layer ``score`` in the place of an
+    LM head: ``function(hidden=, score_weight=, score_bias=, **arguments)`` runs there, such as
+    ``linear_bradley_terry_loss``.
+
     Args:
         function: takes hidden states: ``fused_linear_loss``, with ``head=`` any loss among the arguments,
             ``fused_linear_kto_loss``, ``fused_linear_dpo_loss``, ``linear_sequence_logps``, ``linear_token_logps``, or
             a twin of theirs in ``reference``. A function of your own that returns a tuple must return a loss first.
-        model: a ``PreTrainedModel`` with an LM head, bare or wrapped (PEFT, DDP, FSDP2, ``torch.compile``).
+        model: a ``PreTrainedModel`` with an LM head or a score, bare or wrapped (PEFT, DDP, FSDP2,
+            ``torch.compile``).
         model_inputs: for the model's backbone: ``input_ids`` [B, T], ``attention_mask``, ``position_ids``, ...
         arguments: for ``function``: ``labels`` and its other arguments, except for ``logit_scale`` and
             ``logit_softcap``, which come from the model's configuration.
@@ -206,7 +211,7 @@ def attach(model: nn.Module) -> None:
     inner.forward = MethodType(forward_like(type(inner).forward), inner)
     try:
         check_is_causal(inner)
-        check_logits(inner)
+        check_scores(inner) if is_scorer(inner) else check_logits(inner)
     except BaseException:
         detach(inner)
         raise
@@ -217,7 +222,7 @@ def detach(model: nn.Module) -> None:
     inner = unwrap(model)
     if not hasattr(inner, "_unfused_forward"):
         return
-    for layer in inner.get_output_embeddings().modules():
+    for layer in head_of(inner).modules():
         if forward_of(layer) is head_forward:
             del layer.forward
     del inner.forward

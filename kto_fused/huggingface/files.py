@@ -14,7 +14,7 @@ from typing import Any
 
 import huggingface_hub
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +30,13 @@ class RemoteCodeError(ValueError):
     """A model, tokenizer or configuration cannot be loaded without running Python code that comes with it."""
 
 
-def load_model(name: str, *, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+def load_model(name: str, *, trust_remote_code: bool, scores: bool = False, **options: Any) -> PreTrainedModel:
     """Load a causal language model from a folder or the Hub.
 
     Args:
         name: a folder, or a model's name on the Hub.
+        scores: whether to load it as a reward model: a sequence classifier whose ``score`` is one number. The ``score``
+            of a checkpoint without one starts from random numbers, and the log says so.
         trust_remote_code: whether Python code that comes with the model may run.
         options: for ``from_pretrained``.
 
@@ -43,9 +45,12 @@ def load_model(name: str, *, trust_remote_code: bool, **options: Any) -> PreTrai
             with random numbers.
         RemoteCodeError: see ``load_pretrained``, whose other errors pass through.
     """
+    kind = AutoModelForCausalLM
+    if scores:
+        kind, options = AutoModelForSequenceClassification, {"num_labels": 1, **options}
     try:
         model, found = load_pretrained(
-            AutoModelForCausalLM, name, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+            kind, name, trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
     except Exception as error:  # loading may fail in any way, mostly without the file's name
         damage = damaged_file(name)
@@ -53,6 +58,9 @@ def load_model(name: str, *, trust_remote_code: bool, **options: Any) -> PreTrai
             raise
         raise ValueError(damage) from error
     missing = sorted(found["missing_keys"])
+    if scores and (new := [key for key in missing if key.startswith("score.")]):
+        logger.info(f"{name} has no score layer: a new one starts from random numbers.")
+        missing = [key for key in missing if key not in new]
     if missing:
         raise ValueError(
             f"its files lack {len(missing)} of the weights of {type(model).__name__} ({missing[0]} among them), which "

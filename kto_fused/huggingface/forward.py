@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..metrics import TokenMetrics
 from .config import logit_options
-from .wrappers import FROM_LOGITS, UnsupportedModelError
+from .wrappers import FROM_LOGITS, UnsupportedModelError, head_of, is_scorer
 
 
 class FusedCall:
@@ -32,8 +32,12 @@ class FusedCall:
     def __init__(self, function: Callable, arguments: dict[str, Any]):
         self.function, self.arguments = function, arguments
 
-    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: dict) -> Any:
-        return self.function(hidden=hidden, lm_head_weight=weight, lm_head_bias=bias, **options, **self.arguments)
+    def __call__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, head: str, options: dict
+    ) -> Any:
+        """Call the function with the weights of the layer ``head``: "lm_head" or "score"."""
+        weights = {f"{head}_weight": weight, f"{head}_bias": bias}
+        return self.function(hidden=hidden, **weights, **options, **self.arguments)
 
 
 class Outcome:
@@ -105,23 +109,25 @@ def call_at_head(model: PreTrainedModel, call: FusedCall, *args, **kwargs) -> Ca
     inputs |= {"use_cache": False, "return_dict": True}
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
-    outputs = _backbone(model)(*args, **inputs)
+    outputs = backbone_of(model)(*args, **inputs)
     if torch.is_autocast_enabled(outputs.last_hidden_state.device.type) and not torch.compiler.is_compiling():
         # Autocast keeps a half-precision copy of every layer's weights, which no layer needs any more. If the graph
         # holds the copies as well, dropping them here would free nothing.
         is_checkpointing = (getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if not torch.is_grad_enabled() or any(is_checkpointing):
             torch.clear_autocast_cache()
-    gradient_path, outcome = model.get_output_embeddings()(
-        outputs.last_hidden_state, fused_call=functools.partial(call, options=logit_options(model.config))
-    )
+    if is_scorer(model):
+        call_with_names = functools.partial(call, head="score", options={})
+    else:
+        call_with_names = functools.partial(call, head="lm_head", options=logit_options(model.config))
+    gradient_path, outcome = head_of(model)(outputs.last_hidden_state, fused_call=call_with_names)
     is_routed = inputs.get("output_router_logits", False)
     routed = (outputs.router_logits, inputs.get("attention_mask")) if is_routed else None
     return CalledAtHead(gradient_path, outcome, routed)
 
 
-def _backbone(model: PreTrainedModel) -> nn.Module:
-    """Return the module that gives the hidden states to the LM head."""
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """Return the module that gives the hidden states to the LM head or score."""
     found = model.base_model
     if found is model:  # the class names an attribute that does not exist: most such models call it "model"
         found = getattr(model, "model", None)

@@ -19,10 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import logit_options
-from .forward import FusedCall, forward_of, head_forward
+from .forward import FusedCall, backbone_of, forward_of, head_forward
 from .padding import without_padding_mask
 from .running import evaluating, made_to_run, tokens_to_check, vocab_size
-from .wrappers import FROM_LOGITS, UnsupportedModelError
+from .wrappers import FROM_LOGITS, UnsupportedModelError, head_of, is_scorer
 
 # model types that scale the hidden states before their head, not the logits behind it
 SCALING_HIDDEN = ("inkling_text", "minicpm3")
@@ -40,12 +40,15 @@ PROBED = 100.0
 def head_layers(model: PreTrainedModel) -> list[nn.Linear]:
     """Return the linear layer that is the LM head, or its copies where PEFT's ``modules_to_save`` holds several.
 
+    In a reward model it is the layer ``score``.
+
     Raises:
-        UnsupportedModelError: there is no LM head, or it is not a plain linear layer in floating point without hooks.
+        UnsupportedModelError: there is no such layer, or it is not a plain linear layer in floating point without
+            hooks.
     """
     name = type(model).__name__
     check_is_decoder(model)
-    head = model.get_output_embeddings()
+    head = head_of(model)
     if head is None:
         raise _no_causal_model(model)
     if type(head).__name__ == "ModulesToSaveWrapper":
@@ -55,6 +58,11 @@ def head_layers(model: PreTrainedModel) -> list[nn.Linear]:
     for layer in {head, *layers}:
         _check_hooks(name, layer)
     for layer in layers:
+        if type(layer).__module__.startswith("peft.") and is_scorer(model):
+            raise UnsupportedModelError(
+                f"{name}'s score carries an adapter ({type(layer).__name__}): leave 'score' out of target_modules and "
+                "train it whole with modules_to_save=['score']"
+            )
         if type(layer).__module__.startswith("peft."):
             raise UnsupportedModelError(
                 f"{name}'s LM head carries an adapter ({type(layer).__name__}), which the fused loss would neither "
@@ -148,7 +156,7 @@ def check_is_causal(model: PreTrainedModel) -> None:
         ways = [masked] if unmasked is masked else [masked, unmasked]
     for options in ways:
         with evaluating(model), made_to_run(model, input_ids.device):
-            logits = [model(input_ids=ids, **options).logits for ids in (input_ids, changed)]
+            logits = [_of_tokens(model, input_ids=ids, **options) for ids in (input_ids, changed)]
         before, after = (each[:, :half].double() for each in logits)
         # half of the digits: an expert's rounding depends on how many tokens it gets
         rounding = torch.finfo(logits[0].dtype).eps ** 0.5 * before.abs().max()
@@ -157,6 +165,43 @@ def check_is_causal(model: PreTrainedModel) -> None:
                 f"{type(model).__name__} is no causal language model as it is configured: its logits at a token change "
                 "with the tokens after it (BERT and its relatives need config.is_decoder = True)"
             )
+
+
+def _of_tokens(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    """Return the logits of each token, or a reward model's hidden states."""
+    return backbone_of(model)(**inputs).last_hidden_state if is_scorer(model) else model(**inputs).logits
+
+
+def check_keeps_packed_apart(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits at a token depend on another sequence of the same row.
+
+    The positions of packed sequences begin at 0 again. That alone tells the attention where a sequence begins, and
+    transformers' attention masks follow it. A model with a recurrent or convolutional state carries it on.
+
+    Raises:
+        UnsupportedModelError: the second of two packed sequences has other logits than alone.
+    """
+    input_ids = tokens_to_check(model)
+    half = input_ids.shape[1] // 2
+    others = input_ids.clone()
+    others[:, :half] = (others[:, :half] + 1) % vocab_size(model)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    restarted = torch.cat([positions[:, :half], positions[:, : input_ids.shape[1] - half]], 1)
+    options = {"use_cache": False, "return_dict": True}
+    with evaluating(model), made_to_run(model, input_ids.device):
+        packed = [
+            _of_tokens(model, input_ids=ids, position_ids=restarted, **options)[:, half:].double()
+            for ids in (input_ids, others)
+        ]
+        alone = _of_tokens(model, input_ids=input_ids[:, half:], **options)
+    largest, eps = alone.double().abs().max(), torch.finfo(alone.dtype).eps
+    is_leaking = (packed[0] - packed[1]).abs().max() > ROUNDINGS * eps * largest
+    if is_leaking or (packed[0] - alone).abs().max() > eps**0.5 * largest:
+        attention = getattr(model.config, "_attn_implementation", None)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (attn_implementation={attention!r}) lets packed sequences see each other: its "
+            "logits depend on the sequence before in the same row, so train it without packing"
+        )
 
 
 # ---- the logits ----------------------------------------------------------------------------------------------------
@@ -182,6 +227,32 @@ def check_logits(model: PreTrainedModel) -> None:
     if model.config.get_text_config().model_type in SCALING_HIDDEN:
         options["logit_scale"] = 1.0  # such a model scales before the head, whose output the probe replaces
     _compare(model, own_of_probe, _scaled_and_capped(probe, **options))
+
+
+def check_scores(model: PreTrainedModel) -> None:
+    """Refuse a reward model whose score is more than its ``score`` applied to the hidden state of the last token."""
+    input_ids = tokens_to_check(model)
+    pad_token_id = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if pad_token_id is not None:  # the model would take it for padding
+        input_ids = torch.where(input_ids == pad_token_id, (input_ids + 1) % vocab_size(model), input_ids)
+    with evaluating(model), made_to_run(model, input_ids.device):
+        own = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+        hidden = _of_tokens(model, input_ids=input_ids, use_cache=False, return_dict=True)
+        ours = head_of(model)(hidden[:, -1])
+        shape = (1, input_ids.shape[1], own.shape[-1])
+        probe = torch.linspace(-PROBED, PROBED, input_ids.numel() * own.shape[-1], device=own.device).view(shape)
+        with _head_giving(model, probe):
+            own_of_probe = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+    for theirs, expected in ((own, ours), (own_of_probe, probe[:, -1])):
+        eps = max(torch.finfo(theirs.dtype).eps, torch.finfo(expected.dtype).eps)
+        largest = theirs.double().abs().max()
+        if theirs.shape != expected.shape or not (theirs.double() - expected.double()).abs().max() <= (
+            ROUNDINGS * eps * largest
+        ):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} computes something else than the score of the last token's hidden state: "
+                "it cannot be trained as a reward model here"
+            )
 
 
 def _plain_logits(hidden, lm_head_weight, lm_head_bias, logit_scale, logit_softcap) -> tuple[torch.Tensor]:

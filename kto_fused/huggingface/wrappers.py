@@ -15,6 +15,17 @@ class UnsupportedModelError(ValueError):
     """The fused loss would not reproduce this model's logits. The message says why, and what to do instead."""
 
 
+def head_of(model: PreTrainedModel) -> nn.Module | None:
+    """Return the layer behind a model's hidden states: its LM head, or the ``score`` of a sequence classifier."""
+    head = model.get_output_embeddings()
+    return getattr(model, "score", None) if head is None else head
+
+
+def is_scorer(model: PreTrainedModel) -> bool:
+    """Whether the model has no LM head but a ``score``, which is a number of a sequence: a reward model."""
+    return model.get_output_embeddings() is None and isinstance(getattr(model, "score", None), nn.Module)
+
+
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """Return the ``PreTrainedModel`` inside PEFT, DDP, FSDP and ``torch.compile``.
 

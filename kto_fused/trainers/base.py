@@ -116,13 +116,13 @@ class FusedTrainer(ResumableTrainer):
         self._tokenizer = models.tokenizer_of(model, processing_class, args.trust_remote_code)
         self.model_path = model if isinstance(model, str) else None
         self.path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
-        model, ref_model = (models.load(each, self.path_dtype, args.trust_remote_code) for each in (model, ref_model))
+        model, ref_model = (self._load_model(each, args) for each in (model, ref_model))
         self.max_length = models.max_length(args.max_length, args.pad_to_multiple_of, model=model, ref_model=ref_model)
         self._embedded_tokens = {
             "model": models.embedded_tokens(model),
             "ref_model": models.embedded_tokens(ref_model),
         }
-        pad_token_id = models.pad_token_id(self._tokenizer)
+        pad_token_id = self._pad_token_id(model)
         self._check_embedded(pad_token_id, "processing_class pads with")
         model = models.with_adapters(model, peft_config, args.seed)
         models.check_policy(
@@ -133,6 +133,7 @@ class FusedTrainer(ResumableTrainer):
             is_trained=train_dataset is not None,
             needs_reference=self.needs_reference,
         )
+        self._check_policy(model, is_trained=train_dataset is not None)
         if models.has_adapters(model):
             adapters.drop_copies(model)
             if args.gradient_checkpointing:
@@ -172,6 +173,17 @@ class FusedTrainer(ResumableTrainer):
                 logger.info(f"The reference is {self._reference.description}.{before}")
             if args.precompute_ref_log_probs:
                 precompute(self, self._reference)
+
+    def _load_model(self, model: Any, args: FusedPreferenceConfig) -> Any:
+        """Return the model of a path or an id. Anything but a string is returned as it is."""
+        return models.load(model, self.path_dtype, args.trust_remote_code)
+
+    def _pad_token_id(self, model: nn.Module) -> int:
+        """Return the token id that batches are padded with."""
+        return models.pad_token_id(self._tokenizer)
+
+    def _check_policy(self, model: nn.Module, *, is_trained: bool) -> None:
+        """Refuse a policy, with its adapters, that the recipe cannot train."""
 
     @staticmethod
     def _given_loss(loss: Any) -> losses.AnyLoss:
@@ -250,7 +262,11 @@ class FusedTrainer(ResumableTrainer):
             "dropped_for": prepared.dropped_for,
             "found": prepared.found,
         }
-        return prepared.dataset
+        return self._arranged(prepared.dataset, args, name)
+
+    def _arranged(self, dataset: Dataset, args: FusedPreferenceConfig, name: str) -> Dataset:
+        """Return the prepared examples as the rows of batches."""
+        return dataset
 
     def _checked_tokens(self, source: Any, args: FusedPreferenceConfig, name: str) -> Prepared:
         prepared = self._tokenize(source, args, name)
@@ -318,6 +334,9 @@ class FusedTrainer(ResumableTrainer):
         """
         args = self.args
         model_inputs = {name: inputs[prefix + name] for name in ("input_ids", "attention_mask")}
+        if "position_ids" in inputs:  # packed sequences, which the positions alone tell apart
+            model_inputs = {name: inputs[name] for name in ("input_ids", "position_ids")}
+            arguments["cu_seqlens"] = inputs["cu_seqlens"]
         arguments |= {
             "labels": inputs[prefix + "labels"],
             "backend": args.backend,
@@ -327,7 +346,8 @@ class FusedTrainer(ResumableTrainer):
             return huggingface.apply_to_logits(
                 functions.from_logits, model, model_inputs, inplace_backward=in_place, **arguments
             )
-        model_inputs = without_padding_mask(model, model_inputs, self.accelerator.mixed_precision)
+        if "attention_mask" in model_inputs:
+            model_inputs = without_padding_mask(model, model_inputs, self.accelerator.mixed_precision)
         return huggingface.apply(functions.from_hidden, model, model_inputs, chunk_bytes=args.chunk_bytes, **arguments)
 
     def _logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
@@ -355,13 +375,15 @@ class FusedTrainer(ResumableTrainer):
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Count the sequences, or pairs, of an optimizer step over all ranks."""
+        """Count what an optimizer step's mean loss divides by, over all ranks. None: the one batch's mean serves."""
+        if self.args.world_size == 1 and len(batch_samples) == 1:
+            return None
         count = sum(self._num_items(batch) for batch in batch_samples)
         if self.args.world_size == 1:
             return count
-        return self.accelerator.gather(torch.tensor(count, device=device)).sum()
+        return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
 
-    def _num_items(self, batch: dict[str, torch.Tensor]) -> int:
+    def _num_items(self, batch: dict[str, torch.Tensor]) -> int | torch.Tensor:
         """Return the number by which a batch's mean loss divides: its sequences, or pairs."""
         return len(batch["input_ids"])
 
@@ -388,10 +410,10 @@ class FusedTrainer(ResumableTrainer):
                 loss = loss * share
         return (loss, metrics) if return_outputs else loss
 
-    def _total(self, losses: torch.Tensor, weight: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weighted sum of the losses and the sum of the weights, ``weight`` each."""
+    def _total(self, losses: torch.Tensor, weights: int | torch.Tensor = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weighted sum of the losses and the sum of their weights; one number is the weight of each."""
         losses = losses.detach().double()
-        weights = torch.full_like(losses, weight)
+        weights = torch.ones_like(losses) * weights
         if self.args.logging_nan_inf_filter:
             is_finite = losses.isfinite()
             losses, weights = losses.where(is_finite, 0.0), weights.where(is_finite, 0.0)
@@ -489,8 +511,13 @@ class FusedTrainer(ResumableTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             values, metrics = self._losses(model, inputs)
         # gathered per sequence, because accelerate may fill the last batch with sequences that it repeats
-        self._eval_totals.add(metrics.gathered(gather).totals() | {"loss": self._total(gather(values))})
+        metrics, values = metrics.gathered(gather), gather(values)
+        self._eval_totals.add(metrics.totals() | {"loss": self._total(values, self._loss_weights(metrics))})
         return values.mean(), None, None
+
+    def _loss_weights(self, metrics: LossMetrics) -> int | torch.Tensor:
+        """Return the weights [b] of ``_losses`` in the mean over the dataset; 1: equal ones."""
+        return 1
 
     def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
         """Return the loss of each sequence (pair) of a batch, [b], and the metrics.

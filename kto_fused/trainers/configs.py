@@ -429,3 +429,80 @@ class FusedDPOConfig(FusedPreferenceConfig):
     @property
     def average_log_prob(self) -> bool:
         return False  # the losses divide by lengths themselves where they do
+
+
+@dataclass
+@losses.with_loss_options(losses.built_in(losses.trains_tokens), left_out=("normalizer", "max_tokens"))
+class FusedSFTConfig(FusedPreferenceConfig):
+    """Options of ``FusedSFTTrainer``. The learning rate's default is higher, and dropout stays as the model has it.
+
+    >>> FusedSFTConfig(output_dir="out", use_cpu=True, packing=True).loss_type
+    'nll'
+    """
+
+    default_loss: ClassVar[str] = "nll"
+
+    learning_rate: float = _option(2e-5, "Initial learning rate of AdamW.")
+    loss_type: str | None = _option(
+        None, "The loss, of single tokens; nll if not given.", choices=list(losses.built_in(losses.trains_tokens))
+    )
+    packing: bool = _option(
+        False,
+        "Put several examples into one row of a training batch, as many as max_length tokens hold. Nothing is padded or "
+        "split. per_device_train_batch_size then counts rows.",
+    )
+    disable_dropout: bool = _option(False, "Set dropout to 0 in the model and its adapters.")
+
+    @property
+    def average_log_prob(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """The loss of a reward model, see ``FusedRewardTrainer``."""
+
+    centering: float = 0.0
+
+    needs_reference: ClassVar[bool] = False
+    group: ClassVar[int] = 2
+
+    def __post_init__(self):
+        checks.number("centering", self.centering, at_least=0)
+
+
+@dataclass
+class FusedRewardConfig(FusedPreferenceConfig):
+    """Options of ``FusedRewardTrainer``. The learning rate's default is higher.
+
+    >>> FusedRewardConfig(output_dir="out", use_cpu=True, centering=0.01).loss_type
+    'bradley_terry'
+    """
+
+    losses: ClassVar[tuple[str, ...]] = ("bradley_terry",)
+    loss_options: ClassVar[dict[str, dict[str, Any]]] = {}
+    default_loss: ClassVar[str] = "bradley_terry"
+
+    learning_rate: float = _option(1e-5, "Initial learning rate of AdamW.")
+    loss_type: str | None = _option(None, "The loss; bradley_terry if not given.", choices=["bradley_terry"])
+    centering: float = _option(
+        0.0, "Weight of the squared sum of a pair's scores, >= 0, which keeps their mean near 0."
+    )
+
+    def _check_can_be_honoured(self) -> None:
+        super()._check_can_be_honoured()
+        if self.loss_from != "hidden":
+            raise ValueError(f"loss_from={self.loss_from!r} has no meaning for a reward model, which has no logits")
+
+    def _settle_loss(self) -> None:
+        self.loss_type = self.default_loss if self.loss_type is None else self.loss_type
+        checks.choice("loss_type", self.loss_type, self.losses)
+        if self.loss_weights is not None:
+            raise ValueError(f"loss_weights={self.loss_weights} has no meaning for a reward model's one loss")
+
+    def make_loss(self) -> BradleyTerry:
+        return BradleyTerry(self.centering)
+
+    @property
+    def average_log_prob(self) -> bool:
+        return False

@@ -66,6 +66,11 @@ def trains_completions(kind: type[Head]) -> bool:
     return kind.level == "sequence" and not reads_pairs(kind) and {*kind.required_tensors()} <= {*OF_COMPLETIONS}
 
 
+def trains_tokens(kind: type[Head]) -> bool:
+    """Whether a class is one of ``FusedSFTTrainer``: it needs nothing but a token's log-probability."""
+    return kind.level == "token" and not kind.required_tensors()
+
+
 # ---- fields as options ----------------------------------------------------------------------------------------------
 
 

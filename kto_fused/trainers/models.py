@@ -38,11 +38,11 @@ REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # ---- loading ------------------------------------------------------------------------------------------------------
 
 
-def load(model: Any, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
-    """Load a model from a path or an id. Anything but a string is returned as it is."""
+def load(model: Any, dtype: torch.dtype | str, trust_remote_code: bool, *, scores: bool = False) -> Any:
+    """Load a model from a path or an id; with ``scores`` a reward model. Anything but a string is returned as it is."""
     if not isinstance(model, str):
         return model
-    return model_files.load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model_files.load_model(model, scores=scores, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_of(model: str | nn.Module, processing_class: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -14,11 +14,22 @@ import pytest
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: there is no data to prepare")
 
-from data_cases import FORMS, PAIRED, UNPAIRED, conversation, write
+from data_cases import (
+    COMPLETIONS,
+    FORMS,
+    MESSAGES,
+    PAIRED,
+    TEXTS,
+    UNPAIRED,
+    WITH_MARGINS,
+    conversation,
+    write,
+)
 from datasets import Dataset, DatasetDict
 
 from kto_fused.data import form as form_module
 from kto_fused.data import records
+from kto_fused.data.form import COMPARISONS, DEMONSTRATIONS
 from kto_fused.preference_data import BUNDLED, DataError, load
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -211,6 +222,69 @@ def test_null_keys_of_messages_are_dropped():
     records = FORMS["unpaired conversations"]
     wider = [record | {"prompt": [{**m, "tool_calls": None} for m in record["prompt"]]} for record in records]
     assert load(Dataset.from_list(wider)).to_list() == records
+
+
+OTHER_FORMS = {
+    "completions": (DEMONSTRATIONS, COMPLETIONS),
+    "completion conversations": (DEMONSTRATIONS, [conversation(record) for record in COMPLETIONS]),
+    "texts": (DEMONSTRATIONS, TEXTS),
+    "messages": (DEMONSTRATIONS, MESSAGES),
+    "pairs": (COMPARISONS, PAIRED),
+    "margins": (COMPARISONS, WITH_MARGINS),
+}
+
+
+@pytest.mark.parametrize(("forms", "records"), OTHER_FORMS.values(), ids=OTHER_FORMS)
+def test_demonstrations_and_comparisons_are_read_from_files_and_datasets(tmp_path, forms, records, caplog):
+    dataset = Dataset.from_list(records)
+    dataset.to_parquet(tmp_path / "data.parquet")
+    for source in (dataset, write(tmp_path / "data.jsonl", records), tmp_path / "data.parquet"):
+        assert load(source, forms).to_list() == records
+    assert not caplog.messages
+
+
+def test_one_file_read_for_two_methods_is_cached_for_each(tmp_path, caplog):
+    path = write(tmp_path / "pairs.jsonl", WITH_MARGINS)
+    for _ in range(2):
+        assert load(path).column_names == ["prompt", "chosen", "rejected"]
+        assert load(path, COMPARISONS)["margin"][:] == [0.5, 2.0]
+    assert "these columns are ignored, training does not use them: ['margin']" in caplog.text
+
+
+BAD_OTHERS = {
+    "label": (DEMONSTRATIONS, UNPAIRED[0], "field 'label': expected none, because supervised fine-tuning trains on"),
+    "two forms": (DEMONSTRATIONS, COMPLETIONS[0] | TEXTS[0], "'text', or|or text.*'text'.*: keep one of them"),
+    "pairs": (DEMONSTRATIONS, PAIRED[0], "field 'completion': missing, .*: give the answers to learn as 'completion'"),
+    "other name": (DEMONSTRATIONS, {"instruction": "a", "output": "b"}, "rename 'instruction' to 'prompt', 'output'"),
+    "text of messages": (DEMONSTRATIONS, {"text": MESSAGES[0]["messages"]}, "field 'text': expected a string, got l"),
+    "messages of text": (DEMONSTRATIONS, {"messages": "red"}, "field 'messages': expected a list of messages, got str"),
+    "no answer": (DEMONSTRATIONS, {"messages": MESSAGES[0]["messages"][:1]}, "expected a message of the role 'assis"),
+    "answer first": (DEMONSTRATIONS, {"messages": MESSAGES[0]["messages"][1:]}, "begin with the user's or the sys"),
+    "no margin": (
+        COMPARISONS,
+        WITH_MARGINS[0] | {"margin": None},
+        "field 'margin': expected a finite number, got None",
+    ),
+    "endless margin": (COMPARISONS, WITH_MARGINS[0] | {"margin": float("inf")}, "field 'margin': expected a finite nu"),
+    "feedback": (
+        COMPARISONS,
+        UNPAIRED[0],
+        "field 'chosen': missing, expected prompt, chosen and rejected, gothaps",
+    ),
+}
+
+
+@pytest.mark.parametrize(("forms", "record", "message"), BAD_OTHERS.values(), ids=BAD_OTHERS)
+def test_a_bad_demonstration_or_comparison_is_named(tmp_path, forms, record, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load(write(tmp_path / "data.jsonl", [record]), forms)
+    assert str(caught.value).startswith(f"{tmp_path}/data.jsonl, line 1")
+
+
+def test_a_margin_that_only_some_pairs_have_is_refused(tmp_path):
+    for pairs in ([PAIRED[0], WITH_MARGINS[1]], [WITH_MARGINS[0], PAIRED[1]]):
+        with pytest.raises(DataError, match=r"line 2: holds paired texts.*, expected paired texts.* as in the first"):
+            load(write(tmp_path / "data.jsonl", pairs), COMPARISONS)
 
 
 BAD_RECORDS = {

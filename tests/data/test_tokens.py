@@ -13,13 +13,39 @@ import pytest
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: there is no data to prepare")
 
-from data_cases import FORMS, PAIRED, TEMPLATE, UNPAIRED, WORDS, conversation, ids, one_token_a_word, write
+import itertools
+
+from data_cases import (
+    COMPLETIONS,
+    FORMS,
+    MESSAGES,
+    PAIRED,
+    TEMPLATE,
+    TEXTS,
+    UNPAIRED,
+    WITH_MARGINS,
+    WORDS,
+    conversation,
+    ids,
+    one_token_a_word,
+    write,
+)
 from datasets import Dataset
 from tokenizers import processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kto_fused.data import tokens
-from kto_fused.preference_data import DataError, UnpairedCollator, fingerprint, load, prepare_paired, prepare_unpaired
+from kto_fused.preference_data import (
+    DataError,
+    CompletionCollator,
+    UnpairedCollator,
+    fingerprint,
+    load,
+    pack_completions,
+    prepare_completions,
+    prepare_paired,
+    prepare_unpaired,
+)
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -125,6 +151,66 @@ def test_a_pair_gives_two_unpaired_examples():
         (ids("green blue"), ids("four </s>"), True),
         (ids("green blue"), ids("one two three </s>"), False),
     ]
+
+
+def test_demonstrations_become_prompt_and_completion_tokens(caplog):
+    tokenizer = one_token_a_word()
+    rows = prepare_completions(Dataset.from_list(COMPLETIONS), tokenizer).dataset
+    assert rows[0] == {"prompt_ids": ids("red"), "completion_ids": ids("one two </s>"), "length": 4}
+    (texts,) = prepare_completions(Dataset.from_list(TEXTS[:1]), tokenizer).dataset
+    assert texts == {"prompt_ids": [], "completion_ids": ids("red one two </s>"), "length": 4}
+    assert not caplog.records
+    rows = prepare_completions(Dataset.from_list(MESSAGES), tokenizer).dataset
+    assert rows["prompt_ids"][:] == [ids(f"<user> {word} </s> <assistant>") for word in ("red", "blue")]
+    assert rows[0]["completion_ids"] == ids("one two </s> <user> green </s> <assistant> three </s>")
+    assert rows[0]["completion_mask"] == [True] * 3 + [False] * 4 + [True] * 2
+    assert rows[1]["completion_mask"] == [True] * 2
+    assert "in 1 of 2 examples (first: row 0) an answer has several messages" in caplog.text
+
+
+def test_a_text_of_one_token_is_dropped_and_counted():
+    records = [*TEXTS, {"text": "red"}]
+    prepared = prepare_completions(Dataset.from_list(records), one_token_a_word(eos_token=None))
+    assert (len(prepared.dataset), prepared.dropped_for) == (2, {"single": 1})
+
+
+def test_long_demonstrations_are_cut_and_counted():
+    prepared = prepare_completions(Dataset.from_list(TEXTS), one_token_a_word(), max_length=3)
+    assert (prepared.dataset["completion_ids"][0], prepared.truncated) == (ids("red one two"), 1)
+    prepared = prepare_completions(Dataset.from_list(MESSAGES), one_token_a_word(), max_length=8)
+    assert prepared.dataset[0]["completion_ids"] == ids("one two </s>")  # the second answer does not fit
+    assert prepared.truncated == 1
+
+
+def test_margins_come_with_their_pairs(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", WITH_MARGINS)
+    assert prepare_paired(path, one_token_a_word(), margins=True).dataset["margin"][:] == [0.5, 2.0]
+    assert "margin" not in prepare_paired(path, one_token_a_word()).dataset.column_names
+
+
+def test_packs_hold_every_token_once_and_no_more_than_fits(tmp_path, monkeypatch):
+    records = [*COMPLETIONS * 3, COMPLETIONS[0] | {"completion": " one two three four"}]
+    path = write(tmp_path / "data.jsonl", records)
+    alone = prepare_completions(path, one_token_a_word(), max_length=8).dataset
+    packed = pack_completions(alone, 8)
+    assert max(packed["length"]) == 8
+    assert len(packed) == 5  # of 37 tokens, so no fewer would do
+    batch = CompletionCollator(pad_token_id=0, pad_to_multiple_of=16)(packed.to_list())
+    bounds = batch["cu_seqlens"].tolist()
+    found = []
+    for start, end in itertools.pairwise(bounds):
+        assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
+        if batch["attention_mask"][0, start]:
+            found.append((batch["input_ids"][0, start:end].tolist(), batch["labels"][0, start:end].tolist()))
+    expected = []
+    for row in alone:
+        labels = [-100] * len(row["prompt_ids"]) + row["completion_ids"]
+        expected.append((row["prompt_ids"] + row["completion_ids"], [-100, *labels[1:]]))
+    assert sorted(found) == sorted(expected)
+    assert bounds[-1] == 48
+    monkeypatch.setattr(tokens, "_pack_row", lambda *_, **__: pytest.fail("not from the cache"))
+    again = pack_completions(prepare_completions(path, one_token_a_word(), max_length=8).dataset, 8)
+    assert again.to_list() == packed.to_list()
 
 
 @pytest.mark.parametrize(
