@@ -448,8 +448,8 @@ class FusedSFTConfig(FusedPreferenceConfig):
     )
     packing: bool = _option(
         False,
-        "Put several examples into one row of a training batch, as many as max_length tokens hold. Nothing is padded or "
-        "split. per_device_train_batch_size then counts rows.",
+        "Put several examples into one row of a training batch, as many as max_length tokens hold; none is split. "
+        "per_device_train_batch_size then counts rows.",
     )
     disable_dropout: bool = _option(False, "Set dropout to 0 in the model and its adapters.")
 

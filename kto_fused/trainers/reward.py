@@ -47,10 +47,10 @@ class FusedRewardTrainer(FusedTrainer):
     end-of-text token gets another padding token, and the log says which; the saved model, loaded again, gives the same
     scores.
 
-    Takes the arguments of ``FusedKTOTrainer``, without ``ref_model`` and ``loss``, with ``FusedRewardConfig`` and pairs:
-    ``prompt``, ``chosen``, ``rejected``, and, in all records or in none, ``margin`` and ``weight`` (>= 0, multiplies the
-    pair's loss). A ``model`` given as a path may be a causal language model, whose new ``score`` starts from random
-    numbers drawn from ``args.seed``.
+    Takes the arguments of ``FusedKTOTrainer``, without ``ref_model`` and ``loss``, with ``FusedRewardConfig`` and
+    pairs: ``prompt``, ``chosen``, ``rejected``, and, in all records or in none, ``margin`` and ``weight`` (>= 0, which
+    multiplies the pair's loss). A ``model`` given as a path may be a causal language model, whose new ``score`` starts
+    from random numbers drawn from ``args.seed``.
 
     Raises:
         ValueError, TypeError: as in ``FusedKTOTrainer``, and for a model that has no ``score`` of one number.
@@ -97,8 +97,8 @@ class FusedRewardTrainer(FusedTrainer):
         if token != before:
             self._tokenizer.pad_token = token
             logger.info(
-                f"The tokenizer pads with {before!r}, which may end a completion, and transformers scores the last token "
-                f"that is no padding: it now pads with {token!r}."
+                f"The tokenizer pads with {before!r}, which may end a completion, and transformers scores the last "
+                f"token that is no padding: it now pads with {token!r}."
             )
         config = huggingface.unwrap(model).config
         for each in {id(part): part for part in (config, config.get_text_config())}.values():
@@ -199,6 +199,6 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
         if is_known and token != tokenizer.eos_token and token not in template:
             return token
     raise ValueError(
-        f"processing_class pads with {tokenizer.pad_token!r}, which ends completions too, and has no other special token: "
-        "give it one (add_special_tokens({'pad_token': '<pad>'})), and resize the model's embeddings"
+        f"processing_class pads with {tokenizer.pad_token!r}, which ends completions too, and has no other special "
+        "token: give it one (add_special_tokens({'pad_token': '<pad>'})), and resize the model's embeddings"
     )

@@ -25,10 +25,10 @@ from .configs import FusedSFTConfig
 class FusedSFTTrainer(FusedTrainer):
     """Supervised fine-tuning on ``transformers.Trainer``, without logits.
 
-    The loss is ``nll``, the mean of -l over all trained tokens of an optimizer step, or ``dft`` (Wu et al. 2025, arXiv
-    2508.05629), or a token-level loss of your own; l is a token's log-probability in nats. The mean runs over the tokens
-    of all accumulated batches and ranks, so that these add up to the gradient of one large batch. An evaluation is the
-    mean over all tokens of its data.
+    The loss is ``nll``, -l, or ``dft`` (Wu et al. 2025, arXiv 2508.05629), -sg(exp l) l, or a token-level loss of your
+    own; l is a token's log-probability in nats. It is averaged over the trained tokens of all accumulated batches and
+    ranks of an optimizer step, so that these add up to the gradient of one large batch. An evaluation is the mean over
+    all trained tokens of its data.
 
     Takes the arguments of ``FusedKTOTrainer``, without ``ref_model``, with ``FusedSFTConfig`` and demonstrations:
 

@@ -269,7 +269,7 @@ BAD_OTHERS = {
     "feedback": (
         COMPARISONS,
         UNPAIRED[0],
-        "field 'chosen': missing, expected prompt, chosen and rejected, gothaps",
+        "field 'chosen': missing, expected prompt, chosen and rejected, got",
     ),
 }
 

@@ -36,8 +36,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kto_fused.data import tokens
 from kto_fused.preference_data import (
-    DataError,
     CompletionCollator,
+    DataError,
     UnpairedCollator,
     fingerprint,
     load,
