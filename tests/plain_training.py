@@ -1,10 +1,13 @@
 """Training loops in plain PyTorch and float64: the truth that the trainers are compared with."""
 
 import copy
+import itertools
 
 import torch
+import torch.nn.functional as F
 
 from kto_fused import reference
+from kto_fused.metrics import with_margins
 from kto_fused.preference_data import IGNORE_INDEX
 
 
@@ -58,7 +61,58 @@ def plain_dpo(policy, ref, batch, args):
     )
 
 
-PLAIN = {"kto": plain_kto, "dpo": plain_dpo}
+class PlainMetrics:
+    """Means of a batch by name, with their weights."""
+
+    def __init__(self, **means):
+        self.means = means
+
+    def totals(self):
+        return {name: (mean.double() * weight, weight.double()) for name, (mean, weight) in self.means.items()}
+
+    def summary(self):
+        return with_margins({name: mean for name, (mean, _) in self.means.items()})
+
+
+def plain_sft(policy, ref, batch, args):
+    """The truth of packed sequences is that of each one alone."""
+    rows = list(zip(batch["input_ids"], batch["labels"], strict=True))
+    if "cu_seqlens" in batch:
+        ((ids, labels),) = rows
+        rows = [(ids[start:end], labels[start:end]) for start, end in itertools.pairwise(batch["cu_seqlens"].tolist())]
+    losses, entropy, is_top1 = [], [], []
+    for ids, labels in rows:
+        logps = policy(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        is_trained = labels[1:] != IGNORE_INDEX
+        logps, targets = logps[is_trained], labels[1:][is_trained]
+        own = logps.gather(1, targets[:, None])[:, 0]
+        losses.append(-own * (own.detach().exp() if args.loss_type == "dft" else 1))
+        entropy.append(-(logps.exp() * logps).sum(1).detach())
+        is_top1.append(logps.argmax(1) == targets)
+    losses, entropy, is_top1 = torch.cat(losses), torch.cat(entropy), torch.cat(is_top1).double()
+    count = torch.tensor(len(losses))
+    return losses.mean(), PlainMetrics(entropy=(entropy.mean(), count), mean_token_accuracy=(is_top1.mean(), count))
+
+
+def plain_reward(policy, ref, batch, args):
+    """Scores are those that transformers returns for single sequences without padding."""
+    scores = [
+        torch.stack([policy(input_ids=ids[mask == 1][None]).logits[0, 0] for ids, mask in zip(*rows, strict=True)])
+        for rows in zip(batch["input_ids"].transpose(0, 1), batch["attention_mask"].transpose(0, 1), strict=True)
+    ]
+    chosen, rejected = scores
+    losses = -F.logsigmoid(chosen - rejected - batch.get("margin", 0)) + args.centering * (chosen + rejected) ** 2
+    means = {
+        "rewards/chosen": chosen.detach().mean(),
+        "rewards/rejected": rejected.detach().mean(),
+        "rewards/accuracies": (chosen > rejected).double().mean(),
+    }
+    count = torch.tensor(len(chosen))
+    loss = (losses * batch.get("weights", 1)).mean()
+    return loss, PlainMetrics(**{name: (mean, count) for name, mean in means.items()})
+
+
+PLAIN = {"kto": plain_kto, "dpo": plain_dpo, "sft": plain_sft, "reward": plain_reward}
 
 
 def in_order(trainer, rows, batch_size):

@@ -32,24 +32,31 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
-from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer
-from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
+from kto_fused.trainers import FusedDPOTrainer, FusedKTOTrainer, FusedRewardTrainer, FusedSFTTrainer, FusedTrainer
+from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig, FusedRewardConfig, FusedSFTConfig
 from kto_fused.trainers.reference import Reference
 
-KINDS = ["kto", "dpo"]
+KINDS = ["kto", "dpo"]  # the recipes with a reference model
+WITHOUT_REFERENCE = ["sft", "reward"]
+RECIPES = KINDS + WITHOUT_REFERENCE
 by_kind = pytest.mark.parametrize("kind", KINDS)
+by_recipe = pytest.mark.parametrize("kind", RECIPES)
 SIDES = {f"{value}/{side}" for value in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
 LOGGED = {  # the names that each trainer logs beside those of ``Trainer``
     "kto": SIDES | {"rewards/margins", "kl", "entropy"},
     "dpo": SIDES | {"rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy"},
+    "sft": {"mean_token_accuracy", "entropy"},
+    "reward": {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"},
 }
 WORDS = [f"w{number}" for number in range(61)]
-TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
-CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
+TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer, "sft": FusedSFTTrainer, "reward": FusedRewardTrainer}
+CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig, "sft": FusedSFTConfig, "reward": FusedRewardConfig}
 CLOCK = ("runtime", "per_second", "total_flos", "preparation_time")
 
 
@@ -62,7 +69,7 @@ def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     )
 
 
-def model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
+def model(seed: int = 0, kind: type[PreTrainedModel] = LlamaForCausalLM, **config: Any) -> PreTrainedModel:
     """Return a Llama with large weights, so that log-ratios are large too."""
     torch.manual_seed(seed)
     sizes = {
@@ -76,7 +83,19 @@ def model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
         "initializer_range": 0.2,
         "pad_token_id": 2,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+    return kind(LlamaConfig(**{**sizes, **config}))
+
+
+def model_for(recipe: str, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """Return ``model``, or for "reward" a reward model of its size."""
+    if recipe == "reward":
+        return model(seed, LlamaForSequenceClassification, num_labels=1, **config)
+    return model(seed, **config)
+
+
+def reference_for(recipe: str, seed: int = 1, **config: Any) -> LlamaForCausalLM | None:
+    """Return a reference model, or None for a recipe that has none."""
+    return model(seed, **config) if recipe in KINDS else None
 
 
 def vision_language_model(seed: int = 0) -> Gemma3ForConditionalGeneration:
@@ -107,7 +126,9 @@ def vision_language_model(seed: int = 0) -> Gemma3ForConditionalGeneration:
 
 
 def data(kind: str, rows: int, seed: int = 0) -> Dataset:
-    """Return unpaired feedback for "kto", pairs for "dpo", of random words."""
+    """Return random words: unpaired feedback for "kto", pairs for "dpo", with margins for "reward", demonstrations for
+    "sft".
+    """
     draw = random.Random(seed)
 
     def text(longest: int) -> str:
@@ -118,8 +139,12 @@ def data(kind: str, rows: int, seed: int = 0) -> Dataset:
         record = {"prompt": text(4)}
         if kind == "kto":
             record |= {"completion": text(8), "label": row % 3 != 0}
+        elif kind == "sft":
+            record |= {"completion": text(8)}
         else:
             record |= {"chosen": text(8), "rejected": text(8)}
+        if kind == "reward":
+            record["margin"] = draw.random()
         records.append(record)
     return Dataset.from_list(records)
 
@@ -159,7 +184,7 @@ def make_trainer(
     }
     args = CONFIGS[kind](**{**defaults, **settings})
     return TRAINERS[kind](
-        model() if policy is None else policy,
+        model_for(kind) if policy is None else policy,
         ref_model,
         args,
         train_dataset=data(kind, train) if isinstance(train, int) else train,
@@ -283,7 +308,9 @@ def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def stop_and_resume(folder: Path, make: Callable[..., FusedTrainer], outcome: Callable[[FusedTrainer], Any]) -> dict:
+def stop_and_resume(
+    folder: Path, make: Callable[..., FusedTrainer], outcome: Callable[[FusedTrainer], Any], recipe: str = "dpo"
+) -> dict:
     """Return the outcomes of a whole run and of one that was stopped and resumed, with dropout at work.
 
     The second run is stopped in its second epoch, between two log entries.
@@ -292,7 +319,7 @@ def stop_and_resume(folder: Path, make: Callable[..., FusedTrainer], outcome: Ca
     def run(name: str, stop_at: int | None = None, resume_from: Path | None = None):
         trainer = make(
             folder=folder / name,
-            policy=model(attention_dropout=0.1),
+            policy=model_for(recipe, attention_dropout=0.1),
             disable_dropout=False,
             train=16,
             gradient_accumulation_steps=2,

@@ -8,12 +8,14 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 import transformers
 from tiny_training import assert_near, assert_same_run, run_on_two
-from train_distributed import KINDS, WRAPPERS, cases
+from train_distributed import KINDS, WITHOUT_REFERENCE, WRAPPERS, cases
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 CASES = cases()  # for the fixture on_one
 EVERYWHERE = [f"{wrapper}-{kind}" for wrapper in WRAPPERS for kind in KINDS]
 on_everything = pytest.mark.parametrize("name", EVERYWHERE)
+ALONE = [f"{wrapper}-{kind}" for wrapper in WRAPPERS for kind in WITHOUT_REFERENCE]
+on_every_recipe = pytest.mark.parametrize("name", EVERYWHERE + ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_trains_as_one_process(on_one, on_two, name, head):
         assert any(entry["kl"] > 0.05 for entry in one["history"]), "z0 was cut off at 0 throughout"
 
 
-@on_everything
+@on_every_recipe
 def test_accumulates_as_one_process(on_one, on_two, name):
     """The last step has one batch where the others have two."""
     assert_same_run(on_two(f"{name}-accumulated"), on_one(f"{name}-accumulated"))
@@ -106,16 +108,18 @@ def test_bf16_rounds_policy_and_reference_alike(on_one, on_two, name):
     [
         f"{wrapper}-{setting}"
         for wrapper in WRAPPERS
-        for setting in ("dpo-logits", "dpo-random", "dpo-simpo", "kto-checkpointed")
+        for setting in ("dpo-logits", "dpo-random", "dpo-simpo", "kto-checkpointed", "sft-lora", "reward-lora")
     ]
-    + ["ddp-kto-used"],
+    + ["ddp-kto-used", "ddp-sft-packed"],
 )
 def test_other_settings_train_as_one_process(on_one, on_two, case):
-    """The cases: loss from logits, random order, no reference, checkpointed layers, no search for unused parameters."""
+    """The cases: loss from logits, random order, no reference, checkpointed layers, no search for unused parameters,
+    adapters without a reference, packed rows.
+    """
     assert_same_run(on_two(case), on_one(case))
 
 
-@on_everything
+@on_every_recipe
 def test_a_stopped_run_resumes_to_the_bit(on_two, name):
     runs = on_two(f"{name}-resumed")
     assert runs["resumed"] == runs["whole"]
@@ -137,7 +141,7 @@ def test_all_processes_are_refused_a_folder_that_another_run_has_locked(on_two):
     assert "another run writes into" in first
 
 
-@on_everything
+@on_every_recipe
 def test_an_evaluation_counts_no_row_twice(on_one, on_two, name):
     """9 rows: one of the last batches is not full and one is empty; accelerate fills them with repeated rows."""
     assert_near(on_two(f"{name}-evaluated"), on_one(f"{name}-evaluated"))

@@ -1,16 +1,30 @@
 """Evaluation: metrics of the whole dataset, new data, several datasets, the best checkpoint."""
 
 import copy
+import itertools
 
 import datasets
 import pytest
 import torch
 from plain_training import PLAIN, in_order
-from tiny_training import LOGGED, assert_near, by_kind, data, history, make_trainer, model, run_precomputed, weights
+from tiny_training import (
+    LOGGED,
+    assert_near,
+    by_kind,
+    by_recipe,
+    data,
+    history,
+    make_trainer,
+    model,
+    model_for,
+    reference_for,
+    run_precomputed,
+    weights,
+)
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from kto_fused.metrics import Totals
-from kto_fused.preference_data import DataError
+from kto_fused.preference_data import IGNORE_INDEX, DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
@@ -21,16 +35,19 @@ def plain_evaluation(kind, policy, ref, trainer, rows, batch_size):
     with torch.no_grad():
         for batch in in_order(trainer, rows, batch_size):
             loss, metrics = PLAIN[kind](policy, ref, batch, trainer.args)
-            size = torch.tensor(len(batch["input_ids"]), dtype=torch.float64)
+            count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum() if kind == "sft" else len(batch["input_ids"])
+            size = torch.as_tensor(count, dtype=torch.float64)
             totals.add(metrics.totals() | {"loss": (loss * size, size)})
     return {f"eval_{name}": value for name, value in totals.pop().items()}
 
 
-@by_kind
-@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+@pytest.mark.parametrize(
+    ("kind", "loss_from"),
+    [*itertools.product(["kto", "dpo", "sft"], ["hidden", "logits"]), ("reward", "hidden")],
+)
 def test_evaluation_is_that_of_the_whole_dataset(tmp_path, kind, loss_from):
     """9 rows in batches of 4: the last batch has one row and weighs a quarter of the others."""
-    policy, ref = model(), model(seed=1)
+    policy, ref = model_for(kind), reference_for(kind)
     trainer = make_trainer(
         kind,
         tmp_path,
@@ -57,16 +74,16 @@ def test_batches_of_evaluation_change_nothing_where_z0_is_given(tmp_path):
         assert_near(evaluated[:1], [{name: evaluated[1][name] for name in names}])
 
 
-@by_kind
+@by_recipe
 def test_several_evaluation_sets_are_reported_by_name(tmp_path, kind):
     sets = {"few": data(kind, 5, seed=3), "more": data(kind, 9, seed=4)}
     sets["train"] = data(kind, 4, seed=6)
-    trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), evaluation=sets)
+    trainer = make_trainer(kind, tmp_path, ref_model=reference_for(kind), evaluation=sets)
     counted = {name: counts["examples"] for name, counts in trainer.data_counts.items()}
     assert counted == {"train": 16, "eval_few": 5, "eval_more": 9, "eval_train": 4}
     together = trainer.evaluate()
     for name, rows in sets.items():
-        alone = make_trainer(kind, tmp_path, ref_model=model(seed=1), evaluation=rows).evaluate()
+        alone = make_trainer(kind, tmp_path, ref_model=reference_for(kind), evaluation=rows).evaluate()
         for metric in LOGGED[kind] | {"loss"}:
             assert together[f"eval_{name}_{metric}"] == alone[f"eval_{metric}"], metric
 

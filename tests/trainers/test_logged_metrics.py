@@ -1,12 +1,13 @@
 """What the trainers log: names, means, and that recording metrics never waits for the device."""
 
+import itertools
 import math
 from collections import Counter
 
 import pytest
 import torch
 from plain_training import in_order
-from tiny_training import LOGGED, assert_near, by_kind, data, history, make_trainer, model, tokenizer
+from tiny_training import LOGGED, assert_near, by_kind, by_recipe, data, history, make_trainer, model, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
@@ -31,7 +32,7 @@ class Log(TrainerCallback):
         self.entries.append(dict(logs))
 
 
-@by_kind
+@by_recipe
 def test_each_loss_logs_its_names(tmp_path, kind):
     log = Log()
     trainer = make_trainer(
@@ -124,7 +125,7 @@ def test_a_step_logs_what_trl_logs(tmp_path, kind, settings):
     assert_near([ours], [{name: theirs[name] for name in ours if name != "kl"}], tolerance=1e-4)
 
 
-@by_kind
+@by_recipe
 @pytest.mark.parametrize(("every", "left"), [(10, 4), (3, 1), (2, 0)])
 def test_the_summary_holds_the_steps_after_the_last_log(tmp_path, kind, every, left):
     def run(logging_steps):
@@ -179,8 +180,10 @@ def count_waits(kind, folder, monkeypatch, steps, **settings):
     return +waits.counts, trainer
 
 
-@by_kind
-@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+@pytest.mark.parametrize(
+    ("kind", "loss_from"),
+    [*itertools.product(["kto", "dpo", "sft"], ["hidden", "logits"]), ("reward", "hidden")],
+)
 def test_metrics_are_recorded_without_waiting_for_the_device(tmp_path, kind, loss_from, monkeypatch):
     settings = {"gradient_accumulation_steps": 2, "loss_from": loss_from}
     monkeypatch.setattr(FusedTrainer, "log", Trainer.log)  # ours reads the metrics, also at the end of training

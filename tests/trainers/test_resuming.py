@@ -1,13 +1,17 @@
 """A stopped run resumes to the bit; the order of the examples depends on the seed alone."""
 
+import itertools
+
 import pytest
-from tiny_training import StopAt, by_kind, history, make_trainer, model, weights
+from tiny_training import RECIPES, StopAt, by_kind, history, make_trainer, model, model_for, weights
 
 pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 
-@pytest.mark.parametrize("sampling", ["group_by_length", "random"])
-@by_kind
+@pytest.mark.parametrize(
+    ("kind", "sampling"),
+    [*itertools.product(RECIPES, ["group_by_length"]), ("kto", "random"), ("dpo", "random")],
+)
 def test_a_run_stopped_at_any_step_ends_as_one_that_was_not(tmp_path, kind, sampling):
     """Two epochs of 4 steps, of 2 + 2 examples each and 2 + 1 in the last step; every third step is logged."""
 
@@ -15,7 +19,7 @@ def test_a_run_stopped_at_any_step_ends_as_one_that_was_not(tmp_path, kind, samp
         trainer = make_trainer(
             kind,
             tmp_path / folder,
-            policy=model(attention_dropout=0.1),
+            policy=model_for(kind, attention_dropout=0.1),
             train=15,
             evaluation=5,
             per_device_train_batch_size=2,

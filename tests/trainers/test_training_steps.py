@@ -1,14 +1,28 @@
 """Each optimizer step is the step of a plain loop, whatever the accumulation, precision and checkpointing."""
 
 import copy
+import itertools
 import math
+import random
 
 import datasets
 import pytest
 import torch
 from devices import HAS_GPU
 from plain_training import assert_same_steps, plain_training
-from tiny_training import assert_near, by_kind, data, history, lora_config, make_trainer, model, weights
+from tiny_training import (
+    assert_near,
+    by_kind,
+    by_recipe,
+    data,
+    history,
+    lora_config,
+    make_trainer,
+    model,
+    model_for,
+    reference_for,
+    weights,
+)
 
 from kto_fused.heads.preference import DPO_LOSS_TYPES
 from kto_fused.huggingface.padding import without_padding_mask
@@ -21,8 +35,8 @@ SMOOTHED = {"sigmoid": 0.1, "robust": 0.2, "simpo": 0.1}
 
 
 def check_against_plain_training(kind, folder, **settings):
-    policy = model()
-    ref = model(seed=1) if settings.get("loss_type") != "simpo" else None
+    policy = model_for(kind)
+    ref = reference_for(kind) if settings.get("loss_type") != "simpo" else None
     trainer = make_trainer(
         kind,
         folder,
@@ -34,7 +48,7 @@ def check_against_plain_training(kind, folder, **settings):
     )
     expected, trained = plain_training(kind, policy, ref, trainer)
     trainer.train()
-    assert len(expected) == 3
+    assert len(expected) == (2 if settings.get("packing") else 3)
     assert_near(history(trainer), expected)
     assert_same_steps(weights(trainer), trained.state_dict(), policy.state_dict())
     return trainer, expected
@@ -66,6 +80,27 @@ def test_dpo_trains_as_a_plain_loop(tmp_path, loss_type, loss_from):
     check_against_plain_training("dpo", tmp_path, loss_type=loss_type, loss_from=loss_from, **smoothing)
 
 
+PACKED = {"packing": True, "max_length": 16}
+
+
+@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}, PACKED], ids=["nll", "dft", "packed"])
+def test_sft_trains_as_a_plain_loop(tmp_path, settings, loss_from):
+    check_against_plain_training("sft", tmp_path, loss_from=loss_from, **settings)
+
+
+def test_a_reward_model_trains_as_a_plain_loop(tmp_path):
+    check_against_plain_training("reward", tmp_path / "margins", centering=0.1)
+    draw = random.Random(0)
+    weighted = data("reward", 11).remove_columns("margin").add_column("weight", [draw.random() for _ in range(11)])
+    policy, settings = model_for("reward"), {"train": weighted, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer("reward", tmp_path / "weights", policy=copy.deepcopy(policy), **settings)
+    expected, trained = plain_training("reward", policy, None, trainer)
+    trainer.train()
+    assert_near(history(trainer), expected)
+    assert_same_steps(weights(trainer), trained.state_dict(), policy.state_dict())
+
+
 @by_kind
 def test_attention_gets_no_mask_for_padding(tmp_path, kind, attention_masks):
     trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1))
@@ -93,8 +128,16 @@ def test_leaving_out_the_mask_depends_on_the_precision_of_attention(tmp_path, op
 @pytest.mark.parametrize("rows", [24, 22, 19, 17], ids=lambda rows: f"{rows}_rows")
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("kto", {}), ("kto", {"loss_from": "logits"}), ("dpo", {}), ("dpo", {"loss_type": "ipo"})],
-    ids=["kto", "kto-logits", "dpo", "ipo"],
+    [
+        ("kto", {}),
+        ("kto", {"loss_from": "logits"}),
+        ("dpo", {}),
+        ("dpo", {"loss_type": "ipo"}),
+        ("sft", {}),
+        ("sft", PACKED),
+        ("reward", {"centering": 0.1}),
+    ],
+    ids=["kto", "kto-logits", "dpo", "ipo", "sft", "sft-packed", "reward"],
 )
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, kind, settings, rows):
     """The last step's batches are full (24 rows), the last of them is not (22), there are fewer of them too (19), or
@@ -105,7 +148,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, kind, se
         trainer = make_trainer(
             kind,
             tmp_path,
-            ref_model=model(seed=1),
+            ref_model=reference_for(kind),
             train=rows,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=number,
@@ -115,21 +158,24 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, kind, se
         runs[number] = trainer
     for number in (2, 4):
         assert_near(history(runs[number]), history(runs[1]), but=("epoch",))
-        assert_same_steps(weights(runs[number]), weights(runs[1]), model().state_dict())
-    assert len(history(runs[1])) == 3
+        assert_same_steps(weights(runs[number]), weights(runs[1]), model_for(kind).state_dict())
+    assert len(history(runs[1])) == (2 if "packing" in settings else 3)
 
 
-@by_kind
-@pytest.mark.parametrize("loss_from", ["hidden", "logits"])
+@pytest.mark.parametrize(
+    ("kind", "loss_from"),
+    [*itertools.product(["kto", "dpo", "sft"], ["hidden", "logits"]), ("reward", "hidden")],
+)
 def test_bf16_autocast_stays_near_float32(tmp_path, kind, loss_from):
     runs = {}
     for bf16 in (False, True):
-        trainer = make_trainer(kind, tmp_path, ref_model=model(seed=1), bf16=bf16, loss_from=loss_from)
+        trainer = make_trainer(kind, tmp_path, ref_model=reference_for(kind), bf16=bf16, loss_from=loss_from)
         trainer.train()
         runs[bf16] = trainer
         assert trainer.model.dtype == torch.float32
     near, exact = history(runs[True]), history(runs[False])
-    assert_near(near, exact, tolerance=5e-2)
+    # one pair of four whose scores are near each other makes the accuracy jump
+    assert_near(near, exact, tolerance=5e-2, but=("rewards/accuracies",) if kind == "reward" else ())
     assert near[0]["loss"] != exact[0]["loss"]
 
 
@@ -187,19 +233,20 @@ class Forwards:
         self.count += 1
 
 
-@by_kind
+@by_recipe
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_checkpointed_layers_run_twice_and_change_nothing(tmp_path, kind, lora):
     runs, forwards = {}, {}
+    scored = {"modules_to_save": ["score"]} if kind == "reward" else {}
     for reentrant in (None, False, True):
-        policy = model()
+        policy = model_for(kind)
         forwards[reentrant] = Forwards(policy.model.layers[0].mlp)
         trainer = make_trainer(
             kind,
             tmp_path,
             policy=policy,
-            ref_model=model(seed=1),
-            peft_config=lora_config() if lora else None,
+            ref_model=reference_for(kind),
+            peft_config=lora_config(**scored) if lora else None,
             gradient_checkpointing=reentrant is not None,
             gradient_checkpointing_kwargs=None if reentrant is None else {"use_reentrant": reentrant},
         )
@@ -214,34 +261,34 @@ def test_checkpointed_layers_run_twice_and_change_nothing(tmp_path, kind, lora):
             assert tensor.equal(weights(runs[None])[name]), name
     trained = [name for name, tensor in weights(runs[None]).items() if not tensor.equal(start[name])]
     assert trained
-    assert all("lora_" in name for name in trained) == lora
+    assert all("lora_" in name or "modules_to_save" in name for name in trained) == lora
 
 
 def distance(one, other):
     return torch.stack([(one[name].double() - other[name]).norm() for name in one]).norm().item()
 
 
-@by_kind
+@by_recipe
 def test_max_grad_norm_clips_the_gradient_of_the_whole_step(tmp_path, kind):
     ways = {}
     for limit in (0.0, 0.01):
         trainer = make_trainer(
             kind,
             tmp_path,
-            ref_model=model(seed=1),
+            ref_model=reference_for(kind),
             train=8,
             gradient_accumulation_steps=2,
             max_grad_norm=limit,
         )
         trainer.train()
         (entry,) = history(trainer)
-        ways[limit] = distance(weights(trainer), model().state_dict()), entry["grad_norm"]
+        ways[limit] = distance(weights(trainer), model_for(kind).state_dict()), entry["grad_norm"]
     assert ways[0.0][1] == pytest.approx(ways[0.01][1], rel=1e-6)
     assert ways[0.0][0] == pytest.approx(0.5 * ways[0.0][1], rel=1e-4)
     assert ways[0.01][0] == pytest.approx(0.5 * 0.01, rel=1e-3)
 
 
-@by_kind
+@by_recipe
 def test_trains_compiled(tmp_path, kind):
     """Forward and backward are traced and run by PyTorch's operators; Inductor would take a minute or two."""
     torch.use_deterministic_algorithms(False)  # torch.compile guards on this flag
@@ -251,8 +298,8 @@ def test_trains_compiled(tmp_path, kind):
         trainer = make_trainer(
             kind,
             tmp_path,
-            policy=model(num_hidden_layers=1),
-            ref_model=model(seed=1, num_hidden_layers=1),
+            policy=model_for(kind, num_hidden_layers=1),
+            ref_model=reference_for(kind, num_hidden_layers=1),
             train=8,
             pad_to_multiple_of=32,  # one shape, so that it is traced once
             **settings,

@@ -25,6 +25,8 @@ from tiny_training import (
     history,
     make_trainer,
     model,
+    model_for,
+    reference_for,
     run_cases,
     stop_and_resume,
     vision_language_model,
@@ -41,6 +43,7 @@ from kto_fused.trainers.folder_lock import LOCK
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 LONGEST = 300  # seconds
 KINDS = ("kto", "dpo")
+WITHOUT_REFERENCE = ("sft", "reward")
 WRAPPERS = ("ddp", "fsdp")
 FSDP = {
     "fsdp": True,
@@ -78,7 +81,8 @@ def make(kind: str, wrapper: str, folder: Path, *, batch: int = 4, lora: bool = 
         import peft
 
         torch.manual_seed(5)
-        settings["policy"] = peft.get_peft_model(settings.get("policy") or model(), peft.LoraConfig(**LORA))
+        options = LORA | ({"modules_to_save": ["score"]} if kind == "reward" else {})
+        settings["policy"] = peft.get_peft_model(settings.get("policy") or model_for(kind), peft.LoraConfig(**options))
     return make_trainer(
         kind,
         folder,
@@ -103,8 +107,8 @@ def outcome(trainer: FusedTrainer) -> dict[str, Any]:
 
 
 def train(folder: Path, kind: str, wrapper: str, *, tied: bool = False, own_reference: bool = True, **settings: Any):
-    policy = model(tie_word_embeddings=tied)
-    ref_model = model(seed=1, tie_word_embeddings=tied) if own_reference else None
+    policy = model_for(kind, tie_word_embeddings=tied)
+    ref_model = reference_for(kind, tie_word_embeddings=tied) if own_reference else None
     trainer = make(kind, wrapper, folder, policy=policy, ref_model=ref_model, **settings)
     trainer.train()
     return outcome(trainer)
@@ -131,7 +135,7 @@ def precompute_with_dropout(folder: Path, kind: str):
 
 
 def resume(folder: Path, kind: str, wrapper: str, lora: bool = False):
-    return stop_and_resume(folder, functools.partial(make, kind, wrapper, lora=lora), outcome)
+    return stop_and_resume(folder, functools.partial(make, kind, wrapper, lora=lora), outcome, kind)
 
 
 def damage(folder: Path, wrapper: str):
@@ -174,7 +178,7 @@ def lock(folder: Path):
 
 def evaluate(folder: Path, kind: str, wrapper: str):
     """Return evaluations of 9 rows before and after training; the last row fills only part of the last batches."""
-    trainer = make(kind, wrapper, folder, ref_model=model(seed=1), evaluation=9, train=4)
+    trainer = make(kind, wrapper, folder, ref_model=reference_for(kind), evaluation=9, train=4)
     entries = []
     if wrapper == "ddp":  # under FSDP accelerate shards a model together with its optimizer, so only after training
         entries.append(trainer.evaluate())
@@ -252,6 +256,14 @@ def cases() -> dict[str, Callable[[Path], Any]]:
                 f"{name}-evaluated": functools.partial(evaluate, kind=kind, wrapper=wrapper),
                 f"{name}-precomputed": functools.partial(precompute, kind=kind, wrapper=wrapper),
             }
+        for kind in WITHOUT_REFERENCE:
+            run, name = functools.partial(train, kind=kind, wrapper=wrapper), f"{wrapper}-{kind}"
+            found |= {
+                f"{name}-accumulated": functools.partial(run, train=20, gradient_accumulation_steps=2),
+                f"{name}-lora": functools.partial(run, lora=True),
+                f"{name}-resumed": functools.partial(resume, kind=kind, wrapper=wrapper),
+                f"{name}-evaluated": functools.partial(evaluate, kind=kind, wrapper=wrapper),
+            }
         found[f"{wrapper}-dpo-logits"] = functools.partial(train, kind="dpo", wrapper=wrapper, loss_from="logits")
         found[f"{wrapper}-kto-checkpointed"] = functools.partial(
             train, kind="kto", wrapper=wrapper, gradient_checkpointing=True
@@ -263,6 +275,9 @@ def cases() -> dict[str, Callable[[Path], Any]]:
             train, kind="dpo", wrapper=wrapper, loss_type="simpo", own_reference=False
         )
         found[f"{wrapper}-damaged"] = functools.partial(damage, wrapper=wrapper)
+    found["ddp-sft-packed"] = functools.partial(
+        train, kind="sft", wrapper="ddp", packing=True, max_length=16, train=24, train_sampling_strategy="sequential"
+    )
     found["ddp-locked"] = lock
     for kind in KINDS:
         found[f"ddp-{kind}-vision"] = functools.partial(train_on_text, kind=kind)
