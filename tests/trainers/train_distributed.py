@@ -261,8 +261,6 @@ def cases() -> dict[str, Callable[[Path], Any]]:
             found |= {
                 f"{name}-accumulated": functools.partial(run, train=20, gradient_accumulation_steps=2),
                 f"{name}-lora": functools.partial(run, lora=True),
-                f"{name}-resumed": functools.partial(resume, kind=kind, wrapper=wrapper),
-                f"{name}-evaluated": functools.partial(evaluate, kind=kind, wrapper=wrapper),
             }
         found[f"{wrapper}-dpo-logits"] = functools.partial(train, kind="dpo", wrapper=wrapper, loss_from="logits")
         found[f"{wrapper}-kto-checkpointed"] = functools.partial(
@@ -275,6 +273,9 @@ def cases() -> dict[str, Callable[[Path], Any]]:
             train, kind="dpo", wrapper=wrapper, loss_type="simpo", own_reference=False
         )
         found[f"{wrapper}-damaged"] = functools.partial(damage, wrapper=wrapper)
+    for kind in WITHOUT_REFERENCE:
+        found[f"ddp-{kind}-resumed"] = functools.partial(resume, kind=kind, wrapper="ddp")
+        found[f"ddp-{kind}-evaluated"] = functools.partial(evaluate, kind=kind, wrapper="ddp")
     found["ddp-sft-packed"] = functools.partial(
         train, kind="sft", wrapper="ddp", packing=True, max_length=16, train=24, train_sampling_strategy="sequential"
     )
