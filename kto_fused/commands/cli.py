@@ -10,7 +10,7 @@ from .errors import CommandError, check_names
 TRAINING = ("accelerate", "datasets", "filelock", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
 INSTALL = "in a clone of kto-fused, run pip install -c constraints.txt '.[train]'"
 COMMANDS = {
-    "train": "train a model with KTO or DPO on files of feedback or pairs",
+    "train": "train a model with KTO, DPO or supervised fine-tuning, or a reward model, on files of records",
     "demo": "train a small language model with KTO on real text, as a first try",
     "estimate": "print the memory that the loss and a training step need, with and without kto-fused, and the longest "
     "sequences that fit a GPU",

@@ -59,13 +59,14 @@ def find(text: str, recipes: Iterable[str]) -> OwnLoss:
     """Return what ``--loss module:Name`` names.
 
     Raises:
-        CommandError: there is no such module or name, or it is no loss of sequences.
+        CommandError: there is no such module or name, or it is no loss.
     """
     module_name, _, name = text.partition(":")
     if not (module_name and name):
         if text in heads.names():
-            recipe = "dpo" if losses.trains_pairs(class_of(text)) else "kto"
-            if losses.trains_pairs(class_of(text)) or losses.trains_completions(class_of(text)):
+            kinds = {"dpo": losses.trains_pairs, "kto": losses.trains_completions, "sft": losses.trains_tokens}
+            recipe = next((name for name, is_trained in kinds.items() if is_trained(class_of(text))), None)
+            if recipe is not None:
                 raise CommandError(f"--loss {text} is not a recipe: give --loss {recipe} --loss_type {text}")
         raise CommandError(
             f"--loss {text} is unknown: choose one of {', '.join(recipes)}, or a loss of your own as module:Name"
@@ -88,5 +89,5 @@ def find(text: str, recipes: Iterable[str]) -> OwnLoss:
     if is_head and isinstance(found, type) and not dataclasses.is_dataclass(found):
         raise CommandError(f"--loss {text} is no dataclass: decorate it with @dataclass(frozen=True)")
     if getattr(found, "level", "sequence") != "sequence":
-        raise CommandError(f"--loss {text} is a loss of single tokens, which no recipe trains")
+        return OwnLoss(text, found, "sft")
     return OwnLoss(text, found, "dpo" if losses.reads_pairs(found) else "kto")

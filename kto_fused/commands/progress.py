@@ -12,11 +12,12 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from ..trainers import FusedTrainer
-from ..trainers.configs import FusedKTOConfig, FusedPreferenceConfig
+from ..trainers.configs import FusedKTOConfig, FusedPreferenceConfig, FusedSFTConfig
 
 # logged names and how they are printed
 REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
-ACCURACY = "rewards/accuracies"  # DPO logs it, KTO does not
+ACCURACY = "rewards/accuracies"  # DPO and reward models log it, KTO does not
+TOKENS = {"mean_token_accuracy": "accuracy", "entropy": "entropy"}  # what supervised fine-tuning logs
 COLUMNS = {"loss": "loss", **REWARDS, ACCURACY: "accuracy", "kl": "z0"}
 INTERRUPTED = b"\nfinishing this step, then saving a checkpoint; Ctrl-C again stops at once\n"
 
@@ -101,8 +102,11 @@ class LogLines(TrainerCallback):
             return
         if not self.names:  # by loss and not by this log, which lacks a side if its batch holds one label only
             other_loss = ACCURACY if isinstance(args, FusedKTOConfig) else "kl"
-            self.names = [name for name in COLUMNS if name != other_loss]
-            tqdm.write("  step " + " ".join(f"{COLUMNS[name]:>10}" for name in self.names))
+            titles = {name: title for name, title in COLUMNS.items() if name != other_loss}
+            if isinstance(args, FusedSFTConfig):
+                titles = {"loss": "loss", **TOKENS}
+            self.names = list(titles)
+            tqdm.write("  step " + " ".join(f"{title:>10}" for title in titles.values()))
         values = (logs.get(prefix + name) for name in self.names)
         line = f"{step:6d} " + " ".join(f"{'-':>10}" if value is None else f"{value:10.4f}" for value in values)
         tqdm.write(f"{line}  evaluation" if prefix else line)

@@ -27,7 +27,7 @@ def print_summary(metrics: dict[str, Any]) -> None:
         columns += [("eval_", evaluations[0]), ("eval_", evaluations[-1])]
     titles = [("eval, " if prefix else "") + f"step {entry['step']}" for prefix, entry in columns]
     print(f"\n{'':20}" + " ".join(f"{title:>15}" for title in titles))
-    for name in (*COLUMNS, "entropy"):
+    for name in (*COLUMNS, "mean_token_accuracy", "entropy"):
         values = [entry.get(prefix + name) for prefix, entry in columns]
         if any(value is not None for value in values):
             cells = (f"{'-':>15}" if value is None else f"{value:15.4f}" for value in values)
@@ -46,7 +46,10 @@ def print_summary(metrics: dict[str, Any]) -> None:
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:
-    """Write a picture of the loss and the rewards over the steps. Lines are training steps, dots are evaluations."""
+    """Write a picture of the loss, and of the rewards or else the tokens' accuracy, over the steps.
+
+    Lines are training steps, dots are evaluations.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     loss_axes, reward_axes = figure.subplots(1, 2)
@@ -59,11 +62,17 @@ def plot(metrics: dict[str, Any], path: Path) -> None:
 
     draw(loss_axes, "loss", "black")
     loss_axes.set(title="loss", xlabel="step")
-    for name, color in COLORS.items():
-        draw(reward_axes, name, color, REWARDS[name])
-    reward_axes.set(title="rewards (nats x beta)", xlabel="step")
-    if metrics["steps"]:
-        reward_axes.legend()
+    names = {name for entry in metrics["steps"] for name in entry}
+    if names.isdisjoint(COLORS) and "mean_token_accuracy" in names:
+        draw(reward_axes, "mean_token_accuracy", "black")
+        reward_axes.set(title="tokens predicted as most likely", xlabel="step")
+    else:
+        for name, color in COLORS.items():
+            draw(reward_axes, name, color, REWARDS[name])
+        unit = "nats x beta" if any(name.startswith("logps/") for name in names) else "scores"
+        reward_axes.set(title=f"rewards ({unit})", xlabel="step")
+        if metrics["steps"]:
+            reward_axes.legend()
     if metrics["evaluations"]:
         figure.supxlabel("dots: evaluation data", fontsize="small")
     figure.savefig(path, dpi=120, format="png")

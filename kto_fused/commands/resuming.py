@@ -5,13 +5,20 @@ from pathlib import Path
 from transformers import TrainerState
 
 from ..trainers import checkpoints, holds_model_alone
-from ..trainers.configs import FusedDPOConfig, FusedPreferenceConfig
+from ..trainers.configs import (
+    FusedDPOConfig,
+    FusedKTOConfig,
+    FusedPreferenceConfig,
+    FusedRewardConfig,
+    FusedSFTConfig,
+)
 from .errors import CommandError
 from .failures import user_errors
 from .progress import ACCURACY
 
 # files that a finished run leaves behind or that a model's folder holds
 RESULTS = ("metrics.json", "adapter_config.json", "config.json")
+RECIPES = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig, "sft": FusedSFTConfig, "reward": FusedRewardConfig}
 
 
 def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
@@ -47,6 +54,14 @@ def starting_checkpoint(config: FusedPreferenceConfig) -> str | None:
     return wanted
 
 
+def _recipe_of(entry: dict[str, float]) -> str:
+    """Return the recipe that logged an entry, by the names in it."""
+    if not any(name.startswith("rewards/") for name in entry):
+        return "sft"
+    is_scored = not any(name.startswith("logps/") for name in entry)
+    return "reward" if is_scored else "dpo" if ACCURACY in entry else "kto"
+
+
 def check_continues(checkpoint: str, config: FusedPreferenceConfig) -> None:
     """Check that ``Trainer`` would continue the run that the checkpoint belongs to.
 
@@ -58,9 +73,9 @@ def check_continues(checkpoint: str, config: FusedPreferenceConfig) -> None:
         raise CommandError(f"{flag} is not a checkpoint: it has no {checkpoints.STATE}")
     with user_errors(OSError, ValueError, TypeError, prefix=f"{path} cannot be read: "):
         state = TrainerState.load_from_json(str(path))
-    is_dpo = next((ACCURACY in entry for entry in state.log_history if "loss" in entry), None)
-    if is_dpo is not None and is_dpo != isinstance(config, FusedDPOConfig):
-        raise CommandError(f"{flag} was trained with --loss {'dpo' if is_dpo else 'kto'}: resume it with the same loss")
+    recipe = next((_recipe_of(entry) for entry in state.log_history if "loss" in entry), None)
+    if recipe is not None and not isinstance(config, RECIPES[recipe]):
+        raise CommandError(f"{flag} was trained with --loss {recipe}: resume it with the same loss")
     steps = state.global_step
     if 0 < config.max_steps < steps:
         raise CommandError(f"{flag} has {steps} steps already, but --max_steps is {config.max_steps}")

@@ -1,4 +1,4 @@
-"""``kto-fused train``: trains a model with KTO or DPO on files of feedback or pairs.
+"""``kto-fused train``: trains a model with KTO, DPO or supervised fine-tuning, or a reward model, on files of records.
 
 Every option of the trainers is a flag, or a setting in the YAML file of ``--config``. This module reads the options,
 loads the model, builds the trainer and runs it. ``resuming`` chooses the checkpoint, ``progress`` prints while the run
@@ -28,8 +28,25 @@ from .. import preference_data
 from ..engines import backends
 from ..huggingface import files as model_files
 from ..metrics import LossMetrics
-from ..trainers import FusedDPOTrainer, FusedKTOTrainer, FusedTrainer, checkpoints, folder_lock
-from ..trainers.configs import FIXED, FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
+from ..trainers import (
+    FusedDPOTrainer,
+    FusedKTOTrainer,
+    FusedRewardTrainer,
+    FusedSFTTrainer,
+    FusedTrainer,
+    checkpoints,
+    folder_lock,
+)
+from ..trainers.configs import (
+    FIXED,
+    FusedDPOConfig,
+    FusedKTOConfig,
+    FusedPreferenceConfig,
+    FusedRewardConfig,
+    FusedSFTConfig,
+)
+from ..trainers.reward import ScoreMetrics
+from ..trainers.supervised import TokenLossMetrics
 from . import own_loss, progress, results, resuming
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
@@ -37,10 +54,12 @@ from .failures import check_writable, setup_errors, user_errors
 from .flags import FlagParser
 from .settings_file import read_settings
 
-CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig}
-TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer}
+CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig, "sft": FusedSFTConfig, "reward": FusedRewardConfig}
+TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer, "sft": FusedSFTTrainer, "reward": FusedRewardTrainer}
+METRICS = {"sft": TokenLossMetrics, "reward": ScoreMetrics}  # the others have ``LossMetrics``
 DESCRIPTION = (
-    "Train a model with KTO on feedback (prompt, completion, label) or with DPO on pairs (prompt, chosen, rejected). "
+    "Train a model with KTO on feedback (prompt, completion, label), with DPO or as a reward model on pairs (prompt, "
+    "chosen, rejected), or with supervised fine-tuning on demonstrations (prompt and completion, text, or messages). "
     "--output_dir receives the model, its tokenizer, metrics.json and curves.png. Ctrl-C saves a checkpoint; the same "
     "command with --resume_from_checkpoint true continues from it. Add --loss dpo to list the flags of DPO."
 )
@@ -88,8 +107,9 @@ class TrainSettings:
         default="kto",
         metadata={
             "help": "kto: losses of single completions, also of pairs, both of whose answers are feedback; dpo: losses "
-            "of pairs; --loss_type names the loss. module:Name: a loss of your own, from a module in the current "
-            "folder or an installed one; its fields are flags"
+            "of pairs; sft: losses of single tokens, on demonstrations; reward: a reward model, on pairs, with a score "
+            "in the place of the LM head. --loss_type names the loss. module:Name: a loss of your own, from a module in "
+            "the current folder or an installed one; its fields are flags"
         },
     )
     ref_model: str | None = field(
@@ -282,7 +302,7 @@ def evaluation_metrics(loss: str) -> list[str]:
     values = torch.ones(2)  # two sequences; only the names of their metrics count
     per_token = dict.fromkeys(("token_counts", "entropy", "mean_logits", "token_accuracy"), values)
     of_kto = {"desirable": values.bool(), "reference_point": values[0]} if loss == "kto" else {}
-    return ["loss", *LossMetrics(values, values, values, **per_token, **of_kto).summary()]
+    return ["loss", *METRICS.get(loss, LossMetrics)(values, values, values, **per_token, **of_kto).summary()]
 
 
 def check_schedule(config: FusedPreferenceConfig) -> None:
@@ -304,14 +324,15 @@ def computes_in_bfloat16() -> bool:
 def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> FusedTrainer:
     """Return the trainer, with its model and data loaded. The data are checked before the model is loaded."""
     backends.resolve(config.backend, config.device)
+    recipe = next(name for name, kind in CONFIGS.items() if isinstance(config, kind))
     for files in (settings.data, settings.eval_data):
         if files:
-            preference_data.load(files)  # finds a bad record before a large model is loaded
+            preference_data.load(files, TRAINERS[recipe].forms)  # finds a bad record before a large model is loaded
     set_seed(config.seed)  # for weights that the checkpoint lacks
     options = settings.dtype, config.trust_remote_code
-    tokenizer, model = load(settings.model, *options)
+    is_reward = recipe == "reward"
+    tokenizer, model = load(settings.model, *options, scores=is_reward)
     ref_model = load(settings.ref_model, *options, "ref_model")[1] if settings.ref_model else None
-    recipe = next(name for name, kind in CONFIGS.items() if isinstance(config, kind))
     return TRAINERS[recipe](
         model,
         ref_model,
@@ -319,15 +340,17 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
         train_dataset=settings.data,
         eval_dataset=settings.eval_data,
         processing_class=tokenizer,
-        peft_config=lora(settings) if settings.lora_rank else None,
+        peft_config=lora(settings, is_reward) if settings.lora_rank else None,
         loss=settings.own_loss,
     )
 
 
 def load(
-    name: str, dtype: str, trust_remote_code: bool = False, flag: str = "model"
+    name: str, dtype: str, trust_remote_code: bool = False, flag: str = "model", *, scores: bool = False
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Return the tokenizer and the model of a folder or a Hub id. ``flag`` is the flag that named it, for errors.
+    """Return the tokenizer and the model of a folder or a Hub id; with ``scores`` a reward model.
+
+    ``flag`` is the flag that named it, for errors.
 
     Raises:
         CommandError: it is no causal language model with a tokenizer, or it cannot be loaded.
@@ -341,14 +364,15 @@ def load(
     load_part = functools.partial(model_files.load_pretrained, name=name, trust_remote_code=trust_remote_code)
     try:
         load_part(AutoConfig)  # first, because its errors are the clearest
-        return load_part(AutoTokenizer), model_files.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "scores": scores}
+        return load_part(AutoTokenizer), model_files.load_model(name, **options)
     except Exception as error:  # files that others wrote can fail in any way
         damage = model_files.damaged_file(name)  # a file that was downloaded just now may be damaged
         raise CommandError(f"--{flag} {name} cannot be loaded: {damage or sentence(error)}") from error
 
 
-def lora(settings: TrainSettings) -> Any:
-    """Return peft's ``LoraConfig`` for the settings."""
+def lora(settings: TrainSettings, is_reward: bool = False) -> Any:
+    """Return peft's ``LoraConfig`` for the settings. The score of a reward model is trained whole."""
     if not is_peft_available():
         raise CommandError(f"--lora_rank needs the package peft: {INSTALL}")
     from peft import LoraConfig
@@ -356,7 +380,8 @@ def lora(settings: TrainSettings) -> Any:
     modules = settings.lora_target_modules or ["all-linear"]
     is_pattern = len(modules) == 1 and (modules[0] == "all-linear" or re.search(r"[^\w.-]", modules[0]))
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
+        modules_to_save=["score"] if is_reward else None,
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         target_modules=modules[0] if is_pattern else modules,

@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .. import huggingface, log
 from ..data.collators import PairedCollator, UnpairedCollator
+from ..data.form import PREFERENCES, Forms
 from ..data.records import Source
 from ..data.tokens import Prepared
 from ..functional import fused_linear_loss, fused_loss, linear_sequence_logps, sequence_logps
@@ -53,6 +54,7 @@ class FusedTrainer(ResumableTrainer):
 
     config_class: type[FusedPreferenceConfig]
     collator_class: type[UnpairedCollator | PairedCollator]
+    forms: Forms = PREFERENCES  # of the records that it trains on
     tensors: tuple[str, ...]  # those of a loss's tensors that the recipe has, by the names in ``losses`` of the loss
     columns: tuple[str, ...]  # of a prepared dataset
     optional_columns: tuple[str, ...]  # further ones: masks where answers have several messages, weights

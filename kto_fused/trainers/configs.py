@@ -479,7 +479,8 @@ class FusedRewardConfig(FusedPreferenceConfig):
     'bradley_terry'
     """
 
-    losses: ClassVar[tuple[str, ...]] = ("bradley_terry",)
+    loss_names: ClassVar[tuple[str, ...]] = ("bradley_terry",)
+    taken_names: ClassVar[frozenset[str]] = frozenset()
     loss_options: ClassVar[dict[str, dict[str, Any]]] = {}
     default_loss: ClassVar[str] = "bradley_terry"
 
@@ -496,7 +497,7 @@ class FusedRewardConfig(FusedPreferenceConfig):
 
     def _settle_loss(self) -> None:
         self.loss_type = self.default_loss if self.loss_type is None else self.loss_type
-        checks.choice("loss_type", self.loss_type, self.losses)
+        checks.choice("loss_type", self.loss_type, self.loss_names)
         if self.loss_weights is not None:
             raise ValueError(f"loss_weights={self.loss_weights} has no meaning for a reward model's one loss")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from .. import huggingface
 from ..data import tokens
 from ..data.collators import PairedCollator
-from ..data.form import DataError
+from ..data.form import COMPARISONS, DataError
 from ..data.records import Source
 from ..data.tokens import Prepared
 from ..heads.reward import linear_bradley_terry_loss
@@ -62,6 +62,7 @@ class FusedRewardTrainer(FusedTrainer):
 
     config_class = FusedRewardConfig
     collator_class = PairedCollator
+    forms = COMPARISONS
     tensors = ("weights", "margin")
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
     optional_columns = ("chosen_mask", "rejected_mask", "weight", "margin")

@@ -11,6 +11,7 @@ from torch import nn
 from .. import huggingface
 from ..data import tokens
 from ..data.collators import IGNORE_INDEX, CompletionCollator
+from ..data.form import DEMONSTRATIONS
 from ..data.records import Source
 from ..data.tokens import Prepared
 from ..functional import fused_loss, linear_token_logps, token_logps
@@ -51,6 +52,7 @@ class FusedSFTTrainer(FusedTrainer):
 
     config_class = FusedSFTConfig
     collator_class = CompletionCollator
+    forms = DEMONSTRATIONS
     tensors = ()
     columns = ("prompt_ids", "completion_ids", "length")
     optional_columns = ("completion_mask", "input_ids", "labels", "lengths")  # the last three of packs
