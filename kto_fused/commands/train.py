@@ -108,8 +108,8 @@ class TrainSettings:
         metadata={
             "help": "kto: losses of single completions, also of pairs, both of whose answers are feedback; dpo: losses "
             "of pairs; sft: losses of single tokens, on demonstrations; reward: a reward model, on pairs, with a score "
-            "in the place of the LM head. --loss_type names the loss. module:Name: a loss of your own, from a module in "
-            "the current folder or an installed one; its fields are flags"
+            "in the place of the LM head. --loss_type names the loss. module:Name: a loss of your own, from a module "
+            "in the current folder or an installed one; its fields are flags"
         },
     )
     ref_model: str | None = field(

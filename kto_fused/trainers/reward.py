@@ -29,6 +29,8 @@ from .configs import BradleyTerry, FusedRewardConfig
 
 logger = logging.getLogger(__name__)
 
+NEW_PAD = "<|pad|>"
+
 
 class FusedRewardTrainer(FusedTrainer):
     """A reward model, trained on pairs with the Bradley-Terry loss, on ``transformers.Trainer``.
@@ -44,8 +46,8 @@ class FusedRewardTrainer(FusedTrainer):
     2023, arXiv 2312.09244.)
 
     transformers itself finds a sequence's last token by its padding token. So a ``processing_class`` that pads with its
-    end-of-text token gets another padding token, and the log says which; the saved model, loaded again, gives the same
-    scores.
+    end-of-text token, or with none, is copied and gets another padding token, a new one if there is no other; the log
+    says which. The saved model, loaded again, gives the same scores.
 
     Takes the arguments of ``FusedKTOTrainer``, without ``ref_model`` and ``loss``, with ``FusedRewardConfig`` and
     pairs: ``prompt``, ``chosen``, ``rejected``, and, in all records or in none, ``margin`` and ``weight`` (>= 0, which
@@ -93,18 +95,23 @@ class FusedRewardTrainer(FusedTrainer):
 
         transformers' sequence classifiers score the last token that is no padding token.
         """
-        self._tokenizer = copy.deepcopy(self._tokenizer)
-        before, token = self._tokenizer.pad_token, _pad_token(self._tokenizer)
+        tokenizer = self._tokenizer = copy.deepcopy(self._tokenizer)
+        before, token = tokenizer.pad_token, _pad_token(tokenizer)
         if token != before:
-            self._tokenizer.pad_token = token
+            is_new = token not in tokenizer.get_vocab()
+            if is_new:
+                tokenizer.add_special_tokens({"pad_token": token})
+            else:
+                tokenizer.pad_token = token
             logger.info(
-                f"The tokenizer pads with {before!r}, which may end a completion, and transformers scores the last "
-                f"token that is no padding: it now pads with {token!r}."
+                f"The tokenizer pads with {before!r}. transformers scores the last token that is no padding, so the "
+                f"padding must end no completion: it now pads with {token!r}{', a new token' * is_new}."
             )
+        self._embedded_tokens["model"] = _embed(model, tokenizer.pad_token_id)
         config = huggingface.unwrap(model).config
         for each in {id(part): part for part in (config, config.get_text_config())}.values():
-            each.pad_token_id = self._tokenizer.pad_token_id
-        return self._tokenizer.pad_token_id
+            each.pad_token_id = tokenizer.pad_token_id
+        return tokenizer.pad_token_id
 
     def _check_policy(self, model: nn.Module, *, is_trained: bool) -> None:
         layers = head_layers(huggingface.unwrap(model))
@@ -187,9 +194,9 @@ def _check_scores(model: nn.Module) -> None:
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the tokenizer's padding token, or else a special token that ends no completion.
+    """Return the tokenizer's padding token, or else a special token that ends no completion, perhaps a new one.
 
-    The text of a special token that a chat template writes may end a turn.
+    A special token that the chat template writes may end a turn.
     """
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
@@ -199,7 +206,20 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
         is_known = token is not None and tokenizer.convert_tokens_to_ids(token) is not None
         if is_known and token != tokenizer.eos_token and token not in template:
             return token
-    raise ValueError(
-        f"processing_class pads with {tokenizer.pad_token!r}, which ends completions too, and has no other special "
-        "token: give it one (add_special_tokens({'pad_token': '<pad>'})), and resize the model's embeddings"
-    )
+    return NEW_PAD
+
+
+def _embed(model: nn.Module, token_id: int) -> int | None:
+    """Give the model an embedding of ``token_id``, of zeros, if it has none. Returns the number of embeddings."""
+    count = models.embedded_tokens(model)
+    if count is None or token_id < count:
+        return count
+    if models.is_partitioned(model):
+        raise ValueError(
+            f"the padding token has the id {token_id}, and the model, which ZeRO-3 has partitioned, has embeddings of "
+            f"{count} tokens: resize them before, or pass a processing_class with another pad_token"
+        )
+    with models.keeping_random_state(), torch.no_grad():
+        model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+        model.get_input_embeddings().weight[count:] = 0  # the same in a run that resumes
+    return models.embedded_tokens(model)

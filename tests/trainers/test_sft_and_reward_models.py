@@ -142,12 +142,14 @@ def scores_of(trainer, **settings):
     return rows, metrics.rewards
 
 
-@pytest.mark.parametrize("pads", ["<pad>", "</s>", None])
+@pytest.mark.parametrize("pads", ["<pad>", "</s>", None, "new"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_saved_reward_model_gives_the_same_scores_to_padded_batches(tmp_path, pads, lora):
     """A completion ends with </s>. Padding with </s> too would make transformers score the token before it."""
     words, policy = tokenizer(), model_for("reward")
-    words.pad_token = pads
+    if pads == "new":  # there is no token left to pad with
+        words.unk_token = "</s>"
+    pads = words.pad_token = "</s>" if pads == "new" else pads
     args = make_trainer("reward", tmp_path, train=8).args
     trainer = FusedRewardTrainer(
         policy,
