@@ -186,7 +186,7 @@ def on_one(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """For tests of the command: a folder with a model (``model``) and data for both losses, named by the loss:
+    """For tests of the command: a folder with a model (``model``) and data for each recipe, named by it:
     ``kto.jsonl`` to train on, ``kto-eval.jsonl`` to evaluate on.
     """
     import tiny_training
@@ -194,7 +194,7 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     tiny_training.model(max_position_embeddings=1024).save_pretrained(folder / "model")
     tiny_training.tokenizer().save_pretrained(folder / "model")
-    for loss in ("kto", "dpo"):
+    for loss in tiny_training.RECIPES:
         tiny_training.data(loss, 16).to_json(folder / f"{loss}.jsonl")
         tiny_training.data(loss, 8, seed=1).to_json(folder / f"{loss}-eval.jsonl")
     return folder

@@ -372,7 +372,7 @@ def load(
 
 
 def lora(settings: TrainSettings, is_reward: bool = False) -> Any:
-    """Return peft's ``LoraConfig`` for the settings. The score of a reward model is trained whole."""
+    """Return peft's ``LoraConfig`` for the settings; peft itself trains the score of a "SEQ_CLS" model whole."""
     if not is_peft_available():
         raise CommandError(f"--lora_rank needs the package peft: {INSTALL}")
     from peft import LoraConfig
@@ -381,7 +381,6 @@ def lora(settings: TrainSettings, is_reward: bool = False) -> Any:
     is_pattern = len(modules) == 1 and (modules[0] == "all-linear" or re.search(r"[^\w.-]", modules[0]))
     return LoraConfig(
         task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
-        modules_to_save=["score"] if is_reward else None,
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         target_modules=modules[0] if is_pattern else modules,

@@ -88,6 +88,7 @@ def test_objects_and_functions_are_losses_too(my_losses):
     made, kind, _ = parsed("mix")
     assert (type(made), kind) == (heads.Mix, "FusedDPOConfig")
     assert parsed("liked")[1] == "FusedKTOConfig"
+    assert parsed("tokens")[1] == "FusedSFTConfig"
 
 
 def test_a_file_sets_the_fields_of_ones_own_loss(my_losses):
@@ -108,7 +109,6 @@ def test_a_file_sets_the_fields_of_ones_own_loss(my_losses):
         ("Other", [], "my_losses.py has no Other"),
         ("number", [], "--loss my_losses:number is 3: expected a class derived from kto_fused.heads.Head"),
         ("Plain", [], "--loss my_losses:Plain is no dataclass: decorate it with @dataclass(frozen=True)"),
-        ("tokens", [], "--loss my_losses:tokens is a loss of single tokens, which no recipe trains"),
     ],
 )
 def test_a_loss_that_cannot_be_used_is_refused_in_one_sentence(my_losses, loss, flags, message):
@@ -121,7 +121,8 @@ def test_a_loss_that_cannot_be_used_is_refused_in_one_sentence(my_losses, loss, 
     [
         ("orpo", "--loss orpo is not a recipe: give --loss dpo --loss_type orpo"),
         ("bco", "--loss bco is not a recipe: give --loss kto --loss_type bco"),
-        ("fly", "--loss fly is unknown: choose one of kto, dpo, or a loss of your own as module:Name"),
+        ("dft", "--loss dft is not a recipe: give --loss sft --loss_type dft"),
+        ("fly", "--loss fly is unknown: choose one of kto, dpo, sft, reward, or a loss of your own as module:Name"),
         ("no_such:Loss", "--loss no_such:Loss: the module no_such cannot be imported: No module named 'no_such'"),
         ("broken:Loss", "--loss broken:Loss: the module broken cannot be imported: too early"),
     ],

@@ -15,7 +15,7 @@ for package in ("datasets", "accelerate", "matplotlib"):
 
 import tiny_training
 from command_runs import command, losses, read_metrics
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from kto_fused.commands import cli, progress, results, train
 from kto_fused.trainers import FusedTrainer
@@ -65,6 +65,38 @@ def test_dpo_is_evaluated_after_each_epoch(files, capsys):
     printed = capsys.readouterr().out
     assert len(re.findall("^ +[48] .* evaluation$", printed, re.MULTILINE)) == 2
     assert re.search("^rewards/accuracies( +[01][.][0-9]{4}){4}$", printed, re.MULTILINE)
+
+
+def test_supervised_fine_tuning_and_a_reward_model_run_from_one_file_and_resume(files, capsys):
+    for loss, header, more in (
+        ("sft", ["loss", "accuracy", "entropy"], ["--packing", "--max_length", "16", "--loss_type", "dft"]),
+        ("reward", ["loss", "chosen", "rejected", "margin", "accuracy"], ["--centering", "0.01"]),
+    ):
+        settings = {"model": str(files / "model"), "data": str(files / f"{loss}.jsonl"), "loss": loss}
+        settings |= {"eval_data": str(files / f"{loss}-eval.jsonl"), "use_cpu": "true", "save_strategy": "epoch"}
+        Path("run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+        arguments = ["train", "--config", "run.yaml", "--disable_tqdm", *more]
+        assert cli.main([*arguments, "--num_train_epochs", "1"]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["step", *header] in lines
+        assert Path(f"runs/{loss}/curves.png").read_bytes().startswith(b"\x89PNG")
+        (evaluation,) = read_metrics(f"runs/{loss}")["evaluations"]
+        assert {f"eval_{name}" for name in tiny_training.LOGGED[loss]} <= evaluation.keys()
+        assert cli.main([*arguments, "--num_train_epochs", "2", "--resume_from_checkpoint", "true"]) == 0
+        assert len(read_metrics(f"runs/{loss}")["evaluations"]) == 2
+    reward = AutoModelForSequenceClassification.from_pretrained("runs/reward")
+    assert (reward.config.num_labels, reward.config.pad_token_id) == (1, 2)
+
+
+def test_a_reward_models_adapter_holds_its_score(files):
+    pytest.importorskip("peft")
+    assert cli.main(command(files, "reward", "--lora_rank", "2", "--max_steps", "1")) == 0
+    adapter = json.loads(Path("runs/reward/adapter_config.json").read_text())
+    assert adapter["task_type"] == "SEQ_CLS"
+    assert "score" in adapter["modules_to_save"]
+    saved = safetensors.torch.load_file("runs/reward/adapter_model.safetensors")
+    assert any("score" in name for name in saved)
+    assert not any("lora" in name and "score" in name for name in saved)
 
 
 def test_cut_and_dropped_examples_are_reported(files, capsys):
@@ -180,7 +212,7 @@ def test_fewer_examples_than_a_whole_batch_are_refused(files, capsys):
     assert not Path("runs/kto/config.json").exists()
 
 
-@pytest.mark.parametrize("loss", ["kto", "dpo"])
+@pytest.mark.parametrize("loss", tiny_training.RECIPES)
 def test_the_metrics_to_choose_the_best_model_by_are_those_that_evaluations_report(files, loss):
     assert cli.main(command(files, loss, "--eval_data", str(files / f"{loss}-eval.jsonl"), "--max_steps", "1")) == 0
     (evaluation,) = read_metrics(f"runs/{loss}")["evaluations"]
