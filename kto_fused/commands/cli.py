@@ -11,12 +11,16 @@ TRAINING = ("accelerate", "datasets", "filelock", "matplotlib", "safetensors", "
 INSTALL = "in a clone of kto-fused, run pip install -c constraints.txt '.[train]'"
 COMMANDS = {
     "train": "train a model with KTO, DPO or supervised fine-tuning, or a reward model, on files of records",
+    "spin": "train a model in rounds of self-play against its own samples (SPIN)",
+    "online": "train a model in rounds on its own samples, which a judge scores (online DPO, KTO and their relatives)",
+    "ppo": "train a model in rounds on its own samples by policy gradients (PPO, GRPO and its relatives)",
     "demo": "train a small language model with KTO on real text, as a first try",
     "estimate": "print the memory that the loss and a training step need, with and without kto-fused, and the longest "
     "sequences that fit a GPU",
     "env": "print versions, devices, and the backend that each device gets",
 }
-PACKAGES = {"train": TRAINING, "demo": TRAINING, "estimate": ("transformers", "yaml"), "env": ()}
+LOOPS = ("spin", "online", "ppo")
+PACKAGES = {**dict.fromkeys(("train", *LOOPS, "demo"), TRAINING), "estimate": ("transformers", "yaml"), "env": ()}
 CONTINUES = "the run continues without it and writes its results"
 
 
@@ -39,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     printed as one sentence on stderr, or a lost stdout of a command that only prints. 130: Ctrl-C. 143: SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    only_prints = arguments[:1] not in (["train"], ["demo"]) or bool({"-h", "--help"} & set(arguments))
+    only_prints = arguments[:1] not in (["train"], ["demo"], *([loop] for loop in LOOPS)) or bool(
+        {"-h", "--help"} & set(arguments)
+    )
     with process.lasting_streams(None if only_prints else CONTINUES) as stdout, process.orderly_end():
         code = _main(arguments)
         stdout.flush()
@@ -73,6 +79,8 @@ def description(command: str) -> str:
 
 
 def run(command: str, arguments: list[str]) -> int:
+    if command in LOOPS:
+        return importlib.import_module(".loops", __package__).main(command, arguments)
     if command != "env":
         return importlib.import_module(f".{command}", __package__).main(arguments)
     from . import environment

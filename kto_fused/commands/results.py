@@ -104,9 +104,13 @@ def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
 def write(folder: str | Path, metrics: dict[str, Any]) -> None:
     """Write ``metrics.json`` and ``curves.png`` into ``folder``: both or neither."""
     with draft_of(Path(folder)) as draft:
-        text = json.dumps(_finite(metrics), indent=1, default=str, allow_nan=False)
-        (draft / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        write_json(draft / "metrics.json", metrics)
         plot(metrics, draft / "curves.png")
+
+
+def write_json(path: Path, metrics: dict[str, Any]) -> None:
+    text = json.dumps(_finite(metrics), indent=1, default=str, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager

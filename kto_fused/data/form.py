@@ -159,7 +159,7 @@ def checked_record(record: Any, form: Form, where: str) -> dict[str, Any]:
         is_whole = form.fields in (TEXT, MESSAGES)
         if not is_whole and isinstance(value, (str, list)) and isinstance(value, list) != form.conversational:
             raise DataError(_mixed(value, form, field, here))
-        checked[field] = _messages(value, here) if form.conversational else _text(value, here)
+        checked[field] = form_messages(value, here) if form.conversational else form_text(value, here)
         first = checked[field][0]["role"] if form.conversational else ""
         if is_whole and first in ASSISTANT:
             raise DataError(f"{here}: expected messages that begin with the user's or the system's, got the {first}'s")
@@ -187,7 +187,7 @@ def _mixed(value: str | list, form: Form, field: str, here: str) -> str:
     return f"{here}: {expected}, though the prompt is {kind}: give {advice}"
 
 
-def _messages(value: Any, here: str) -> list[dict[str, str]]:
+def form_messages(value: Any, here: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{here}: expected a list of messages, got {short(value)}")
     messages = []
@@ -198,11 +198,11 @@ def _messages(value: Any, here: str) -> list[dict[str, str]]:
         # keys with None are no fault: a column of Arrow gives every message the keys that any message has
         if lost := [key for key, held in message.items() if key not in MESSAGE and held is not None]:
             raise DataError(f"{one}: expected a role and a content alone, got {lost} too")
-        messages.append({key: _text(message[key], f"{one}, {key!r}") for key in MESSAGE})
+        messages.append({key: form_text(message[key], f"{one}, {key!r}") for key in MESSAGE})
     return messages
 
 
-def _text(value: Any, here: str) -> str:
+def form_text(value: Any, here: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{here}: expected a string, got {short(value)}")
     try:

@@ -200,7 +200,7 @@ def _write_lines(folder: Path, *, path: Path, content: str, forms: Forms) -> dic
     now = xxhash.xxh3_128()
     with path.open("rb") as file:
         try:
-            ignored = _write_records(folder, _json_lines(path, file, now), path, forms)
+            ignored = _write_records(folder, json_lines(path, file, now), path, forms)
         except DataError:
             while chunk := file.read(2**20):
                 now.update(chunk)
@@ -210,7 +210,7 @@ def _write_lines(folder: Path, *, path: Path, content: str, forms: Forms) -> dic
     return {"ignored": ignored}
 
 
-def _json_lines(path: Path, file: BinaryIO, content) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, file: BinaryIO, content) -> Iterator[tuple[str, Any]]:
     """Yield where each record stands, and the record. Skip blank lines. Update the hash ``content`` with all bytes."""
     first = True
     for number in count(1):  # bytes, because only \n ends a line: JSON strings may hold other line separators

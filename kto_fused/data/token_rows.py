@@ -109,13 +109,13 @@ def token_rows(
     is_split = len(fields) > len(sides)
     nothing = [None] * len(rows)
     labels, weights, margins = (batch.get(field, nothing) for field in NO_TEXTS)
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     made = {column: [] for column in columns}
     with Renderer(tokenizer, name) as render:
         if isinstance(batch["prompt"][0], str):
-            encoded = _encoded_texts(batch, fields, tokenizer)
+            encoded = encoded_texts(batch, fields, tokenizer)
         else:
-            encoded = _encoded_conversations(batch, fields, rows, tokenizer, special, render)
+            encoded = encoded_conversations(batch, fields, rows, tokenizer, special, render)
         records = zip(rows, batch["prompt"], labels, weights, margins, encoded, strict=True)
         for row, messages, label, weight, margin, (prompt, answers) in records:
             why_same = _why_same(answers, max_length) if len(answers) == 2 else ""
@@ -246,7 +246,7 @@ def _common_prefix(prompt: list[int] | str, wholes: tuple[list[int] | str, ...])
 # ---- texts ---------------------------------------------------------------------------------------------------------
 
 
-def _encoded_texts(batch: dict, fields: list[str], tokenizer) -> Iterator[Encoded]:
+def encoded_texts(batch: dict, fields: list[str], tokenizer) -> Iterator[Encoded]:
     """Yield the tokens of each record. An answer ends with one end-of-text token, if the tokenizer has one."""
     adds_end = _adds_end(tokenizer)
     prompts = tokenizer(batch["prompt"])["input_ids"]
@@ -256,7 +256,7 @@ def _encoded_texts(batch: dict, fields: list[str], tokenizer) -> Iterator[Encode
         [_joined(*pair, tokenizer, adds_end) for pair in zip(batch["prompt"], batch[field], strict=True)]
         for field in fields
     ]
-    wholes = zip(*(tokenizer(text)["input_ids"] for text in texts), strict=True)
+    wholes = zip(*(tokenizer(text)["input_ids"] for text in texts), strict=True) if fields else [()] * len(prompts)
     for prompt, sides in zip(prompts, wholes, strict=True):
         yield Encoded(prompt, [Answer(ids, None, set(), None) for ids in sides])
 
@@ -289,7 +289,7 @@ class Conversation(NamedTuple):
     ids: list[int]  # the tokens of ``text``
 
 
-def _encoded_conversations(
+def encoded_conversations(
     batch: dict, fields: list[str], rows: list[int], tokenizer, special: SpecialTokens, render: Renderer
 ) -> Iterator[Encoded]:
     """Yield the tokens of each record as its chat template writes it."""
@@ -302,7 +302,7 @@ def _encoded_conversations(
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         conversations = map(Conversation, rows, prompts, batch[field], asked, texts, ids)
         sides.append([_conversation_answer(one, tokenizer, special, render) for one in conversations])
-    yield from map(Encoded, asked_ids, map(list, zip(*sides, strict=True)))
+    yield from map(Encoded, asked_ids, map(list, zip(*sides, strict=True)) if fields else [[]] * len(prompts))
 
 
 def _conversation_answer(conversation: Conversation, tokenizer, special: SpecialTokens, render: Renderer) -> Answer:
@@ -426,7 +426,7 @@ def _check_template(
 # ---- special tokens ------------------------------------------------------------------------------------------------
 
 
-def _special_tokens(tokenizer) -> SpecialTokens:
+def special_tokens(tokenizer) -> SpecialTokens:
     eos, added = tokenizer.eos_token, tokenizer.added_tokens_decoder
     # an answer may end with another added token than eos_token, such as <|im_end|> or <end_of_turn>
     others = {tokenizer.bos_token, tokenizer.unk_token} - {eos}

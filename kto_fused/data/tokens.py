@@ -133,7 +133,7 @@ def prepare_unpaired(
             "of an example with the other label. They are kept, although their gradients work against each other."
         )
     if mismatch:
-        tokens = _with_partners(tokens, prompts, max_length, seed, num_proc, name)
+        tokens = with_partners(tokens, prompts, max_length, seed, num_proc, name)
     return prepared._replace(dataset=tokens, found=found)
 
 
@@ -283,7 +283,7 @@ def _reported(tokens: Dataset, tokenizer, is_text: bool, max_length: int | None,
     return Prepared(tokens, truncated, sum(dropped_for.values()), dropped_for, found)
 
 
-def _with_partners(
+def with_partners(
     tokens: Dataset, prompts: np.ndarray, max_length: int | None, seed: int, num_proc: int | None, name: str
 ) -> Dataset:
     """Return the rows with their mismatched completions. ``prompts`` are integers, equal for equal prompts."""

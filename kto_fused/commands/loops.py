@@ -1,0 +1,283 @@
+"""``kto-fused spin``, ``online`` and ``ppo``: rounds of generate, judge, train.
+
+The options are those of the loop (``LoopSettings``) and of the trainer of its loss. Flags are checked, and the data
+read, before a model is loaded.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from transformers import PrinterCallback, ProgressCallback, set_seed
+
+from ..data.form import DataError
+from ..data.prompts import read_prompts
+from ..engines import backends
+from ..trainers import FusedTrainer, checkpoints, folder_lock
+from ..trainers.configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
+from ..trainers.generation import GenerationError
+from ..trainers.judges import JudgeError
+from ..trainers.ppo import FusedPPOConfig, PPOLoop
+from ..trainers.rounds import STATE, Loop, LoopSettings, OnlineLoop, RoundError, SPINLoop
+from . import progress, results, resuming, train
+from .cli import description
+from .errors import CommandError, check_names
+from .failures import check_writable, setup_errors, user_errors
+from .flags import FlagParser
+from .settings_file import read_settings
+
+LOOPS = {"spin": SPINLoop, "online": OnlineLoop, "ppo": PPOLoop}
+# options of the trainers that mean nothing in rounds: evaluations, and what the loop decides itself
+LEFT_OUT = (
+    *train.LEFT_OUT,
+    *train.EVALUATION_FLAGS,
+    *("per_device_eval_batch_size", "greater_is_better", "reference", "precompute_ref_log_probs", "dataset_num_proc"),
+    *("precompute_ref_batch_size", "ref_cache_dir", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
+    *("hub_private_repo", "hub_always_push", "hub_revision", "save_only_model", "length_column_name"),
+)
+ERRORS = (checkpoints.FolderInUseError, checkpoints.CheckpointError, DataError, GenerationError, JudgeError, RoundError)
+COLUMNS = {  # of a round's entry, and how they are printed
+    "score": "score",
+    "win_rate": "win rate",
+    "kl": "KL",
+    "kl_reference": "KL to ref",
+    "explained_variance": "expl. var.",
+    "examples": "examples",
+    "mean_length": "length",
+}
+
+
+DESCRIPTION = (
+    "--output_dir receives the model, metrics.json, curves.png and, in a folder per round, the samples. Ctrl-C saves a "
+    "checkpoint; the same command with --resume_from_checkpoint true continues from it."
+)
+# files of a checkpoint that are not the model's
+STATE_OF_TRAINING = (
+    *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "metrics_*.pt", "manifest.json"),
+    *("trainer_state.json", "training_args.bin", "critic.safetensors"),
+)
+
+
+@dataclass
+class OnlineSettings(LoopSettings):
+    """The options of ``kto-fused online``."""
+
+    loss: str = field(default="dpo", metadata={"help": "loss to train with", "choices": ["dpo", "kto"]})
+
+
+def main(command: str, arguments: list[str]) -> int:
+    settings, config = parse(command, arguments)
+    return run(command, settings, config)
+
+
+def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPreferenceConfig]:
+    """Return the options from flags and from the file of ``--config``. A flag overrides the file.
+
+    Raises:
+        CommandError: a flag or setting is unknown, has a wrong value, or contradicts another one.
+    """
+    first_look = FlagParser([], command, add_help=False)
+    first_look.add_argument("--config", action="append", default=[])
+    first_look.add_argument("--loss")
+    first, _ = first_look.parse_known_args(arguments)
+    if len(first.config) > 1:
+        raise CommandError(f"--config is given {len(first.config)} times, but a run reads one settings file")
+    path = next(iter(first.config), None)
+    file = read_settings(path) if path else {}
+    parser = _flags_of(command, first.loss or file.get("loss") or "dpo")
+    values = parser.values([*parser.arguments_from(file, path), *arguments])
+    for name in ("output_dir", "report_to"):
+        if values[name] is None:
+            values[name] = parser.get_default(name)
+    if values["bf16"] is None:
+        values["bf16"] = not (values["fp16"] or values["use_cpu"]) and train.computes_in_bfloat16()
+    if command == "ppo" and not values["temperature"]:
+        raise CommandError("--temperature must be more than 0 for ppo, which needs samples that differ")
+    settings, config = parser.build(values | {"sampling_temperature": values["temperature"]})
+    if command != "spin" and settings.judge is None:
+        raise CommandError(f"--judge must be given: kto-fused {command} learns from its scores")
+    return settings, config
+
+
+def _flags_of(command: str, loss: str) -> FlagParser:
+    kinds: dict[str, list[type]] = {"spin": [LoopSettings, FusedDPOConfig], "ppo": [LoopSettings, FusedPPOConfig]}
+    if command == "online":
+        configs = {"dpo": FusedDPOConfig, "kto": FusedKTOConfig}
+        if loss not in configs:
+            raise CommandError(f"--loss {loss} is unknown: choose one of {', '.join(configs)}")
+        kinds["online"] = [OnlineSettings, configs[loss]]
+    left_out = {*LEFT_OUT}
+    left_out |= {"spin": {"threshold", "ref_model"}, "ppo": {"threshold", "sampling_temperature"}}.get(command, set())
+    parser = FlagParser(
+        kinds[command],
+        command,
+        usage="%(prog)s --model MODEL --data FILE [FILE ...] --judge JUDGE [FLAGS]",
+        description=f"{description(command)} {DESCRIPTION}",
+        left_out=left_out,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="YAML file of settings, named like the flags; flags override it"
+    )
+    parser.set_defaults(output_dir=f"runs/{command}", logging_steps=1, save_total_limit=1, bf16=None)
+    parser.set_defaults(lr_scheduler_type="constant", train_sampling_strategy="random")
+    if command != "ppo":
+        parser.set_defaults(num_train_epochs=1.0)
+    return parser
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------
+
+
+def run(command: str, settings: LoopSettings, config: FusedPreferenceConfig) -> int:
+    """Run the rounds and write the results. Returns the exit code: 0, or 130 if Ctrl-C ended the training.
+
+    Raises:
+        CommandError: the run cannot start, a round diverged, or the results cannot be written.
+    """
+    check_names(config.output_dir, settings.model, *settings.data)
+    check_writable(config.output_dir)
+    with user_errors(*ERRORS), folder_lock.only_run_in(config):
+        _check_folder(config)
+        train.check_schedule(config)
+        datasets.disable_progress_bars()  # a round's data are small, and prepared in a moment
+        with setup_errors():
+            loop = make_loop(command, settings, config)
+        with user_errors(ValueError, ImportError, OSError):
+            rounds = loop.run()
+        is_main = config.process_index == 0
+        if "checkpoint" not in rounds[-1]:
+            if is_main:
+                print(
+                    f"\nStopped in round {len(rounds)}, with a checkpoint. To continue, run the same command with "
+                    "--resume_from_checkpoint true"
+                )
+            return 130
+        if is_main:
+            with user_errors(Exception, prefix=f"{config.output_dir} cannot be written: "):
+                write(command, loop, rounds)
+            print(f"\nWrote the model, metrics.json, curves.png and the samples into {config.output_dir}")
+    return 0
+
+
+def make_loop(command: str, settings: LoopSettings, config: FusedPreferenceConfig) -> Loop:
+    """Return the loop, with its model, data and judge loaded. The data are checked before the model is loaded."""
+    kind = LOOPS[command]
+    backends.resolve(config.backend, config.device)
+    records = read_prompts(settings.data, needs_answers=kind.needs_answers)
+    set_seed(config.seed)  # for weights that the checkpoint lacks
+    tokenizer, model = train.load(settings.model, settings.dtype, config.trust_remote_code)
+    return kind(
+        settings,
+        config,
+        tokenizer,
+        model,
+        records,
+        peft_config=train.lora(settings) if settings.lora_rank else None,
+        during_training=_during_training,
+        report=_Lines() if config.process_index == 0 else lambda entry: None,
+    )
+
+
+@contextmanager
+def _during_training(trainer: FusedTrainer) -> Iterator[None]:
+    """Let Ctrl-C end a round's training with a checkpoint; print no logs, because a line per round is printed."""
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(progress.BarWithoutLogs())
+    with progress.StopOnCtrlC() as ctrl_c:
+        trainer.add_callback(ctrl_c)
+        yield
+
+
+class _Lines:
+    """Prints a line of numbers per finished round."""
+
+    def __init__(self):
+        self.names: list[str] = []
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        if not self.names:
+            self.names = [name for name in COLUMNS if name in entry or name == "win_rate"]
+            print(" round " + " ".join(f"{COLUMNS[name]:>10}" for name in self.names) + f" {'loss':>10} {'seconds':>8}")
+        cells = (f"{'-':>10}" if entry.get(name) is None else f"{entry[name]:10.4g}" for name in self.names)
+        seconds = entry["sampling_seconds"] + entry["training_seconds"]
+        print(f"{entry['round']:6d} " + " ".join(cells) + f" {entry['log'][-1]['loss']:10.4f} {seconds:8.1f}")
+
+
+def _check_folder(config: FusedPreferenceConfig) -> None:
+    folder, wanted = Path(config.output_dir), (config.resume_from_checkpoint or "false").lower()
+    if wanted not in ("true", "false"):
+        raise CommandError(f"--resume_from_checkpoint must be true or false for a run of rounds, got {wanted}")
+    if wanted == "true" and not (folder / STATE).is_file():
+        raise CommandError(f"--resume_from_checkpoint true: {folder} holds no {STATE} of a run to continue")
+    held = next((name for name in (STATE, *resuming.RESULTS) if (folder / name).exists()), None)
+    if wanted == "false" and held is not None:
+        raise CommandError(
+            f"--output_dir {folder} already holds {held} of another model or run: add --resume_from_checkpoint true to "
+            "continue a run of rounds, or choose another folder"
+        )
+
+
+# ---- results ------------------------------------------------------------------------------------------------------
+
+
+def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> None:
+    """Write the last round's model, ``metrics.json`` and ``curves.png`` into the output folder: all or none."""
+    steps = []
+    for entry in rounds:
+        first = steps[-1]["step"] if steps else 0
+        steps += [{**step, "step": first + step["step"], "round": entry["round"]} for step in entry["log"]]
+    metrics = {
+        "command": command,
+        "settings": asdict(loop.settings),
+        "config": loop.config.to_dict() | {"max_length": loop.max_length},
+        "torch": torch.__version__,
+        "device": str(loop.config.device),
+        "backend": backends.resolve(loop.config.backend, loop.config.device),
+        "seconds": sum(entry["sampling_seconds"] + entry["training_seconds"] for entry in rounds),
+        "rounds": [{name: value for name, value in entry.items() if name != "log"} for entry in rounds],
+        "steps": steps,
+    }
+    checkpoint = loop.output / rounds[-1]["checkpoint"]
+    with results.draft_of(loop.output) as draft:
+        for path in checkpoint.iterdir():
+            if path.is_file() and not any(map(path.match, STATE_OF_TRAINING)):
+                shutil.copyfile(path, draft / path.name)
+        results.write_json(draft / "metrics.json", metrics)
+        plot(metrics, draft / "curves.png")
+
+
+def plot(metrics: dict[str, Any], path: Path) -> None:
+    """Write a picture of the judge's scores and the KL divergence by round, and of the loss by step."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (
+        ("score of the samples", "round", metrics["rounds"], {"score": "mean", "best_score": "best of a prompt"}),
+        ("win rate against the last round", "round", metrics["rounds"], {"win_rate": ""}),
+        (
+            "KL divergence, nats per sample",
+            "round",
+            metrics["rounds"],
+            {"kl": "of the round", "kl_reference": "to ref"},
+        ),
+        ("loss", "step", metrics["steps"], {"loss": ""}),
+    )
+    drawn = [panel for panel in panels if any(name in entry for name in panel[3] for entry in panel[2])]
+    for axes, (title, unit, entries, names) in zip(
+        figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True
+    ):
+        for name, label in names.items():
+            points = [(entry[unit], entry[name]) for entry in entries if name in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), "-o" if unit == "round" else "-", label=label or None)
+        axes.set(title=title, xlabel=unit)
+        if sum(any(name in entry for entry in entries) for name in names) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=120, format="png")

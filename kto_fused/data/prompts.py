@@ -1,0 +1,140 @@
+"""Read the prompts that a model generates answers to, and tokenize them as ``tokens`` tokenizes training data.
+
+A record holds a ``prompt``, text or messages, and perhaps an answer: ``completion``, or the ``chosen`` one of a pair.
+Files of feedback and of pairs therefore serve as they are.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from .form import DataError, form_messages, form_text, short
+from .records import json_lines
+from .rendering import Renderer
+from .token_rows import encoded_conversations, encoded_texts, special_tokens
+
+logger = logging.getLogger(__name__)
+
+ANSWERS = ("completion", "chosen")
+Text = str | list[dict[str, str]]
+
+
+class Prompt(NamedTuple):
+    """A prompt, tokenized."""
+
+    number: int  # the record's number in the data; with a round and a seed it fixes the prompt's samples
+    text: Text
+    ids: list[int]
+    answer: Text | None  # the data's own answer; None where none is asked for
+    answer_ids: list[int]  # of prompt and answer together; empty without an answer
+
+
+def read_prompts(paths: list[str], *, needs_answers: bool) -> list[dict[str, Any]]:
+    """Return the records' prompts, and their answers if these are needed, as ``{"prompt", "answer"}``.
+
+    Without answers each prompt is kept once. With them an undesirable completion (``label`` false) and a pair's
+    rejected completion are left out. A log entry says how many records are left out, and why.
+
+    Raises:
+        DataError: a file cannot be read, or a record has no prompt, or lacks an answer that is needed.
+    """
+    found, left_out, seen = [], 0, set()
+    for path in map(Path, paths):
+        for where, record in _records(path):
+            checked = _checked(record, needs_answers, where)
+            if found and isinstance(checked["prompt"], str) != isinstance(found[0]["prompt"], str):
+                raise DataError(f"{where}, field 'prompt': expected all prompts as text, or all as messages, got both")
+            key = repr((checked["prompt"], checked["answer"]))
+            if key in seen or (needs_answers and not checked.pop("is_desirable")):
+                left_out += 1
+                continue
+            checked.pop("is_desirable", None)
+            seen.add(key)
+            found.append(checked)
+    if not found:
+        raise DataError(f"{', '.join(map(str, paths))}: no record with a prompt{' and an answer' * needs_answers}")
+    if left_out:
+        why = "undesirable answers and repetitions" if needs_answers else "repeated prompts"
+        logger.info(f"{len(found)} prompts; {left_out} records are left out: {why}.")
+    return found
+
+
+def _records(path: Path) -> Any:
+    """Yield where each record of a file stands, and the record."""
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise DataError(f"{path}: expected a .jsonl, .json or .parquet file, got {path.suffix or 'no file type'!r}")
+    try:
+        if path.suffix == ".parquet":
+            rows = pq.read_table(path).to_pylist()
+            yield from ((f"{path}, row {row}", record) for row, record in enumerate(rows))
+        else:
+            with path.open("rb") as file:
+                yield from json_lines(path, file, xxhash.xxh3_128())
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _checked(record: Any, needs_answers: bool, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict) or "prompt" not in record:
+        came = sorted(record) if isinstance(record, dict) else short(record)
+        raise DataError(f"{where}: expected a record with a prompt, got {came}")
+    prompt, here = record["prompt"], f"{where}, field 'prompt'"
+    is_text = isinstance(prompt, str)
+    prompt = form_text(prompt, here) if is_text else form_messages(prompt, here)
+    if not prompt:
+        raise DataError(f"{here}: expected text, got an empty prompt")
+    if not needs_answers:
+        return {"prompt": prompt, "answer": None}
+    name = next((name for name in ANSWERS if record.get(name)), None)
+    if name is None:
+        raise DataError(f"{where}: expected an answer beside the prompt, as 'completion' or 'chosen'")
+    answer, here = record[name], f"{where}, field {name!r}"
+    if isinstance(answer, str) != is_text:
+        raise DataError(f"{here}: expected {'a string' if is_text else 'messages'}, as the prompt is")
+    answer = form_text(answer, here) if is_text else form_messages(answer, here)
+    return {"prompt": prompt, "answer": answer, "is_desirable": record.get("label") not in (False, 0)}
+
+
+def tokenized_prompts(
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int | None
+) -> list[Prompt]:
+    """Return the records of ``read_prompts`` as ``Prompt``s, without those longer than ``max_prompt_tokens``.
+
+    Raises:
+        DataError: prompts are messages and the tokenizer has no chat template, or no prompt is left.
+    """
+    texts, has_answers = [record["prompt"] for record in records], records[0]["answer"] is not None
+    is_text, rows = isinstance(texts[0], str), list(range(len(records)))
+    batch = {"prompt": texts, "completion": [record["answer"] for record in records]}
+    fields = ["completion"] if has_answers else []
+    if not is_text and not tokenizer.chat_template:
+        raise DataError("the prompts are conversations, but the tokenizer has no chat template to render them with")
+    with Renderer(tokenizer, "prompt") as render:
+        if is_text:
+            encoded = list(encoded_texts(batch, fields, tokenizer))
+        else:
+            encoded = list(encoded_conversations(batch, fields, rows, tokenizer, special_tokens(tokenizer), render))
+    if not is_text and any(answer.trained is not None for one in encoded for answer in one.answers):
+        raise DataError("an answer has several messages, and a sampled one has one: give each answer as one message")
+    prompts = [
+        Prompt(row, record["prompt"], one.prompt, record["answer"], one.answers[0].ids if has_answers else [])
+        for row, record, one in zip(rows, records, encoded, strict=True)
+    ]
+    empty = next((prompt.number for prompt in prompts if not prompt.ids), None)
+    if empty is not None:
+        raise DataError(f"prompt {empty} has no tokens, so there is nothing to generate from: take it out")
+    kept = [prompt for prompt in prompts if max_prompt_tokens is None or len(prompt.ids) <= max_prompt_tokens]
+    if not kept:
+        raise DataError(f"no prompt is left: all {len(prompts)} have more than {max_prompt_tokens} tokens")
+    if len(kept) < len(prompts):
+        logger.warning(
+            f"{len(prompts) - len(kept)} of {len(prompts)} prompts are left out: they have more than "
+            f"{max_prompt_tokens} tokens, and leave no room for the new ones."
+        )
+    return kept

@@ -1,0 +1,752 @@
+"""Rounds of generate, judge, train: the loop that SPIN, online DPO and KTO, and PPO share, and the first two of them.
+
+A round is a function of the settings and of the checkpoint that the round before it ended with. Its samples, its
+training data and its checkpoints are on disk before the next part begins, so a run goes on from any of them as if it
+had not been stopped. ``output_dir`` holds
+
+- ``run.json``: the settings, and what each finished part of each round found
+- ``round-1/samples.jsonl``: the samples, with their scores, one a line
+- ``round-1/data``: what the round trains on, as token ids
+- ``round-1/checkpoint-8``: the trainer's checkpoints; the last one is the round's result
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, Features, Value
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from .. import huggingface
+from ..data.collators import UnpairedCollator
+from ..data.prompts import Prompt, tokenized_prompts
+from ..data.tokens import TOKENS, Prepared, with_partners
+from ..functional import linear_token_logps, token_logps
+from ..huggingface import files
+from ..huggingface.inspect import evaluating
+from ..huggingface.padding import without_padding_mask
+from . import checkpoints, fingerprints, models, runs
+from .base import FusedTrainer
+from .configs import BASE, FusedDPOConfig, FusedPreferenceConfig
+from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, autocast, decoded
+from .judges import judge_of, scored
+from .recipes import FusedDPOTrainer, FusedKTOTrainer
+
+logger = logging.getLogger(__name__)
+
+STATE, SAMPLES, DATA = "run.json", "samples.jsonl", "data"
+KEPT_ROUNDS = 2  # whose checkpoints stay: the last one's, and the one before it that it began with
+
+
+class RoundError(ValueError):
+    """A round diverged or has nothing to learn from; the message names it and the last good checkpoint."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LoopSettings:
+    """The options of a loop beside those of its trainer.
+
+    Raises:
+        ValueError: an option's value, or two options that contradict each other.
+    """
+
+    _argument_group_name: ClassVar[str] = "rounds"
+
+    model: str = field(metadata={"help": "model to train: a folder in Hugging Face format, or a model id on the Hub"})
+    data: list[str] = field(
+        metadata={
+            "help": "prompts, or prompts with answers: .jsonl, .json or .parquet files of records with 'prompt', and "
+            "'completion' or 'chosen' where answers are needed"
+        }
+    )
+    judge: str | None = _option(
+        None,
+        "what scores the samples: a reward model's folder or id, a Python function as module:function, called as "
+        "function(prompt, completions), or a command that reads and writes JSON lines",
+    )
+    rounds: int = _option(3, "number of rounds of generate, judge, train")
+    prompts: int | None = _option(None, "prompts of a round, drawn without repetition; all of them if not given")
+    samples: int | None = _option(None, "samples per prompt; if not given, 1 for spin and 4 otherwise")
+    max_new_tokens: int = _option(128, "longest sample in tokens")
+    temperature: float = _option(1.0, "temperature that samples are drawn at; 0 takes the most likely tokens")
+    generation_batch_size: int = _option(32, "samples that are generated at a time; their number changes no sample")
+    generator: str | None = _option(
+        None,
+        "address of a server that generates, such as http://localhost:8000 (OpenAI-compatible, with token ids: vLLM); "
+        "transformers' generate in this process if not given",
+    )
+    reload_command: str | None = _option(
+        None,
+        "command that makes the server of --generator serve the weights in {folder}; an adapter needs none with vLLM",
+    )
+    threshold: str = _option(
+        "mean",
+        "score above which a sample is desirable, for losses of single completions: 'mean' (of the round's scores), "
+        "'prompt_mean' (of the prompt's) or a number; a sample at the threshold is left out",
+    )
+    max_kl: float = _option(
+        100.0, "a round diverges if it moves the policy by more than this KL divergence, in nats per sample"
+    )
+    ref_model: str | None = _option(
+        None, "reference model, given like --model; --model itself if not given. spin's is the last round's model"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = _option(
+        None, "dtype to load the weights in; if not given: float32, or auto (the checkpoint's own) with --lora_rank"
+    )
+    lora_rank: int = _option(0, "train a LoRA adapter of this rank; 0 trains all weights")
+    lora_alpha: int | None = _option(None, "LoRA's scale; twice --lora_rank if not given")
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "layers to adapt: their names, or one regular expression; all linear layers except the LM head if "
+            "not given"
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("rounds", "prompts", "samples", "max_new_tokens", "generation_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature}")
+        if not self.max_kl > 0:
+            raise ValueError(f"max_kl must be more than 0, got {self.max_kl}")
+        if self.threshold not in ("mean", "prompt_mean"):
+            try:
+                is_number = math.isfinite(float(self.threshold))
+            except ValueError:
+                is_number = False
+            if not is_number:
+                raise ValueError(f"threshold must be 'mean', 'prompt_mean' or a number, got {self.threshold!r}")
+        if self.temperature == 0 and (self.samples or 1) > 1:
+            raise ValueError(
+                f"temperature is 0, so all {self.samples} samples of a prompt would be equal: set it above 0"
+            )
+        if self.generator is not None and not self.generator.startswith(("http://", "https://")):
+            raise ValueError(f"generator must be the http:// address of a server, got {self.generator!r}")
+        if self.reload_command is not None and self.generator is None:
+            raise ValueError("reload_command is given, but there is no server to reload: set generator too")
+        if self.dtype is None:
+            self.dtype = "auto" if self.lora_rank else "float32"
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
+        for name in ("lora_alpha", "lora_target_modules"):
+            if not self.lora_rank and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, but there is no adapter: set lora_rank too")
+
+
+class Scored(NamedTuple):
+    """A sample with what the loop knows of it."""
+
+    sample: Sample
+    score: float | None  # None without a judge
+    logps: list[float]  # of its tokens under the policy that drew it, at the sampling temperature, in nats
+
+
+class TrainingData(NamedTuple):
+    """What a round trains on, and what is logged of it."""
+
+    dataset: Dataset
+    found: dict[str, Any]
+
+
+# ---- the loop -----------------------------------------------------------------------------------------------------
+
+
+class Loop:
+    """Rounds of generate, judge, train. A subclass says what a round trains on, and with which trainer.
+
+    Args:
+        settings, config: the loop's options and the trainer's.
+        tokenizer, model: those of ``settings.model``; the model without an adapter.
+        records: the data, from ``read_prompts``.
+        peft_config: of the adapter to train; None trains all weights.
+        during_training: ``during_training(trainer)`` is a context in which a round's trainer trains.
+        report: called with each finished round's entry of ``run.json``.
+    """
+
+    needs_answers: ClassVar[bool] = False
+    default_samples: ClassVar[int] = 4
+    least_samples: ClassVar[int] = 1
+    keeps_optimizer: ClassVar[bool] = True  # whether a round's optimizer goes on where the last one's ended
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        config: FusedPreferenceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        records: list[dict[str, Any]],
+        peft_config: Any = None,
+        during_training: Callable[[FusedTrainer], AbstractContextManager] = nullcontext,
+        report: Callable[[dict[str, Any]], None] = lambda entry: None,
+    ):
+        self.settings, self.config, self.tokenizer, self.peft_config = settings, config, tokenizer, peft_config
+        self.during_training, self.report = during_training, report
+        self.samples = settings.samples or self.default_samples
+        if self.samples < self.least_samples:
+            raise ValueError(f"samples must be at least {self.least_samples} to compare them, got {self.samples}")
+        if config.fsdp or config.deepspeed:
+            raise ValueError("rounds of generation under FSDP or DeepSpeed are not supported: use one process per GPU")
+        self.output = Path(config.output_dir)
+        self.judge = None
+        if settings.judge is not None:
+            self.judge = judge_of(settings.judge, config, batch_size=settings.generation_batch_size)
+        self.max_length = models.max_length(config.max_length, config.pad_to_multiple_of, model=model)
+        room = None if self.max_length is None else self.max_length - settings.max_new_tokens
+        if room is not None and room < 1:
+            raise ValueError(
+                f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt: max_length is {self.max_length}"
+            )
+        self.data = tokenized_prompts(records, tokenizer, max_prompt_tokens=room)
+        self._by_number = {prompt.number: prompt for prompt in self.data}
+        self._first: nn.Module | None = models.with_adapters(model, peft_config, config.seed)
+        if settings.generator is None:
+            self.generate: Any = ModelGenerator(tokenizer, config)
+        else:
+            self.generate = ServerGenerator(settings.generator, tokenizer, config, settings.reload_command)
+        self.state: dict[str, Any] = {"settings": self._described(records), "rounds": []}
+
+    # ---- what a subclass says ----
+
+    def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
+        """Return what round ``number`` trains on.
+
+        Raises:
+            RoundError: there is nothing to learn from.
+        """
+        raise NotImplementedError
+
+    def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
+        """Return the round's trainer of ``policy``; ``arguments`` are ``args``, ``train_dataset`` and more."""
+        raise NotImplementedError
+
+    # ---- the run ----
+
+    def run(self) -> list[dict[str, Any]]:
+        """Run the rounds that ``run.json`` does not hold yet, and return the entries of all rounds.
+
+        Raises:
+            RoundError: a round diverged, or has nothing to learn from.
+            checkpoints.CheckpointError: ``output_dir`` holds a run with other settings.
+        """
+        self.state["rounds"] = self._resumed_rounds()
+        self._save_state()
+        for number in range(1, self.settings.rounds + 1):
+            if number > len(self.state["rounds"]):
+                self.state["rounds"].append({"round": number})
+            entry = self.state["rounds"][number - 1]
+            if "checkpoint" in entry:
+                continue
+            if not self._round(number, entry):
+                break
+            self.report(entry)
+        return self.state["rounds"]
+
+    def _round(self, number: int, entry: dict[str, Any]) -> bool:
+        """Do what is left of a round. Returns whether it trained to its end."""
+        folder, before = self.output / f"round-{number}", self.checkpoint_before(number)
+        policy = self._load_policy(before)
+        if "examples" not in entry:
+            started = time.perf_counter()
+            samples = self._sampled(number, policy, before)
+            entry |= self._described_samples(number, samples)
+            data = self.training_data(number, policy, samples)
+            self._on_main(lambda: self._write(folder, samples, data.dataset))
+            entry |= data.found | {"examples": len(data.dataset), "sampling_seconds": time.perf_counter() - started}
+            self._save_state()
+        config = copy.copy(self.config)
+        config.output_dir, config.seed = str(folder), self.config.seed + number - 1
+        dataset = Dataset.load_from_disk(str(folder / DATA))
+        callbacks = [_EndOfRound(), _StopOnNaN(lambda reason: self._diverged(number, reason))]
+        trainer = self.make_trainer(
+            number, policy, args=config, train_dataset=dataset, processing_class=self.tokenizer, callbacks=callbacks
+        )
+        is_begun = any(checkpoints.is_complete(found.folder) for found in checkpoints.found_in(folder))
+        if self.keeps_optimizer and before is not None and not is_begun:
+            _continue_optimizer(trainer, before)
+        with self.during_training(trainer):
+            done = trainer.train(resume_from_checkpoint=True if is_begun else None)
+        if trainer.state.global_step < trainer.state.max_steps:
+            return False  # Ctrl-C ended it, with a checkpoint
+        kl = self._moved(number, trainer.model)
+        if not kl <= self.settings.max_kl:
+            self._diverged(
+                number, f"it moved the policy by a KL divergence of {kl:.4g} nats, max_kl is {self.settings.max_kl:g}"
+            )
+        result = max(checkpoints.found_in(folder))
+        entry |= {
+            "kl": kl,
+            "log": [step for step in trainer.state.log_history if "loss" in step],
+            "training_seconds": done.metrics["train_runtime"],
+            "checkpoint": f"{folder.name}/{result.folder.name}",
+        }
+        self._save_state()
+        self._on_main(lambda: self._remove_old(number))
+        trainer.accelerator.free_memory()
+        return True
+
+    def checkpoint_before(self, number: int) -> str | None:
+        """Return the checkpoint that round ``number`` begins with; None for the first one."""
+        return None if number == 1 else str(self.output / self.state["rounds"][number - 2]["checkpoint"])
+
+    def _diverged(self, number: int, reason: str) -> None:
+        good = self.checkpoint_before(number)
+        kept = f"the last good checkpoint is {good}" if good else f"the last good weights are {self.settings.model}"
+        raise RoundError(f"round {number} diverged: {reason}; {kept}")
+
+    def _nothing(self, number: int) -> None:
+        good = self.checkpoint_before(number) or self.settings.model
+        raise RoundError(
+            f"round {number}: the judge's scores tell no samples apart, so there is nothing to learn; the last good "
+            f"checkpoint is {good}"
+        )
+
+    # ---- samples ----
+
+    def prompts_of(self, number: int) -> list[Prompt]:
+        """Return the prompts of a round: the next ones of all prompts, shuffled anew each time they are used up."""
+        count = self.settings.prompts or len(self.data)
+        if count > len(self.data):
+            raise ValueError(f"prompts={count} are more than the data's {len(self.data)}")
+        if count == len(self.data):
+            return self.data
+        start, chosen = (number - 1) * count, []
+        for position in range(start, start + count):
+            epoch, index = divmod(position, len(self.data))
+            chosen.append(
+                self.data[np.random.default_rng([self.config.seed, epoch]).permutation(len(self.data))[index]]
+            )
+        return sorted({prompt.number: prompt for prompt in chosen}.values())
+
+    def _sampled(self, number: int, policy: nn.Module, before: str | None) -> list[Scored]:
+        settings = self.settings
+        prompts = self.prompts_of(number)
+        sampling = Sampling(
+            self.samples,
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.generation_batch_size,
+            self.config.seed,
+            number,
+        )
+        found = self.generate(policy, before, prompts, sampling)
+        texts = [decoded(self.tokenizer, sample.ids) for sample in found]
+        if not any(text.strip() for text in texts):
+            self._diverged(number, f"all {len(texts)} samples are empty")
+        if len(found) > 1 and all(sample.ids == found[0].ids for sample in found):
+            self._diverged(number, f"all {len(texts)} samples are equal: {texts[0]!r:.60}")
+        scores: list[float | None] = [None] * len(found)
+        if self.judge is not None:
+            scores = self._judged([prompt.text for prompt in prompts], texts)
+        rows = [(self._by_number[sample.prompt].ids, sample.ids) for sample in found]
+        values = self.token_values(policy, rows)
+        if not all(np.isfinite(one.logps).all() for one in values):
+            self._diverged(number, "the policy's log-probabilities are not finite")
+        return [Scored(*one, value.logps) for *one, value in zip(found, scores, values, strict=True)]
+
+    def _judged(self, prompts: list[Any], texts: list[str]) -> list[float | None]:
+        """Return the judge's scores, given on the first process."""
+        groups = [texts[start : start + self.samples] for start in range(0, len(texts), self.samples)]
+        scores = self._on_main(lambda: scored(self.judge, prompts, groups))
+        return [score for of_prompt in scores for score in of_prompt]
+
+    def _described_samples(self, number: int, samples: list[Scored]) -> dict[str, Any]:
+        lengths = [len(one.sample.ids) for one in samples]
+        entry = {
+            "samples": len(samples),
+            "tokens": sum(lengths),
+            "mean_length": sum(lengths) / len(lengths),
+            "cut": sum(one.sample.is_cut for one in samples) / len(samples),
+            "entropy": -sum(sum(one.logps) for one in samples) / max(1, sum(lengths)),
+        }
+        if self.judge is not None:
+            scores = np.array([one.score for one in samples])
+            entry |= {"score": scores.mean(), "score_std": scores.std(), "best_score": self._best(scores)}
+            if number > 1 and (rate := self._win_rate(number, samples)) is not None:
+                entry["win_rate"] = rate
+        return {name: value if isinstance(value, int) else float(value) for name, value in entry.items()}
+
+    def _best(self, scores: np.ndarray) -> float:
+        return scores.reshape(-1, self.samples).max(1).mean()
+
+    def _win_rate(self, number: int, samples: list[Scored]) -> float | None:
+        """Return how often a prompt's samples score higher than those of the round before; a tie counts as half."""
+        before: dict[int, list[float]] = {}
+        for line in read_samples(self.output / f"round-{number - 1}"):
+            before.setdefault(line["prompt_number"], []).append(line["score"])
+        wins = [
+            (one.score > other) + (one.score == other) / 2
+            for one in samples
+            for other in before.get(one.sample.prompt, ())
+        ]
+        return sum(wins) / len(wins) if wins else None
+
+    def token_values(
+        self, policy: nn.Module, rows: list[tuple[list[int], list[int]]], critic: nn.Module | None = None
+    ) -> "list[TokenValues]":
+        """Return the log-probabilities and values of the rows' completion tokens; ranks share the rows."""
+        args = self.config
+        collate = UnpairedCollator(models.pad_token_id(self.tokenizer), args.pad_to_multiple_of)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
+        mine = order[args.process_index :: args.world_size]
+        policy.to(args.device)
+        found = []
+        with evaluating(policy), autocast(args):
+            for start in range(0, len(mine), args.per_device_train_batch_size):
+                numbers = mine[start : start + args.per_device_train_batch_size]
+                batch = collate(
+                    [{"prompt_ids": rows[row][0], "completion_ids": rows[row][1], "label": True} for row in numbers]
+                )
+                values = values_of_batch(policy, batch, args, self.settings.temperature or 1.0, critic)
+                for row, of_row in zip(numbers, values.transpose(0, 1).tolist(), strict=True):
+                    first, count = len(rows[row][0]) - 1, len(rows[row][1])
+                    found.append((row, TokenValues(*(of_token[first : first + count] for of_token in of_row))))
+        if args.world_size > 1:
+            found = gather_object(found)
+        return [TokenValues(*values) for _, values in sorted(found)]
+
+    def _moved(self, number: int, policy: nn.Module) -> float:
+        """Return an estimate of KL(policy before the round || policy after it), in nats per sample, by its samples."""
+        lines = read_samples(self.output / f"round-{number}")
+        rows = [(self._by_number[line["prompt_number"]].ids, line["ids"]) for line in lines]
+        after = self.token_values(policy, rows)
+        return sum(line["logp"] - sum(one.logps) for line, one in zip(lines, after, strict=True)) / len(lines)
+
+    # ---- models ----
+
+    def _load_policy(self, checkpoint: str | None) -> nn.Module:
+        """Return the policy of a checkpoint; without one, the model that the run begins with."""
+        first, self._first = self._first, None
+        if checkpoint is None and first is not None:
+            return first
+        if self.peft_config is None:
+            return self._load(checkpoint or self.settings.model)
+        base = self._load(self.settings.model)
+        if checkpoint is None:
+            return models.with_adapters(base, self.peft_config, self.config.seed)
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+
+    def _load(self, name: str) -> nn.Module:
+        return files.load_model(name, dtype=self.settings.dtype, trust_remote_code=self.config.trust_remote_code)
+
+    def reference(self) -> nn.Module | None:
+        """Return the reference model of the whole run; None where it is the policy with its adapters off."""
+        if self.settings.ref_model is None and self.peft_config is not None:
+            return None
+        return self._load(self.settings.ref_model or self.settings.model)
+
+    # ---- files ----
+
+    def _described(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what a run's results depend on, by name."""
+        left_out = ("rounds", "generation_batch_size", "data")
+        described = {name: value for name, value in asdict(self.settings).items() if name not in left_out}
+        options = self.config.to_dict()
+        for option in fields(self.config):
+            if option.name not in runs.CURVE_NEUTRAL or option.name in ("max_steps", "num_train_epochs"):
+                described[option.name] = options[option.name]
+        described |= {"samples": self.samples, "data": fingerprints.hash_json(records)}
+        return json.loads(json.dumps(described, default=str))
+
+    def _resumed_rounds(self) -> list[dict[str, Any]]:
+        path = self.output / STATE
+        if not path.is_file():
+            return []
+        try:
+            saved = json.loads(path.read_bytes())
+            before, rounds = saved["settings"], saved["rounds"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise checkpoints.CheckpointError(f"{path} is damaged ({error}): start in another output_dir") from error
+        now = self.state["settings"]
+        different = [name for name in now if before.get(name) != now[name]]
+        if different and not self.config.resume_anyway:
+            listed = "; ".join(f"{name}: {before.get(name)} then, {now[name]} now" for name in different)
+            raise checkpoints.CheckpointError(
+                f"{self.output} holds a run with other settings ({listed}): resume it with the same ones, or go on "
+                "regardless with resume_anyway=True (--resume_anyway)"
+            )
+        return rounds
+
+    def _save_state(self) -> None:
+        def save() -> None:
+            draft = self.output / f"{STATE}.part"
+            draft.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
+            os.replace(draft, self.output / STATE)
+
+        self._on_main(save)
+
+    def _write(self, folder: Path, samples: list[Scored], dataset: Dataset) -> None:
+        """Write the samples and the training data of a round; what a killed run left there goes."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+            for one in samples:
+                prompt = self._by_number[one.sample.prompt]
+                line = {
+                    "prompt_number": prompt.number,
+                    "sample": one.sample.sample,
+                    "prompt": prompt.text,
+                    "completion": decoded(self.tokenizer, one.sample.ids),
+                    "score": one.score,
+                    "is_cut": one.sample.is_cut,
+                    "logp": sum(one.logps),
+                    "ids": one.sample.ids,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        dataset.save_to_disk(str(folder / DATA))
+
+    def _remove_old(self, number: int) -> None:
+        for entry in self.state["rounds"][: max(0, number - KEPT_ROUNDS)]:
+            for found in checkpoints.found_in(self.output / f"round-{entry['round']}"):
+                checkpoints.remove(found.folder)
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """Do ``work`` on the first process, and return its result, or raise its error, on all of them."""
+        if self.config.world_size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.config.process_index == 0:
+            try:
+                outcome = [work(), None]
+            except Exception as error:
+                outcome = [None, error]
+        result, error = broadcast_object_list(outcome)
+        if error is not None:
+            raise error
+        return result
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a round's ``samples.jsonl``."""
+    with (folder / SAMPLES).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+class TokenValues(NamedTuple):
+    """What the policy, and a value model, say of a completion's tokens, one entry each."""
+
+    logps: list[float]  # in nats
+    values: list[float] | None = None  # of the state before the token; None without a value model
+
+
+def values_of_batch(
+    policy: nn.Module,
+    batch: dict[str, torch.Tensor],
+    args: FusedPreferenceConfig,
+    temperature: float,
+    critic: nn.Module | None = None,
+) -> torch.Tensor:
+    """Return the log-probabilities, and with a ``critic`` the values, of a batch's labels: [1 or 2, B, T].
+
+    Entry t belongs to ``labels[:, t + 1]``, and its value is that of the state before this token.
+    """
+    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options = {"labels": batch["labels"], "backend": args.backend, "temperature": temperature}
+    if args.loss_from == "logits":
+        return huggingface.apply_to_logits(token_logps, policy, inputs, **options)[None]
+    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    inputs = without_padding_mask(policy, inputs, mixed)
+
+    def function(*, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        logps = linear_token_logps(hidden, **arguments)
+        return logps[None] if critic is None else torch.stack([logps, critic(hidden, inputs).to(logps.dtype)])
+
+    return huggingface.apply(function, policy, inputs, chunk_bytes=args.chunk_bytes, **options)
+
+
+# ---- parts of a round's trainer -----------------------------------------------------------------------------------
+
+
+class TakesTokens:
+    """A trainer whose data are token ids already, as the loop makes them of samples."""
+
+    def _tokenize(self, source: Dataset, args: FusedPreferenceConfig, name: str) -> Prepared:
+        return Prepared(source, 0, 0, {}, {})
+
+
+class SampledDPOTrainer(TakesTokens, FusedDPOTrainer):
+    """``FusedDPOTrainer`` on pairs of token ids."""
+
+
+class SampledKTOTrainer(TakesTokens, FusedKTOTrainer):
+    """``FusedKTOTrainer`` on labelled completions of token ids."""
+
+
+class _EndOfRound(TrainerCallback):
+    """Saves after the last step, whatever ``save_strategy`` says: the next round begins with this checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = control.should_log = True
+
+
+class _StopOnNaN(TrainerCallback):
+    def __init__(self, stop: Callable[[str], None]):
+        self.stop = stop
+
+    def on_log(self, args, state, control, logs: dict[str, float], **kwargs: Any) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                self.stop(f"{name} is {logs[name]} at step {state.global_step}")
+
+
+def _continue_optimizer(trainer: FusedTrainer, checkpoint: str) -> None:
+    """Give the trainer the optimizer's state of a checkpoint; its schedule begins anew."""
+    path = Path(checkpoint) / "optimizer.pt"
+    rates = [group["lr"] for group in trainer.create_optimizer().param_groups]
+    trainer.optimizer.load_state_dict(torch.load(path, map_location=trainer.args.device, weights_only=True))
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+        group.pop("initial_lr", None)
+
+
+# ---- SPIN ---------------------------------------------------------------------------------------------------------
+
+
+class SPINLoop(Loop):
+    """SPIN, self-play fine-tuning (Chen et al. 2024, arXiv 2401.01335).
+
+    A pair's chosen completion is the data's answer, its rejected one a sample of the last round's model, which is also
+    the reference. A judge is not needed; with one, the win rate against the last round's samples is logged.
+    """
+
+    needs_answers = True
+    default_samples = 1
+    keeps_optimizer = False  # each round has another reference, and so another objective
+
+    def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
+        pairs, equal = [], 0
+        for one in samples:
+            prompt = self._by_number[one.sample.prompt]
+            whole = prompt.ids + one.sample.ids
+            start = 0
+            for ours, theirs in zip(prompt.ids, prompt.answer_ids, strict=False):
+                if ours != theirs:
+                    break
+                start += 1
+            chosen, rejected = prompt.answer_ids[start : self.max_length], whole[start:]
+            if chosen == rejected or not chosen:
+                equal += 1
+                continue
+            pairs.append((prompt.ids[:start], chosen, rejected))
+        if not pairs:
+            raise RoundError(f"round {number}: all samples equal the data's answers, so nothing is left to learn")
+        return TrainingData(paired(pairs), {"equal": equal})
+
+    def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
+        return SampledDPOTrainer(policy, **arguments)
+
+
+def paired(pairs: list[tuple[list[int], list[int], list[int]]]) -> Dataset:
+    """Return (prompt, chosen, rejected) token ids as the dataset that ``prepare_paired`` makes."""
+    columns = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(list, zip(*pairs, strict=True)), strict=True))
+    columns["length"] = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
+    features = {**dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), TOKENS), "length": Value("int32")}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+# ---- online DPO and KTO -------------------------------------------------------------------------------------------
+
+
+class OnlineLoop(Loop):
+    """Online DPO (Guo et al. 2024, arXiv 2402.04792) and its form for single completions.
+
+    The policy answers each prompt several times, and the judge scores the answers. For a loss of pairs the best and
+    the worst make a pair; a prompt whose best and worst score alike is dropped. For a loss of single completions each
+    sample is desirable or not by the threshold; a sample at the threshold is dropped. The reference is the model that
+    the run began with.
+    """
+
+    least_samples = 2
+
+    def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
+        groups = [samples[start : start + self.samples] for start in range(0, len(samples), self.samples)]
+        is_paired = isinstance(self.config, FusedDPOConfig)
+        data = self._pairs(groups) if is_paired else self._labelled(number, groups)
+        if data is None:
+            self._nothing(number)
+        return data
+
+    def _pairs(self, groups: list[list[Scored]]) -> TrainingData | None:
+        pairs, ties = [], 0
+        for group in groups:
+            best, worst = max(group, key=_score), min(group, key=_score)
+            if best.score == worst.score or best.sample.ids == worst.sample.ids:
+                ties += 1
+                continue
+            pairs.append((self._by_number[best.sample.prompt].ids, best.sample.ids, worst.sample.ids))
+        if ties:
+            logger.info(f"{ties} of {len(groups)} prompts are left out: their best and worst samples score alike.")
+        return TrainingData(paired(pairs), {"ties": ties}) if pairs else None
+
+    def _labelled(self, number: int, groups: list[list[Scored]]) -> TrainingData | None:
+        threshold, rows, ties = self.settings.threshold, [], 0
+        mean = float(np.mean([one.score for group in groups for one in group]))
+        for group in groups:
+            if threshold == "mean":
+                limit = mean
+            elif threshold == "prompt_mean":
+                limit = float(np.mean([one.score for one in group]))
+            else:
+                limit = float(threshold)
+            for one in group:
+                if one.score == limit:
+                    ties += 1
+                    continue
+                rows.append((self._by_number[one.sample.prompt], one.sample.ids, one.score > limit))
+        above = sum(is_desirable for *_, is_desirable in rows)
+        shown = f"{mean:.4g}, the mean of the round's scores" if threshold == "mean" else threshold
+        logger.info(
+            f"Round {number}: {above} samples are desirable and {len(rows) - above} undesirable, by the threshold "
+            f"{shown}; {ties} at the threshold are left out."
+        )
+        if above in (0, len(rows)):
+            return None
+        columns = {
+            "prompt_ids": [prompt.ids for prompt, *_ in rows],
+            "completion_ids": [ids for _, ids, _ in rows],
+            "label": [label for *_, label in rows],
+            "length": [len(prompt.ids) + len(ids) for prompt, ids, _ in rows],
+        }
+        features = {"prompt_ids": TOKENS, "completion_ids": TOKENS, "label": Value("bool"), "length": Value("int32")}
+        dataset = Dataset.from_dict(columns, features=Features(features))
+        if self.config.needs_mismatched:
+            numbers = np.array([prompt.number for prompt, *_ in rows])
+            dataset = with_partners(dataset, numbers, self.max_length, self.config.seed, None, f"round {number}")
+        found = {"ties": ties, "desirable": above / len(rows)}
+        return TrainingData(dataset, found | ({"threshold": mean} if threshold == "mean" else {}))
+
+    def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
+        kind = SampledDPOTrainer if isinstance(self.config, FusedDPOConfig) else SampledKTOTrainer
+        reference = None
+        if self.config.needs_reference:
+            reference = self.reference()
+            if reference is None:
+                arguments["args"].reference = BASE
+        return kind(policy, reference, **arguments)
+
+
+def _score(one: Scored) -> float:
+    return one.score
