@@ -24,12 +24,12 @@ TIMES = ("sampling_seconds", "training_seconds")
 
 
 def judge(prompts: list[str], completions: list[list[str]]) -> list[list[float]]:
-    """Score a completion by its words' mean number."""
+    """Score a completion by its words' mean number, in [0, 1)."""
     numbers = {word: number for number, word in enumerate(WORDS)}
 
     def score(text: str) -> float:
         found = [numbers.get(word, 0) for word in text.split()]
-        return sum(found) / (len(found) + 1)
+        return sum(found) / (len(WORDS) * (len(found) + 1))
 
     return [[score(text) for text in of_prompt] for of_prompt in completions]
 

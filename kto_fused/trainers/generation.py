@@ -57,6 +57,7 @@ class Sampling(NamedTuple):
     max_new_tokens: int
     temperature: float  # 0: the most likely token
     batch_size: int  # completions that a model generates at a time
+    ends: tuple[int, ...]  # the tokens that end a completion
     seed: int
     round: int
 
@@ -67,11 +68,14 @@ def seed_of(sampling: Sampling, prompt: int, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a completion, the tokenizer's own first."""
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that end a completion, the tokenizer's own first.
+
+    Ask it of the model that a run begins with: ``Trainer`` aligns the model's own end tokens with the tokenizer's.
+    """
     of_model = getattr(model.generation_config, "eos_token_id", None)
     of_model = of_model if isinstance(of_model, list) else [of_model]
-    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *of_model]) if token is not None]
+    return tuple(token for token in dict.fromkeys([tokenizer.eos_token_id, *of_model]) if token is not None)
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -124,8 +128,7 @@ class ModelGenerator:
         return sorted(map(Sample._make, found), key=lambda one: (one.prompt, one.sample))
 
     def _batch(self, policy: torch.nn.Module, batch: list[tuple[Prompt, int]], sampling: Sampling) -> Iterator[Sample]:
-        model, device = huggingface.unwrap(policy), self.args.device
-        ends, pad = end_tokens(model, self.tokenizer), models.pad_token_id(self.tokenizer)
+        device, ends, pad = self.args.device, sampling.ends, models.pad_token_id(self.tokenizer)
         width = max(len(prompt.ids) for prompt, _ in batch)
         padded = [[pad] * (width - len(prompt.ids)) + prompt.ids for prompt, _ in batch]
         mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt, _ in batch]
@@ -139,7 +142,7 @@ class ModelGenerator:
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
                 do_sample=False,
-                eos_token_id=ends or None,
+                eos_token_id=list(ends) or None,
                 pad_token_id=pad,
                 use_cache=True,
             ),
@@ -158,7 +161,7 @@ def plain_generation(policy: torch.nn.Module) -> Iterator[None]:
     """
     model = huggingface.unwrap(policy)
     before = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=getattr(before, "eos_token_id", None))
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
@@ -208,10 +211,9 @@ class ServerGenerator:
         found: list[Any] = []
         if self.args.process_index == 0:
             self._hand_over(checkpoint)
-            ends = end_tokens(huggingface.unwrap(policy), self.tokenizer)
             wanted = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples)]
             with ThreadPoolExecutor(IN_FLIGHT) as pool:
-                found = list(pool.map(lambda one: self._sample(*one, sampling, ends), wanted))
+                found = list(pool.map(lambda one: self._sample(*one, sampling), wanted))
         if self.args.world_size > 1:
             found = gather_object(found)
         return [Sample._make(one) for one in found]
@@ -244,7 +246,8 @@ class ServerGenerator:
             )
         self._loaded = checkpoint
 
-    def _sample(self, prompt: Prompt, sample: int, sampling: Sampling, ends: list[int]) -> Sample:
+    def _sample(self, prompt: Prompt, sample: int, sampling: Sampling) -> Sample:
+        ends = sampling.ends
         request = {
             "model": self._name,
             "prompt": prompt.ids,
@@ -254,7 +257,7 @@ class ServerGenerator:
             "top_p": 1.0,
             "top_k": -1,
             "repetition_penalty": 1.0,
-            "stop_token_ids": ends,
+            "stop_token_ids": list(ends),
             "return_token_ids": True,
         }
         choice = next(iter(self._ask("/v1/completions", request).get("choices") or [{}]))

@@ -41,7 +41,7 @@ from ..huggingface.padding import without_padding_mask
 from . import checkpoints, fingerprints, models, runs
 from .base import FusedTrainer
 from .configs import BASE, FusedDPOConfig, FusedPreferenceConfig
-from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, autocast, decoded
+from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, autocast, decoded, end_tokens
 from .judges import judge_of, scored
 from .recipes import FusedDPOTrainer, FusedKTOTrainer
 
@@ -218,6 +218,7 @@ class Loop:
             )
         self.data = tokenized_prompts(records, tokenizer, max_prompt_tokens=room)
         self._by_number = {prompt.number: prompt for prompt in self.data}
+        self._ends = end_tokens(model, tokenizer)
         self._first: nn.Module | None = models.with_adapters(model, peft_config, config.seed)
         if settings.generator is None:
             self.generate: Any = ModelGenerator(tokenizer, config)
@@ -345,6 +346,7 @@ class Loop:
             settings.max_new_tokens,
             settings.temperature,
             settings.generation_batch_size,
+            self._ends,
             self.config.seed,
             number,
         )

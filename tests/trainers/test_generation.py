@@ -18,7 +18,7 @@ from kto_fused.trainers.rounds import read_samples
 
 pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 PROMPTS = [Prompt(number, "", list(range(3, 4 + number)), None, []) for number in range(6)]
-SAMPLING = Sampling(samples=3, max_new_tokens=7, temperature=0.7, batch_size=4, seed=5, round=2)
+SAMPLING = Sampling(samples=3, max_new_tokens=7, temperature=0.7, batch_size=4, ends=(1,), seed=5, round=2)
 
 
 def sample(tmp_path, policy=None, prompts=PROMPTS, **changes):
@@ -68,7 +68,7 @@ def test_the_models_own_generation_settings_change_nothing(tmp_path):
     policy = model(max_position_embeddings=64)
     expected = sample(tmp_path, policy)
     policy.generation_config = GenerationConfig(
-        do_sample=True, top_k=2, repetition_penalty=3.0, eos_token_id=1, max_length=9, min_new_tokens=7
+        do_sample=True, top_k=2, repetition_penalty=3.0, eos_token_id=9, max_length=9, min_new_tokens=7
     )
     before = policy.generation_config
     assert sample(tmp_path, policy) == expected
@@ -80,6 +80,8 @@ def test_the_models_own_generation_settings_change_nothing(tmp_path):
 
 class StandIn(ThreadingHTTPServer):
     """Answers as a vLLM server does, with the weights that it was told to load."""
+
+    request_queue_size = 64
 
     def __init__(self, policy, **answers):
         super().__init__(("127.0.0.1", 0), Handler)
