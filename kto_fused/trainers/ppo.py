@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForTokenClassification, PretrainedConfig
 
 from .. import checks, heads, huggingface
 from ..advantages import gae
@@ -161,7 +161,7 @@ class ValueModel(nn.Module):
         with models.keeping_random_state():
             torch.manual_seed(args.seed)  # for the head, which most checkpoints lack
             options = {"trust_remote_code": args.trust_remote_code}
-            config = files.load_pretrained(AutoConfig, name, num_labels=1, **options)
+            config = _value_config(args)
             self.model = files.load_pretrained(AutoModelForTokenClassification, name, config=config, **options)
         self.model.float()
         models.disable_dropout(self.model)
@@ -169,6 +169,19 @@ class ValueModel(nn.Module):
     def forward(self, hidden: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the value of the state after each position, [B, T] float32."""
         return self.model(**inputs).logits[..., 0].float()
+
+
+def _value_config(args: FusedPPOConfig) -> PretrainedConfig:
+    """Return the configuration of a value model of its own.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    name, options = args.value_model, {"trust_remote_code": args.trust_remote_code, "num_labels": 1}
+    try:
+        return files.load_pretrained(AutoConfig, name, **options)
+    except Exception as error:  # files that others wrote can fail in any way
+        raise ValueError(f"value_model {name} cannot be loaded: {files.damaged_file(name) or error}") from error
 
 
 def critic_of(policy: nn.Module, args: FusedPPOConfig, checkpoint: str | None) -> nn.Module | None:
@@ -415,6 +428,8 @@ class PPOLoop(Loop):
             )
         if settings.threshold != "mean":
             raise ValueError("threshold has no meaning here: the scores themselves are the rewards")
+        if config.value_model != BACKBONE:
+            _value_config(config)  # before the first round's samples are drawn
         self.least_samples = 2 if config.advantage == GROUP else 1
         super().__init__(settings, config, *arguments, **named_arguments)
 
