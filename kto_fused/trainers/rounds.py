@@ -736,7 +736,8 @@ class OnlineLoop(Loop):
         dataset = Dataset.from_dict(columns, features=Features(features))
         if self.config.needs_mismatched:
             numbers = np.array([prompt.number for prompt, *_ in rows])
-            dataset = with_partners(dataset, numbers, self.max_length, self.config.seed, None, f"round {number}")
+            with self.config.main_process_first():  # the others find the result in the cache
+                dataset = with_partners(dataset, numbers, self.max_length, self.config.seed, None, f"round {number}")
         found = {"ties": ties, "desirable": above / len(rows)}
         return TrainingData(dataset, found | ({"threshold": mean} if threshold == "mean" else {}))
 
