@@ -7,7 +7,7 @@ read, before a model is loaded.
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from .. import heads
 from ..data.form import DataError
 from ..data.prompts import read_prompts
 from ..engines import backends
-from ..trainers import FusedTrainer, checkpoints, folder_lock
+from ..heads.protocol import class_of
+from ..trainers import FusedTrainer, checkpoints, folder_lock, losses
 from ..trainers.configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from ..trainers.generation import GenerationError
 from ..trainers.judges import JudgeError
 from ..trainers.ppo import FusedPPOConfig, PPOLoop
 from ..trainers.rounds import STATE, Loop, LoopSettings, OnlineLoop, RoundError, SPINLoop
-from . import progress, results, resuming, train
+from . import own_loss, progress, results, resuming, train
 from .cli import description
 from .errors import CommandError, check_names
 from .failures import check_writable, setup_errors, user_errors
@@ -65,11 +67,21 @@ STATE_OF_TRAINING = (
 )
 
 
+RECIPES = {"dpo": FusedDPOConfig, "kto": FusedKTOConfig}
+
+
 @dataclass
 class OnlineSettings(LoopSettings):
     """The options of ``kto-fused online``."""
 
-    loss: str = field(default="dpo", metadata={"help": "loss to train with", "choices": ["dpo", "kto"]})
+    loss: str = field(
+        default="dpo",
+        metadata={
+            "help": "dpo: losses of pairs, best against worst; kto: losses of single completions, labelled by "
+            "--threshold; --loss_type names the loss, or --loss does (orpo). module:Name: a loss of your own"
+        },
+    )
+    own_loss: Any = field(default=None, init=False)  # the loss of ``--loss module:Name``
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -83,7 +95,7 @@ def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPrefer
     Raises:
         CommandError: a flag or setting is unknown, has a wrong value, or contradicts another one.
     """
-    first_look = FlagParser([], command, add_help=False)
+    first_look = FlagParser([], command, add_help=False)  # the loss decides which flags there are
     first_look.add_argument("--config", action="append", default=[])
     first_look.add_argument("--loss")
     first, _ = first_look.parse_known_args(arguments)
@@ -91,36 +103,66 @@ def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPrefer
         raise CommandError(f"--config is given {len(first.config)} times, but a run reads one settings file")
     path = next(iter(first.config), None)
     file = read_settings(path) if path else {}
-    parser = _flags_of(command, first.loss or file.get("loss") or "dpo")
+    recipe, name, own = "dpo", None, None
+    if command == "online":
+        recipe, name, own = _loss_of(first.loss or file.get("loss") or "dpo")
+    taken = RECIPES[recipe].taken_names | {one.name for one in fields(OnlineSettings)} | {"config", "help"}
+    parser = _flags_of(command, recipe, own, taken)
     values = parser.values([*parser.arguments_from(file, path), *arguments])
-    for name in ("output_dir", "report_to"):
-        if values[name] is None:
-            values[name] = parser.get_default(name)
+    if own is not None:
+        made = own.make({flag: values.pop(flag) for flag in own.flag_names(taken)}, taken)
+    if name is not None:
+        if values["loss_type"] not in (None, [name]):
+            raise CommandError(f"--loss {name} and --loss_type {' '.join(values['loss_type'])} name two losses")
+        values["loss_type"] = name
+    for option in ("output_dir", "report_to"):  # to transformers, None would mean another folder and an error
+        if values[option] is None:
+            values[option] = parser.get_default(option)
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and train.computes_in_bfloat16()
     if command == "ppo" and not values["temperature"]:
         raise CommandError("--temperature must be more than 0 for ppo, which needs samples that differ")
     settings, config = parser.build(values | {"sampling_temperature": values["temperature"]})
+    if own is not None:
+        settings.own_loss = made
     if command != "spin" and settings.judge is None:
         raise CommandError(f"--judge must be given: kto-fused {command} learns from its scores")
     return settings, config
 
 
-def _flags_of(command: str, loss: str) -> FlagParser:
-    kinds: dict[str, list[type]] = {"spin": [LoopSettings, FusedDPOConfig], "ppo": [LoopSettings, FusedPPOConfig]}
-    if command == "online":
-        configs = {"dpo": FusedDPOConfig, "kto": FusedKTOConfig}
-        if loss not in configs:
-            raise CommandError(f"--loss {loss} is unknown: choose one of {', '.join(configs)}")
-        kinds["online"] = [OnlineSettings, configs[loss]]
+def _loss_of(text: str) -> tuple[str, str | None, own_loss.OwnLoss | None]:
+    """Return what ``--loss`` names: the recipe, and perhaps the loss's registered name, or a loss of the user's own."""
+    if text in RECIPES:
+        return text, None, None
+    if text in heads.names():
+        kind = class_of(text)
+        if losses.trains_pairs(kind) or losses.trains_completions(kind):
+            return "dpo" if losses.trains_pairs(kind) else "kto", text, None
+        raise CommandError(f"--loss {text} is a loss of single tokens: kto-fused ppo trains those (--loss_type {text})")
+    own = own_loss.find(text, RECIPES)
+    return own.recipe, None, own
+
+
+def _flags_of(command: str, recipe: str, own: own_loss.OwnLoss | None, taken: frozenset[str]) -> FlagParser:
+    kinds = {
+        "spin": [LoopSettings, FusedDPOConfig],
+        "online": [OnlineSettings, RECIPES[recipe]],
+        "ppo": [LoopSettings, FusedPPOConfig],
+    }[command]
     left_out = {*LEFT_OUT}
-    left_out |= {"spin": {"threshold", "ref_model"}, "ppo": {"threshold", "sampling_temperature"}}.get(command, set())
+    left_out |= {
+        "spin": {"threshold", "ref_model"},
+        "ppo": {"threshold", "sampling_temperature", "loss_weights"},
+    }.get(command, set())
+    if own is not None:
+        left_out |= {"loss_type", "loss_weights", *RECIPES[recipe].loss_options}
     parser = FlagParser(
-        kinds[command],
+        kinds,
         command,
         usage="%(prog)s --model MODEL --data FILE [FILE ...] --judge JUDGE [FLAGS]",
         description=f"{description(command)} {DESCRIPTION}",
         left_out=left_out,
+        more=None if own is None else own.flags(taken),
     )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="YAML file of settings, named like the flags; flags override it"
@@ -180,6 +222,7 @@ def make_loop(command: str, settings: LoopSettings, config: FusedPreferenceConfi
         model,
         records,
         peft_config=train.lora(settings) if settings.lora_rank else None,
+        loss=getattr(settings, "own_loss", None),
         during_training=_during_training,
         report=_Lines() if config.process_index == 0 else lambda entry: None,
     )
@@ -236,7 +279,7 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> None:
         steps += [{**step, "step": first + step["step"], "round": entry["round"]} for step in entry["log"]]
     metrics = {
         "command": command,
-        "settings": asdict(loop.settings),
+        "settings": {name: value for name, value in vars(loop.settings).items() if name != "own_loss"},
         "config": loop.config.to_dict() | {"max_length": loop.max_length},
         "torch": torch.__version__,
         "device": str(loop.config.device),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForTokenClassification, PretrainedConfig
 
-from .. import checks, heads, huggingface
+from .. import checks, huggingface
 from ..advantages import gae
 from ..data.collators import IGNORE_INDEX, UnpairedCollator
 from ..data.tokens import TOKENS
 from ..functional import fused_linear_loss, linear_token_logps
+from ..heads.protocol import Head
 from ..heads.reward import value_loss
 from ..huggingface import files
 from ..huggingface.padding import without_padding_mask
-from . import models
+from . import losses, models
 from .base import FusedTrainer
 from .configs import FusedPreferenceConfig
 from .rounds import Loop, Scored, TakesTokens, TokenValues, TrainingData
@@ -44,12 +45,15 @@ def _option(default: Any, text: str, **metadata: Any) -> Any:
 
 
 @dataclass
+@losses.with_loss_options(LOSSES, left_out=("normalizer", "kl_beta"))
 class FusedPPOConfig(FusedPreferenceConfig):
     """Options of ``FusedPPOTrainer`` and ``PPOLoop``.
 
     >>> FusedPPOConfig(output_dir="out", use_cpu=True, advantage="group").loss_type
     'grpo'
     """
+
+    default_loss: ClassVar[str] = "ppo"
 
     beta: float = _option(
         0.05,
@@ -66,9 +70,6 @@ class FusedPPOConfig(FusedPreferenceConfig):
     loss_type: str | None = _option(
         None, "Loss of a token; ppo if not given, grpo with advantage='group'.", choices=list(LOSSES)
     )
-    clip: float = _option(0.2, "How far the probability ratio may move before its gradient is cut off.")
-    clip_high: float | None = _option(None, "The same upwards; clip if not given. cispo's bound is 5 if not given.")
-    max_tokens: int | None = _option(None, "dr_grpo divides by this many tokens per sequence; it needs a number.")
     gamma: float = _option(1.0, "Discount of later tokens' rewards, in [0, 1]; for 'gae'.")
     lam: float = _option(0.95, "GAE's lambda, in [0, 1]; for 'gae'.")
     whiten: bool = _option(True, "Shift and scale a round's advantages to mean 0 and variance 1; for 'gae'.")
@@ -86,16 +87,17 @@ class FusedPPOConfig(FusedPreferenceConfig):
     kl_horizon: int = _option(10_000, "Samples over which an adapted beta may change by its own size.")
     sampling_temperature: float = _option(1.0, "Temperature of the samples, at which their probabilities are compared.")
 
+    average_log_prob = False
+
     def __post_init__(self):
         if self.loss_type is None:
             self.loss_type = "grpo" if self.advantage == GROUP else "ppo"
         super().__post_init__()
         checks.number("beta", self.beta, at_least=0)
-        checks.number("clip", self.clip, above=0)
         checks.number("value_coef", self.value_coef, at_least=0)
         checks.number("sampling_temperature", self.sampling_temperature, above=0)
         checks.integer("kl_horizon", self.kl_horizon, at_least=1)
-        for name in ("clip_high", "value_clip", "kl_target"):
+        for name in ("value_clip", "kl_target"):
             if getattr(self, name) is not None:
                 checks.number(name, getattr(self, name), above=0)
         for name in ("gamma", "lam"):
@@ -103,8 +105,6 @@ class FusedPPOConfig(FusedPreferenceConfig):
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.loss_from != "hidden":
             raise ValueError("loss_from='logits' is not supported here: the value head reads hidden states")
-        if (self.loss_type == "dr_grpo") != (self.max_tokens is not None):
-            raise ValueError(f"max_tokens={self.max_tokens} with loss_type={self.loss_type!r}: dr_grpo alone needs it")
         # an option, the value that does nothing, and the advantage that it belongs to
         for name, default, advantage in (
             ("value_model", BACKBONE, GAE),
@@ -118,21 +118,9 @@ class FusedPPOConfig(FusedPreferenceConfig):
         ):
             if getattr(self, name) != default and self.advantage != advantage:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no meaning without advantage={advantage!r}")
-        self.make_head()  # the head checks its own options
 
-    needs_reference = False  # the loop asks it while it samples; the trainer has no need of one
-    average_log_prob = False
-
-    def make_head(self) -> heads.Head:
-        """The loss of a token."""
-        options: dict[str, Any] = {"kl_beta": self.beta if self.advantage == GROUP else 0.0}
-        if self.loss_type == "cispo":
-            options["clip_high"] = self.clip_high or 5.0
-        else:
-            options["clip"] = (self.clip, self.clip_high or self.clip)
-        if self.max_tokens is not None:
-            options["max_tokens"] = self.max_tokens
-        return heads.make(self.loss_type, **options)
+    def _fields_of(self, name: str) -> dict[str, Any]:
+        return super()._fields_of(name) | {"kl_beta": self.beta if self.advantage == GROUP else 0.0}
 
 
 # ---- value models -------------------------------------------------------------------------------------------------
@@ -223,6 +211,7 @@ class Measures(NamedTuple):
 
 def ppo_loss(
     *,
+    head: Head,
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
     lm_head_bias: torch.Tensor | None,
@@ -233,7 +222,7 @@ def ppo_loss(
     measures_ratios: bool,
     **options: Any,
 ) -> tuple[torch.Tensor, Measures]:
-    """Return a minibatch's loss, policy and value model together, as the mean that ``args.loss_type`` names.
+    """Return a minibatch's loss, policy and value model together, as the mean that ``head`` takes.
 
     loss = sum_t w_t [loss_t + value_coef (V_t - R_t)^2] / n, the squared error clipped as ``value_loss`` does. For a
     loss that averages over tokens w_t = 1 and n is their number; over sequences w_t = 1 / (the sequence's tokens), for
@@ -242,7 +231,7 @@ def ppo_loss(
     ``measures_ratios`` also measures the clip fraction and the KL divergence to the policy that sampled: one more visit
     to the LM head, without a gradient.
     """
-    head, labels = args.make_head(), batch["labels"]
+    labels = batch["labels"]
     mask = labels != IGNORE_INDEX
     counts = mask.sum(1)
     weights = token_weights(head, counts)
@@ -273,13 +262,13 @@ def ppo_loss(
         plain = ((values.detach() - returns).double() ** 2)[shifted].sum()
         totals["value_error"] = plain, tokens.double()
     if measures_ratios:
-        totals |= _ratios(hidden, lm_head_weight, labels, batch, args, options)
+        totals |= _ratios(head, hidden, lm_head_weight, labels, batch, options)
     totals["loss"] = (loss.detach().double() * norm, norm.double())
     return loss, Measures(totals)
 
 
 @torch.no_grad()
-def _ratios(hidden, lm_head_weight, labels, batch, args: FusedPPOConfig, options: dict[str, Any]) -> dict[str, Any]:
+def _ratios(head: Head, hidden, lm_head_weight, labels, batch, options: dict[str, Any]) -> dict[str, Any]:
     """Return the share of tokens whose gradient is clipped away, and the KL divergence to the policy that sampled.
 
     The divergence is the mean over the tokens of exp(d) - 1 - d, d = l - lold.
@@ -290,14 +279,14 @@ def _ratios(hidden, lm_head_weight, labels, batch, args: FusedPPOConfig, options
     advantages, ratio = batch["advantages"][:, 1:][mask], d.exp()
     tokens = mask.sum().double()
     totals = {"approx_kl": ((torch.expm1(d) - d).sum(), tokens)}
-    if args.loss_type != "cispo":  # which clips a weight without a gradient
-        low, high = args.make_head().clip
+    if hasattr(head, "clip"):  # cispo clips a weight, which has no gradient
+        low, high = head.clip if isinstance(head.clip, tuple) else (head.clip, head.clip)
         is_clipped = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
         totals["clip_fraction"] = is_clipped.double().sum(), tokens
     return totals
 
 
-def token_weights(head: heads.Head, counts: torch.Tensor) -> torch.Tensor:
+def token_weights(head: Head, counts: torch.Tensor) -> torch.Tensor:
     """Return the weight of each sequence's tokens in ``ppo_loss``, [B] float32."""
     counts = counts.float()
     if head.normalizer == "sequences":
@@ -305,7 +294,7 @@ def token_weights(head: heads.Head, counts: torch.Tensor) -> torch.Tensor:
     return torch.full_like(counts, 1 / head.max_tokens if head.normalizer == "constant" else 1.0)
 
 
-def normalizer(head: heads.Head, labels: torch.Tensor) -> torch.Tensor:
+def normalizer(head: Head, labels: torch.Tensor) -> torch.Tensor:
     """Return what ``ppo_loss`` divides by: the number of a batch's completion tokens, or of its sequences."""
     if head.normalizer in ("tokens", "items"):
         return (labels != IGNORE_INDEX).sum().clamp(min=1)
@@ -327,8 +316,9 @@ class FusedPPOTrainer(TakesTokens, FusedTrainer):
     config_class = FusedPPOConfig
     collator_class = PPOCollator
     columns = ("prompt_ids", "completion_ids", "length", *TOKEN_COLUMNS)
-    mask_columns = ()
+    optional_columns = ()
     ref_columns = ()
+    tensors = ("old_logps", "advantages", "ref_token_logps")
 
     def __init__(self, model: nn.Module, *arguments: Any, critic: nn.Module | None = None, **named_arguments: Any):
         super().__init__(model, *arguments, **named_arguments)
@@ -358,6 +348,7 @@ class FusedPPOTrainer(TakesTokens, FusedTrainer):
             ppo_loss,
             model,
             model_inputs,
+            head=self.loss,
             batch=inputs,
             inputs=model_inputs,
             critic=self.critic,
@@ -369,13 +360,13 @@ class FusedPPOTrainer(TakesTokens, FusedTrainer):
         self._train_totals.add(measures.totals)
         self._num_tokens += inputs["attention_mask"].sum()
         if num_items_in_batch is not None:
-            own = normalizer(args.make_head(), inputs["labels"])
+            own = normalizer(self.loss, inputs["labels"])
             loss = loss * (own * self.accelerator.num_processes / num_items_in_batch)
         return (loss, measures) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Count what the loss divides by, over the batches of an optimizer step and all ranks."""
-        counts = [normalizer(self.args.make_head(), batch["labels"]) for batch in batch_samples]
+        counts = [normalizer(self.loss, batch["labels"]) for batch in batch_samples]
         count = torch.stack(counts).sum().to(device) if counts else torch.ones((), device=device)
         return count if self.args.world_size == 1 else self.accelerator.gather(count[None]).sum()
 

@@ -147,7 +147,7 @@ class FusedKTOTrainer(FusedTrainer):
                 "use 'mismatched' or a number"
             )
         super()._check_loss(loss, args)
-        if _takes_z0(loss) and args.reference_point == "batch_mean":
+        if takes_z0(loss) and args.reference_point == "batch_mean":
             raise ValueError(f"{name} takes z0, and reference_point is 'batch_mean': use 'mismatched' or a number")
         own = {part.reference_point for part in losses.parts(loss) if isinstance(part, KTO)} - {"tensor"}
         if args.reference_point != MISMATCHED and own - {args.reference_point}:
@@ -158,7 +158,7 @@ class FusedKTOTrainer(FusedTrainer):
     @property
     def needs_mismatched(self) -> bool:
         """Whether z0 is estimated from mismatched pairs."""
-        return self.args.reference_point == MISMATCHED and _takes_z0(self.loss)
+        return self.args.reference_point == MISMATCHED and takes_z0(self.loss)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -264,7 +264,7 @@ class FusedKTOTrainer(FusedTrainer):
         An estimate is made once for all batches of an optimizer step, and for each batch of an evaluation.
         """
         if not self.needs_mismatched:
-            return self.args.reference_point if _takes_z0(self.loss) else None
+            return self.args.reference_point if takes_z0(self.loss) else None
         if not self.model.training:  # asked of the model itself: DeepSpeed's engine does not say
             return self._estimated_reference_point(model, [inputs])
         if self._step_reference_point is None:  # estimated in the step, after resuming has restored the random state
@@ -344,7 +344,7 @@ def _chosen_then_rejected(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return {name: values.transpose(0, 1).flatten(0, 1) for name, values in inputs.items() if name != "weights"}
 
 
-def _takes_z0(loss: losses.AnyLoss) -> bool:
+def takes_z0(loss: losses.AnyLoss) -> bool:
     """Whether the loss gets the reference point as the tensor z0."""
     return any(
         part.reference_point == "tensor" if isinstance(part, KTO) else losses.takes(part, "z0")

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -38,12 +38,12 @@ from ..functional import linear_token_logps, token_logps
 from ..huggingface import files
 from ..huggingface.inspect import evaluating
 from ..huggingface.padding import without_padding_mask
-from . import checkpoints, fingerprints, models, runs
+from . import checkpoints, fingerprints, losses, models, runs
 from .base import FusedTrainer
-from .configs import BASE, FusedDPOConfig, FusedPreferenceConfig
+from .configs import BASE, MISMATCHED, FusedDPOConfig, FusedPreferenceConfig
 from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, autocast, decoded, end_tokens
 from .judges import judge_of, scored
-from .recipes import FusedDPOTrainer, FusedKTOTrainer
+from .recipes import FusedDPOTrainer, FusedKTOTrainer, takes_z0
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +179,7 @@ class Loop:
         tokenizer, model: those of ``settings.model``; the model without an adapter.
         records: the data, from ``read_prompts``.
         peft_config: of the adapter to train; None trains all weights.
+        loss: a loss in place of the one that ``config`` describes.
         during_training: ``during_training(trainer)`` is a context in which a round's trainer trains.
         report: called with each finished round's entry of ``run.json``.
     """
@@ -196,11 +197,14 @@ class Loop:
         model: PreTrainedModel,
         records: list[dict[str, Any]],
         peft_config: Any = None,
+        loss: losses.AnyLoss | None = None,
         during_training: Callable[[FusedTrainer], AbstractContextManager] = nullcontext,
         report: Callable[[dict[str, Any]], None] = lambda entry: None,
     ):
         self.settings, self.config, self.tokenizer, self.peft_config = settings, config, tokenizer, peft_config
         self.during_training, self.report = during_training, report
+        self.loss = config.make_loss() if loss is None else loss
+        self._given_loss = loss
         self.samples = settings.samples or self.default_samples
         if self.samples < self.least_samples:
             raise ValueError(f"samples must be at least {self.least_samples} to compare them, got {self.samples}")
@@ -462,12 +466,14 @@ class Loop:
 
     def _described(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what a run's results depend on, by name."""
-        left_out = ("rounds", "generation_batch_size", "data")
-        described = {name: value for name, value in asdict(self.settings).items() if name not in left_out}
+        left_out = ("rounds", "generation_batch_size", "data", "own_loss")
+        described = {name: value for name, value in vars(self.settings).items() if name not in left_out}
         options = self.config.to_dict()
         for option in fields(self.config):
             if option.name not in runs.CURVE_NEUTRAL or option.name in ("max_steps", "num_train_epochs"):
                 described[option.name] = options[option.name]
+        if self._given_loss is not None:
+            described["loss_type"] = losses.describe(self.loss)
         described |= {"samples": self.samples, "data": fingerprints.hash_json(records)}
         return json.loads(json.dumps(described, default=str))
 
@@ -734,7 +740,7 @@ class OnlineLoop(Loop):
         }
         features = {"prompt_ids": TOKENS, "completion_ids": TOKENS, "label": Value("bool"), "length": Value("int32")}
         dataset = Dataset.from_dict(columns, features=Features(features))
-        if self.config.needs_mismatched:
+        if self.config.reference_point == MISMATCHED and takes_z0(self.loss):
             numbers = np.array([prompt.number for prompt, *_ in rows])
             with self.config.main_process_first():  # the others find the result in the cache
                 dataset = with_partners(dataset, numbers, self.max_length, self.config.seed, None, f"round {number}")
@@ -744,11 +750,11 @@ class OnlineLoop(Loop):
     def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
         kind = SampledDPOTrainer if isinstance(self.config, FusedDPOConfig) else SampledKTOTrainer
         reference = None
-        if self.config.needs_reference:
+        if losses.needs_reference(self.loss):
             reference = self.reference()
             if reference is None:
                 arguments["args"].reference = BASE
-        return kind(policy, reference, **arguments)
+        return kind(policy, reference, loss=self._given_loss, **arguments)
 
 
 def _score(one: Scored) -> float:

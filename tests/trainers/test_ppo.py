@@ -86,12 +86,12 @@ class PlainPPO:
             old_values, count = self.old[row][1], len(now)
             for t in range(count):
                 ratio, advantage = (now[t] - self.old[row][0][t]).exp(), self.advantages[row][t]
-                low, high = 1 - args.clip, 1 + (args.clip_high or args.clip)
+                low, high = args.clip if isinstance(args.clip, (list, tuple)) else (args.clip, args.clip)
                 if args.loss_type == "cispo":
                     loss = -ratio.detach().clamp(max=5.0) * advantage * now[t]
                 else:
-                    loss = -min(ratio * advantage, ratio.clamp(low, high) * advantage)
-                    clipped += int((advantage > 0 and ratio > high) or (advantage < 0 and ratio < low))
+                    loss = -min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+                    clipped += int((advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low))
                 if args.advantage == "group":
                     d = self.ref[row][t] - now[t]
                     loss = loss + args.beta * (d.exp() - d - 1)
@@ -129,7 +129,7 @@ GROUP = {"advantage": "group", "beta": 0.3, "samples": 4, "prompts": 2}
     [
         {"beta": 0.2, "gamma": 0.9, "lam": 0.8, "value_coef": 0.5, "value_clip": 0.05, "rounds": 2},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "value_clip": 0.01, "clip": 0.05},
-        {**GROUP, "clip_high": 0.3, "rounds": 2},
+        {**GROUP, "clip": [0.2, 0.3], "rounds": 2},
         {**GROUP, "loss_type": "dr_grpo", "max_tokens": 7, "scale_by_std": False},
         {**GROUP, "loss_type": "dapo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         {**GROUP, "loss_type": "cispo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
@@ -200,10 +200,10 @@ def test_the_kl_coefficient_adapts_towards_its_target(tmp_path):
     [
         ({"advantage": "group", "kl_target": 1.0}, "kl_target=1.0 has no meaning without advantage='gae'"),
         ({"scale_by_std": False}, "scale_by_std=False has no meaning without advantage='group'"),
-        ({"loss_type": "dr_grpo"}, "max_tokens=None with loss_type='dr_grpo': dr_grpo alone needs it"),
+        ({"max_tokens": 5}, "max_tokens=5 with normalizer='tokens'"),
         ({"lam": 1.5}, r"lam must lie in \[0, 1\], got 1.5"),
         ({"loss_from": "logits"}, "loss_from='logits' is not supported here"),
-        ({"clip": -1.0}, "clip must be"),
+        ({"clip": -1.0}, "clip must"),
         ({"value_clip": math.nan}, "value_clip must be"),
     ],
 )
