@@ -11,8 +11,10 @@ from transformers import TrainerCallback
 
 from kto_fused.data.prompts import read_prompts
 from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
+from kto_fused.trainers.online import OnlineLoop, SPINLoop
 from kto_fused.trainers.ppo import FusedPPOConfig, PPOLoop
-from kto_fused.trainers.rounds import Loop, LoopSettings, OnlineLoop, SPINLoop, read_samples
+from kto_fused.trainers.round_settings import LoopSettings
+from kto_fused.trainers.rounds import Loop, read_samples
 
 KINDS = {
     "spin": (SPINLoop, FusedDPOConfig),

@@ -26,8 +26,10 @@ from ..trainers import FusedTrainer, checkpoints, folder_lock, losses
 from ..trainers.configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from ..trainers.generation import GenerationError
 from ..trainers.judges import JudgeError
+from ..trainers.online import OnlineLoop, SPINLoop
 from ..trainers.ppo import FusedPPOConfig, PPOLoop
-from ..trainers.rounds import STATE, Loop, LoopSettings, OnlineLoop, RoundError, SPINLoop
+from ..trainers.round_settings import LoopSettings
+from ..trainers.rounds import STATE, Loop, RoundError
 from . import own_loss, progress, results, resuming, train
 from .cli import description
 from .errors import CommandError, check_names
@@ -186,7 +188,7 @@ def run(command: str, settings: LoopSettings, config: FusedPreferenceConfig) -> 
     check_names(config.output_dir, settings.model, *settings.data)
     check_writable(config.output_dir)
     with user_errors(*ERRORS), folder_lock.only_run_in(config):
-        _check_folder(config)
+        checkpoints.agreed(config, lambda: _check_folder(config))
         train.check_schedule(config)
         datasets.disable_progress_bars()  # a round's data are small, and prepared in a moment
         with setup_errors():

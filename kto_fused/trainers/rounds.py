@@ -1,4 +1,4 @@
-"""Rounds of generate, judge, train: the loop that SPIN, online DPO and KTO, and PPO share, and the first two of them.
+"""Rounds of generate, judge, train: the loop that SPIN, online DPO and KTO (``online``) and PPO (``ppo``) share.
 
 A round is a function of the settings and of the checkpoint that the round before it ended with. Its samples, its
 training data and its checkpoints are on disk before the next part begins, so a run goes on from any of them as if it
@@ -19,31 +19,31 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .. import huggingface
 from ..data.collators import UnpairedCollator
 from ..data.prompts import Prompt, tokenized_prompts
-from ..data.tokens import TOKENS, Prepared, with_partners
+from ..data.tokens import Prepared
 from ..functional import linear_token_logps, token_logps
 from ..huggingface import files
 from ..huggingface.inspect import evaluating
 from ..huggingface.padding import without_padding_mask
 from . import checkpoints, fingerprints, losses, models, runs
 from .base import FusedTrainer
-from .configs import BASE, MISMATCHED, FusedDPOConfig, FusedPreferenceConfig
+from .configs import FusedPreferenceConfig
 from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, autocast, decoded, end_tokens
 from .judges import judge_of, scored
-from .recipes import FusedDPOTrainer, FusedKTOTrainer, takes_z0
+from .round_settings import LoopSettings
 
 logger = logging.getLogger(__name__)
 
@@ -53,104 +53,6 @@ KEPT_ROUNDS = 2  # whose checkpoints stay: the last one's, and the one before it
 
 class RoundError(ValueError):
     """A round diverged or has nothing to learn from; the message names it and the last good checkpoint."""
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class LoopSettings:
-    """The options of a loop beside those of its trainer.
-
-    Raises:
-        ValueError: an option's value, or two options that contradict each other.
-    """
-
-    _argument_group_name: ClassVar[str] = "rounds"
-
-    model: str = field(metadata={"help": "model to train: a folder in Hugging Face format, or a model id on the Hub"})
-    data: list[str] = field(
-        metadata={
-            "help": "prompts, or prompts with answers: .jsonl, .json or .parquet files of records with 'prompt', and "
-            "'completion' or 'chosen' where answers are needed"
-        }
-    )
-    judge: str | None = _option(
-        None,
-        "what scores the samples: a reward model's folder or id, a Python function as module:function, called as "
-        "function(prompt, completions), or a command that reads and writes JSON lines",
-    )
-    rounds: int = _option(3, "number of rounds of generate, judge, train")
-    prompts: int | None = _option(None, "prompts of a round, drawn without repetition; all of them if not given")
-    samples: int | None = _option(None, "samples per prompt; if not given, 1 for spin and 4 otherwise")
-    max_new_tokens: int = _option(128, "longest sample in tokens")
-    temperature: float = _option(1.0, "temperature that samples are drawn at; 0 takes the most likely tokens")
-    generation_batch_size: int = _option(32, "samples that are generated at a time; their number changes no sample")
-    generator: str | None = _option(
-        None,
-        "address of a server that generates, such as http://localhost:8000 (OpenAI-compatible, with token ids: vLLM); "
-        "transformers' generate in this process if not given",
-    )
-    reload_command: str | None = _option(
-        None,
-        "command that makes the server of --generator serve the weights in {folder}; an adapter needs none with vLLM",
-    )
-    threshold: str = _option(
-        "mean",
-        "score above which a sample is desirable, for losses of single completions: 'mean' (of the round's scores), "
-        "'prompt_mean' (of the prompt's) or a number; a sample at the threshold is left out",
-    )
-    max_kl: float = _option(
-        100.0, "a round diverges if it moves the policy by more than this KL divergence, in nats per sample"
-    )
-    ref_model: str | None = _option(
-        None, "reference model, given like --model; --model itself if not given. spin's is the last round's model"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = _option(
-        None, "dtype to load the weights in; if not given: float32, or auto (the checkpoint's own) with --lora_rank"
-    )
-    lora_rank: int = _option(0, "train a LoRA adapter of this rank; 0 trains all weights")
-    lora_alpha: int | None = _option(None, "LoRA's scale; twice --lora_rank if not given")
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "layers to adapt: their names, or one regular expression; all linear layers except the LM head if "
-            "not given"
-        },
-    )
-
-    def __post_init__(self):
-        for name in ("rounds", "prompts", "samples", "max_new_tokens", "generation_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature}")
-        if not self.max_kl > 0:
-            raise ValueError(f"max_kl must be more than 0, got {self.max_kl}")
-        if self.threshold not in ("mean", "prompt_mean"):
-            try:
-                is_number = math.isfinite(float(self.threshold))
-            except ValueError:
-                is_number = False
-            if not is_number:
-                raise ValueError(f"threshold must be 'mean', 'prompt_mean' or a number, got {self.threshold!r}")
-        if self.temperature == 0 and (self.samples or 1) > 1:
-            raise ValueError(
-                f"temperature is 0, so all {self.samples} samples of a prompt would be equal: set it above 0"
-            )
-        if self.generator is not None and not self.generator.startswith(("http://", "https://")):
-            raise ValueError(f"generator must be the http:// address of a server, got {self.generator!r}")
-        if self.reload_command is not None and self.generator is None:
-            raise ValueError("reload_command is given, but there is no server to reload: set generator too")
-        if self.dtype is None:
-            self.dtype = "auto" if self.lora_rank else "float32"
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
-        for name in ("lora_alpha", "lora_target_modules"):
-            if not self.lora_rank and getattr(self, name) is not None:
-                raise ValueError(f"{name} is given, but there is no adapter: set lora_rank too")
 
 
 class Scored(NamedTuple):
@@ -594,14 +496,6 @@ class TakesTokens:
         return Prepared(source, 0, 0, {}, {})
 
 
-class SampledDPOTrainer(TakesTokens, FusedDPOTrainer):
-    """``FusedDPOTrainer`` on pairs of token ids."""
-
-
-class SampledKTOTrainer(TakesTokens, FusedKTOTrainer):
-    """``FusedKTOTrainer`` on labelled completions of token ids."""
-
-
 class _EndOfRound(TrainerCallback):
     """Saves after the last step, whatever ``save_strategy`` says: the next round begins with this checkpoint."""
 
@@ -628,134 +522,3 @@ def _continue_optimizer(trainer: FusedTrainer, checkpoint: str) -> None:
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
         group.pop("initial_lr", None)
-
-
-# ---- SPIN ---------------------------------------------------------------------------------------------------------
-
-
-class SPINLoop(Loop):
-    """SPIN, self-play fine-tuning (Chen et al. 2024, arXiv 2401.01335).
-
-    A pair's chosen completion is the data's answer, its rejected one a sample of the last round's model, which is also
-    the reference. A judge is not needed; with one, the win rate against the last round's samples is logged.
-    """
-
-    needs_answers = True
-    default_samples = 1
-    keeps_optimizer = False  # each round has another reference, and so another objective
-
-    def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
-        pairs, equal = [], 0
-        for one in samples:
-            prompt = self._by_number[one.sample.prompt]
-            whole = prompt.ids + one.sample.ids
-            start = 0
-            for ours, theirs in zip(prompt.ids, prompt.answer_ids, strict=False):
-                if ours != theirs:
-                    break
-                start += 1
-            chosen, rejected = prompt.answer_ids[start : self.max_length], whole[start:]
-            if chosen == rejected or not chosen:
-                equal += 1
-                continue
-            pairs.append((prompt.ids[:start], chosen, rejected))
-        if not pairs:
-            raise RoundError(f"round {number}: all samples equal the data's answers, so nothing is left to learn")
-        return TrainingData(paired(pairs), {"equal": equal})
-
-    def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
-        return SampledDPOTrainer(policy, **arguments)
-
-
-def paired(pairs: list[tuple[list[int], list[int], list[int]]]) -> Dataset:
-    """Return (prompt, chosen, rejected) token ids as the dataset that ``prepare_paired`` makes."""
-    columns = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(list, zip(*pairs, strict=True)), strict=True))
-    columns["length"] = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
-    features = {**dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), TOKENS), "length": Value("int32")}
-    return Dataset.from_dict(columns, features=Features(features))
-
-
-# ---- online DPO and KTO -------------------------------------------------------------------------------------------
-
-
-class OnlineLoop(Loop):
-    """Online DPO (Guo et al. 2024, arXiv 2402.04792) and its form for single completions.
-
-    The policy answers each prompt several times, and the judge scores the answers. For a loss of pairs the best and
-    the worst make a pair; a prompt whose best and worst score alike is dropped. For a loss of single completions each
-    sample is desirable or not by the threshold; a sample at the threshold is dropped. The reference is the model that
-    the run began with.
-    """
-
-    least_samples = 2
-
-    def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
-        groups = [samples[start : start + self.samples] for start in range(0, len(samples), self.samples)]
-        is_paired = isinstance(self.config, FusedDPOConfig)
-        data = self._pairs(groups) if is_paired else self._labelled(number, groups)
-        if data is None:
-            self._nothing(number)
-        return data
-
-    def _pairs(self, groups: list[list[Scored]]) -> TrainingData | None:
-        pairs, ties = [], 0
-        for group in groups:
-            best, worst = max(group, key=_score), min(group, key=_score)
-            if best.score == worst.score or best.sample.ids == worst.sample.ids:
-                ties += 1
-                continue
-            pairs.append((self._by_number[best.sample.prompt].ids, best.sample.ids, worst.sample.ids))
-        if ties:
-            logger.info(f"{ties} of {len(groups)} prompts are left out: their best and worst samples score alike.")
-        return TrainingData(paired(pairs), {"ties": ties}) if pairs else None
-
-    def _labelled(self, number: int, groups: list[list[Scored]]) -> TrainingData | None:
-        threshold, rows, ties = self.settings.threshold, [], 0
-        mean = float(np.mean([one.score for group in groups for one in group]))
-        for group in groups:
-            if threshold == "mean":
-                limit = mean
-            elif threshold == "prompt_mean":
-                limit = float(np.mean([one.score for one in group]))
-            else:
-                limit = float(threshold)
-            for one in group:
-                if one.score == limit:
-                    ties += 1
-                    continue
-                rows.append((self._by_number[one.sample.prompt], one.sample.ids, one.score > limit))
-        above = sum(is_desirable for *_, is_desirable in rows)
-        shown = f"{mean:.4g}, the mean of the round's scores" if threshold == "mean" else threshold
-        logger.info(
-            f"Round {number}: {above} samples are desirable and {len(rows) - above} undesirable, by the threshold "
-            f"{shown}; {ties} at the threshold are left out."
-        )
-        if above in (0, len(rows)):
-            return None
-        columns = {
-            "prompt_ids": [prompt.ids for prompt, *_ in rows],
-            "completion_ids": [ids for _, ids, _ in rows],
-            "label": [label for *_, label in rows],
-            "length": [len(prompt.ids) + len(ids) for prompt, ids, _ in rows],
-        }
-        features = {"prompt_ids": TOKENS, "completion_ids": TOKENS, "label": Value("bool"), "length": Value("int32")}
-        dataset = Dataset.from_dict(columns, features=Features(features))
-        if self.config.reference_point == MISMATCHED and takes_z0(self.loss):
-            numbers = np.array([prompt.number for prompt, *_ in rows])
-            with self.config.main_process_first():  # the others find the result in the cache
-                dataset = with_partners(dataset, numbers, self.max_length, self.config.seed, None, f"round {number}")
-        found = {"ties": ties, "desirable": above / len(rows)}
-        return TrainingData(dataset, found | ({"threshold": mean} if threshold == "mean" else {}))
-
-    def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
-        kind = SampledDPOTrainer if isinstance(self.config, FusedDPOConfig) else SampledKTOTrainer
-        reference = None
-        if losses.needs_reference(self.loss):
-            reference = self.reference()
-            if reference is None:
-                arguments["args"].reference = BASE
-        return kind(policy, reference, loss=self._given_loss, **arguments)
-
-
-def _score(one: Scored) -> float:
-    return one.score
