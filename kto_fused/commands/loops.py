@@ -15,6 +15,7 @@ import datasets
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from .. import heads
@@ -156,6 +157,8 @@ def _flags_of(command: str, recipe: str, own: own_loss.OwnLoss | None, taken: fr
         "spin": {"threshold", "ref_model"},
         "ppo": {"threshold", "sampling_temperature", "loss_weights"},
     }.get(command, set())
+    if command == "online" and recipe == "dpo":
+        left_out.add("threshold")
     if own is not None:
         left_out |= {"loss_type", "loss_weights", *RECIPES[recipe].loss_options}
     parser = FlagParser(
@@ -164,6 +167,7 @@ def _flags_of(command: str, recipe: str, own: own_loss.OwnLoss | None, taken: fr
         usage="%(prog)s --model MODEL --data FILE [FILE ...] --judge JUDGE [FLAGS]",
         description=f"{description(command)} {DESCRIPTION}",
         left_out=left_out,
+        belongs_to={"threshold": "kto-fused online with --loss kto"},
         more=None if own is None else own.flags(taken),
     )
     parser.add_argument(
@@ -323,6 +327,7 @@ def plot(metrics: dict[str, Any], path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), "-o" if unit == "round" else "-", label=label or None)
         axes.set(title=title, xlabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if sum(any(name in entry for entry in entries) for name in names) > 1:
             axes.legend()
     figure.savefig(path, dpi=120, format="png")

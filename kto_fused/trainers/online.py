@@ -10,8 +10,9 @@ from torch import nn
 from ..data.tokens import TOKENS, with_partners
 from . import losses
 from .base import FusedTrainer
-from .configs import BASE, MISMATCHED, FusedDPOConfig
+from .configs import BASE, MISMATCHED, FusedDPOConfig, FusedPreferenceConfig
 from .recipes import FusedDPOTrainer, FusedKTOTrainer, takes_z0
+from .round_settings import LoopSettings
 from .rounds import Loop, RoundError, Scored, TakesTokens, TrainingData
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,13 @@ class OnlineLoop(Loop):
     """
 
     least_samples = 2
+
+    def __init__(self, settings: LoopSettings, config: FusedPreferenceConfig, *arguments: Any, **named_arguments: Any):
+        if isinstance(config, FusedDPOConfig) and settings.threshold != "mean":
+            raise ValueError(
+                f"threshold={settings.threshold} has no meaning for a loss of pairs: best and worst make one"
+            )
+        super().__init__(settings, config, *arguments, **named_arguments)
 
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
         groups = [samples[start : start + self.samples] for start in range(0, len(samples), self.samples)]

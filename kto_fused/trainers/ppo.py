@@ -27,6 +27,7 @@ from ..functional import fused_linear_loss, linear_token_logps
 from ..heads.protocol import Head
 from ..heads.reward import value_loss
 from ..huggingface import files
+from ..huggingface.inspect import check_is_causal
 from ..huggingface.padding import without_padding_mask
 from . import losses, models
 from .base import FusedTrainer
@@ -151,6 +152,7 @@ class ValueModel(nn.Module):
             options = {"trust_remote_code": args.trust_remote_code}
             config = _value_config(args)
             self.model = files.load_pretrained(AutoModelForTokenClassification, name, config=config, **options)
+            check_is_causal(self.model)  # a value must not know the tokens after it
         self.model.float()
         models.disable_dropout(self.model)
 
@@ -343,11 +345,10 @@ class FusedPPOTrainer(TakesTokens, FusedTrainer):
         args, step = self.args, self.state.global_step + 1
         every = max(1, int(self.state.logging_steps or 1))
         model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        model_inputs = without_padding_mask(model, model_inputs, self.accelerator.mixed_precision)
         loss, measures = huggingface.apply(
             ppo_loss,
             model,
-            model_inputs,
+            without_padding_mask(model, model_inputs, self.accelerator.mixed_precision),
             head=self.loss,
             batch=inputs,
             inputs=model_inputs,

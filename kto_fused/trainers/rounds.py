@@ -42,7 +42,7 @@ from . import checkpoints, fingerprints, losses, models, runs
 from .base import FusedTrainer
 from .configs import FusedPreferenceConfig
 from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, autocast, decoded, end_tokens
-from .judges import judge_of, scored
+from .judges import Judge, judge_of, scored
 from .round_settings import LoopSettings
 
 logger = logging.getLogger(__name__)
@@ -113,9 +113,10 @@ class Loop:
         if config.fsdp or config.deepspeed:
             raise ValueError("rounds of generation under FSDP or DeepSpeed are not supported: use one process per GPU")
         self.output = Path(config.output_dir)
-        self.judge = None
+        self.judge: Judge | None = None
         if settings.judge is not None:
-            self.judge = judge_of(settings.judge, config, batch_size=settings.generation_batch_size)
+            self.judge = _of_the_first_process
+            self._on_main(self._load_judge)
         self.max_length = models.max_length(config.max_length, config.pad_to_multiple_of, model=model)
         room = None if self.max_length is None else self.max_length - settings.max_new_tokens
         if room is not None and room < 1:
@@ -271,6 +272,9 @@ class Loop:
             self._diverged(number, "the policy's log-probabilities are not finite")
         return [Scored(*one, value.logps) for *one, value in zip(found, scores, values, strict=True)]
 
+    def _load_judge(self) -> None:
+        self.judge = judge_of(self.settings.judge, self.config, batch_size=self.settings.generation_batch_size)
+
     def _judged(self, prompts: list[Any], texts: list[str]) -> list[float | None]:
         """Return the judge's scores, given on the first process."""
         groups = [texts[start : start + self.samples] for start in range(0, len(texts), self.samples)]
@@ -288,13 +292,12 @@ class Loop:
         }
         if self.judge is not None:
             scores = np.array([one.score for one in samples])
-            entry |= {"score": scores.mean(), "score_std": scores.std(), "best_score": self._best(scores)}
+            entry |= {"score": scores.mean(), "score_std": scores.std()}
+            if self.samples > 1:
+                entry["best_score"] = scores.reshape(-1, self.samples).max(1).mean()
             if number > 1 and (rate := self._win_rate(number, samples)) is not None:
                 entry["win_rate"] = rate
         return {name: value if isinstance(value, int) else float(value) for name, value in entry.items()}
-
-    def _best(self, scores: np.ndarray) -> float:
-        return scores.reshape(-1, self.samples).max(1).mean()
 
     def _win_rate(self, number: int, samples: list[Scored]) -> float | None:
         """Return how often a prompt's samples score higher than those of the round before; a tie counts as half."""
@@ -447,6 +450,10 @@ class Loop:
         return result
 
 
+def _of_the_first_process(prompts: list[Any], completions: list[list[str]]) -> list[Any]:
+    raise RuntimeError("only the first process has the judge")
+
+
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a round's ``samples.jsonl``."""
     with (folder / SAMPLES).open(encoding="utf-8") as file:
@@ -477,13 +484,13 @@ def values_of_batch(
     if args.loss_from == "logits":
         return huggingface.apply_to_logits(token_logps, policy, inputs, **options)[None]
     mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    inputs = without_padding_mask(policy, inputs, mixed)
 
     def function(*, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
         logps = linear_token_logps(hidden, **arguments)
         return logps[None] if critic is None else torch.stack([logps, critic(hidden, inputs).to(logps.dtype)])
 
-    return huggingface.apply(function, policy, inputs, chunk_bytes=args.chunk_bytes, **options)
+    unmasked = without_padding_mask(policy, inputs, mixed)
+    return huggingface.apply(function, policy, unmasked, chunk_bytes=args.chunk_bytes, **options)
 
 
 # ---- parts of a round's trainer -----------------------------------------------------------------------------------

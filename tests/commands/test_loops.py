@@ -24,6 +24,19 @@ from kto_fused.trainers.configs import FusedDPOConfig
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder", "small_machine")
 FEW = ["--use_cpu", "--rounds", "2", "--max_steps", "2", "--max_new_tokens", "6", "--learning_rate", "0.01"]
 JUDGE = "judge_of_tests:few_words"
+OWN_LOSS = """
+from dataclasses import dataclass
+import torch
+from kto_fused import heads
+
+@dataclass(frozen=True)
+class Margin(heads.Head):
+    margin: float = 1.0
+    group = 2
+    def losses(self, logps, counts, ref_logps):
+        chosen, rejected = (logps - ref_logps).chunk(2)
+        return torch.relu(self.margin - chosen + rejected)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +51,11 @@ def judge_module(tmp_path, monkeypatch):
         "fails": "1 / 0",
     }
     text = "".join(f"def {name}(prompt, completions):\n    return {value}\n" for name, value in functions.items())
+    (tmp_path / "loss_of_tests.py").write_text(OWN_LOSS)
     (tmp_path / "judge_of_tests.py").write_text(text + "number = 3\n")
     yield
-    sys.modules.pop("judge_of_tests", None)
+    for name in ("judge_of_tests", "loss_of_tests"):
+        sys.modules.pop(name, None)
     if str(tmp_path) in sys.path:
         sys.path.remove(str(tmp_path))
 
@@ -56,11 +71,17 @@ def rounds_of(files, command: str, *more: str) -> list[str]:
     [
         ("spin", ["--judge", JUDGE], {"rewards/margins", "rewards/accuracies"}),
         ("online", [], {"rewards/margins", "rewards/accuracies"}),
+        ("online", ["--loss", "orpo"], {"rewards/margins", "rewards/accuracies"}),
+        ("online", ["--loss", "loss_of_tests:Margin", "--margin", "2.5"], {"rewards/margins", "rewards/accuracies"}),
         ("online", ["--loss", "kto", "--config", "settings.yaml"], {"rewards/margins", "kl"}),
         ("ppo", [], {"clip_fraction", "approx_kl", "value_error", "policy_loss", "entropy"}),
-        ("ppo", ["--advantage", "group", "--lora_rank", "2"], {"clip_fraction", "approx_kl", "policy_loss", "entropy"}),
+        (
+            "ppo",
+            ["--advantage", "group", "--lora_rank", "2", "--clip", "[0.2, 0.28]"],
+            {"clip_fraction", "approx_kl", "policy_loss", "entropy"},
+        ),
     ],
-    ids=["spin", "dpo", "kto", "ppo", "group"],
+    ids=["spin", "dpo", "orpo", "own", "kto", "ppo", "group"],
 )
 def test_a_command_writes_model_metrics_curves_and_samples(files, capsys, command, flags, logged):
     Path("settings.yaml").write_text("samples: 3\nthreshold: prompt_mean\n")
@@ -126,19 +147,30 @@ def test_ctrl_c_saves_and_the_same_command_continues(files, monkeypatch, capsys)
         ("online", ["--judge", "echo good"], "--judge echo wrote str 'good', expected a line with a list of scores"),
         ("online", ["--samples", "1"], "samples must be at least 2 to compare them, got 1"),
         ("online", ["--temperature", "0", "--samples", "2"], "temperature is 0, so all 2 samples of a prompt"),
-        ("online", ["--threshold", "high"], "threshold must be 'mean', 'prompt_mean' or a number, got 'high'"),
+        (
+            "online",
+            ["--loss", "kto", "--threshold", "high"],
+            "must be 'mean', 'prompt_mean' or a number, got 'high'",
+        ),
         ("online", ["--generator", "localhost:8000"], "generator must be the http:// address of a server"),
         ("online", ["--reload_command", "true"], "reload_command is given, but there is no server to reload"),
         ("online", ["--max_new_tokens", "2000"], "max_new_tokens=2000 leaves no room for a prompt: max_length is 1024"),
         ("online", ["--prompts", "90"], "prompts=90 are more than the data's 16"),
         ("online", ["--loss", "unknown"], "--loss unknown is unknown"),
+        ("online", ["--loss", "ppo"], "--loss ppo is a loss of single tokens: kto-fused ppo trains those"),
+        ("online", ["--loss", "orpo", "--loss_type", "ipo"], "--loss orpo and --loss_type ipo name two losses"),
+        ("online", ["--loss", "orpo", "--threshold", "3"], "--threshold is not a flag here: it belongs to"),
         ("online", ["--resume_from_checkpoint", "true"], "runs/online holds no run.json of a run to continue"),
         ("online", ["--generator", "http://127.0.0.1:9"], "--generator http://127.0.0.1:9/v1/models cannot be reached"),
         ("ppo", ["--temperature", "0"], "--temperature must be more than 0 for ppo"),
         ("ppo", ["--value_model", "nowhere/at-all"], "value_model nowhere/at-all cannot be loaded: "),
         ("spin", ["--data", "prompts.jsonl"], "prompts.jsonl, line 1: expected an answer beside the prompt"),
         ("spin", ["--data", "none.jsonl"], "none.jsonl: cannot be read: No such file or directory"),
-        ("spin", ["--threshold", "1"], "--threshold is not a flag"),
+        (
+            "spin",
+            ["--threshold", "1"],
+            "--threshold is not a flag here: it belongs to kto-fused online with",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else None,
 )
