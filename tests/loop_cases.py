@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from tiny_training import WORDS, data, model, tokenizer
 from transformers import TrainerCallback
 
-from kto_fused.data.prompts import read_prompts
 from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
 from kto_fused.trainers.online import OnlineLoop, SPINLoop
 from kto_fused.trainers.ppo import FusedPPOConfig, PPOLoop
@@ -71,16 +70,14 @@ def make_loop(
     settings = LoopSettings(**of_loop)
     if kind == "ppo":
         of_trainer.setdefault("sampling_temperature", settings.temperature)
-    made = kinds[0](
+    return kinds[0](
         settings,
         kinds[1](**of_trainer),
-        tokenizer(),
-        model(max_position_embeddings=64) if policy is None else policy,
-        read_prompts(settings.data, needs_answers=kinds[0].needs_answers),
+        judge=None if judged is None else lambda prompt, completions: judged([prompt], [completions])[0],
+        tokenizer=tokenizer(),
+        model=model(max_position_embeddings=64) if policy is None else policy,
         peft_config=peft_config,
     )
-    made.judge = judged
-    return made
 
 
 def outcome(loop: Loop) -> tuple[list[dict[str, Any]], dict[str, bytes]]:

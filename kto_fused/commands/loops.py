@@ -224,9 +224,9 @@ def make_loop(command: str, settings: LoopSettings, config: FusedPreferenceConfi
     return kind(
         settings,
         config,
-        tokenizer,
-        model,
-        records,
+        tokenizer=tokenizer,
+        model=model,
+        records=records,
         peft_config=train.lora(settings) if settings.lora_rank else None,
         loss=getattr(settings, "own_loss", None),
         during_training=_during_training,

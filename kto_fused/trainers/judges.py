@@ -113,13 +113,19 @@ def _function(name: str) -> Judge:
     if not callable(function):
         raise JudgeError(f"--judge {name} is {short(function)}, expected a function of a prompt and its completions")
 
+    return function_judge(function, f"--judge {name}")
+
+
+def function_judge(function: Callable[[Text, list[str]], Any], name: str = "the judge") -> Judge:
+    """Return the judge that calls ``function(prompt, completions)`` for each prompt."""
+
     def judge(prompts: list[Text], completions: list[list[str]]) -> list[Any]:
         scores = []
         for prompt, of_prompt in zip(prompts, completions, strict=True):
             try:
                 scores.append(function(prompt, of_prompt))
             except Exception as error:  # a user's function may fail in any way
-                raise JudgeError(f"--judge {name} failed: {type(error).__name__}: {error}") from error
+                raise JudgeError(f"{name} failed: {type(error).__name__}: {error}") from error
         return scores
 
     return judge

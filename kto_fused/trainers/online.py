@@ -37,6 +37,7 @@ class SPINLoop(Loop):
     """
 
     needs_answers = True
+    needs_judge = False
     default_samples = 1
     keeps_optimizer = False  # each round has another reference, and so another objective
 
@@ -85,12 +86,12 @@ class OnlineLoop(Loop):
 
     least_samples = 2
 
-    def __init__(self, settings: LoopSettings, config: FusedPreferenceConfig, *arguments: Any, **named_arguments: Any):
+    def __init__(self, settings: LoopSettings, config: FusedPreferenceConfig, **arguments: Any):
         if isinstance(config, FusedDPOConfig) and settings.threshold != "mean":
             raise ValueError(
                 f"threshold={settings.threshold} has no meaning for a loss of pairs: best and worst make one"
             )
-        super().__init__(settings, config, *arguments, **named_arguments)
+        super().__init__(settings, config, **arguments)
 
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
         groups = [samples[start : start + self.samples] for start in range(0, len(samples), self.samples)]

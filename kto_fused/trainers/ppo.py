@@ -32,6 +32,7 @@ from ..huggingface.padding import without_padding_mask
 from . import losses, models
 from .base import FusedTrainer
 from .configs import FusedPreferenceConfig
+from .round_settings import LoopSettings
 from .rounds import Loop, Scored, TakesTokens, TokenValues, TrainingData
 
 GAE, GROUP = ADVANTAGES = ("gae", "group")
@@ -412,7 +413,7 @@ class PPOLoop(Loop):
 
     config: FusedPPOConfig
 
-    def __init__(self, settings: Any, config: FusedPPOConfig, *arguments: Any, **named_arguments: Any):
+    def __init__(self, settings: LoopSettings, config: FusedPPOConfig, **arguments: Any):
         if settings.temperature != config.sampling_temperature:
             raise ValueError(
                 f"sampling_temperature={config.sampling_temperature} is not the samples' temperature, "
@@ -423,7 +424,7 @@ class PPOLoop(Loop):
         if config.value_model != BACKBONE:
             _value_config(config)  # before the first round's samples are drawn
         self.least_samples = 2 if config.advantage == GROUP else 1
-        super().__init__(settings, config, *arguments, **named_arguments)
+        super().__init__(settings, config, **arguments)
 
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
         args = self.config

@@ -30,19 +30,19 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from .. import huggingface
+from .. import huggingface, log
 from ..data.collators import UnpairedCollator
-from ..data.prompts import Prompt, tokenized_prompts
+from ..data.prompts import Prompt, read_prompts, tokenized_prompts
 from ..data.tokens import Prepared
 from ..functional import linear_token_logps, token_logps
 from ..huggingface import files
 from ..huggingface.inspect import evaluating
 from ..huggingface.padding import without_padding_mask
-from . import checkpoints, fingerprints, losses, models, runs
+from . import checkpoints, fingerprints, folder_lock, losses, models, runs
 from .base import FusedTrainer
 from .configs import FusedPreferenceConfig
 from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, autocast, decoded, end_tokens
-from .judges import Judge, judge_of, scored
+from .judges import Judge, function_judge, judge_of, scored
 from .round_settings import LoopSettings
 
 logger = logging.getLogger(__name__)
@@ -78,15 +78,20 @@ class Loop:
 
     Args:
         settings, config: the loop's options and the trainer's.
-        tokenizer, model: those of ``settings.model``; the model without an adapter.
-        records: the data, from ``read_prompts``.
+        judge: a function of a prompt and its completions that returns a score for each, in place of ``settings.judge``.
+        tokenizer, model, records: of ``settings.model`` and ``settings.data`` if not given; the model without an
+            adapter, the records as ``read_prompts`` returns them.
         peft_config: of the adapter to train; None trains all weights.
         loss: a loss in place of the one that ``config`` describes.
         during_training: ``during_training(trainer)`` is a context in which a round's trainer trains.
         report: called with each finished round's entry of ``run.json``.
+
+    Raises:
+        ValueError: an option that cannot be used, by name; ``DataError`` for a record, ``JudgeError`` for a judge.
     """
 
     needs_answers: ClassVar[bool] = False
+    needs_judge: ClassVar[bool] = True
     default_samples: ClassVar[int] = 4
     least_samples: ClassVar[int] = 1
     keeps_optimizer: ClassVar[bool] = True  # whether a round's optimizer goes on where the last one's ended
@@ -95,43 +100,64 @@ class Loop:
         self,
         settings: LoopSettings,
         config: FusedPreferenceConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        model: PreTrainedModel,
-        records: list[dict[str, Any]],
+        *,
+        judge: Callable[[Any, list[str]], Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        model: PreTrainedModel | None = None,
+        records: list[dict[str, Any]] | None = None,
         peft_config: Any = None,
         loss: losses.AnyLoss | None = None,
         during_training: Callable[[FusedTrainer], AbstractContextManager] = nullcontext,
         report: Callable[[dict[str, Any]], None] = lambda entry: None,
     ):
-        self.settings, self.config, self.tokenizer, self.peft_config = settings, config, tokenizer, peft_config
+        log.show()
+        self.settings, self.config, self.peft_config = settings, config, peft_config
         self.during_training, self.report = during_training, report
         self.loss = config.make_loss() if loss is None else loss
         self._given_loss = loss
         self.samples = settings.samples or self.default_samples
+        self.output = Path(config.output_dir)
         if self.samples < self.least_samples:
             raise ValueError(f"samples must be at least {self.least_samples} to compare them, got {self.samples}")
+        if settings.lora_rank and peft_config is None:
+            raise ValueError(f"lora_rank={settings.lora_rank} is an option of the command: pass peft_config instead")
         if config.fsdp or config.deepspeed:
             raise ValueError("rounds of generation under FSDP or DeepSpeed are not supported: use one process per GPU")
-        self.output = Path(config.output_dir)
-        self.judge: Judge | None = None
-        if settings.judge is not None:
-            self.judge = _of_the_first_process
-            self._on_main(self._load_judge)
+        if records is None:
+            records = read_prompts(settings.data, needs_answers=self.needs_answers)
+        self.judge = self._judge_of(judge)
+        self.tokenizer = models.tokenizer_of(settings.model, tokenizer, config.trust_remote_code)
+        model = self._load(settings.model) if model is None else model
         self.max_length = models.max_length(config.max_length, config.pad_to_multiple_of, model=model)
         room = None if self.max_length is None else self.max_length - settings.max_new_tokens
         if room is not None and room < 1:
             raise ValueError(
                 f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt: max_length is {self.max_length}"
             )
-        self.data = tokenized_prompts(records, tokenizer, max_prompt_tokens=room)
+        self.data = tokenized_prompts(records, self.tokenizer, max_prompt_tokens=room)
         self._by_number = {prompt.number: prompt for prompt in self.data}
-        self._ends = end_tokens(model, tokenizer)
+        self._ends = end_tokens(model, self.tokenizer)
         self._first: nn.Module | None = models.with_adapters(model, peft_config, config.seed)
         if settings.generator is None:
-            self.generate: Any = ModelGenerator(tokenizer, config)
+            self.generate: Any = ModelGenerator(self.tokenizer, config)
         else:
-            self.generate = ServerGenerator(settings.generator, tokenizer, config, settings.reload_command)
+            self.generate = ServerGenerator(settings.generator, self.tokenizer, config, settings.reload_command)
         self.state: dict[str, Any] = {"settings": self._described(records), "rounds": []}
+
+    def _judge_of(self, function: Callable[[Any, list[str]], Any] | None) -> Judge | None:
+        settings = self.settings
+        if function is not None and settings.judge is not None:
+            raise ValueError("judge is given twice, in settings and as a function: leave one out")
+        if function is not None:
+            return function_judge(function)
+        if settings.judge is None:
+            if self.needs_judge:
+                raise ValueError(f"judge must be given: {type(self).__name__} learns from its scores")
+            return None
+        loaded: list[Judge] = []  # on the first process alone, which asks it
+        batch_size = settings.generation_batch_size
+        self._on_main(lambda: loaded.append(judge_of(settings.judge, self.config, batch_size=batch_size)))
+        return loaded[0] if loaded else _of_the_first_process
 
     # ---- what a subclass says ----
 
@@ -155,19 +181,21 @@ class Loop:
         Raises:
             RoundError: a round diverged, or has nothing to learn from.
             checkpoints.CheckpointError: ``output_dir`` holds a run with other settings.
+            checkpoints.FolderInUseError: another run writes into it.
         """
-        self.state["rounds"] = self._resumed_rounds()
-        self._save_state()
-        for number in range(1, self.settings.rounds + 1):
-            if number > len(self.state["rounds"]):
-                self.state["rounds"].append({"round": number})
-            entry = self.state["rounds"][number - 1]
-            if "checkpoint" in entry:
-                continue
-            if not self._round(number, entry):
-                break
-            self.report(entry)
-        return self.state["rounds"]
+        with folder_lock.only_run_in(self.config):
+            self.state["rounds"] = rounds = self._resumed_rounds()
+            self._save_state()
+            for number in range(1, self.settings.rounds + 1):
+                if number > len(rounds):
+                    rounds.append({"round": number})
+                entry = rounds[number - 1]
+                if "checkpoint" in entry:
+                    continue
+                if not self._round(number, entry):
+                    break
+                self.report(entry)
+            return rounds
 
     def _round(self, number: int, entry: dict[str, Any]) -> bool:
         """Do what is left of a round. Returns whether it trained to its end."""
@@ -271,9 +299,6 @@ class Loop:
         if not all(np.isfinite(one.logps).all() for one in values):
             self._diverged(number, "the policy's log-probabilities are not finite")
         return [Scored(*one, value.logps) for *one, value in zip(found, scores, values, strict=True)]
-
-    def _load_judge(self) -> None:
-        self.judge = judge_of(self.settings.judge, self.config, batch_size=self.settings.generation_batch_size)
 
     def _judged(self, prompts: list[Any], texts: list[str]) -> list[float | None]:
         """Return the judge's scores, given on the first process."""
