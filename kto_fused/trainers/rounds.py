@@ -259,19 +259,13 @@ class Loop:
     # ---- samples ----
 
     def prompts_of(self, number: int) -> list[Prompt]:
-        """Return the prompts of a round: the next ones of all prompts, shuffled anew each time they are used up."""
-        count = self.settings.prompts or len(self.data)
-        if count > len(self.data):
-            raise ValueError(f"prompts={count} are more than the data's {len(self.data)}")
-        if count == len(self.data):
-            return self.data
-        start, chosen = (number - 1) * count, []
-        for position in range(start, start + count):
-            epoch, index = divmod(position, len(self.data))
-            chosen.append(
-                self.data[np.random.default_rng([self.config.seed, epoch]).permutation(len(self.data))[index]]
-            )
-        return sorted({prompt.number: prompt for prompt in chosen}.values())
+        """Return the prompts of a round: the next ones of all prompts, shuffled anew when fewer than a round's are left."""
+        count, total = self.settings.prompts or len(self.data), len(self.data)
+        if count > total:
+            raise ValueError(f"prompts={count} are more than the data's {total}")
+        epoch, index = divmod(number - 1, total // count)
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(total)
+        return [self.data[row] for row in sorted(order[index * count : (index + 1) * count].tolist())]
 
     def _sampled(self, number: int, policy: nn.Module, before: str | None) -> list[Scored]:
         settings = self.settings

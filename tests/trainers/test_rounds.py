@@ -203,6 +203,8 @@ def loop_samples(loop):
 
 
 def test_each_round_takes_the_next_prompts(tmp_path):
+    loop = make_loop("dpo", tmp_path / "run", prompts=4, rounds=3, max_steps=1)
+    assert [len({one.number for one in loop.prompts_of(number)}) for number in (1, 2, 3, 4)] == [4] * 4
     loop = make_loop("dpo", tmp_path / "run", prompts=3, rounds=3, max_steps=1)
     taken = [{one.number for one in loop.prompts_of(number)} for number in (1, 2, 3)]
     assert set.union(*taken) == set(range(9))
