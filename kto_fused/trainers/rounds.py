@@ -259,7 +259,7 @@ class Loop:
     # ---- samples ----
 
     def prompts_of(self, number: int) -> list[Prompt]:
-        """Return the prompts of a round: the next ones of all prompts, shuffled anew when fewer than a round's are left."""
+        """Return a round's prompts: the next ones of all, which are shuffled anew when fewer than a round's are left."""
         count, total = self.settings.prompts or len(self.data), len(self.data)
         if count > total:
             raise ValueError(f"prompts={count} are more than the data's {total}")
