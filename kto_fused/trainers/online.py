@@ -61,7 +61,7 @@ class SPINLoop(Loop):
         return TrainingData(paired(pairs), {"equal": equal})
 
     def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
-        return SampledDPOTrainer(policy, **arguments)
+        return SampledDPOTrainer(policy, loss=self._given_loss, **arguments)
 
 
 def paired(pairs: list[tuple[list[int], list[int], list[int]]]) -> Dataset:

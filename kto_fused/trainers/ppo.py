@@ -419,6 +419,8 @@ class PPOLoop(Loop):
                 f"sampling_temperature={config.sampling_temperature} is not the samples' temperature, "
                 f"{settings.temperature}"
             )
+        if arguments.get("loss") is not None:
+            raise ValueError("loss is given, and PPOLoop trains the token-level losses that config.loss_type names")
         if settings.threshold != "mean":
             raise ValueError("threshold has no meaning here: the scores themselves are the rewards")
         if config.value_model != BACKBONE:
@@ -475,23 +477,26 @@ class PPOLoop(Loop):
         """Add GAE's ``advantages`` and ``returns``, and the ``values``; return what is logged."""
         args, beta = self.config, self._beta(number)
         critic = critic_of(policy, args, self.checkpoint_before(number))
-        values = [one.values for one in self.token_values(policy, rows, critic)]
-        counts = torch.tensor([len(ids) for _, ids in rows])
+        counts = torch.tensor([len(ids) for _, ids in rows], device=args.device)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        packed = [
-            torch.tensor([x for row in each for x in row], dtype=torch.float64)
-            for each in ([one.logps for one in samples], ref_logps, values)
-        ]
-        rewards = -beta * (packed[0] - packed[1])
-        rewards[offsets[1:] - 1] += torch.tensor([one.score for one in samples], dtype=torch.float64)
-        advantages, returns = gae(rewards, packed[2], gamma=args.gamma, lam=args.lam, cu_seqlens=offsets)
-        explained = 1 - (returns - packed[2]).var() / returns.var()
+
+        def packed(of_samples: list[list[float]]) -> torch.Tensor:
+            every = [value for of_tokens in of_samples for value in of_tokens]
+            return torch.tensor(every, dtype=torch.float64, device=args.device)
+
+        values = packed([one.values for one in self.token_values(policy, rows, critic)])
+        rewards = -beta * (packed([one.logps for one in samples]) - packed(ref_logps))
+        rewards[offsets[1:] - 1] += packed([[one.score] for one in samples])
+        advantages, returns = gae(
+            rewards, values, gamma=args.gamma, lam=args.lam, cu_seqlens=offsets, backend=args.backend
+        )
+        explained = 1 - (returns - values).var() / returns.var()
         found = {"beta": beta, "return": returns.mean().item(), "explained_variance": explained.item()}
         if not math.isfinite(found["explained_variance"]):
             found.pop("explained_variance")  # all returns are equal
         if args.whiten:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        for name, each in (("advantages", advantages), ("returns", returns), ("values", packed[2])):
+        for name, each in (("advantages", advantages), ("returns", returns), ("values", values)):
             columns[name] = [part.tolist() for part in each.split(counts.tolist())]
         return found
 

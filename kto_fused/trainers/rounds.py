@@ -259,7 +259,7 @@ class Loop:
     # ---- samples ----
 
     def prompts_of(self, number: int) -> list[Prompt]:
-        """Return a round's prompts: the next ones of all, which are shuffled anew when fewer than a round's are left."""
+        """Return a round's prompts: the next of all, which are shuffled anew when fewer than it takes are left."""
         count, total = self.settings.prompts or len(self.data), len(self.data)
         if count > total:
             raise ValueError(f"prompts={count} are more than the data's {total}")
@@ -390,7 +390,7 @@ class Loop:
 
     def _described(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what a run's results depend on, by name."""
-        left_out = ("rounds", "generation_batch_size", "data", "own_loss")
+        left_out = ("data", "own_loss", "rounds", "max_kl", "generation_batch_size", "generator", "reload_command")
         described = {name: value for name, value in vars(self.settings).items() if name not in left_out}
         options = self.config.to_dict()
         for option in fields(self.config):
