@@ -54,6 +54,10 @@ def load_model(name: str, *, trust_remote_code: bool, scores: bool = False, **op
         )
     except Exception as error:  # loading may fail in any way, mostly without the file's name
         damage = damaged_file(name)
+        if damage is None and scores and str(error).startswith("Unrecognized configuration class"):
+            raise ValueError(
+                f"{name} cannot be a reward model: transformers has no sequence classifier of its architecture"
+            ) from error
         if damage is None:
             raise
         raise ValueError(damage) from error

@@ -432,7 +432,7 @@ class FusedDPOConfig(FusedPreferenceConfig):
 
 
 @dataclass
-@losses.with_loss_options(losses.built_in(losses.trains_tokens), left_out=("normalizer", "max_tokens"))
+@losses.with_loss_options(losses.built_in(losses.trains_tokens), left_out=("normalizer", "max_tokens", "chosen_only"))
 class FusedSFTConfig(FusedPreferenceConfig):
     """Options of ``FusedSFTTrainer``. The learning rate's default is higher, and dropout stays as the model has it.
 

@@ -15,7 +15,7 @@ from ..data.form import DEMONSTRATIONS
 from ..data.records import Source
 from ..data.tokens import Prepared
 from ..functional import fused_loss, linear_token_logps, token_logps
-from ..heads.protocol import Head
+from ..heads.protocol import Head, Mix
 from ..huggingface.inspect import check_keeps_packed_apart
 from ..metrics import LossMetrics, weighted_total
 from . import losses, models
@@ -72,14 +72,21 @@ class FusedSFTTrainer(FusedTrainer):
 
     def _check_loss(self, loss: losses.AnyLoss, args: FusedSFTConfig) -> None:
         name = losses.describe(loss)
-        if not isinstance(loss, Head) or loss.level != "token":
+        if not isinstance(loss, Head) or isinstance(loss, Mix) or loss.level != "token":
             raise ValueError(
-                f"{name} is no loss of single tokens, which FusedSFTTrainer trains: expected level = 'token'"
+                f"{name} is no loss of single tokens, which FusedSFTTrainer trains: expected one head of level 'token'"
             )
         if (normalizer := getattr(loss, "normalizer", "tokens")) != "tokens":
             raise ValueError(
                 f"{name} has normalizer={normalizer!r}: FusedSFTTrainer takes the mean over the tokens of all "
                 "accumulated batches and ranks, expected normalizer='tokens'"
+            )
+        if getattr(loss, "chosen_only", False):
+            raise ValueError(f"{name} reads pairs (chosen_only), and FusedSFTTrainer trains on single completions")
+        if loss.statistics():
+            raise ValueError(
+                f"{name} reads the row statistics {list(loss.statistics())}, which FusedSFTTrainer has none of in "
+                "evaluations: expected a loss of log-probabilities alone"
             )
         super()._check_loss(loss, args)
 
