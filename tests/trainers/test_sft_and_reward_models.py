@@ -18,6 +18,7 @@ from tiny_training import (
     tokenizer,
     weights,
 )
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForSequenceClassification,
     FalconConfig,
@@ -29,7 +30,7 @@ from transformers import (
 
 from kto_fused import heads
 from kto_fused.huggingface import UnsupportedModelError
-from kto_fused.preference_data import DataError
+from kto_fused.preference_data import IGNORE_INDEX, DataError
 from kto_fused.trainers import FusedRewardConfig, FusedRewardTrainer
 
 pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
@@ -250,3 +251,19 @@ def test_supervised_fine_tuning_takes_losses_of_single_tokens_over_all_tokens(tm
     ):
         with pytest.raises(ValueError, match=message):
             TRAINERS["sft"](model(), args=args, processing_class=tokenizer(), loss=loss)
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True, "max_length": 32}], ids=["padded", "packed"])
+def test_a_step_takes_three_gemms_of_the_trained_tokens(tmp_path, settings):
+    """The operations that grow with the vocabulary are those of the LM head."""
+
+    def step(vocab_size):
+        trainer = make_trainer("sft", tmp_path, policy=model(vocab_size=vocab_size), max_steps=1, **settings)
+        (batch, *_) = trainer.get_train_dataloader()
+        count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
+        with FlopCounterMode(display=False) as counter:
+            trainer.train()
+        return counter.get_total_flops(), count, trainer.model.lm_head.weight.numel()
+
+    (few, count, small), (many, _, large) = step(512), step(1024)
+    assert (many - few) / (2 * count * (large - small)) == pytest.approx(3)
