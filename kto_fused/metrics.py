@@ -90,6 +90,8 @@ class LossMetrics:
         if self.entropy is not None:
             totals["entropy"] = weighted_total(self.entropy, self.token_counts)
         for name, values in self.reported.items():
+            if name in totals or name == "loss":
+                raise ValueError(f"the loss reports {name!r}, which is logged already: report it by another name")
             totals[name] = weighted_total(values, torch.ones_like(values))
         return totals
 
@@ -162,7 +164,9 @@ def weighted_total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.T
 
 
 def with_margins(means: dict) -> dict:
-    """Add the difference between chosen and rejected rewards to ``means``, if both are there, and return it."""
-    if "rewards/chosen" in means and "rewards/rejected" in means:
-        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    """Add the difference between chosen and rejected rewards to ``means``, where both are there, and return it."""
+    for prefix in [name.removesuffix("rewards/chosen") for name in means if name.endswith("rewards/chosen")]:
+        if f"{prefix}rewards/rejected" in means:
+            margin = means[f"{prefix}rewards/chosen"] - means[f"{prefix}rewards/rejected"]
+            means[f"{prefix}rewards/margins"] = margin
     return means

@@ -94,7 +94,10 @@ class TrainSettings:
 
     model: str = field(metadata={"help": "model to train: a folder in Hugging Face format, or a model id on the Hub"})
     data: list[str] = field(
-        metadata={"help": "training data: .jsonl or .json files with one record per line, or .parquet files"}
+        metadata={
+            "help": "training data: .jsonl or .json files with one record per line, or .parquet files; NAME=FILE gives "
+            "a file to an objective of --objective_weights"
+        }
     )
     eval_data: list[str] | None = field(
         default=None,
@@ -325,7 +328,9 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
     """Return the trainer, with its model and data loaded. The data are checked before the model is loaded."""
     backends.resolve(config.backend, config.device)
     recipe = next(name for name, kind in CONFIGS.items() if isinstance(config, kind))
-    for files in (settings.data, settings.eval_data):
+    train_data = training_data(settings.data, config.objective_weights)
+    by_objective = train_data.values() if isinstance(train_data, dict) else [train_data]
+    for files in (*by_objective, settings.eval_data):
         if files:
             preference_data.load(files, TRAINERS[recipe].forms)  # finds a bad record before a large model is loaded
     set_seed(config.seed)  # for weights that the checkpoint lacks
@@ -337,12 +342,44 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
         model,
         ref_model,
         config,
-        train_dataset=settings.data,
+        train_dataset=train_data,
         eval_dataset=settings.eval_data,
         processing_class=tokenizer,
         peft_config=lora(settings, is_reward) if settings.lora_rank else None,
         loss=settings.own_loss,
     )
+
+
+def training_data(data: list[str], weights: dict[str, float] | None) -> list[str] | dict[str, list[str]]:
+    """Return the files of ``--data``; with ``--objective_weights`` by the names that the files are given with.
+
+    Raises:
+        CommandError: a file has no name of an objective, or has one and there are no objectives.
+    """
+    named = [text.partition("=") for text in data]
+    # a file that exists is no name, even if its folder's name has a = in it
+    is_named = [
+        bool(re.fullmatch(r"\w+", name) and path and not Path(text).exists())
+        for text, (name, _, path) in zip(data, named, strict=True)
+    ]
+    if weights is None:
+        if True in is_named:
+            first = is_named.index(True)
+            raise CommandError(
+                f"--data {data[first]} names an objective: add --objective_weights, such as {named[first][0]}=1"
+            )
+        return data
+    files: dict[str, list[str]] = {}
+    for text, (name, _, path), has_name in zip(data, named, is_named, strict=True):
+        if not has_name or name not in weights:
+            raise CommandError(
+                f"--data {text} must begin with the name of an objective of --objective_weights and =: expected one of "
+                f"{', '.join(weights)}"
+            )
+        files.setdefault(name, []).append(path)
+    if missing := [name for name in weights if name not in files]:
+        raise CommandError(f"--objective_weights names {', '.join(missing)}, but no --data {missing[0]}=FILE is given")
+    return files
 
 
 def load(

@@ -72,6 +72,7 @@ class UnpairedCollator(_Padding):
           ``kl_completion_ids``. A row without a mismatched completion holds its prompt and no label.
         - ``weights``, ``ref_logps`` and ``ref_kl_logps`` [B] float64, if the examples have ``weight``, ``ref_logps``
           and ``ref_kl_logps``.
+        - ``objective`` [B] int64, if the examples have it: the number of the example's objective.
 
     >>> from kto_fused.preference_data import UnpairedCollator
     >>> batch = UnpairedCollator(pad_token_id=0)([
@@ -95,6 +96,8 @@ class UnpairedCollator(_Padding):
             batch[name] = torch.tensor(columns[name], dtype=torch.float64)
         if "weight" in columns:
             batch["weights"] = torch.tensor(columns["weight"], dtype=torch.float64)
+        if "objective" in columns:
+            batch["objective"] = torch.tensor(columns["objective"])
         return batch
 
 
@@ -111,8 +114,9 @@ class PairedCollator(_Padding):
     Returns:
         A call on a list of examples returns a dictionary of ``input_ids``, ``attention_mask``, ``labels`` [B, 2, T]
         int64, ``ref_logps`` [B, 2] float64 if the examples have ``ref_chosen_logps`` and ``ref_rejected_logps``, and
-        ``weights`` and ``margin`` [B] float64 if they have ``weight`` and ``margin``. Prompts, padding and tokens that
-        ``chosen_mask`` or ``rejected_mask`` leave out have the label -100.
+        ``weights`` and ``margin`` [B] float64 and ``objective`` [B] int64 if they have ``weight``, ``margin`` and
+        ``objective``. Prompts, padding and tokens that ``chosen_mask`` or ``rejected_mask`` leave out have the label
+        -100.
 
     >>> from kto_fused.preference_data import PairedCollator
     >>> batch = PairedCollator(pad_token_id=0)([{"prompt_ids": [5], "chosen_ids": [7, 8], "rejected_ids": [9]}])
@@ -134,6 +138,8 @@ class PairedCollator(_Padding):
         for column, name in (("weight", "weights"), ("margin", "margin")):
             if column in examples[0]:
                 batch[name] = torch.tensor([example[column] for example in examples], dtype=torch.float64)
+        if "objective" in examples[0]:
+            batch["objective"] = torch.tensor([example["objective"] for example in examples])
         return batch
 
 

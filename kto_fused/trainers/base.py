@@ -32,7 +32,7 @@ from ..functional import fused_linear_loss, fused_loss, linear_sequence_logps, s
 from ..heads.protocol import Head, as_loss, is_registered
 from ..huggingface.padding import without_padding_mask
 from ..metrics import LossMetrics, Totals
-from . import adapters, fingerprints, losses, models
+from . import adapters, fingerprints, losses, models, objectives
 from .configs import FusedPreferenceConfig
 from .reference import make_reference, precompute
 from .resuming import ResumableTrainer
@@ -55,6 +55,7 @@ class FusedTrainer(ResumableTrainer):
     config_class: type[FusedPreferenceConfig]
     collator_class: type[UnpairedCollator | PairedCollator]
     forms: Forms = PREFERENCES  # of the records that it trains on
+    takes_objectives = False  # whether its batches may hold several objectives, each with data of its own
     tensors: tuple[str, ...]  # those of a loss's tensors that the recipe has, by the names in ``losses`` of the loss
     columns: tuple[str, ...]  # of a prepared dataset
     optional_columns: tuple[str, ...]  # further ones: masks where answers have several messages, weights
@@ -115,6 +116,8 @@ class FusedTrainer(ResumableTrainer):
         self.args = args  # ``Trainer`` sets it too, but only after the data are prepared
         self._check_arguments(args, model, ref_model)
         self._check_loss(self.loss, args)
+        self._objectives: dict[str, int] = {}  # number of examples by objective, if there are several
+        self._check_objectives(args, train_dataset)
         self._tokenizer = models.tokenizer_of(model, processing_class, args.trust_remote_code)
         self.model_path = model if isinstance(model, str) else None
         self.path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
@@ -254,6 +257,10 @@ class FusedTrainer(ResumableTrainer):
         """Return ``source`` tokenized, None for None, and for evaluation a dict of datasets for a dict of sources."""
         if source is None:
             return None
+        if args.objective_weights is not None and name == "train":
+            parts = {key: self._prepare_data(source[key], args, f"train_{key}") for key in args.objective_weights}
+            self._objectives = {key: len(part) for key, part in parts.items()}
+            return objectives.joined(parts, args.objective_weights)
         if isinstance(source, dict) and name != "train":
             return {key: self._prepare_data(value, args, f"{name}_{key}") for key, value in source.items()}
         prepared = self._checked_tokens(source, args, name)
@@ -285,18 +292,52 @@ class FusedTrainer(ResumableTrainer):
                     f"{name} has, padding too (pad_token = eos_token)"
                 )
 
+    def _check_objectives(self, args: FusedPreferenceConfig, source: Any) -> None:
+        """Refuse objectives that this recipe, its loss or its data do not have."""
+        if args.objective_weights is None:
+            if type(source) is dict:
+                raise ValueError(
+                    f"train_dataset is a dict of {list(source)}: expected one of them, or objective_weights for "
+                    "several objectives at once"
+                )
+            return
+        if not self.takes_objectives:
+            raise ValueError(f"objective_weights has no meaning for {type(self).__name__}")
+        objectives.check(args, self.loss)
+        if source is None:
+            return
+        found = list(source) if isinstance(source, dict) else type(source).__name__
+        if not isinstance(source, dict) or {*found} != {*args.objective_weights}:
+            raise ValueError(
+                f"train_dataset must be a dict of data by the names of objective_weights, "
+                f"{list(args.objective_weights)}, got {found}"
+            )
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*self.columns, *self.optional_columns, *self.ref_columns]
 
     def _get_train_sampler(self, train_dataset: Dataset) -> torch.utils.data.Sampler | None:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
+        if self._objectives:
+            return objectives.ObjectiveBatches(
+                train_dataset,
+                [*self._objectives.values()],
+                self._train_batch_size,
+                args.train_sampling_strategy,
+                seed,
+                self._epoch,
+            )
         if args.train_sampling_strategy == "group_by_length":
             return _LengthGroupedEpochs(self, train_dataset["length"], seed)
         sampler = super()._get_train_sampler(train_dataset)
         if args.train_sampling_strategy == "batch_rebalance":  # ``Trainer`` leaves this sampler its own seed
             sampler.seed = seed
         return sampler
+
+    def _epoch(self) -> int:
+        """Return the number of epochs that are done."""
+        return int((self.state.epoch or 0) + 1e-6)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Any:
         sampler = super()._get_eval_sampler(eval_dataset)
@@ -311,12 +352,26 @@ class FusedTrainer(ResumableTrainer):
     def _apply_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], **arguments: Any
     ) -> tuple[torch.Tensor, LossMetrics]:
-        """Return the loss of a batch and its metrics; ``arguments`` are the loss's tensors and its reduction.
+        """Return the loss of a batch and its metrics.
 
         Args:
+            model, inputs: as in ``_apply``.
             arguments: ``ref_logps``, the loss's tensors by their names, and ``reduction``.
         """
         return self._apply(self.loss_functions, model, inputs, head=self.loss, **arguments)
+
+    def _count_objectives(
+        self, metrics: LossMetrics, objective: torch.Tensor | None, **tensors: torch.Tensor | None
+    ) -> None:
+        """Add a training batch's losses and rewards to the sums that are logged by objective, unweighted.
+
+        Args:
+            metrics: of the batch, with its log-probabilities, from which the losses are found again.
+            objective: [b] the examples' objectives, by number; None: there is one objective.
+            tensors: the loss's tensors, without weights.
+        """
+        if objective is not None and self.model.training:
+            self._train_totals.add(objectives.totals(self.loss, metrics, objective, [*self._objectives], tensors))
 
     def _apply(
         self,
@@ -543,8 +598,7 @@ class _LengthGroupedEpochs(LengthGroupedSampler):
         super().__init__(trainer.get_total_train_batch_size(trainer.args), lengths=list(lengths))
 
     def __iter__(self) -> Iterator[int]:
-        epoch = int((self.trainer.state.epoch or 0) + 1e-6)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
+        generator = torch.Generator().manual_seed(self.seed + self.trainer._epoch())
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 

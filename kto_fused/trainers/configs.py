@@ -7,7 +7,9 @@ accelerate refuse others themselves; those checks are not repeated here.
 """
 
 import copy
+import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
@@ -55,6 +57,7 @@ AT_LEAST = {
     "save_steps": 0,
     "dataloader_prefetch_factor": 1,
 }
+RESERVED_OBJECTIVES = ("rewards", "logps", "logits")  # these names begin other logged values
 # Learning-rate schedules, values of ``lr_scheduler_type``: those that ignore ``lr_scheduler_kwargs``, those that step
 # by the loss of evaluations, those that ignore ``warmup_steps``, and those that do not depend on a run's last step.
 SCHEDULES_WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
@@ -69,6 +72,38 @@ def _is_count(value: object) -> bool:
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
+
+
+def _checked_weights(given: dict[str, float] | list[str] | str) -> dict[str, float]:
+    """Return weights by objective, which the command line gives as name=weight, and a YAML file as one JSON mapping."""
+    expected = "expected weights >= 0 by the names of objectives, such as helpful=1 harmless=0.5"
+    given = [given] if isinstance(given, str) else given
+    if isinstance(given, list):
+        try:
+            is_json = len(given) == 1 and given[0].startswith("{")
+            pairs = json.loads(given[0]).items() if is_json else [text.split("=") for text in given]
+            weights = {name: float(weight) for name, weight in pairs}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"objective_weights={given}: {expected}") from error
+        if len(weights) < len(pairs):
+            raise ValueError(f"objective_weights={given} names an objective twice")
+    else:
+        weights = given
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"objective_weights={given!r}: {expected}")
+    for name, weight in weights.items():
+        if not (isinstance(name, str) and re.fullmatch(r"\w+", name)) or name in RESERVED_OBJECTIVES:
+            raise ValueError(
+                f"objective_weights names an objective {name!r}: expected letters, digits and _, and none of "
+                f"{list(RESERVED_OBJECTIVES)}"
+            )
+        checks.number(f"the weight of objective {name!r}", weight, at_least=0)
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+# The order of these types matters: of a union that holds str, ``HfArgumentParser`` takes the type before None.
+LossType = list[str] | None | str  # one or several losses
+ObjectiveWeights = list[str] | None | str | dict[str, float]  # a mapping, or its entries as texts
 
 
 @dataclass
@@ -98,6 +133,13 @@ class FusedPreferenceConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Weights of several losses, in loss_type's order, of which the sum is trained; 1 if not given."
+        },
+    )
+    objective_weights: ObjectiveWeights = field(
+        default=None,
+        metadata={
+            "help": "Weights of several objectives, each with training data of its own, as name=weight; their weighted "
+            "sum is trained, and each batch holds equally many examples of each."
         },
     )
     reference: str = _option(
@@ -157,6 +199,8 @@ class FusedPreferenceConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._settle_loss()
+        if self.objective_weights is not None:
+            self.objective_weights = _checked_weights(self.objective_weights)
         if isinstance(self.max_length, str) and self.max_length.isdecimal():  # HfArgumentParser leaves it a string
             self.max_length = int(self.max_length)
         self._check_types()
@@ -325,10 +369,6 @@ class FusedPreferenceConfig(TrainingArguments):
     def _has(self, name: str, option: str) -> bool:
         options = (losses.option_name(name, of_loss.name, self.taken_names) for of_loss in fields(class_of(name)))
         return option in options
-
-
-# One or several losses. The order of the types matters: of a union, ``HfArgumentParser`` takes the type beside None.
-LossType = list[str] | None | str
 
 
 @dataclass

@@ -120,8 +120,9 @@ class FusedKTOTrainer(FusedTrainer):
 
     config_class = FusedKTOConfig
     collator_class = UnpairedCollator
+    takes_objectives = True
     tensors = losses.OF_COMPLETIONS
-    optional_columns = ("completion_mask", "kl_completion_mask", "weight")
+    optional_columns = ("completion_mask", "kl_completion_mask", "weight", "objective")
     # the loss of length-averaged log-probabilities, an option of these functions alone
     averaged_functions = Functions(fused_linear_kto_loss, fused_kto_loss)
 
@@ -175,14 +176,14 @@ class FusedKTOTrainer(FusedTrainer):
             self._tokenizer,
             max_length=self.max_length,
             mismatch=self.needs_mismatched,
-            needs_both_labels=name == "train",
+            needs_both_labels=name.startswith("train"),
             seed=args.seed,
             num_proc=args.dataset_num_proc,
             name=name,
         )
         if args.average_log_prob and "weight" in prepared.dataset.column_names:
             raise ValueError(f"{name} data: records have a weight, which average_log_prob=True does not take")
-        if name == "train" and isinstance(self.loss, KTO) and self.loss.name == "kto" and args.should_log:
+        if name.startswith("train") and isinstance(self.loss, KTO) and self.loss.name == "kto" and args.should_log:
             _advise_weights(prepared.dataset, self.loss)
         return prepared
 
@@ -217,6 +218,7 @@ class FusedKTOTrainer(FusedTrainer):
         tensors = {name: value for name, value in tensors.items() if value is not None}
         loss, metrics = self._apply_loss(model, inputs, ref_logps=ref_logps, reduction=reduction, **tensors)
         metrics = replace(metrics, desirable=inputs["desirable"], is_paired=False)
+        self._count_objectives(metrics, inputs.get("objective"), **tensors)
         if "delta" in tensors and self.model.training:
             self._reward_shift.add(metrics.rewards, inputs["desirable"])
         return loss, metrics
@@ -309,9 +311,10 @@ class FusedDPOTrainer(FusedTrainer):
 
     config_class = FusedDPOConfig
     collator_class = PairedCollator
+    takes_objectives = True
     tensors = losses.OF_PAIRS
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
-    optional_columns = ("chosen_mask", "rejected_mask", "weight")
+    optional_columns = ("chosen_mask", "rejected_mask", "weight", "objective")
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def _check_loss(self, loss: losses.AnyLoss, args: FusedDPOConfig) -> None:
@@ -336,12 +339,14 @@ class FusedDPOTrainer(FusedTrainer):
         ref_logps = self._ref_logps(model, sequences) if self.needs_reference else None
         weights = {"weights": inputs["weights"]} if "weights" in inputs else {}
         loss, metrics = self._apply_loss(model, sequences, ref_logps=ref_logps, reduction=reduction, **weights)
-        return loss, replace(metrics, is_paired=True)
+        metrics = replace(metrics, is_paired=True)
+        self._count_objectives(metrics, inputs.get("objective"))
+        return loss, metrics
 
 
 def _chosen_then_rejected(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Reshape a batch of pairs [b, 2, ...] to sequences [2b, ...], all chosen ones first."""
-    return {name: values.transpose(0, 1).flatten(0, 1) for name, values in inputs.items() if name != "weights"}
+    return {name: values.transpose(0, 1).flatten(0, 1) for name, values in inputs.items() if values.ndim > 1}
 
 
 def takes_z0(loss: losses.AnyLoss) -> bool:

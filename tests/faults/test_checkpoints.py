@@ -484,7 +484,7 @@ CHANGES_THE_CURVE = {
         "max_grad_norm",
         "metric_for_best_model",
     ),
-    *("neftune_noise_alpha", "optim", "optim_args", "optim_target_modules", "pad_to_multiple_of"),
+    *("neftune_noise_alpha", "objective_weights", "optim", "optim_args", "optim_target_modules", "pad_to_multiple_of"),
     *("parallelism_config", "per_device_train_batch_size", "precompute_ref_log_probs", "reference_point"),
     "reward_shift_decay",
     *("seed", "tf32", "train_sampling_strategy", "undesirable_weight", "use_liger_kernel", "warmup_steps"),
