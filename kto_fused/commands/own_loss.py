@@ -88,6 +88,6 @@ def find(text: str, recipes: Iterable[str]) -> OwnLoss:
         )
     if is_head and isinstance(found, type) and not dataclasses.is_dataclass(found):
         raise CommandError(f"--loss {text} is no dataclass: decorate it with @dataclass(frozen=True)")
-    if getattr(found, "level", "sequence") != "sequence":
+    if getattr(found, "level", "sequence") == "token":
         return OwnLoss(text, found, "sft")
     return OwnLoss(text, found, "dpo" if losses.reads_pairs(found) else "kto")

@@ -58,7 +58,7 @@ class MixedFormulaHead(PreparedLoss):
                 f"reduction='none' has no meaning for {loss!r}, which adds losses of tokens to losses of sequences: "
                 "expected 'mean' or 'sum'"
             )
-        if completion_counts is None and _needs_completion_mask(loss):
+        if completion_counts is None and needs_completion_mask(loss):
             raise TypeError(
                 f"{loss!r} needs the tensor completion_mask [B, T], which tells completions from prompts: pass it by "
                 "name, and labels with the prompts' tokens"
@@ -113,10 +113,10 @@ class MixedFormulaHead(PreparedLoss):
         return logps.new_empty((), dtype=loss_dtype), logps.new_empty(logps.shape[0], dtype=torch.float64)
 
 
-def _needs_completion_mask(loss: Head) -> bool:
+def needs_completion_mask(loss: Head) -> bool:
     """Whether a loss of both levels by itself is among the parts: its sequences are the completions alone."""
     if isinstance(loss, Mix):
-        return any(_needs_completion_mask(part) for part in loss.heads)
+        return any(needs_completion_mask(part) for part in loss.heads)
     return level_of(loss) == "mixed"
 
 

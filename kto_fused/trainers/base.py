@@ -116,6 +116,8 @@ class FusedTrainer(ResumableTrainer):
         self.args = args  # ``Trainer`` sets it too, but only after the data are prepared
         self._check_arguments(args, model, ref_model)
         self._check_loss(self.loss, args)
+        if eval_dataset is not None:
+            self._check_evaluation(args)
         self._objectives: dict[str, int] = {}  # number of examples by objective, if there are several
         self._check_objectives(args, train_dataset)
         self._tokenizer = models.tokenizer_of(model, processing_class, args.trust_remote_code)
@@ -208,7 +210,7 @@ class FusedTrainer(ResumableTrainer):
                 "takes 3 (heads.register)."
             )
         in_parts = self.args.world_size * self.args.gradient_accumulation_steps > 1
-        if in_parts and isinstance(self.loss, Head) and self.loss.reads_batch_counts():
+        if in_parts and losses.depends_on_batch_tokens(self.loss):
             logger.info(
                 f"The loss {losses.describe(self.loss)} divides by the tokens of one device's batch: of accumulated "
                 "batches and processes it is the mean over these batches, weighted by their examples."
@@ -291,6 +293,14 @@ class FusedTrainer(ResumableTrainer):
                     f"({name}.resize_token_embeddings(len(processing_class))), or pass a processing_class whose tokens "
                     f"{name} has, padding too (pad_token = eos_token)"
                 )
+
+    def _check_evaluation(self, args: FusedPreferenceConfig) -> None:
+        """Refuse to evaluate a batch's one loss where accelerate may fill the batch with examples that it repeats."""
+        if args.world_size > 1 and losses.is_of_batch(self.loss):
+            raise ValueError(
+                f"{losses.describe(self.loss)} has one loss for a whole batch, and in {args.world_size} processes the "
+                "last batch may hold examples twice: evaluate in one process, without eval_dataset here"
+            )
 
     def _check_objectives(self, args: FusedPreferenceConfig, source: Any) -> None:
         """Refuse objectives that this recipe, its loss or its data do not have."""
@@ -410,7 +420,16 @@ class FusedTrainer(ResumableTrainer):
     def _logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
         """Return a batch's sequence log-probabilities [B], without a gradient; of ``prefix`` as in ``_apply``."""
         with torch.no_grad():
-            return self._apply(self.logps_functions, model, inputs, prefix, average_log_prob=self.args.average_log_prob)
+            options = {"average_log_prob": self.args.average_log_prob, "token_weights": self._token_weights(inputs)}
+            return self._apply(self.logps_functions, model, inputs, prefix, **options)
+
+    def _token_weights(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return the factors of the tokens' log-probabilities in a sequence's sum, shaped as the labels; None: 1."""
+        return None
+
+    def _logps_depend_on(self) -> str:
+        """Return a text that differs where the options give other log-probabilities of the same tokens."""
+        return str(self.args.average_log_prob)
 
     def _ref_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
         """Return the reference's log-probabilities [B], from the batch where they were precomputed."""
@@ -579,10 +598,11 @@ class FusedTrainer(ResumableTrainer):
     def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
         """Return the loss of each sequence (pair) of a batch, [b], and the metrics.
 
-        A loss of the whole batch, which is trained in one process alone, gives each the batch's mean.
+        A loss that has one value for the whole batch gives each the batch's mean, in one process alone.
         """
-        if getattr(self.loss, "group", None) is not None:
+        if not losses.is_of_batch(self.loss):
             return self._loss(model, inputs, reduction="none")
+        self._check_evaluation(self.args)
         loss, metrics = self._loss(model, inputs)
         return loss.expand(self._num_items(inputs)), metrics
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .. import heads
-from ..heads.protocol import Head, Mix, class_of
+from ..heads.protocol import Head, Mix, class_of, level_of
 
 AnyLoss = Head | Callable[..., Any]
 # the tensors of a loss that the recipes have, by the names in its ``losses``
@@ -30,6 +30,7 @@ MEANINGS = {
     "f_alpha_divergence_coef": "Alpha of the alpha-divergence.",
     "use_weighting": "Multiply a pair's loss by its detached likelihood (WPO).",
     "ld_alpha": "Factor of the log-probabilities of tokens beyond the shorter answer's length, in [0, 1] (LD-DPO).",
+    "nll_on": "Tokens of the negative log-likelihood: those of the completion, or all, the prompt's too.",
     "cpo_alpha": "Factor of the chosen answers' negative log-likelihood, >= 0.",
 }
 
@@ -162,6 +163,21 @@ def required(loss: AnyLoss) -> tuple[str, ...]:
     parameters = list(inspect.signature(loss).parameters.values())[3:]
     named = (each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL))
     return tuple(each.name for each in named if each.default is each.empty)
+
+
+def level(loss: AnyLoss) -> str:
+    """Return ``"sequence"``, ``"token"``, or ``"mixed"`` for a loss with a part of each. A function reads sequences."""
+    return level_of(loss) if isinstance(loss, Head) else "sequence"
+
+
+def is_of_batch(loss: AnyLoss) -> bool:
+    """Whether there is only one loss of a whole batch, and none of each sequence or pair."""
+    return getattr(loss, "group", None) is None or level(loss) == "mixed"
+
+
+def depends_on_batch_tokens(loss: AnyLoss) -> bool:
+    """Whether a part of the loss is a mean over the tokens of the batch."""
+    return level(loss) == "mixed" or (isinstance(loss, Head) and loss.reads_batch_counts())
 
 
 def parts(loss: AnyLoss) -> list[AnyLoss]:

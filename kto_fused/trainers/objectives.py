@@ -18,7 +18,7 @@ from ..functional import loss_from_logps
 from ..heads.protocol import Head
 from ..metrics import LossMetrics, weighted_total
 from .configs import FusedPreferenceConfig
-from .losses import AnyLoss, describe, required
+from .losses import AnyLoss, depends_on_batch_tokens, describe, required
 
 OBJECTIVE = "objective"  # the column that holds an example's objective, by its number
 LARGEST_GROUP = 50  # batches whose examples are sorted by length together
@@ -44,7 +44,7 @@ def check(args: FusedPreferenceConfig, loss: AnyLoss) -> None:
             f"{describe(loss)} reads {unknown}, which is not kept for each example: its loss cannot be logged by "
             "objective"
         )
-    if getattr(loss, "group", None) is None or (isinstance(loss, Head) and loss.reads_batch_counts()):
+    if getattr(loss, "group", None) is None or depends_on_batch_tokens(loss):
         reads = "divides by the tokens of the whole batch" if getattr(loss, "group", None) else "reads the whole batch"
         raise ValueError(
             f"{describe(loss)} {reads}, which holds all objectives: the gradient would not be that of the weighted sum"

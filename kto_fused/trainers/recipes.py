@@ -13,13 +13,15 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from ..arguments import ld_token_weights
 from ..data import tokens
 from ..data.collators import IGNORE_INDEX, PairedCollator, UnpairedCollator
 from ..data.records import Source
 from ..data.tokens import Prepared
 from ..functional import fused_kto_loss, fused_linear_kto_loss, kto_class_weights
 from ..heads.completions import KTO
-from ..heads.protocol import Mix
+from ..heads.mixed_formula import needs_completion_mask
+from ..heads.protocol import Head, Mix, ld_alpha_of
 from ..metrics import LossMetrics
 from . import losses
 from .base import Functions, FusedTrainer
@@ -132,7 +134,7 @@ class FusedKTOTrainer(FusedTrainer):
 
     def _check_loss(self, loss: losses.AnyLoss, args: FusedKTOConfig) -> None:
         name = losses.describe(loss)
-        if getattr(loss, "level", "sequence") != "sequence" or getattr(loss, "is_paired", False):
+        if losses.level(loss) != "sequence" or getattr(loss, "is_paired", False):
             kind = "pairs (FusedDPOTrainer)" if getattr(loss, "is_paired", False) else "single tokens"
             raise ValueError(f"{name} is a loss of {kind}, and FusedKTOTrainer trains losses of single completions")
         if isinstance(loss, Mix) and losses.takes(loss, "delta"):
@@ -318,9 +320,9 @@ class FusedDPOTrainer(FusedTrainer):
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def _check_loss(self, loss: losses.AnyLoss, args: FusedDPOConfig) -> None:
-        level, group = getattr(loss, "level", "sequence"), getattr(loss, "group", None)
-        if level != "sequence" or group == 1:
-            kind = "single completions (FusedKTOTrainer)" if level == "sequence" else "single tokens"
+        level, group = losses.level(loss), getattr(loss, "group", None)
+        if level == "token" or group == 1:
+            kind = "single tokens" if level == "token" else "single completions (FusedKTOTrainer)"
             raise ValueError(f"{losses.describe(loss)} is a loss of {kind}, and FusedDPOTrainer trains losses of pairs")
         super()._check_loss(loss, args)
 
@@ -328,6 +330,17 @@ class FusedDPOTrainer(FusedTrainer):
         return tokens.prepare_paired(
             source, self._tokenizer, max_length=self.max_length, num_proc=args.dataset_num_proc, name=name
         )
+
+    @property
+    def _ld_alpha(self) -> float:
+        return ld_alpha_of(self.loss) if isinstance(self.loss, Head) else 1.0
+
+    def _token_weights(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return those of LD-DPO, by which the loss weights the policy's log-probabilities too."""
+        return None if self._ld_alpha == 1 else ld_token_weights(inputs["labels"], self._ld_alpha)
+
+    def _logps_depend_on(self) -> str:
+        return super()._logps_depend_on() + (f" ld_alpha={self._ld_alpha}" if self._ld_alpha < 1 else "")
 
     def _ref_logps_of(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return self._ref_logps(model, _chosen_then_rejected(inputs)).chunk(2)
@@ -337,8 +350,12 @@ class FusedDPOTrainer(FusedTrainer):
     ) -> tuple[torch.Tensor, LossMetrics]:
         sequences = _chosen_then_rejected(inputs)
         ref_logps = self._ref_logps(model, sequences) if self.needs_reference else None
-        weights = {"weights": inputs["weights"]} if "weights" in inputs else {}
-        loss, metrics = self._apply_loss(model, sequences, ref_logps=ref_logps, reduction=reduction, **weights)
+        tensors = {"weights": inputs["weights"]} if "weights" in inputs else {}
+        if isinstance(self.loss, Head) and needs_completion_mask(self.loss):  # it reads the prompts' tokens too
+            tensors["completion_mask"] = sequences["labels"] != IGNORE_INDEX
+            is_padding = sequences["attention_mask"] == 0
+            sequences["labels"] = sequences["input_ids"].masked_fill(is_padding, IGNORE_INDEX)
+        loss, metrics = self._apply_loss(model, sequences, ref_logps=ref_logps, reduction=reduction, **tensors)
         metrics = replace(metrics, is_paired=True)
         self._count_objectives(metrics, inputs.get("objective"))
         return loss, metrics

@@ -275,7 +275,7 @@ def precompute(trainer: "FusedTrainer", reference: Reference) -> None:
     if reference.adapters is not None and reference.adapters.names:
         weights += reference.adapters.fingerprint
     # the precision counts, because logits are rounded under autocast
-    depends_on = (weights, accelerator.mixed_precision, args.loss_from, str(args.average_log_prob))
+    depends_on = (weights, accelerator.mixed_precision, args.loss_from, trainer._logps_depend_on())
 
     def batches(dataset: Dataset) -> Iterator[tuple[torch.Tensor, ...]]:
         batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size

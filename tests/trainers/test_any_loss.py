@@ -140,6 +140,9 @@ def test_a_batch_has_the_loss_of_every_head_of_pairs(tmp_path, loss_type):
         {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.3},
         {"loss_type": "cpo", "cpo_loss_type": "hinge", "cpo_alpha": 0.3},
         {"loss_type": "test_trainers_margin", "beta": 0.3},
+        {"loss_type": "sigmoid", "ld_alpha": 0.3},
+        {"loss_type": ["ipo", "sft"], "ld_alpha": 0.5},
+        {"loss_type": "hinge", "use_weighting": True},
         {"loss": Margin(margin=0.3)},
         {"loss": MIX},
         {"loss": by_hand},
@@ -152,6 +155,9 @@ def test_a_batch_has_the_loss_of_every_head_of_pairs(tmp_path, loss_type):
         "list",
         "prefixed",
         "name",
+        "ld_alpha",
+        "ld_alpha-sft",
+        "wpo",
         "object",
         "mix",
         "function",
@@ -202,6 +208,35 @@ def test_accumulated_batches_make_the_step_of_one_large_batch_for_any_loss(tmp_p
         runs[number] = trainer
     assert_near(history(runs[4]), history(runs[1]), but=("epoch",))
     assert_same_steps(weights(runs[4]), weights(runs[1]), model().state_dict())
+
+
+def test_orpo_reads_the_prompts_too_if_asked(tmp_path):
+    trainer = make_trainer("dpo", tmp_path, loss_type="orpo", nll_on="all", train=4, evaluation=6)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = {name: torch.cat([values[:, 0], values[:, 1]]) for name, values in batch.items()}
+    policy = model(seed=3)
+    found = trainer.compute_loss(policy.train(), batch)
+    logps = torch.log_softmax(policy(input_ids=rows["input_ids"]).logits.double()[:, :-1], -1)
+    logps = logps.gather(-1, rows["input_ids"][:, 1:, None])[..., 0]
+    is_completion = rows["labels"][:, 1:] != -100
+    is_chosen = rows["attention_mask"][:, 1:].bool() & (torch.arange(8)[:, None] < 4)
+    average = (logps * is_completion).sum(1) / is_completion.sum(1)
+    odds = average - torch.log(-torch.expm1(average))
+    chosen, rejected = odds.chunk(2)
+    expected = -logps[is_chosen].mean() - 0.1 * torch.nn.functional.logsigmoid(chosen - rejected).mean()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_precomputed_references_are_those_of_their_ld_alpha(tmp_path):
+    settings = {"ref_model": model(seed=1), "train": 8, "loss_type": "sigmoid"}
+    live = make_trainer("dpo", tmp_path, ld_alpha=0.3, **settings)
+    live.train()
+    cache = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    for ld_alpha in (1.0, 0.3):  # the values of 1 must not be taken for those of 0.3
+        kept = make_trainer("dpo", tmp_path, ld_alpha=ld_alpha, **settings, **cache)
+    kept.train()
+    assert_near(history(kept), history(live))
 
 
 def test_a_run_of_bco_resumes_to_the_bit_with_its_reward_shift(tmp_path):
