@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from kto_fused.integrations import trl as fused_trl
+from kto_fused.integrations import trl_preference
 from kto_fused.integrations.trl import fuse
 
 VOCAB, HIDDEN, STEPS, BATCH = 100, 32, 3, 4
@@ -232,7 +233,7 @@ def assert_no_log_ratio(log: dict[str, float], prefix: str = "") -> None:
 
 def precomputed(trainer) -> dict[str, list[float]]:
     dataset = trainer.train_dataset
-    return {name: dataset[name][:] for name in fused_trl.REF_COLUMNS if name in dataset.column_names}
+    return {name: dataset[name][:] for name in trl_preference.REF_COLUMNS if name in dataset.column_names}
 
 
 def snapshot(trainer) -> dict[str, object]:

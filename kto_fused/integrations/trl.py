@@ -5,49 +5,43 @@
 1. It asks whether anything keeps this package from taking the trainer over ("What TRL keeps"). If so, the trainer stays
    as it is, and a warning names the reason.
 2. It patches the policy and the reference, so that both compute log-probabilities here (``trl_model.py``).
-3. If TRL and this package define the loss alike, ``_kto_loss`` or ``_dpo_loss`` replaces the trainer's
+3. If TRL and this package define the loss alike, a method of ``trl_preference.py`` replaces the trainer's
    ``_compute_loss``. Otherwise TRL computes the loss from this package's log-probabilities, and a warning says why.
-4. If TRL has precomputed reference log-probabilities, they are computed again here ("Precomputed references").
+4. If TRL has precomputed reference log-probabilities, they are computed again here (``trl_references.py``).
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import MethodType
-from typing import Any
 
-import torch
-import transformers
 import trl
-from accelerate.utils import broadcast_object_list, is_peft_model, send_to_device
-from torch import nn
+from accelerate.utils import is_peft_model
 from transformers import Trainer
-from transformers.utils import ModelOutput
 
-from .. import __version__, huggingface
-from ..functional import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps
-from ..huggingface.forward import FusedCall
-from ..huggingface.padding import without_padding_mask
-from ..huggingface.running import evaluating, keeping_trainable
-from ..metrics import LossMetrics, with_margins
+from .. import huggingface
 from .trl_model import PATCHED, fuse_models
+from .trl_preference import (
+    ExactReference,
+    dpo_loss,
+    kto_loss,
+    overridden,
+    why_trl_keeps_dpo_loss,
+    why_trl_keeps_kto_loss,
+)
+from .trl_references import (
+    PRECOMPUTES,
+    dpo_ref_log_probs,
+    kto_ref_log_probs,
+    precompute_again,
+    prepare_input,
+    why_reference_is_lost,
+)
 
 # Everything else of TRL is imported where it is used, after the check of its version.
 TRL_VERSION = "1.16"
 
-# losses that TRL and this package define alike; TRL's "sigmoid" ignores label smoothing
-SHARED_KTO_LOSSES = ("kto", "apo_zero_unpaired")
-SHARED_DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down")
 # methods of a trainer that the whole loss replaces
 REPLACED = ("compute_loss", "_compute_loss", "_compute_kl_logps")
-# methods of a trainer that make its batches
-MAKES_BATCHES = ("get_train_dataloader", "get_eval_dataloader", "_prepare_inputs")
-# methods of a trainer that precompute the reference log-probabilities
-PRECOMPUTES = ("compute_ref_log_probs", "_precompute_ref_logps")
-REF_COLUMNS = ("ref_logps", "ref_KL_logps", "ref_chosen_logps", "ref_rejected_logps")
-# columns of a batch that are no arguments of a model
-NOT_FOR_MODELS = ("label", *REF_COLUMNS)
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +49,12 @@ logger = logging.getLogger(__name__)
 def fuse(trainer: Trainer) -> Trainer:
     """Let a TRL ``KTOTrainer`` or ``DPOTrainer`` compute with this package: same losses, same logged values.
 
-    - This package computes the log-probabilities of the policy and of the reference, for every loss type. TRL keeps
-      the formulas of the losses.
-    - Some losses are taken over whole: the policy's LM head and the loss become one call, which takes 3 GEMMs instead
-      of 4 (2 instead of 3 with a frozen head) and waits for the device once for all logged values. These are KTO's
-      ``kto`` and ``apo_zero_unpaired``, and DPO's ``sigmoid``, ``hinge``, ``ipo``, ``robust``, ``apo_zero`` and
-      ``apo_down``, if the loss type stands alone with weight 1, ``ld_alpha`` is None, and ``f_divergence_type`` is
-      "reverse_kl". For ``ipo`` TRL computes the loss of a batch with an empty prompt, and of every batch if the
+    - The whole loss is taken over: the policy's LM head and the loss become one call, which takes 3 GEMMs instead of 4
+      (2 instead of 3 with a frozen head) and waits for the device once for all logged values. That holds for every
+      ``loss_type`` of KTO and DPO, for weighted lists of DPO's losses and for f-divergences.
+    - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: ``ld_alpha``; a
+      setting that no loss of this package takes, such as a negative weight or a ``label_smoothing`` of 0.5; a subclass
+      with a loss of its own; ``ipo`` and ``sigmoid_norm`` for a batch with an empty prompt, and for every batch if the
       reference log-probabilities are precomputed.
 
     **Where this package cannot take a trainer over, TRL computes everything as before.** ``fuse`` then returns the
@@ -123,17 +116,18 @@ def fuse(trainer: Trainer) -> Trainer:
             restore()
             logger.warning("TRL computes everything as before: %s.", keeps_all)
             return trainer
-        keeps_loss = _overridden(trainer, own, REPLACED) or _why_trl_keeps_the_loss(trainer)
+        why_trl_keeps_the_loss = why_trl_keeps_kto_loss if own is KTOTrainer else why_trl_keeps_dpo_loss
+        keeps_loss = overridden(trainer, own, REPLACED) or why_trl_keeps_the_loss(trainer)
         if trainer.precompute_ref_logps:
-            keeps_loss = _overridden(trainer, own, PRECOMPUTES) or keeps_loss
+            keeps_loss = overridden(trainer, own, PRECOMPUTES) or keeps_loss
         if keeps_loss is None:
             is_kto = own is KTOTrainer
-            trainer._compute_loss = MethodType(_kto_loss if is_kto else _dpo_loss, trainer)
-            trainer.compute_ref_log_probs = MethodType(_kto_ref_log_probs if is_kto else _dpo_ref_log_probs, trainer)
+            trainer._compute_loss = MethodType(kto_loss if is_kto else dpo_loss, trainer)
+            trainer.compute_ref_log_probs = MethodType(kto_ref_log_probs if is_kto else dpo_ref_log_probs, trainer)
         if trainer.precompute_ref_logps:
-            trainer.data_collator = _ExactReference(trainer.data_collator)
-            trainer._prepare_input = MethodType(_prepare_input, trainer)
-            _precompute_again(trainer, is_whole=keeps_loss is None)
+            trainer.data_collator = ExactReference(trainer.data_collator)
+            trainer._prepare_input = MethodType(prepare_input, trainer)
+            precompute_again(trainer, is_whole=keeps_loss is None)
         trainer._is_fused = True
     except BaseException:
         restore()
@@ -187,81 +181,7 @@ def _why_trl_keeps_all(trainer: Trainer) -> str | None:
         return "MPS has no float64"
     if getattr(trainer, "use_weighting", False):
         return "use_weighting=True needs the sum of squared probabilities, which only TRL's LM head computes"
-    return _why_reference_is_lost(trainer) if trainer.precompute_ref_logps else None
-
-
-def _why_reference_is_lost(trainer: Trainer) -> str | None:
-    """Return why the reference that TRL scored the datasets with is no longer there to score them again, or None."""
-    if trainer.ref_model is not None:
-        return None
-    if trainer.is_fsdp_enabled:
-        return (
-            "precompute_ref_log_probs=True under FSDP, where TRL has dropped the reference that it scored the data "
-            "with: pass ref_model, or set precompute_ref_log_probs=False"
-        )
-    from trl.trainer.utils import hash_module
-
-    is_initial = [hash_module(trainer.model) == trainer._precompute_model_hash]
-    broadcast_object_list(is_initial, from_process=0)
-    if is_initial[0]:
-        return None
-    return (
-        "the policy's weights changed after TRL precomputed the reference log-probabilities with them, so this "
-        "package cannot compute them again: call fuse before training, or pass ref_model"
-    )
-
-
-def _why_trl_keeps_the_loss(trainer: Trainer) -> str | None:
-    """Return why TRL computes the loss of a trainer with these settings, or None."""
-    if trainer.beta <= 0:
-        return f"beta={trainer.beta} is not positive"
-    if hasattr(trainer, "loss_type"):  # a KTOTrainer
-        if trainer.loss_type not in SHARED_KTO_LOSSES:
-            return f"loss_type={trainer.loss_type!r} is not one of {list(SHARED_KTO_LOSSES)}"
-        if min(trainer.desirable_weight, trainer.undesirable_weight) < 0:
-            return "a class weight is negative"
-        return None
-    if trainer.loss_types == ["ipo"] and trainer.precompute_ref_logps:
-        return (
-            "loss_type=['ipo'] needs TRL's loss for batches with an empty prompt, and its sums round differently from "
-            "the precomputed ones"
-        )
-    if len(trainer.loss_types) != 1 or trainer.loss_types[0] not in SHARED_DPO_LOSSES:
-        return f"loss_type={trainer.loss_types} is not one of {list(SHARED_DPO_LOSSES)}"
-    if trainer.loss_weights != [1.0]:
-        return f"loss_weights={trainer.loss_weights} is not [1.0]"
-    if trainer.loss_types == ["robust"] and not 0 <= trainer.label_smoothing < 0.5:
-        return f"label_smoothing={trainer.label_smoothing} lies outside [0, 0.5)"
-    if trainer.ld_alpha is not None:
-        return f"ld_alpha={trainer.ld_alpha} is not None"
-    if trainer.f_divergence_type != "reverse_kl":
-        return f"f_divergence_type={trainer.f_divergence_type!r} is not 'reverse_kl'"
-    return None
-
-
-def _overridden(trainer: Trainer, own: type, names: tuple[str, ...]) -> str | None:
-    """Return which of these methods of TRL's class ``own`` the trainer overrides, or None."""
-    for name in names:
-        method = getattr(trainer, name, None)
-        if getattr(method, "__func__", method) is not getattr(own, name, None):
-            return f"{type(trainer).__name__}.{name} is not {own.__name__}'s"
-    return None
-
-
-def _is_left_to_trl(trainer: Trainer) -> bool:
-    """Return whether settings that changed since ``fuse`` leave the loss to TRL.
-
-    Raises:
-        ValueError: the reference log-probabilities are precomputed, as float64 sums. TRL's loss sums the policy's in
-            float32, so equal weights would not give a log-ratio of 0.
-    """
-    reason = _why_trl_keeps_the_loss(trainer)
-    if reason is not None and trainer.precompute_ref_logps:
-        raise ValueError(
-            f"{reason}: this was set after fuse(trainer), which precomputed the reference log-probabilities for "
-            "another loss. Set it before fuse"
-        )
-    return reason is not None
+    return why_reference_is_lost(trainer) if trainer.precompute_ref_logps else None
 
 
 def _rounding_difference(trainer: Trainer) -> str | None:
@@ -280,280 +200,3 @@ def _rounding_difference(trainer: Trainer) -> str | None:
         if getattr(args, name):
             return f"{name}=True rounds the weights of the policy alone, leave it out"
     return None
-
-
-# ---- The whole loss ------------------------------------------------------------------------------------------------
-
-
-def _kto_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-    """Replace ``KTOTrainer._compute_loss``."""
-    if _is_left_to_trl(self):
-        return type(self)._compute_loss(self, model, inputs, return_outputs)
-    batch = send_to_device(inputs, self.accelerator.device)
-    model_inputs, labels = _model_inputs(batch)
-    if self.calculate_KL:
-        mismatched = _model_inputs(batch, prefix="KL_")
-        kl_logps = _sequence_logps(self, model, *mismatched)
-    if self.precompute_ref_logps:
-        ref_logps, ref_kl_logps = batch["ref_logps"], batch.get("ref_KL_logps")
-    else:
-        with _reference(self) as reference:
-            ref_logps = _sequence_logps(self, reference, model_inputs, labels)
-            ref_kl_logps = _sequence_logps(self, reference, *mismatched) if self.calculate_KL else None
-    reference_point = 0.0
-    if self.calculate_KL:
-        mean_log_ratio = (kl_logps - ref_kl_logps).mean()
-        reference_point = self.accelerator.gather_for_metrics(mean_log_ratio).mean().clamp(min=0)
-    model_inputs = _with_router_logits(self, model_inputs)
-    (loss, metrics), aux_loss = _call(
-        self,
-        fused_linear_kto_loss,
-        model,
-        model_inputs,
-        labels=labels,
-        desirable=batch["label"].bool(),
-        ref_logps=ref_logps,
-        reference_point=reference_point,
-        beta=self.beta,
-        desirable_weight=self.desirable_weight,
-        undesirable_weight=self.undesirable_weight,
-        loss_type=self.loss_type,
-    )
-    _log(self, batch, metrics, aux_loss)
-    loss = _with_aux_loss(self, loss, aux_loss)
-    return (loss, _outputs(model, model_inputs)) if return_outputs else loss
-
-
-def _dpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-    """Replace ``DPOTrainer._compute_loss``."""
-    batch = send_to_device(inputs, self.accelerator.device)
-    if _is_left_to_trl(self) or _ipo_lengths_differ(self, batch):
-        return type(self)._compute_loss(self, model, inputs, return_outputs)
-    model_inputs, labels = _model_inputs(batch)
-    if self.precompute_ref_logps:
-        ref_logps = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-    else:
-        with _reference(self) as reference:
-            ref_logps = _sequence_logps(self, reference, model_inputs, labels)
-    model_inputs = _with_router_logits(self, model_inputs)
-    (loss_type,) = self.loss_types
-    (loss, metrics), aux_loss = _call(
-        self,
-        fused_linear_dpo_loss,
-        model,
-        model_inputs,
-        labels=labels,
-        ref_logps=ref_logps,
-        beta=self.beta,
-        loss_type=loss_type,
-        label_smoothing=self.label_smoothing if loss_type == "robust" else 0.0,
-    )
-    _log(self, batch, metrics, aux_loss)
-    loss = _with_aux_loss(self, loss, aux_loss)
-    return (loss, _outputs(model, model_inputs)) if return_outputs else loss
-
-
-def _ipo_lengths_differ(trainer: Trainer, batch: dict[str, Any]) -> bool:
-    """Return whether any rank has a completion without a prompt. Waits for the device.
-
-    TRL's IPO divides by the number of completion tokens, the first token of the sequence included. Nothing predicts
-    that token, so this package does not count it.
-    """
-    if trainer.loss_types != ["ipo"]:
-        return False
-    return bool(trainer.accelerator.gather(batch["completion_mask"][:, 0].max()).any())
-
-
-def _model_inputs(batch: dict[str, Any], prefix: str | None = None) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return the model's arguments and the labels; with the prefix "KL_" those of KTO's mismatched pairs."""
-    inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS and not name.startswith("KL_")}
-    if prefix is not None:
-        inputs.update({name.removeprefix(prefix): batch[name] for name in batch if name.startswith(prefix)})
-    completion_mask = inputs.pop("completion_mask")
-    return inputs, inputs["input_ids"].masked_fill(completion_mask == 0, -100)
-
-
-def _with_router_logits(trainer: Trainer, model_inputs: dict[str, Any]) -> dict[str, Any]:
-    return {**model_inputs, "output_router_logits": True} if trainer.aux_loss_enabled else model_inputs
-
-
-def _with_aux_loss(trainer: Trainer, loss: torch.Tensor, aux_loss: torch.Tensor | None) -> torch.Tensor:
-    return loss + trainer.router_aux_loss_coef * aux_loss if trainer.aux_loss_enabled else loss
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, model_inputs: dict[str, Any]) -> ModelOutput:
-    """Return the model's own outputs; a trainer with ``compute_metrics`` asks for their logits."""
-    return model(**model_inputs, use_cache=False)
-
-
-@contextmanager
-def _reference(trainer: Trainer) -> Iterator[nn.Module]:
-    """Yield the reference model: ``ref_model``, or the policy with its adapters off or with its adapter "ref"."""
-    from trl.models.utils import disable_gradient_checkpointing
-    from trl.trainer.utils import use_adapter
-
-    reference = trainer.ref_model
-    with ExitStack() as policy_as_reference:
-        if reference is None and is_peft_model(trainer.model):
-            reference = trainer.model
-            unwrapped = trainer.accelerator.unwrap_model(reference)
-            checkpointing = disable_gradient_checkpointing(reference, trainer.args.gradient_checkpointing_kwargs)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-            for context in (checkpointing, keeping_trainable(unwrapped), adapter):
-                policy_as_reference.enter_context(context)
-        yield reference
-
-
-@torch.no_grad()
-def _sequence_logps(
-    trainer: Trainer, model: nn.Module, model_inputs: dict[str, Any], labels: torch.Tensor
-) -> torch.Tensor:
-    (logps,), _ = _call(trainer, linear_sequence_logps, model, model_inputs, labels=labels)
-    return logps
-
-
-def _call(
-    trainer: Trainer, function: Callable, model: nn.Module, model_inputs: dict[str, Any], **arguments
-) -> tuple[tuple[Any, ...], torch.Tensor | None]:
-    """Call ``function`` inside the model's forward; return its results and the load-balancing loss or None."""
-    # The router loss reads the attention mask. The reference then gets the mask too, so that policy and reference run
-    # the same attention kernel.
-    if not trainer.aux_loss_enabled and _pads_on_the_right(trainer):
-        model_inputs = without_padding_mask(model, model_inputs, trainer.accelerator.mixed_precision)
-    gradient_path, outcome = model(**model_inputs, fused_lm_head=FusedCall(function, arguments))
-    return outcome.results(gradient_path), outcome.aux_loss
-
-
-def _pads_on_the_right(trainer: Trainer) -> bool:
-    """Return whether TRL's own collator and methods make the batches: these pad on the right."""
-    from trl import DPOTrainer, KTOTrainer
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
-
-    own = KTOTrainer if isinstance(trainer, KTOTrainer) else DPOTrainer
-    collator = trainer.data_collator
-    if isinstance(collator, _ExactReference):
-        collator = collator.collator
-    is_trls = type(collator) in (DataCollatorForPreference, DataCollatorForUnpairedPreference)
-    return is_trls and "torch_call" not in vars(collator) and _overridden(trainer, own, MAKES_BATCHES) is None
-
-
-def _log(trainer: Trainer, batch: dict[str, Any], metrics: LossMetrics, aux_loss: torch.Tensor | None) -> None:
-    """Append to ``trainer._metrics`` the values that TRL appends, with one wait for the device."""
-    accelerator = trainer.accelerator
-    is_kto = metrics.desirable is not None
-    totals = metrics.totals()
-    one = torch.ones_like(totals["entropy"][1])
-    totals["num_tokens"] = batch["attention_mask"].sum().to(one), one
-    if trainer.aux_loss_enabled:
-        totals["aux_loss"] = aux_loss.detach().to(one), one
-
-    local = torch.stack([torch.stack(total_and_weight) for total_and_weight in totals.values()])[None]
-    # In an uneven last batch TRL drops ranks, but not from the rewards and log-probabilities of pairs.
-    all_ranks, kept_ranks = torch.stack(
-        [gather(local).sum(0) for gather in (accelerator.gather, accelerator.gather_for_metrics)]
-    ).tolist()
-    sums = {}
-    for name, of_all, of_kept in zip(totals, all_ranks, kept_ranks, strict=True):
-        sums[name] = of_all if not is_kto and name.startswith(("rewards/", "logps/")) else of_kept
-
-    mode = "train" if trainer.model.training else "eval"
-    if mode == "train":
-        trainer._total_train_tokens += int(sums["num_tokens"][0])
-    del sums["num_tokens"]
-    logged = trainer._metrics[mode]
-    logged["num_tokens"] = [trainer._total_train_tokens]
-    means = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
-    for name in sums if not is_kto else ("entropy",):
-        means.setdefault(name, 0.0)
-    for name, mean in with_margins(means).items():
-        logged[name].append(mean)
-
-
-# ---- Precomputed references ----------------------------------------------------------------------------------------
-
-
-def _precompute_again(trainer: Trainer, is_whole: bool) -> None:
-    """Replace the reference log-probabilities that TRL precomputed by this package's.
-
-    TRL names its cache files by a hash of the model. Another hash keeps the two kinds of values apart: a fused trainer
-    never reads TRL's, and an unfused one never reads this package's.
-    """
-    args = trainer.args
-    model = trainer.model if trainer.ref_model is None else trainer.ref_model
-    trainer._precompute_model_hash = _numerics_hash(trainer, model, is_whole)
-
-    def scored(dataset: Any, name: str, batch_size: int) -> Any:
-        dataset = dataset.remove_columns([column for column in REF_COLUMNS if column in dataset.column_names])
-        return trainer._precompute_ref_logps(dataset, name, args.precompute_ref_batch_size or batch_size)
-
-    # an iterator over a data loader draws a seed; evaluation mode keeps dropout from drawing
-    with torch.random.fork_rng(devices=[]), evaluating(model):
-        trainer.train_dataset = scored(trainer.train_dataset, "train", args.per_device_train_batch_size)
-        sets, size = trainer.eval_dataset, args.per_device_eval_batch_size
-        if isinstance(sets, dict):
-            trainer.eval_dataset = {name: scored(dataset, name, size) for name, dataset in sets.items()}
-        elif sets is not None:
-            trainer.eval_dataset = scored(sets, "eval", size)
-
-
-def _numerics_hash(trainer: Trainer, model: nn.Module, is_whole: bool) -> str:
-    """Return a hash of everything that the reference log-probabilities depend on; TRL's hash covers the weights."""
-    from datasets.fingerprint import Hasher
-
-    device = trainer.accelerator.device
-    adapters = getattr(trainer.accelerator.unwrap_model(model), "peft_config", {})
-    config = huggingface.unwrap(model).config
-    depends_on = (
-        trainer._precompute_model_hash,
-        ("kto_fused", __version__, is_whole, torch.__version__, transformers.__version__),
-        (trainer.accelerator.mixed_precision, torch.get_float32_matmul_precision()),
-        (device.type, torch.cuda.get_device_name(device) if device.type == "cuda" else None),
-        (config.to_json_string(use_diff=False), getattr(config, "_attn_implementation", None)),
-        {name: adapter.to_dict() for name, adapter in adapters.items()},
-        (repr(trainer.data_collator), getattr(trainer, "ld_alpha", None)),
-    )
-    return Hasher.hash(depends_on)
-
-
-def _kto_ref_log_probs(
-    self: Trainer, model: nn.Module, inputs: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Replace ``KTOTrainer.compute_ref_log_probs``: return [B] of the completions and [B] of the mismatched pairs."""
-    with _scoring(self, model):
-        logps = _sequence_logps(self, model, *_model_inputs(inputs))
-        kl_logps = _sequence_logps(self, model, *_model_inputs(inputs, prefix="KL_")) if self.calculate_KL else None
-    return logps, kl_logps
-
-
-def _dpo_ref_log_probs(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace ``DPOTrainer.compute_ref_log_probs``: return [pairs] of the chosen and of the rejected completions."""
-    with _scoring(self, model):
-        return _sequence_logps(self, model, *_model_inputs(inputs)).chunk(2)
-
-
-@contextmanager
-def _scoring(trainer: Trainer, model: nn.Module) -> Iterator[None]:
-    """Make ``model`` the reference: its adapters off or "ref" on, in evaluation mode."""
-    with _reference(trainer), evaluating(model):
-        yield
-
-
-@dataclass
-class _ExactReference:
-    """A data collator that keeps precomputed values in float64, in which this package sums. TRL's rounds to float32."""
-
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
-        for name in REF_COLUMNS:
-            if name in batch:
-                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float64)
-        return batch
-
-
-def _prepare_input(self: Trainer, data: Any) -> Any:
-    """Replace ``Trainer._prepare_input``, which under DeepSpeed rounds the precomputed values to the model's dtype."""
-    return data.to(self.args.device) if isinstance(data, torch.Tensor) else type(self)._prepare_input(self, data)

@@ -8,13 +8,13 @@ def calls(monkeypatch) -> dict[str, int]:
     """Count the calls of this package's functions by a fused trainer, and of TRL's own LM head ("own")."""
     from trl.trainer import utils as trl_utils
 
-    from kto_fused.integrations import trl, trl_model
+    from kto_fused.integrations import trl_model, trl_preference
 
     counted = {
         "linear_token_logps": trl_model,
-        "linear_sequence_logps": trl,
-        "fused_linear_kto_loss": trl,
-        "fused_linear_dpo_loss": trl,
+        "linear_sequence_logps": trl_preference,
+        "fused_linear_kto_loss": trl_preference,
+        "fused_linear_loss": trl_preference,
     }
     counts = dict.fromkeys((*counted, "own"), 0)
 

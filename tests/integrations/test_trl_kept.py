@@ -47,7 +47,7 @@ def test_a_subclass_with_its_own_loss_gets_fused_log_probabilities(tmp_path, kin
     subclass = type("MyTrainer", (kind,), {method: doubled})
     assert_same_training(kind, tmp_path, subclass=subclass)
     assert calls["linear_token_logps"] > 0
-    assert not calls["fused_linear_kto_loss"] + calls["fused_linear_dpo_loss"]
+    assert not calls["fused_linear_kto_loss"] + calls["fused_linear_loss"]
     (message,) = said(caplog)
     assert f"MyTrainer.{method} is not {kind.__name__}'s" in message
 
@@ -62,8 +62,8 @@ def test_settings_changed_after_fuse_are_followed(tmp_path, calls):
 @pytest.mark.parametrize(
     ("attribute", "value", "reason"),
     [
-        ("beta", 0.0, "beta=0.0 is not positive"),
-        ("label_smoothing", 0.5, "label_smoothing=0.5 lies outside"),
+        ("beta", 0.0, "beta must be a finite number > 0, got 0.0"),
+        ("label_smoothing", 0.5, "label_smoothing must lie in [0, 0.5), got 0.5"),
         ("undesirable_weight", -1.0, "a class weight is negative"),
     ],
 )
@@ -121,7 +121,7 @@ def test_two_trainers_may_share_a_model(tmp_path, calls):
     steps(fuse(make_trainer(KTOTrainer, tmp_path, policy=policy)))
     calls.update(dict.fromkeys(calls, 0))
     steps(fuse(make_trainer(DPOTrainer, tmp_path, policy=policy)))
-    only(calls, fused_linear_dpo_loss=STEPS, linear_sequence_logps=STEPS)
+    only(calls, fused_linear_loss=STEPS, linear_sequence_logps=STEPS)
 
 
 def test_a_deep_copy_calls_a_loss_at_its_own_head(tmp_path):

@@ -24,7 +24,7 @@ from trl_cases import (
     steps,
 )
 
-from kto_fused.integrations import trl as fused_trl
+from kto_fused.integrations import trl_preference
 from kto_fused.integrations.trl import fuse
 
 pytestmark = pytest.mark.usefixtures("small_machine")
@@ -96,7 +96,8 @@ def lm_head_gemms(folder: Path, kind: type, **arguments) -> float:
 def test_the_whole_loss_takes_three_gemms_and_log_probabilities_four(tmp_path):
     assert lm_head_gemms(tmp_path, KTOTrainer, loss_type="apo_zero_unpaired") == 3
     assert lm_head_gemms(tmp_path, DPOTrainer) == 3
-    assert lm_head_gemms(tmp_path, DPOTrainer, loss_type=["nca_pair"]) == 4
+    assert lm_head_gemms(tmp_path, DPOTrainer, loss_type=["exo_pair", "sft"], label_smoothing=0.1) == 3
+    assert lm_head_gemms(tmp_path, DPOTrainer, ld_alpha=0.5) == 4
     assert lm_head_gemms(tmp_path, DPOTrainer, own_reference=False, lora=True) == 2
 
 
@@ -120,8 +121,8 @@ def test_all_logged_values_are_read_with_one_wait_for_the_device(tmp_path, kind,
     trainer = fuse(make_trainer(kind, tmp_path, precompute_ref_log_probs=True, **settings))
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     counts = []
-    for log in (fused_trl._log, lambda *_: None):
-        monkeypatch.setattr(fused_trl, "_log", log)
+    for log in (trl_preference._log, lambda *_: None):
+        monkeypatch.setattr(trl_preference, "_log", log)
         with HostReads() as reads:
             trainer.compute_loss(trainer.model, inputs)
         counts.append(reads.count)
@@ -147,10 +148,12 @@ def test_with_a_router_loss_both_policy_and_reference_get_the_mask(tmp_path, kin
 
 
 @both_trainers
-@pytest.mark.parametrize("batches", ["trls", "of another collator", "of a patched collator", *fused_trl.MAKES_BATCHES])
+@pytest.mark.parametrize(
+    "batches", ["trls", "of another collator", "of a patched collator", *trl_preference.MAKES_BATCHES]
+)
 def test_attention_gets_no_mask_for_the_padding_of_trls_collators(tmp_path, kind, batches, attention_masks):
     subclass = None
-    if batches in fused_trl.MAKES_BATCHES:  # the user's method may pad on the left
+    if batches in trl_preference.MAKES_BATCHES:  # the user's method may pad on the left
         subclass = type("MyTrainer", (kind,), {batches: lambda self, *args: getattr(kind, batches)(self, *args)})
     trainer = fuse(make_trainer(kind, tmp_path, max_steps=1, subclass=subclass))
     collator = trainer.data_collator

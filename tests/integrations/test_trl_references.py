@@ -30,7 +30,7 @@ from trl_cases import (
     with_trained_adapter,
 )
 
-from kto_fused.integrations import trl as fused_trl
+from kto_fused.integrations import trl_preference
 from kto_fused.integrations.trl import fuse
 
 pytestmark = pytest.mark.usefixtures("small_machine")
@@ -156,7 +156,7 @@ def test_precomputed_and_live_references_differ_only_by_the_rounding_of_other_ba
     trainer = fuse(equal_trainer(kind, tmp_path, precision, precompute_ref_log_probs=True, **arguments))
     differences = []
     for batch in trainer.get_train_dataloader():
-        kept = [batch[name] for name in fused_trl.REF_COLUMNS if name in batch]
+        kept = [batch[name] for name in trl_preference.REF_COLUMNS if name in batch]
         live = trainer.compute_ref_log_probs(trainer.ref_model, trainer._prepare_inputs(batch))
         assert all(values.dtype == torch.float64 for values in (*kept, *live))
         differences += [(a - b).abs().max().item() for a, b in zip(kept, live, strict=True)]
@@ -275,7 +275,7 @@ def test_an_error_while_scoring_the_data_again_leaves_the_trainer_as_it_was(tmp_
     def fails(**_):
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr(fused_trl, "linear_sequence_logps", fails)
+    monkeypatch.setattr(trl_preference, "linear_sequence_logps", fails)
     trainer = equal_trainer(kind, tmp_path, precompute_ref_log_probs=True)
     before, attributes = snapshot(trainer), dict(vars(trainer))
     with pytest.raises(RuntimeError, match="the disk is full"):
@@ -300,7 +300,7 @@ def test_deepspeed_does_not_round_precomputed_values(tmp_path, kind):
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.is_deepspeed_enabled = True
     prepared = trainer._prepare_inputs(batch)
-    names = [name for name in fused_trl.REF_COLUMNS if name in batch]
+    names = [name for name in trl_preference.REF_COLUMNS if name in batch]
     assert len(names) == 2
     for name in names:
         assert prepared[name].dtype == torch.float64

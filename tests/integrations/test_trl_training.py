@@ -24,13 +24,13 @@ from trl_cases import (
 )
 
 from kto_fused import huggingface
-from kto_fused.integrations import trl as fused_trl
+from kto_fused.integrations import trl_preference
 from kto_fused.integrations.trl import fuse
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 
-DPO_WHOLE = ["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"]
-DPO_OTHERS = ["exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop", "sft", "sigmoid_norm"]
+DPO_LOSSES = ["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "exo_pair", "nca_pair", "bco_pair"]
+DPO_LOSSES += ["sppo_hard", "aot", "aot_unpaired", "discopop", "sft", "sigmoid_norm"]
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
@@ -50,8 +50,8 @@ def test_a_fused_kto_trainer_trains_and_logs_as_trls(tmp_path, loss_type, refere
     assert names | {"kl", "entropy", "num_tokens", "rewards/margins", "grad_norm", "loss"} < logs[0].keys()
 
 
-@pytest.mark.parametrize("loss_type", DPO_WHOLE + DPO_OTHERS)
-def test_a_fused_dpo_trainer_trains_and_logs_as_trls(tmp_path, loss_type):
+@pytest.mark.parametrize("loss_type", DPO_LOSSES)
+def test_a_fused_dpo_trainer_trains_and_logs_as_trls(tmp_path, loss_type, calls, caplog):
     smoothing = {"robust": 0.1, "exo_pair": 1e-3, "aot": 0.1, "sigmoid": 0.2}  # TRL's sigmoid ignores it
     logs = assert_same_training(
         DPOTrainer, tmp_path, loss_type=[loss_type], label_smoothing=smoothing.get(loss_type, 0.0), beta=0.2
@@ -60,6 +60,8 @@ def test_a_fused_dpo_trainer_trains_and_logs_as_trls(tmp_path, loss_type):
     names |= {"rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "num_tokens", "grad_norm"}
     assert names < logs[0].keys()
     assert 0.1 < logs[0]["mean_token_accuracy"] < 0.9
+    assert not said(caplog)
+    only(calls, own=STEPS * 2, fused_linear_loss=STEPS, linear_sequence_logps=STEPS)
 
 
 @pytest.mark.parametrize(
@@ -83,25 +85,41 @@ def test_a_fused_dpo_trainer_trains_as_trls_with_any_reference(tmp_path, loss_ty
     )
 
 
+# a function's address in a test's name would differ between the processes of a parallel run
+def id_of(settings: dict) -> str:
+    return str({name: getattr(value, "__name__", value) for name, value in settings.items()})
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-        {"make_policy": experts, "f_divergence_type": "reverse_kl", "loss_type": ["nca_pair"]},
+        {"loss_type": ["sft", "aot", "bco_pair"], "loss_weights": [1.0, 0.2, 0.7], "precompute_ref_log_probs": True},
+        {"loss_type": ["sigmoid_norm", "ipo"], "beta": 0.5},
+        {"make_policy": experts, "loss_type": ["nca_pair"]},
         {"loss_weights": [0.5]},
-        {"ld_alpha": 0.5},
-        {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "js_divergence", "loss_type": ["exo_pair"], "label_smoothing": 0.1},
         {"f_divergence_type": "forward_kl"},
-        {"f_divergence_type": "alpha_divergence"},
-        {"use_weighting": True},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3, "loss_type": ["hinge"]},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0, "loss_type": ["discopop"]},
     ],
-    # a function's address in a test's name would differ between the processes of a parallel run
-    ids=lambda settings: str({name: getattr(value, "__name__", value) for name, value in settings.items()}),
+    ids=id_of,
 )
+def test_lists_of_losses_and_f_divergences_are_one_call(tmp_path, settings, calls, caplog):
+    """A list is logged as TRL logs it: the sum's value, and DPO's rewards."""
+    assert_same_training(DPOTrainer, tmp_path, **settings)
+    assert not said(caplog)
+    assert calls["fused_linear_loss"] == STEPS
+    assert not calls["linear_token_logps"]
+
+
+@pytest.mark.parametrize("settings", [{"ld_alpha": 0.5}, {"loss_weights": [-0.5]}, {"use_weighting": True}], ids=id_of)
 def test_a_loss_that_only_trl_defines_is_trls_and_one_warning_says_so(tmp_path, settings, calls, caplog):
     assert_same_training(DPOTrainer, tmp_path, **settings)
     (message,) = said(caplog)
-    assert list(settings)[-1] in message or str(settings["loss_type"]) in message
+    assert {"ld_alpha": "ld_alpha", "loss_weights": "a weight of Mix", "use_weighting": "use_weighting"}[
+        next(iter(settings))
+    ] in message
     if "use_weighting" in settings:  # TRL computes everything in both trainers
         only(calls, own=STEPS * 4)
     else:
@@ -113,7 +131,7 @@ def test_the_whole_loss_is_one_call_and_trls_head_never_runs(tmp_path, calls):
     only(calls, fused_linear_kto_loss=STEPS, linear_sequence_logps=3 * STEPS)
     calls.update(dict.fromkeys(calls, 0))
     steps(fuse(make_trainer(DPOTrainer, tmp_path)))
-    only(calls, fused_linear_dpo_loss=STEPS, linear_sequence_logps=STEPS)
+    only(calls, fused_linear_loss=STEPS, linear_sequence_logps=STEPS)
 
 
 # ---- features of TRL's trainers -------------------------------------------------------------------------------------
@@ -217,14 +235,14 @@ def test_a_batch_of_one_class_logs_no_other(tmp_path, loss_type, desirable):
 def test_a_model_that_accelerate_prepared_before_runs_under_autocast(tmp_path, kind, prepared, monkeypatch):
     """TRL has accelerate prepare the reference, and an evaluation before training prepares the policy."""
     autocasts = []
-    for name in ("linear_sequence_logps", "fused_linear_kto_loss", "fused_linear_dpo_loss"):
-        function = getattr(fused_trl, name)
+    for name in ("linear_sequence_logps", "fused_linear_kto_loss", "fused_linear_loss"):
+        function = getattr(trl_preference, name)
 
         def recorded(function=function, **arguments):
             autocasts.append(torch.is_autocast_enabled("cpu"))
             return function(**arguments)
 
-        monkeypatch.setattr(fused_trl, name, recorded)
+        monkeypatch.setattr(trl_preference, name, recorded)
     arguments = {"bf16": True, "eval_dataset": data(kind, rows=BATCH)}
     if prepared == "policy":
         arguments.update(precompute_ref_log_probs=True, own_reference=False)
@@ -245,9 +263,9 @@ def test_a_model_that_accelerate_prepared_before_runs_under_autocast(tmp_path, k
             assert ours[name] == pytest.approx(theirs[name], rel=1e-2, abs=2e-2), name
 
 
-@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid"])
+@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm", "sigmoid"])
 def test_completions_without_a_prompt_train_as_in_trl(tmp_path, loss_type, calls):
     """TRL counts the first token in the length of such a completion, though nothing predicts it."""
     rows = data(DPOTrainer, prompt=False)
     assert_same_training(DPOTrainer, tmp_path, loss_type=[loss_type], beta=0.5, train_dataset=rows)
-    assert calls["fused_linear_dpo_loss"] == (0 if loss_type == "ipo" else STEPS)
+    assert calls["fused_linear_loss"] == (STEPS if loss_type == "sigmoid" else 0)
