@@ -603,12 +603,8 @@ def linear_token_logps(
         backend=backend,
         per_position=True,
     )
-    shape, positions = inputs.labels.shape, _logps_from_hidden(inputs)
-    logps = positions.logps.view(shape)
-    if not return_metrics:
-        return logps
-    entropy, mean_logits = positions.entropy.view(shape), positions.mean_logits.view(shape)
-    return logps, TokenMetrics(entropy, mean_logits, is_top1=positions.token_accuracy.view(shape))
+    logps, metrics = _of_positions(_logps_from_hidden(inputs), inputs.labels.shape)
+    return (logps, metrics) if return_metrics else logps
 
 
 def kto_loss_from_logps(
@@ -799,8 +795,9 @@ def fused_linear_loss(
     logit_softcap: float | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     backend: str | None = None,
+    return_tokens: bool = False,
     **tensors: torch.Tensor,
-) -> tuple[torch.Tensor, LossMetrics]:
+) -> tuple[torch.Tensor, LossMetrics] | tuple[torch.Tensor, torch.Tensor, TokenMetrics]:
     """Any loss straight from hidden states and the LM head, without logits.
 
     A registered head takes as many GEMMs as ``fused_linear_kto_loss``: 2 with a frozen LM head and 3 with a trained
@@ -816,6 +813,8 @@ def fused_linear_loss(
         tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
             name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
             ``weights`` >= 0, one per loss, multiplies the losses of any head; a mean still divides by their number.
+        return_tokens: for a token-level head: return (loss, log-probabilities, ``TokenMetrics``), the last two of each
+            position as ``linear_token_logps`` returns them, detached. They need no further visit to the logits.
 
     All other arguments, the return value and the errors are those of ``fused_loss`` and ``fused_linear_kto_loss``.
 
@@ -825,6 +824,8 @@ def fused_linear_loss(
     >>> loss, metrics = kto_fused.fused_linear_loss("orpo", hidden, lm_head.weight, labels)
     >>> loss.backward()
     """
+    loss = as_loss(head)
+    check_return_tokens(return_tokens, loss)
     inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
@@ -843,11 +844,12 @@ def fused_linear_loss(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         backend=backend,
+        per_position=return_tokens,
     )
-    loss = as_loss(head)
     inputs, head_type, options = prepared(inputs, head, loss, tensors)
     if head_type is not None:
-        return _loss_from_hidden(inputs, head_type, reduction=reduction, **options)
+        value, metrics = _loss_from_hidden(inputs, head_type, reduction=reduction, **options)
+        return (value, *_of_positions(metrics, inputs.labels.shape)) if return_tokens else (value, metrics)
     at_most_one(ref_hidden=ref_hidden, ref_logps=ref_logps)
     policy, ref_logps = _logps_from_hidden(inputs), inputs.reference.logps
     if inputs.reference.hidden is not None:
@@ -1037,6 +1039,18 @@ def _loss_from_hidden(
     ref_logps = reference.logps if reference.hidden is None else computed_ref_logps
     named = _named(head, reported, sequences.logps, sequences.token_counts, ref_logps, head_tensors)
     return loss, _metrics(sequences, ref_logps=ref_logps, **named)
+
+
+def check_return_tokens(return_tokens: bool, loss: Head | Callable[..., torch.Tensor]) -> None:
+    checks.flag("return_tokens", return_tokens)
+    if return_tokens and not (isinstance(loss, Head) and level_of(loss) == "token"):
+        raise ValueError(f"return_tokens=True belongs to token-level heads, got {loss!r}: take linear_token_logps")
+
+
+def _of_positions(values: SequenceValues | LossMetrics, shape: torch.Size) -> tuple[torch.Tensor, TokenMetrics]:
+    """Return an engine's values of each position in the shape of the labels: log-probabilities, and the metrics."""
+    entropy, mean_logits = values.entropy.view(shape), values.mean_logits.view(shape)
+    return values.logps.view(shape), TokenMetrics(entropy, mean_logits, is_top1=values.token_accuracy.view(shape))
 
 
 def _logps_from_hidden(inputs: HiddenInputs) -> SequenceValues:

@@ -219,13 +219,14 @@ def _sequence_logps(given: dict[str, Any]) -> torch.Tensor:
     return _sequences(inputs.logits, inputs).logps
 
 
-def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
+def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """The twin of ``fused_loss`` and ``fused_linear_loss``: the head's formula, registered or not."""
     head, tensors, reduction = given.pop("head"), given.pop("tensors"), given.pop("reduction")
-    loss = as_loss(head)
+    loss, return_tokens = as_loss(head), given.pop("return_tokens", False)
+    functional.check_return_tokens(return_tokens, loss)
     inputs, head_type, options = functional.prepared(_checked(given)[0], head, loss, tensors)
     if head_type is not None and level_of(loss) != "sequence":
-        return _token_loss(inputs, head_type, reduction=reduction, **options)
+        return _token_loss(inputs, head_type, return_tokens, reduction=reduction, **options)
     if head_type is not None:  # the formula, also where it has a kernel
         return _loss_of_inputs(inputs, FormulaHead, loss=loss, tensors=tensors, reduction=reduction)
     inputs = _with_logits(inputs)
@@ -237,8 +238,8 @@ def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
 
 
 def _token_loss(
-    inputs: LogitInputs | HiddenInputs, head_type: type, **head_options: Any
-) -> tuple[torch.Tensor, LossMetrics]:
+    inputs: LogitInputs | HiddenInputs, head_type: type, return_tokens: bool, **head_options: Any
+) -> tuple[torch.Tensor, ...]:
     """A loss that reads tokens, from logits or hidden states."""
     head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
     inputs = _with_logits(arguments.with_statistics(inputs, head))
@@ -246,6 +247,8 @@ def _token_loss(
     if inputs.ref_logits is not None:
         ref_logps = _sequences(inputs.ref_logits, inputs).logps
     loss, metrics = _loss_of_tokens(tokens, inputs, head, head_tensors, ref_logps)
+    if return_tokens:
+        return loss, tokens.logps.detach(), TokenMetrics(tokens.entropy, tokens.mean_logits, tokens.is_top1)
     means = {name: getattr(_sums(tokens, inputs), name) for name in ("entropy", "mean_logits", "token_accuracy")}
     return loss, replace(metrics, **means)
 

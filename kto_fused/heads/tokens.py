@@ -6,7 +6,7 @@ sequences' lengths. Throughout, l is a token's log-probability in nats under the
 sampled it, lref under the reference model, A the advantage, and rho = exp(l - lold) the importance ratio.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -116,20 +116,36 @@ class KL(TokenHead):
 
 @dataclass(frozen=True)
 class _PolicyGradient(TokenHead):
-    """A policy-gradient loss plus ``kl_beta`` times the loss ``kl``, which reads ``ref_token_logps``."""
+    """A policy-gradient loss plus ``kl_beta`` times the loss ``kl``, which reads ``ref_token_logps``.
+
+    ``on_policy``: the policy itself has just sampled the tokens. lold is then l without a gradient, so that rho is 1,
+    and no ``old_logps`` come. ``kl_ratio``: a token's KL estimate is multiplied by rho, which makes the KL term's
+    gradient unbiased for tokens that an older policy sampled (DeepSeek-AI 2025, arXiv 2512.02556).
+    """
 
     kl_beta: float = 0.0
+    on_policy: bool = field(default=False, kw_only=True)
+    kl_ratio: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.number("kl_beta", self.kl_beta, at_least=0)
+        checks.flag("on_policy", self.on_policy)
+        checks.flag("kl_ratio", self.kl_ratio)
 
-    def _with_kl(self, losses, logps, ref_token_logps):
+    def _ratios(self, logps, old_logps):
+        if (old_logps is None) != self.on_policy:
+            came = "none" if old_logps is None else "some"
+            raise TypeError(f"on_policy={self.on_policy}, but {came} came as old_logps: pass them unless it is True")
+        return torch.exp(logps - (logps.detach() if self.on_policy else old_logps))
+
+    def _with_kl(self, losses, logps, ratio, ref_token_logps):
         if self.kl_beta == 0:
             return losses
         if ref_token_logps is None:
             raise TypeError(f"kl_beta={self.kl_beta} needs the tensor ref_token_logps: pass it by name")
-        return losses + self.kl_beta * kl_estimates(logps, ref_token_logps)
+        kl = kl_estimates(logps, ref_token_logps)
+        return losses + self.kl_beta * (kl * ratio if self.kl_ratio else kl)
 
 
 @register("ppo")
@@ -148,9 +164,10 @@ class PPO(_PolicyGradient):
         super().__post_init__()
         check_clip(self.clip, self.delta)
 
-    def losses(self, logps, counts, ref_logps, *, old_logps, advantages, ref_token_logps=None):
-        losses = clipped_losses(torch.exp(logps - old_logps), advantages, self.clip, self.delta)
-        return self._with_kl(losses, logps, ref_token_logps)
+    def losses(self, logps, counts, ref_logps, *, advantages, old_logps=None, ref_token_logps=None):
+        ratio = self._ratios(logps, old_logps)
+        losses = clipped_losses(ratio, advantages, self.clip, self.delta)
+        return self._with_kl(losses, logps, ratio, ref_token_logps)
 
 
 @register("grpo")
@@ -198,6 +215,7 @@ class CISPO(_PolicyGradient):
         super().__post_init__()
         checks.number("clip_high", self.clip_high, above=0)
 
-    def losses(self, logps, counts, ref_logps, *, old_logps, advantages, ref_token_logps=None):
-        weights = torch.exp(logps.detach() - old_logps).clamp(max=self.clip_high)
-        return self._with_kl(-weights * advantages * logps, logps, ref_token_logps)
+    def losses(self, logps, counts, ref_logps, *, advantages, old_logps=None, ref_token_logps=None):
+        ratio = self._ratios(logps, old_logps)
+        weights = ratio.detach().clamp(max=self.clip_high)
+        return self._with_kl(-weights * advantages * logps, logps, ratio, ref_token_logps)

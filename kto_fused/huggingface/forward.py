@@ -159,9 +159,12 @@ def forward_of(module: nn.Module) -> Callable:
 def is_loss(result: Any) -> bool:
     """Return whether a function's result is a loss, to which a router's loss is added.
 
-    A tuple without ``TokenMetrics`` is: its first item is the loss. Log-probabilities, alone or with metrics, are not.
+    A tuple is whose first item is a number, or which has no ``TokenMetrics``. Log-probabilities, alone or with metrics,
+    are not.
     """
-    return isinstance(result, tuple) and not any(isinstance(part, TokenMetrics) for part in result)
+    if not isinstance(result, tuple):
+        return False
+    return result[0].ndim == 0 or not any(isinstance(part, TokenMetrics) for part in result)
 
 
 def _router_loss(

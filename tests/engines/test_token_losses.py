@@ -199,11 +199,57 @@ def test_a_compiled_token_loss_is_the_eager_one():
         torch.testing.assert_close(gradients(compiled, function), gradients(step, function))
 
 
+@pytest.mark.parametrize("name", ["ppo", "cispo"])
+def test_on_policy_and_with_a_weighted_kl_a_loss_is_the_one_by_hand(name):
+    case = make(torch.float64, "cpu")
+    inputs, advantages = (case["hidden"], case["weight"], case["labels"]), case["advantages"]
+    ref = old_logps_of(case)
+    head = heads.make(name, normalizer="tokens", kl_beta=0.3, kl_ratio=True, on_policy=True)
+    loss, _ = fused_linear_loss(head, *inputs, advantages=advantages, ref_token_logps=ref)
+    logps = reference.linear_token_logps(*inputs)[:, :-1]
+    ratio, d = torch.exp(logps - logps.detach()), ref[:, 1:] - logps
+    gained = {"ppo": ratio, "cispo": logps}[name] * advantages[:, 1:]
+    expected = (-gained + 0.3 * ratio * (d.exp() - d - 1)).mean()
+    torch.testing.assert_close(loss, expected)
+    for grads in zip(*(torch.autograd.grad(value, inputs[:2]) for value in (loss, expected)), strict=True):
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_values_of_tokens_come_with_the_loss(engine, is_packed):
+    backend, device = engine
+    case = make(torch.float32, device)
+    case["labels"][:, :5] = -100
+    head, tensors, layout = heads.make("ppo"), {"advantages": case["advantages"]}, {}
+    tensors["old_logps"] = old_logps_of(case)
+    hidden, labels = case["hidden"], case["labels"]
+    if is_packed:
+        layout = {"cu_seqlens": torch.arange(0, B * T + 1, T, device=device)}
+        hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        tensors = {name: x.flatten() for name, x in tensors.items()}
+    options = {"chunk_bytes": SEVERAL_CHUNKS, "backend": backend, **layout}
+    inputs = hidden, case["weight"], labels
+    plain, _ = fused_linear_loss(head, *inputs, **options, **tensors)
+    loss, logps, metrics = fused_linear_loss(head, *inputs, return_tokens=True, **options, **tensors)
+    expected, expected_metrics = linear_token_logps(*inputs, return_metrics=True, **options)
+    assert torch.equal(loss, plain)
+    assert not logps.requires_grad
+    twin = reference.linear_loss(head, *inputs, return_tokens=True, **layout, **tensors)
+    torch.testing.assert_close(twin[0], loss)
+    for one in ((expected.detach(), expected_metrics), twin[1:]):
+        torch.testing.assert_close(one[0], logps)
+        torch.testing.assert_close(vars(one[1]), vars(metrics), rtol=1e-4, atol=1e-5)
+    for grads in zip(*(torch.autograd.grad(value, inputs[:2]) for value in (loss, plain)), strict=True):
+        assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize(
     ("loss", "options", "error", "message"),
     [
         ("nll", {"reduction": "none"}, ValueError, "reduction='none' has no meaning for the token-level"),
-        ("ppo", {}, TypeError, "needs the tensors ['old_logps', 'advantages']"),
+        ("ppo", {}, TypeError, "needs the tensors ['advantages']"),
+        ("ppo", {"advantages": torch.ones(B)}, TypeError, "on_policy=False, but none came as old_logps"),
+        ("kto", {"return_tokens": True}, ValueError, "return_tokens=True belongs to token-level heads"),
         ("nll", {"advantages": torch.ones(B)}, TypeError, "takes no tensor 'advantages'"),
         ("dapo", {"old_logps": torch.zeros(B, T), "advantages": torch.ones(B)}, TypeError, "num_items is the number"),
         ("nll", {"num_items": 3}, TypeError, "num_items is the number"),
