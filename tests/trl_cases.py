@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +15,14 @@ if not trl.__version__.startswith("1.16."):
 
 # ruff: noqa: E402 (the imports below need TRL)
 
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPO is experimental in TRL
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from kto_fused.integrations import trl as fused_trl
 from kto_fused.integrations import trl_preference
@@ -26,7 +30,13 @@ from kto_fused.integrations.trl import fuse
 
 VOCAB, HIDDEN, STEPS, BATCH = 100, 32, 3, 4
 WORDS = VOCAB - 3
-TIMES = ("runtime", "per_second", "total_flos")  # endings of logged names that no two runs agree on
+TIMES = (
+    "runtime",
+    "per_second",
+    "total_flos",
+    "step_time",
+    "preparation_time",
+)  # endings of logged names that no two runs agree on
 SCORES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "kl")
 PRECISIONS = {  # (bf16 of the configuration, dtype of the weights)
     "float32": (False, torch.float32),
@@ -35,6 +45,8 @@ PRECISIONS = {  # (bf16 of the configuration, dtype of the weights)
     "fp16-weights": (False, torch.float16),
 }
 FIRST_LOSS = {KTOTrainer: 0.5, DPOTrainer: math.log(2)}  # if all log-ratios are 0
+CONFIGS = {KTOTrainer: KTOConfig, DPOTrainer: DPOConfig, CPOTrainer: CPOConfig}
+WITH_REFERENCE = (KTOTrainer, DPOTrainer)  # the trainers that take a reference model
 both_trainers = pytest.mark.parametrize("kind", [KTOTrainer, DPOTrainer])
 
 
@@ -127,10 +139,10 @@ def make_trainer(
     eval_dataset: Dataset | None = None,
     **settings,
 ):
-    config = KTOConfig if kind is KTOTrainer else DPOConfig
+    config = CONFIGS[kind]
     policy = make_policy() if policy is None else policy
     reference = None
-    if own_reference:
+    if own_reference and kind in WITH_REFERENCE:
         reference = copy.deepcopy(policy)
         random = torch.Generator().manual_seed(2)
         with torch.no_grad():
@@ -152,7 +164,7 @@ def make_trainer(
     }
     return (subclass or kind)(
         model=policy,
-        ref_model=reference,
+        **({"ref_model": reference} if kind in WITH_REFERENCE else {}),
         args=config(
             output_dir=str(folder),
             use_cpu=True,
@@ -236,9 +248,40 @@ def precomputed(trainer) -> dict[str, list[float]]:
     return {name: dataset[name][:] for name in trl_preference.REF_COLUMNS if name in dataset.column_names}
 
 
+def make_grpo_trainer(folder: Path, **settings) -> GRPOTrainer:
+    """Return a trainer whose reward is the number of different tokens. TRL loads its reference from ``folder``."""
+    if not (folder / "model").exists():
+        model().save_pretrained(folder / "model")
+
+    def variety(completion_ids, **_):
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    defaults = {
+        "per_device_train_batch_size": BATCH,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+    }
+    return GRPOTrainer(
+        model=LlamaForCausalLM.from_pretrained(folder / "model"),
+        reward_funcs=variety,
+        args=GRPOConfig(
+            output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **{**defaults, **settings}
+        ),
+        train_dataset=data(DPOTrainer, rows=8).select_columns(["prompt"]),
+        processing_class=tokenizer(),
+    )
+
+
 def snapshot(trainer) -> dict[str, object]:
     found = {"loss": vars(trainer).get("_compute_loss"), "fused": vars(trainer).get("_is_fused")}
-    for name, one in (("policy", trainer.model), ("reference", trainer.ref_model)):
+    for name, one in (("policy", trainer.model), ("reference", getattr(trainer, "ref_model", None))):
         if one is None:
             continue
         for module_name, module in one.named_modules():

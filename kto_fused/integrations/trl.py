@@ -1,24 +1,26 @@
-"""TRL's KTO and DPO trainers on this package: ``trainer = fuse(KTOTrainer(...))``.
+"""TRL's trainers on this package: ``trainer = fuse(KTOTrainer(...))``.
 
 ``fuse`` changes one trainer object, in this order:
 
 1. It asks whether anything keeps this package from taking the trainer over ("What TRL keeps"). If so, the trainer stays
    as it is, and a warning names the reason.
 2. It patches the policy and the reference, so that both compute log-probabilities here (``trl_model.py``).
-3. If TRL and this package define the loss alike, a method of ``trl_preference.py`` replaces the trainer's
-   ``_compute_loss``. Otherwise TRL computes the loss from this package's log-probabilities, and a warning says why.
+3. If TRL and this package define the loss alike, methods of ``trl_preference.py``, ``trl_reference_free.py`` or
+   ``trl_grpo.py`` replace the trainer's own. Otherwise TRL computes the loss from this package's log-probabilities, and
+   a warning says why.
 4. If TRL has precomputed reference log-probabilities, they are computed again here (``trl_references.py``).
 """
 
 import logging
 from collections.abc import Callable
 from types import MethodType
+from typing import NamedTuple
 
 import trl
-from accelerate.utils import is_peft_model
 from transformers import Trainer
 
 from .. import huggingface
+from .trl_grpo import grpo_loss, why_trl_keeps_grpo, why_trl_keeps_grpo_loss
 from .trl_model import PATCHED, fuse_models
 from .trl_preference import (
     ExactReference,
@@ -28,6 +30,7 @@ from .trl_preference import (
     why_trl_keeps_dpo_loss,
     why_trl_keeps_kto_loss,
 )
+from .trl_reference_free import cpo_loss_metrics, why_trl_keeps_cpo_loss
 from .trl_references import (
     PRECOMPUTES,
     dpo_ref_log_probs,
@@ -40,28 +43,68 @@ from .trl_references import (
 # Everything else of TRL is imported where it is used, after the check of its version.
 TRL_VERSION = "1.16"
 
-# methods of a trainer that the whole loss replaces
-REPLACED = ("compute_loss", "_compute_loss", "_compute_kl_logps")
+
+class Takeover(NamedTuple):
+    """How one of TRL's trainers is taken over. The functions ``why_...`` return a reason in words, or None."""
+
+    methods: dict[str, Callable]  # of the fused trainer, where its whole loss is computed here
+    computes_loss: tuple[str, ...]  # TRL's methods that these replace: a subclass's own are kept
+    why_trl_keeps_the_loss: Callable[[Trainer], str | None]
+    # why nothing can be taken over; TRL's loss takes this package's log-probabilities unless it computes logits
+    why_trl_keeps_all: Callable[[Trainer], str | None] = lambda trainer: None
+    reads_logits: bool = False
+
+
+TAKEOVERS = {
+    "KTOTrainer": Takeover(
+        {"_compute_loss": kto_loss, "compute_ref_log_probs": kto_ref_log_probs},
+        ("compute_loss", "_compute_loss", "_compute_kl_logps"),
+        why_trl_keeps_kto_loss,
+    ),
+    "DPOTrainer": Takeover(
+        {"_compute_loss": dpo_loss, "compute_ref_log_probs": dpo_ref_log_probs},
+        ("compute_loss", "_compute_loss"),
+        why_trl_keeps_dpo_loss,
+    ),
+    "GRPOTrainer": Takeover(
+        {"_compute_loss": grpo_loss},
+        ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies"),
+        why_trl_keeps_grpo_loss,
+        why_trl_keeps_all=why_trl_keeps_grpo,
+    ),
+    "CPOTrainer": Takeover(
+        {"get_batch_loss_metrics": cpo_loss_metrics},
+        ("compute_loss", "get_batch_loss_metrics", "concatenated_forward", "get_batch_logps", "cpo_loss"),
+        why_trl_keeps_cpo_loss,
+        reads_logits=True,
+    ),
+}
 
 logger = logging.getLogger(__name__)
 
 
 def fuse(trainer: Trainer) -> Trainer:
-    """Let a TRL ``KTOTrainer`` or ``DPOTrainer`` compute with this package: same losses, same logged values.
+    """Let one of TRL's trainers compute with this package: same losses, same gradients, same logged values.
 
     - The whole loss is taken over: the policy's LM head and the loss become one call, which takes 3 GEMMs instead of 4
       (2 instead of 3 with a frozen head) and waits for the device once for all logged values. That holds for every
-      ``loss_type`` of KTO and DPO, for weighted lists of DPO's losses and for f-divergences.
+      ``loss_type`` of KTO, DPO and the experimental CPO, for weighted lists of DPO's losses and f-divergences, and for
+      GRPO's ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo`` and ``cispo``. CPO's logits are computed for completion tokens
+      alone. GRPO's tokens without a gradient (clipped ratios, advantages of 0) take part in 1 GEMM only, and its old
+      and reference log-probabilities come from this package too.
     - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: ``ld_alpha``; a
       setting that no loss of this package takes, such as a negative weight or a ``label_smoothing`` of 0.5; a subclass
       with a loss of its own; ``ipo`` and ``sigmoid_norm`` for a batch with an empty prompt, and for every batch if the
-      reference log-probabilities are precomputed.
+      reference log-probabilities are precomputed; GRPO's ``sapo``, ``luspo`` and ``vespo``,
+      ``importance_sampling_level="sequence"``, ``top_entropy_quantile`` and ``off_policy_mask_threshold``.
 
     **Where this package cannot take a trainer over, TRL computes everything as before.** ``fuse`` then returns the
     trainer and its models unchanged, and one warning names the reason. That happens with vision-language models,
     DeepSpeed ZeRO-3, FSDP1, tensor, context and sequence parallelism, ``use_weighting``, MPS, with every model that
     ``huggingface.attach`` refuses (prompt tuning, p-tuning, prefix tuning, a quantised LM head, ...), and where
-    reference log-probabilities were precomputed and the reference is no longer there (see below).
+    reference log-probabilities were precomputed and the reference is no longer there (see below). With CPO it happens
+    wherever TRL keeps the loss, for models with a soft cap of the logits, and with router logits; with GRPO for
+    ``entropy_coef`` and ``use_adaptive_entropy``.
 
     **Policy and reference are always scored by the same code at the same precision.** With
     ``precompute_ref_log_probs=True`` TRL scores the datasets in the trainer's ``__init__``, with logits rounded to the
@@ -82,18 +125,20 @@ def fuse(trainer: Trainer) -> Trainer:
       the sequence out of the loss, but its gradient is NaN.
     - If several tokens share the highest logit, each of them counts as right for ``mean_token_accuracy``. In TRL only
       the first does.
+    - A CPO batch without a chosen completion token has a loss; TRL's is NaN.
     - Frozen weights of an adapter stay frozen. TRL's reference pass unfreezes them, and from the second step on their
       gradients count towards the norm that clips the gradient.
 
     Args:
-        trainer: a ``KTOTrainer`` or ``DPOTrainer`` of TRL 1.16. Fusing it again changes nothing.
+        trainer: a ``KTOTrainer``, ``DPOTrainer``, ``GRPOTrainer`` or ``experimental.cpo.CPOTrainer`` of TRL 1.16.
+            Fusing it again changes nothing.
 
     Returns:
         The same trainer.
 
     Raises:
         ImportError: TRL has another version.
-        TypeError: ``trainer`` is neither a ``KTOTrainer`` nor a ``DPOTrainer``.
+        TypeError: ``trainer`` is none of these.
 
     After an error, also one while the datasets are scored again, the trainer and its models are what they were.
     """
@@ -102,29 +147,27 @@ def fuse(trainer: Trainer) -> Trainer:
             f"kto_fused.integrations.trl knows TRL {TRL_VERSION}.*, found TRL {trl.__version__}: "
             f"pip install 'trl=={TRL_VERSION}.*'"
         )
-    from trl import DPOTrainer, KTOTrainer
-
-    if not isinstance(trainer, (KTOTrainer, DPOTrainer)):
-        raise TypeError(f"trainer must be a trl.KTOTrainer or trl.DPOTrainer, got {type(trainer).__name__}")
+    own = _own_class(trainer)
     if getattr(trainer, "_is_fused", False):
         return trainer
-    own = KTOTrainer if isinstance(trainer, KTOTrainer) else DPOTrainer
+    takeover, is_precomputed = TAKEOVERS[own.__name__], getattr(trainer, "precompute_ref_logps", False)
     restore = _restorer(trainer)
     try:
-        keeps_all = _why_trl_keeps_all(trainer) or fuse_models(trainer)
+        keeps_all, keeps_loss = _why_trl_keeps_all(trainer) or takeover.why_trl_keeps_all(trainer), None
+        if keeps_all is None:
+            keeps_loss = overridden(trainer, own, takeover.computes_loss) or takeover.why_trl_keeps_the_loss(trainer)
+            keeps_all = keeps_loss if takeover.reads_logits else None
+        keeps_all = keeps_all or fuse_models(trainer)
         if keeps_all is not None:
             restore()
             logger.warning("TRL computes everything as before: %s.", keeps_all)
             return trainer
-        why_trl_keeps_the_loss = why_trl_keeps_kto_loss if own is KTOTrainer else why_trl_keeps_dpo_loss
-        keeps_loss = overridden(trainer, own, REPLACED) or why_trl_keeps_the_loss(trainer)
-        if trainer.precompute_ref_logps:
+        if is_precomputed:
             keeps_loss = overridden(trainer, own, PRECOMPUTES) or keeps_loss
         if keeps_loss is None:
-            is_kto = own is KTOTrainer
-            trainer._compute_loss = MethodType(kto_loss if is_kto else dpo_loss, trainer)
-            trainer.compute_ref_log_probs = MethodType(kto_ref_log_probs if is_kto else dpo_ref_log_probs, trainer)
-        if trainer.precompute_ref_logps:
+            for name, method in takeover.methods.items():
+                setattr(trainer, name, MethodType(method, trainer))
+        if is_precomputed:
             trainer.data_collator = ExactReference(trainer.data_collator)
             trainer._prepare_input = MethodType(prepare_input, trainer)
             precompute_again(trainer, is_whole=keeps_loss is None)
@@ -140,10 +183,18 @@ def fuse(trainer: Trainer) -> Trainer:
     return trainer
 
 
+def _own_class(trainer: Trainer) -> type:
+    """Return the class of TRL that the trainer is an object of."""
+    for kind in type(trainer).__mro__:
+        if kind.__name__ in TAKEOVERS and kind.__module__.split(".")[0] == "trl":
+            return kind
+    raise TypeError(f"trainer must be one of TRL's {', '.join(TAKEOVERS)}, got {type(trainer).__name__}")
+
+
 def _restorer(trainer: Trainer) -> Callable[[], None]:
     """Return a function that undoes every change to the trainer and its models since this call."""
     attributes = dict(vars(trainer))
-    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
     patches = []
     for module in (module for model in models for module in model.modules()):
         patch = {name: module.__dict__[name] for name in PATCHED if name in module.__dict__}
@@ -175,26 +226,26 @@ def _why_trl_keeps_all(trainer: Trainer) -> str | None:
         return "FSDP1 flattens the LM head, set fsdp_version=2"
     if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
         return "tensor, context and sequence parallelism split the LM head or the sequences, which the loss needs whole"
-    if trainer._is_vlm:
+    if getattr(trainer, "_is_vlm", False):
         return "vision-language models are not supported"
     if trainer.accelerator.device.type == "mps":
         return "MPS has no float64"
     if getattr(trainer, "use_weighting", False):
         return "use_weighting=True needs the sum of squared probabilities, which only TRL's LM head computes"
-    return why_reference_is_lost(trainer) if trainer.precompute_ref_logps else None
+    return why_reference_is_lost(trainer) if getattr(trainer, "precompute_ref_logps", False) else None
 
 
 def _rounding_difference(trainer: Trainer) -> str | None:
     """Return how the user's settings round the policy and the reference differently, or None."""
-    args = trainer.args
-    if trainer.ref_model is not None:
-        policy, reference = huggingface.unwrap(trainer.model), huggingface.unwrap(trainer.ref_model)
+    args, ref_model = trainer.args, getattr(trainer, "ref_model", None)
+    if ref_model is not None:
+        policy, reference = huggingface.unwrap(trainer.model), huggingface.unwrap(ref_model)
         if policy.dtype != reference.dtype:
             return f"the policy is {policy.dtype} and the reference {reference.dtype}, load both in one dtype"
         attentions = [getattr(model.config, "_attn_implementation", None) for model in (policy, reference)]
         if attentions[0] != attentions[1]:
             return f"their attn_implementation is {attentions[0]} and {attentions[1]}, load both with one"
-    elif is_peft_model(trainer.model) and not trainer.precompute_ref_logps:
+    elif not getattr(trainer, "precompute_ref_logps", False):
         return None
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):

@@ -40,7 +40,7 @@ def fuse_models(trainer: Trainer) -> str | None:
         restores them.
     """
     inners = []
-    for role, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
+    for role, model in (("policy", trainer.model), ("reference", getattr(trainer, "ref_model", None))):
         if model is None:
             continue
         try:

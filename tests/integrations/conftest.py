@@ -8,13 +8,13 @@ def calls(monkeypatch) -> dict[str, int]:
     """Count the calls of this package's functions by a fused trainer, and of TRL's own LM head ("own")."""
     from trl.trainer import utils as trl_utils
 
-    from kto_fused.integrations import trl_model, trl_preference
+    from kto_fused.integrations import trl_grpo, trl_model, trl_preference, trl_reference_free
 
     counted = {
-        "linear_token_logps": trl_model,
-        "linear_sequence_logps": trl_preference,
-        "fused_linear_kto_loss": trl_preference,
-        "fused_linear_loss": trl_preference,
+        "linear_token_logps": [trl_model],
+        "linear_sequence_logps": [trl_preference],
+        "fused_linear_kto_loss": [trl_preference],
+        "fused_linear_loss": [trl_preference, trl_reference_free, trl_grpo],
     }
     counts = dict.fromkeys((*counted, "own"), 0)
 
@@ -25,8 +25,9 @@ def calls(monkeypatch) -> dict[str, int]:
 
         return call
 
-    for name, module in counted.items():
-        monkeypatch.setattr(module, name, count(name, getattr(module, name)))
+    for name, modules in counted.items():
+        for module in modules:
+            monkeypatch.setattr(module, name, count(name, getattr(module, name)))
     own = trl_utils._ChunkedLogProbFunction
     monkeypatch.setattr(own, "apply", count("own", own.apply))
     return counts
