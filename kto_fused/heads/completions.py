@@ -12,7 +12,7 @@ from .. import checks
 from .base import weighted
 from .preference import KTO_LOSS_TYPES, KTOHead, kto_losses, signs_and_weights
 from .protocol import Head, check_tensor_names, register
-from .tokens import check_clip, check_normalizer, clipped_losses
+from .tokens import check_clip, check_normalizer, clipped_losses, log_ratios
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ class GSPO(Head):
 
     The call's tensors are ``advantages`` A [B], and ``old_logps``: Lold [B], or the token log-probabilities from which
     it is summed, shaped as ``labels`` and aligned with them. ``clip`` is one number for low and high, or the pair
-    (low, high); the default is the paper's. ``delta`` > 0 bounds rho from above in the first term.
+    (low, high); the default is the paper's. ``delta`` > 0 bounds rho from above in the first term. With ``on_policy``
+    the policy itself has just sampled the completions: Lold is L without a gradient, and no ``old_logps`` come.
 
     ``normalizer`` is what ``reduction="mean"`` divides by. ``"sequences"`` is the paper's mean over the B sequences.
     The others weight a sequence's loss by its n tokens, as TRL's ``importance_sampling_level="sequence"`` does:
@@ -182,6 +183,7 @@ class GSPO(Head):
     max_tokens: int = 0
     clip: float | tuple[float, float] = (3e-4, 4e-4)
     delta: float = 0.0
+    on_policy: bool = False
 
     group: ClassVar[int | None] = 1
     needs_reference: ClassVar[bool] = False
@@ -190,9 +192,10 @@ class GSPO(Head):
     def __post_init__(self) -> None:
         check_normalizer(self.normalizer, self.max_tokens)
         check_clip(self.clip, self.delta)
+        checks.flag("on_policy", self.on_policy)
 
     def _ratios(self, logps, counts, old_logps):
-        return torch.exp((logps - old_logps) / counts.clamp(min=1))
+        return torch.exp(log_ratios(logps, old_logps, self.on_policy) / counts.clamp(min=1))
 
     def _weights(self, counts, batch_counts, num_items):
         """The factors of the sequences' losses, whose mean over the batch is the normalised loss."""
@@ -209,10 +212,10 @@ class GSPO(Head):
         total = batch_counts.sum().clamp(min=1) if num_items is None else num_items
         return counts.double() * len(batch_counts) / total
 
-    def losses(self, logps, counts, ref_logps, *, old_logps, advantages, num_items=None, batch_counts):
+    def losses(self, logps, counts, ref_logps, *, advantages, old_logps=None, num_items=None, batch_counts):
         weights = self._weights(counts, batch_counts, num_items)
         ratios = self._ratios(logps, counts, old_logps)
         return weighted(clipped_losses(ratios, advantages, self.clip, self.delta), weights)
 
-    def report(self, logps, counts, ref_logps, *, old_logps, advantages, num_items=None):
+    def report(self, logps, counts, ref_logps, *, advantages, old_logps=None, num_items=None):
         return {"ratios": self._ratios(logps, counts, old_logps)}

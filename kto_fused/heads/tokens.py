@@ -50,6 +50,14 @@ def clipped_losses(
     return -torch.minimum(ratios * advantages, clipped * advantages)
 
 
+def log_ratios(logps: torch.Tensor, old_logps: torch.Tensor | None, on_policy: bool) -> torch.Tensor:
+    """Return l - lold; ``on_policy`` 0, with the gradient of l."""
+    if (old_logps is None) != on_policy:
+        came = "none" if old_logps is None else "some"
+        raise TypeError(f"on_policy={on_policy}, but {came} came as old_logps: pass them unless it is True")
+    return logps - (logps.detach() if on_policy else old_logps)
+
+
 @dataclass(frozen=True)
 class TokenHead(Head):
     """What token-level losses share: the way in which ``reduction="mean"`` turns the tokens' losses into one number.
@@ -134,10 +142,7 @@ class _PolicyGradient(TokenHead):
         checks.flag("kl_ratio", self.kl_ratio)
 
     def _ratios(self, logps, old_logps):
-        if (old_logps is None) != self.on_policy:
-            came = "none" if old_logps is None else "some"
-            raise TypeError(f"on_policy={self.on_policy}, but {came} came as old_logps: pass them unless it is True")
-        return torch.exp(logps - (logps.detach() if self.on_policy else old_logps))
+        return torch.exp(log_ratios(logps, old_logps, self.on_policy))
 
     def _with_kl(self, losses, logps, ratio, ref_token_logps):
         if self.kl_beta == 0:

@@ -89,14 +89,15 @@ def fuse(trainer: Trainer) -> Trainer:
     - The whole loss is taken over: the policy's LM head and the loss become one call, which takes 3 GEMMs instead of 4
       (2 instead of 3 with a frozen head) and waits for the device once for all logged values. That holds for every
       ``loss_type`` of KTO, DPO and the experimental CPO, for weighted lists of DPO's losses and f-divergences, and for
-      GRPO's ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo`` and ``cispo``. CPO's logits are computed for completion tokens
-      alone. GRPO's tokens without a gradient (clipped ratios, advantages of 0) take part in 1 GEMM only, and its old
-      and reference log-probabilities come from this package too.
+      GRPO's ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``, ``luspo`` and ``cispo``. CPO's logits are computed for
+      completion tokens alone. GRPO's tokens without a gradient (clipped ratios, advantages of 0) take part in 1 GEMM
+      only, and its old and reference log-probabilities come from this package too.
     - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: ``ld_alpha``; a
       setting that no loss of this package takes, such as a negative weight or a ``label_smoothing`` of 0.5; a subclass
       with a loss of its own; ``ipo`` and ``sigmoid_norm`` for a batch with an empty prompt, and for every batch if the
-      reference log-probabilities are precomputed; GRPO's ``sapo``, ``luspo`` and ``vespo``,
-      ``importance_sampling_level="sequence"``, ``top_entropy_quantile`` and ``off_policy_mask_threshold``.
+      reference log-probabilities are precomputed; GRPO's ``sapo`` and ``vespo``,
+      ``importance_sampling_level="sequence"`` with ``beta`` or ``cispo``, ``top_entropy_quantile`` and
+      ``off_policy_mask_threshold``.
 
     **Where this package cannot take a trainer over, TRL computes everything as before.** ``fuse`` then returns the
     trainer and its models unchanged, and one warning names the reason. That happens with vision-language models,

@@ -14,10 +14,11 @@ from transformers import Trainer
 
 from .. import heads
 from ..functional import fused_linear_loss
+from ..heads.tokens import kl_estimates
 from ..huggingface.forward import FusedCall
 
-# losses of TRL that clip the ratio of PPO, and their names here
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo")
+# losses of TRL that clip PPO's ratio, by what the tokens' sum is divided by, see ``heads.tokens.NORMALIZERS``
+CLIPPED = {"grpo": "sequences", "bnpo": "tokens", "dr_grpo": "constant", "luspo": "constant", "dapo": "items"}
 # losses of TRL that divide by the number of tokens of all ranks and accumulated batches
 PER_ITEM = ("dapo", "cispo")
 
@@ -31,24 +32,29 @@ def grpo_head(trainer: Trainer, on_policy: bool) -> heads.Head:
     Raises:
         ValueError: no head is defined as TRL's loss is. The message names the setting.
     """
-    loss_type, args = trainer.loss_type, trainer.args
-    fields = {"kl_beta": trainer.beta, "kl_ratio": args.use_bias_correction_kl, "on_policy": on_policy}
-    if loss_type == "cispo":
-        return heads.make("cispo", clip_high=trainer.epsilon_high, **fields)
+    loss_type, level, args = trainer.loss_type, trainer.importance_sampling_level, trainer.args
+    of_kl = {"kl_beta": trainer.beta, "kl_ratio": args.use_bias_correction_kl}
+    if loss_type == "cispo" and level == "token":
+        return heads.make("cispo", clip_high=trainer.epsilon_high, on_policy=on_policy, **of_kl)
     if loss_type not in CLIPPED:
-        raise ValueError(f"loss_type={loss_type!r} is not one of {[*CLIPPED, 'cispo']}")
-    if loss_type == "dr_grpo":
-        fields["max_tokens"] = trainer.max_completion_length
+        raise ValueError(
+            f"loss_type={loss_type!r} with importance_sampling_level={level!r} is not one of {list(CLIPPED)}"
+        )
+    if level not in ("token", "sequence"):
+        raise ValueError(f"importance_sampling_level={level!r} is neither 'token' nor 'sequence'")
+    if level == "sequence" and trainer.beta != 0:
+        raise ValueError(f"beta={trainer.beta} adds losses of tokens to importance_sampling_level='sequence'")
     if args.delta is not None and args.delta <= 0:
         raise ValueError(f"delta={args.delta} is not positive")
-    delta = 0.0 if args.delta is None else args.delta
-    return heads.make(loss_type, clip=(trainer.epsilon_low, trainer.epsilon_high), delta=delta, **fields)
+    normalizer = CLIPPED[loss_type]
+    max_tokens = {"dr_grpo": trainer.max_completion_length, "luspo": 1}.get(loss_type, 0)  # luspo divides by B alone
+    fields = {"normalizer": normalizer, "max_tokens": max_tokens, "on_policy": on_policy}
+    fields |= {"clip": (trainer.epsilon_low, trainer.epsilon_high), "delta": args.delta or 0.0}
+    return heads.make("gspo", **fields) if level == "sequence" else heads.make("ppo", **fields, **of_kl)
 
 
 def why_trl_keeps_grpo_loss(trainer: Trainer) -> str | None:
     """Return why TRL computes the loss of a ``GRPOTrainer`` with these settings, or None."""
-    if trainer.importance_sampling_level != "token":
-        return f"importance_sampling_level={trainer.importance_sampling_level!r} is not 'token'"
     if trainer.top_entropy_quantile < 1.0:
         return f"top_entropy_quantile={trainer.top_entropy_quantile} chooses tokens by the entropy of all"
     if trainer.off_policy_mask_threshold is not None:
@@ -72,26 +78,29 @@ def why_trl_keeps_grpo(trainer: Trainer) -> str | None:
 
 def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """Replace ``GRPOTrainer._compute_loss``."""
-    if why_trl_keeps_grpo_loss(self) is not None:  # a setting that changed since fuse
-        return type(self)._compute_loss(self, model, inputs)
+    is_of_sequences = self.importance_sampling_level == "sequence"
+    advantages, old_logps = inputs["advantages"], inputs.get("old_per_token_logps")
+    if why_trl_keeps_grpo_loss(self) is not None or (is_of_sequences and advantages.ndim == 2):
+        return type(self)._compute_loss(self, model, inputs)  # a setting that changed since fuse, or a subclass's batch
     prompt_ids, completion_ids = inputs["prompt_ids"], inputs["completion_ids"]
     completion_mask, num_prompt = inputs["completion_mask"], prompt_ids.shape[1]
     mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
-    labels = completion_ids.masked_fill(mask == 0, -100)
-    advantages, old_logps = inputs["advantages"], inputs.get("old_per_token_logps")
     if advantages.ndim == 1:
         advantages = advantages[:, None]
 
-    tensors = {"advantages": advantages.expand(mask.shape)}
+    weighted_advantages = advantages.expand(mask.shape)
     if self.use_vllm and self.vllm_importance_sampling_correction:
         # a factor >= 0 of a token's loss without its KL term is a factor of the advantage
-        tensors["advantages"] = tensors["advantages"] * inputs["importance_sampling_ratio"]
+        weighted_advantages = weighted_advantages * inputs["importance_sampling_ratio"]
+    tensors = {"advantages": weighted_advantages}
     if old_logps is not None:
         tensors["old_logps"] = old_logps
     if self.beta != 0:
         tensors["ref_token_logps"] = inputs["ref_per_token_logps"]
     # entry t belongs to the token at t: the prompt's entries are not read
     tensors = {name: F.pad(values, (num_prompt, 0)) for name, values in tensors.items()}
+    if is_of_sequences:
+        tensors["advantages"] = (weighted_advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
     is_training = self.model.training
     steps = self.current_gradient_accumulation_steps if is_training else 1.0  # an evaluation accumulates nothing
     if self.loss_type in PER_ITEM:
@@ -103,8 +112,8 @@ def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.
     router = {"output_router_logits": True} if self.aux_loss_enabled else {}
     arguments = {
         "head": grpo_head(self, on_policy=old_logps is None),
-        "labels": F.pad(labels, (num_prompt, 0), value=-100),
-        "return_tokens": True,
+        "labels": F.pad(completion_ids.masked_fill(mask == 0, -100), (num_prompt, 0), value=-100),
+        "return_tokens": not is_of_sequences,
         **tensors,
     }
     gradient_path, outcome = model(
@@ -113,55 +122,76 @@ def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.
         fused_lm_head=FusedCall(fused_linear_loss, arguments),
         **router,
     )
-    loss, logps, values = outcome.results(gradient_path)
+    loss, *values = outcome.results(gradient_path)
+    if is_of_sequences:
+        (metrics,) = values
+        ratios, entropy = metrics.reported["ratios"][:, None], metrics.entropy * metrics.token_counts
+        kl = None
+    else:
+        logps, metrics = values
+        predicting = slice(num_prompt - 1, -1)  # the positions that predict the completion's tokens
+        logps, entropy = logps[:, predicting], metrics.entropy[:, predicting] * mask
+        ratios = torch.ones_like(logps) if old_logps is None else torch.exp(logps - old_logps)
+        kl = _kl(self, logps, inputs, ratios) if self.beta != 0 else None
     if self.loss_type not in PER_ITEM:
         loss = loss / steps
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * outcome.aux_loss / steps
-    predicting = slice(num_prompt - 1, -1)  # the positions that predict the completion's tokens
-    _log(self, inputs, mask, advantages, logps[:, predicting], values.entropy[:, predicting], outcome.aux_loss)
+    _log(self, mask, entropy, kl, _clipped(self, ratios, advantages), outcome.aux_loss)
     return loss
+
+
+# ---- The logged values ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _kl(trainer: Trainer, logps: torch.Tensor, inputs: dict[str, Any], ratios: torch.Tensor) -> torch.Tensor:
+    estimates = kl_estimates(logps, inputs["ref_per_token_logps"])
+    return estimates * ratios if trainer.args.use_bias_correction_kl else estimates
+
+
+def _clipped(trainer: Trainer, ratios: torch.Tensor, advantages: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return by name which importance ratios are clipped: [B, T] of tokens, or [B, 1] of sequences."""
+    low, high = trainer.epsilon_low, trainer.epsilon_high
+    if trainer.loss_type == "cispo":
+        return {"cispo_clip_ratio": (ratios > high) & (advantages > 0)}
+    if trainer.args.delta is not None:
+        ratios = ratios.clamp(max=trainer.args.delta)
+    is_low, is_high = (ratios < 1 - low) & (advantages < 0), (ratios > 1 + high) & (advantages > 0)
+    names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+    return dict(zip(names, (is_low, is_high, is_low | is_high), strict=True))
 
 
 @torch.no_grad()
 def _log(
     trainer: Trainer,
-    inputs: dict[str, Any],
     mask: torch.Tensor,
-    advantages: torch.Tensor,
-    logps: torch.Tensor,
     entropy: torch.Tensor,
+    kl: torch.Tensor | None,
+    clipped: dict[str, torch.Tensor],
     aux_loss: torch.Tensor | None,
 ) -> None:
-    """Append to ``trainer._metrics`` the values that TRL appends, with one wait for the device."""
-    old_logps = inputs.get("old_per_token_logps")
-    ratio = torch.exp(logps - (logps if old_logps is None else old_logps))
-    low, high = trainer.epsilon_low, trainer.epsilon_high
-    per_token = {}  # means over all ranks' tokens
-    if trainer.beta != 0:
-        d = inputs["ref_per_token_logps"] - logps
-        per_token["kl"] = torch.expm1(d) - d
-        if trainer.args.use_bias_correction_kl:
-            per_token["kl"] = per_token["kl"] * ratio
-    per_token["entropy"] = entropy
-    of_sequences = []
-    if trainer.loss_type == "cispo":
-        per_token["cispo_clip_ratio"] = (ratio > high) & (advantages > 0)
-    else:
-        if trainer.args.delta is not None:
-            ratio = ratio.clamp(max=trainer.args.delta)
-        is_low, is_high = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
-        per_token["clip_ratio/low_mean"] = is_low
-        per_token["clip_ratio/high_mean"] = is_high
-        per_token["clip_ratio/region_mean"] = is_low | is_high
-        of_sequences = [(clipped * mask).sum(1) / mask.sum(1) for clipped in (is_low, is_high)]
+    """Append to ``trainer._metrics`` the values that TRL appends, with one wait for the device.
 
-    accelerator = trainer.accelerator
-    sums = torch.stack([*((values * mask).sum(dtype=torch.float64) for values in per_token.values()), mask.sum()])
-    *sums, count = accelerator.reduce(sums, reduction="sum")
-    found = {name: total / count.clamp(min=1) for name, total in zip(per_token, sums, strict=True)}
-    if of_sequences:  # a sequence without tokens has no share
-        lows, highs = accelerator.gather(torch.stack(of_sequences, 1)).double().unbind(1)
+    ``entropy`` is that of tokens, or summed over each sequence's. Means are those of all ranks' tokens or sequences.
+    """
+    accelerator, num_tokens = trainer.accelerator, mask.sum()
+    sums = {} if kl is None else {"kl": ((kl * mask).sum(), num_tokens)}
+    sums["entropy"] = entropy.sum(), num_tokens
+    shares = {}
+    for name, is_clipped in clipped.items():
+        if is_clipped.shape[1] == 1:  # of sequences
+            sums[name] = is_clipped.sum(), torch.tensor(len(is_clipped), device=mask.device)
+            shares[name] = is_clipped[:, 0].double()
+        else:
+            sums[name] = (is_clipped * mask).sum(), num_tokens
+            shares[name] = (is_clipped * mask).sum(1).double() / mask.sum(1)
+    local = torch.stack([torch.stack([total.double(), count.double()]) for total, count in sums.values()])
+    totals, counts = accelerator.reduce(local, reduction="sum").unbind(1)
+    found = dict(zip(sums, totals / counts.clamp(min=1), strict=True))
+    if trainer.loss_type != "cispo":  # a sequence without tokens has no share
+        both = torch.stack([shares["clip_ratio/low_mean"], shares["clip_ratio/high_mean"]], 1)
+        lows, highs = accelerator.gather(both).unbind(1)
         extremes = lows.nan_to_num(torch.inf).min(), highs.nan_to_num(-torch.inf).max()
         for name, value in zip(("clip_ratio/low_min", "clip_ratio/high_max"), extremes, strict=True):
             found[name] = torch.where(value.isinf(), torch.nan, value)

@@ -66,16 +66,28 @@ def assert_same(trainer, own, inputs: dict[str, torch.Tensor]) -> None:
     assert_same_logs([logged], [own_logged])
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
+SEQUENCE = {"importance_sampling_level": "sequence"}
+OF_TOKENS = {
+    "clipped": ({}, {}),
+    "on-policy": ({"beta": 0.1}, {"is_old": False}),
+    "two-sided and tools": ({"beta": 0.1, "epsilon_high": 0.5, "delta": 1.8}, {"has_tools": True}),
+    "advantages of tokens": ({"beta": 0.2, "use_bias_correction_kl": False}, {"of_tokens": True}),
+}
+OF_SEQUENCES = {
+    "sequences": ({**SEQUENCE, "epsilon": 0.01, "delta": 1.1}, {"has_tools": True}),
+    "sequences on-policy": (SEQUENCE, {"is_old": False}),
+}
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]
+
+
 @pytest.mark.parametrize(
-    ("settings", "batch"),
+    ("loss_type", "settings", "batch"),
     [
-        ({}, {}),
-        ({"beta": 0.1}, {"is_old": False}),
-        ({"beta": 0.1, "epsilon_high": 0.5, "delta": 1.8}, {"has_tools": True}),
-        ({"beta": 0.2, "use_bias_correction_kl": False}, {"of_tokens": True}),
+        pytest.param(loss_type, *case, id=f"{loss_type}, {name}")
+        for losses, cases in (([*LOSSES, "cispo"], OF_TOKENS), (LOSSES, OF_SEQUENCES))
+        for loss_type in losses
+        for name, case in cases.items()
     ],
-    ids=["clipped", "on-policy", "two-sided and tools", "advantages of tokens"],
 )
 def test_losses_gradients_and_logs_are_trls(tmp_path, loss_type, settings, batch, calls, caplog):
     own, fused = (make_grpo_trainer(tmp_path, loss_type=loss_type, **settings) for _ in range(2))
@@ -85,7 +97,7 @@ def test_losses_gradients_and_logs_are_trls(tmp_path, loss_type, settings, batch
     calls.update(dict.fromkeys(calls, 0))
     assert_same(fused, own, inputs)
     only(calls, fused_linear_loss=1, own=1)
-    if not settings and loss_type != "cispo":
+    if "old_per_token_logps" in inputs and loss_type != "cispo":
         assert 0 < fused._metrics["train"]["clip_ratio/region_mean"][-1] < 1
     # vLLM's correction multiplies a token's loss, but not its KL term
     for trainer in (own, fused):
@@ -102,9 +114,9 @@ def test_losses_gradients_and_logs_are_trls(tmp_path, loss_type, settings, batch
     "settings",
     [
         {"loss_type": "sapo"},
-        {"loss_type": "luspo"},
         {"loss_type": "vespo"},
-        {"importance_sampling_level": "sequence"},
+        {"loss_type": "cispo", **SEQUENCE},
+        {"beta": 0.1, **SEQUENCE},
         {"top_entropy_quantile": 0.5},
         {"off_policy_mask_threshold": 0.5},
         {"epsilon": 0.0},
