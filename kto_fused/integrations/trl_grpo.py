@@ -114,6 +114,7 @@ def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.
         "head": grpo_head(self, on_policy=old_logps is None),
         "labels": F.pad(completion_ids.masked_fill(mask == 0, -100), (num_prompt, 0), value=-100),
         "return_tokens": not is_of_sequences,
+        "temperature": self.temperature,  # at which TRL samples and scores
         **tensors,
     }
     gradient_path, outcome = model(

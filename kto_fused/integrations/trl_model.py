@@ -57,7 +57,8 @@ def fuse_models(trainer: Trainer) -> str | None:
             return f"the {role} cannot be fused, checking it failed with {type(error).__name__}: {error}"
         inners.append((inner, is_prepared))
     for inner, is_prepared in inners:
-        _handle_fused_lm_head(inner, trainer.accelerator)
+        # that at which GRPO samples; TRL's other trainers have none
+        _handle_fused_lm_head(inner, trainer.accelerator, getattr(trainer, "temperature", 1.0))
         if is_prepared:
             _wrap_in_autocast(inner, trainer.accelerator)
     return None
@@ -80,7 +81,7 @@ def _without_router_logits(model: PreTrainedModel) -> Iterator[None]:
         config.output_router_logits = True
 
 
-def _handle_fused_lm_head(model: PreTrainedModel, accelerator: Accelerator) -> None:
+def _handle_fused_lm_head(model: PreTrainedModel, accelerator: Accelerator, temperature: float) -> None:
     """Replace the model's forward by one that handles ``fused_lm_head``, as the file's opening lines say."""
     # The forwards before stay in a list on the model: a deep copy gets a list of its own, and trainers that share a
     # model put one forward over the other.
@@ -94,7 +95,7 @@ def _handle_fused_lm_head(model: PreTrainedModel, accelerator: Accelerator) -> N
         # in an evaluation before training, and not the reference under FSDP2.
         with accelerator.autocast():
             if fused_lm_head is True:
-                return _token_logps(self, *args, **kwargs)
+                return _token_logps(self, *args, temperature=temperature, **kwargs)
             return _call(self, fused_lm_head, *args, **kwargs)
 
     # ``generate`` reads the signature; accelerate would follow a __wrapped__ when it removes its own wrappers
@@ -170,12 +171,13 @@ def _token_logps(
     labels: torch.Tensor | None = None,
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
+    temperature: float,
     **kwargs,
 ) -> ExactOutput:
     """Return what TRL's patched forward returns, except for ``log_sum_sq_probs``."""
     is_shifted = shift_labels is not None
     targets = shift_labels if is_shifted else labels
-    call = FusedCall(_predicted_logps, {"labels": targets, "shift": not is_shifted})
+    call = FusedCall(_predicted_logps, {"labels": targets, "shift": not is_shifted, "temperature": temperature})
     gradient_path, outcome = _call(model, call, *args, **kwargs)
     values = TokenValues(*outcome.results(gradient_path))
     label_mask = (targets if is_shifted else targets[:, 1:]) != -100

@@ -69,7 +69,7 @@ def assert_same(trainer, own, inputs: dict[str, torch.Tensor]) -> None:
 SEQUENCE = {"importance_sampling_level": "sequence"}
 OF_TOKENS = {
     "clipped": ({}, {}),
-    "on-policy": ({"beta": 0.1}, {"is_old": False}),
+    "on-policy": ({"beta": 0.1, "temperature": 0.7}, {"is_old": False}),
     "two-sided and tools": ({"beta": 0.1, "epsilon_high": 0.5, "delta": 1.8}, {"has_tools": True}),
     "advantages of tokens": ({"beta": 0.2, "use_bias_correction_kl": False}, {"of_tokens": True}),
 }
@@ -136,18 +136,24 @@ def test_a_loss_that_only_trl_defines_takes_this_packages_log_probabilities(tmp_
     assert not calls["fused_linear_loss"]
 
 
-def test_a_loss_of_the_entropy_is_left_to_trl(tmp_path, caplog):
-    trainer = make_grpo_trainer(tmp_path, entropy_coef=0.1)
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"entropy_coef": 0.1}, "entropy_coef"), ({"cast_lm_head_to_fp32": True}, "LM head has a forward of its own")],
+    ids=["entropy", "head in float32"],
+)
+def test_what_this_package_cannot_compute_is_left_to_trl(tmp_path, settings, reason, caplog):
+    trainer = make_grpo_trainer(tmp_path, **settings)
     before = snapshot(trainer)
     assert snapshot(fuse(trainer)) == before
     (message,) = said(caplog)
-    assert message.startswith("TRL computes everything as before: entropy_coef")
+    assert message.startswith("TRL computes everything as before")
+    assert reason in message
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"beta": 0.1, "loss_type": "dapo"},
+        {"beta": 0.1, "loss_type": "dapo", "temperature": 0.8},
         {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2, "max_steps": 3},
     ],
     ids=["one update", "two updates of each batch"],
