@@ -10,8 +10,10 @@ from typing import NamedTuple
 import pytest
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: nothing to fuse")
-if not trl.__version__.startswith("1.16."):
-    pytest.skip(f"fuses TRL 1.16, found {trl.__version__}", allow_module_level=True)
+VERSION = tuple(int(part) for part in trl.__version__.split(".")[:2])
+# CI runs one version; trl_versions.py runs these tests with all that fuse knows
+since_1_15 = pytest.mark.skipif(VERSION < (1, 15), reason="before TRL 1.15 its losses read logits")
+since_1_14 = pytest.mark.skipif(VERSION < (1, 14), reason="before TRL 1.14 references are not precomputed here")
 
 # ruff: noqa: E402 (the imports below need TRL)
 
@@ -295,6 +297,8 @@ def said(caplog) -> list[str]:
 
 
 def only(calls: dict[str, int], **expected: int) -> None:
+    if VERSION < (1, 15):  # TRL has no LM head of its own
+        expected.pop("own", None)
     assert {name: count for name, count in calls.items() if count} == expected
 
 

@@ -20,7 +20,7 @@ import trl
 from transformers import Trainer
 
 from .. import huggingface
-from .trl_grpo import grpo_loss, why_trl_keeps_grpo, why_trl_keeps_grpo_loss
+from .trl_grpo import grpo_loss, grpo_token_logps, why_trl_keeps_grpo, why_trl_keeps_grpo_loss
 from .trl_model import PATCHED, fuse_models
 from .trl_preference import (
     ExactReference,
@@ -41,7 +41,9 @@ from .trl_references import (
 )
 
 # Everything else of TRL is imported where it is used, after the check of its version.
-TRL_VERSION = "1.16"
+TRL_VERSIONS = [(1, minor) for minor in range(9, 17)]
+# from here on TRL asks its models for log-probabilities (``fused_lm_head``); before, its losses read logits
+FUSED_HEAD_SINCE = (1, 15)
 
 
 class Takeover(NamedTuple):
@@ -53,6 +55,7 @@ class Takeover(NamedTuple):
     # why nothing can be taken over; TRL's loss takes this package's log-probabilities unless it computes logits
     why_trl_keeps_all: Callable[[Trainer], str | None] = lambda trainer: None
     reads_logits: bool = False
+    methods_without_fused_head: dict[str, Callable] = {}  # noqa: RUF012 (never changed), more of them before 1.15
 
 
 TAKEOVERS = {
@@ -71,6 +74,7 @@ TAKEOVERS = {
         ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies"),
         why_trl_keeps_grpo_loss,
         why_trl_keeps_all=why_trl_keeps_grpo,
+        methods_without_fused_head={"_get_per_token_logps_and_entropies": grpo_token_logps},
     ),
     "CPOTrainer": Takeover(
         {"get_batch_loss_metrics": cpo_loss_metrics},
@@ -143,21 +147,19 @@ def fuse(trainer: Trainer) -> Trainer:
 
     After an error, also one while the datasets are scored again, the trainer and its models are what they were.
     """
-    if not trl.__version__.startswith(f"{TRL_VERSION}."):
-        raise ImportError(
-            f"kto_fused.integrations.trl knows TRL {TRL_VERSION}.*, found TRL {trl.__version__}: "
-            f"pip install 'trl=={TRL_VERSION}.*'"
-        )
+    version = _trl_version()
     own = _own_class(trainer)
     if getattr(trainer, "_is_fused", False):
         return trainer
     takeover, is_precomputed = TAKEOVERS[own.__name__], getattr(trainer, "precompute_ref_logps", False)
     restore = _restorer(trainer)
     try:
-        keeps_all, keeps_loss = _why_trl_keeps_all(trainer) or takeover.why_trl_keeps_all(trainer), None
+        reads_logits = takeover.reads_logits or version < FUSED_HEAD_SINCE
+        keeps_all = _why_this_version_keeps_all(trainer, version) or _why_trl_keeps_all(trainer)
+        keeps_all, keeps_loss = keeps_all or takeover.why_trl_keeps_all(trainer), None
         if keeps_all is None:
             keeps_loss = overridden(trainer, own, takeover.computes_loss) or takeover.why_trl_keeps_the_loss(trainer)
-            keeps_all = keeps_loss if takeover.reads_logits else None
+            keeps_all = keeps_loss if reads_logits else None
         keeps_all = keeps_all or fuse_models(trainer)
         if keeps_all is not None:
             restore()
@@ -166,7 +168,8 @@ def fuse(trainer: Trainer) -> Trainer:
         if is_precomputed:
             keeps_loss = overridden(trainer, own, PRECOMPUTES) or keeps_loss
         if keeps_loss is None:
-            for name, method in takeover.methods.items():
+            older = takeover.methods_without_fused_head if version < FUSED_HEAD_SINCE else {}
+            for name, method in {**takeover.methods, **older}.items():
                 setattr(trainer, name, MethodType(method, trainer))
         if is_precomputed:
             trainer.data_collator = ExactReference(trainer.data_collator)
@@ -182,6 +185,19 @@ def fuse(trainer: Trainer) -> Trainer:
     if difference is not None:
         logger.warning("Equal weights of policy and reference would not give a log-ratio of 0: %s.", difference)
     return trainer
+
+
+def _trl_version() -> tuple[int, int]:
+    """Return TRL's version, (major, minor), if this module knows it."""
+    major, minor = trl.__version__.split(".")[:2]
+    version = int(major), int(minor)
+    if version not in TRL_VERSIONS:
+        first, last = (".".join(map(str, known)) for known in (TRL_VERSIONS[0], TRL_VERSIONS[-1]))
+        raise ImportError(
+            f"kto_fused.integrations.trl knows TRL {first} to {last}, found TRL {trl.__version__}: "
+            f"pip install 'trl=={last}.*'"
+        )
+    return version
 
 
 def _own_class(trainer: Trainer) -> type:
@@ -216,6 +232,22 @@ def _restorer(trainer: Trainer) -> Callable[[], None]:
 
 # ---- What TRL keeps ------------------------------------------------------------------------------------------------
 # Each function returns a reason in words, for a warning, or None.
+
+
+def _why_this_version_keeps_all(trainer: Trainer, version: tuple[int, int]) -> str | None:
+    """Return which setting makes a version of TRL compute something else than TRL 1.16, or None."""
+    is_precomputed, name = getattr(trainer, "precompute_ref_logps", False), f"TRL {version[0]}.{version[1]}"
+    if version < FUSED_HEAD_SINCE and getattr(trainer, "use_liger_kernel", False):
+        return f"use_liger_kernel=True changes the loss in {name}"
+    if version < FUSED_HEAD_SINCE and trainer.aux_loss_enabled:
+        return f"{name} takes the load-balancing loss from the model's own forward: set router_aux_loss_coef=0.0"
+    if version < (1, 14) and is_precomputed:
+        return f"precompute_ref_log_probs=True in {name} has no cache apart for this package's values"
+    if version < (1, 10) and getattr(trainer, "f_divergence_type", "reverse_kl") != "reverse_kl":
+        return f"f_divergence_type={trainer.f_divergence_type!r} has other scores in {name}"
+    if version < (1, 10) and getattr(trainer, "loss_type", None) == "luspo":
+        return f"loss_type='luspo' weighs its tokens in another way in {name}"
+    return None
 
 
 def _why_trl_keeps_all(trainer: Trainer) -> str | None:

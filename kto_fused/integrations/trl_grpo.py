@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from .. import heads
-from ..functional import fused_linear_loss
+from ..functional import fused_linear_loss, linear_token_logps
 from ..heads.tokens import kl_estimates
 from ..huggingface.forward import FusedCall
 
@@ -140,6 +140,34 @@ def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.
         loss = loss + self.router_aux_loss_coef * outcome.aux_loss / steps
     _log(self, mask, entropy, kl, _clipped(self, ratios, advantages), outcome.aux_loss)
     return loss
+
+
+def grpo_token_logps(
+    self: Trainer,
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    batch_size: int | None = None,
+    compute_entropy: bool = False,
+    **others: Any,
+) -> tuple[torch.Tensor, None, None]:
+    """Replace ``GRPOTrainer._get_per_token_logps_and_entropies`` before TRL 1.15, which reads logits, for the old and
+    the reference's log-probabilities of the last ``logits_to_keep`` tokens.
+    """
+    if compute_entropy:  # TRL's own loss, for a setting that changed since fuse
+        others |= {"batch_size": batch_size, "compute_entropy": True}
+        method = type(self)._get_per_token_logps_and_entropies
+        return method(self, model, input_ids, attention_mask, logits_to_keep, **others)
+    parts, size = [], batch_size or len(input_ids)
+    for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :-logits_to_keep] = -100
+        call = FusedCall(linear_token_logps, {"labels": labels, "temperature": self.temperature})
+        gradient_path, outcome = model(input_ids=ids, attention_mask=mask, fused_lm_head=call)
+        (logps,) = outcome.results(gradient_path)
+        parts.append(logps[:, -logits_to_keep - 1 : -1])
+    return torch.cat(parts), None, None
 
 
 # ---- The logged values ---------------------------------------------------------------------------------------------

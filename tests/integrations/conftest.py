@@ -11,7 +11,7 @@ def calls(monkeypatch) -> dict[str, int]:
     from kto_fused.integrations import trl_grpo, trl_model, trl_preference, trl_reference_free
 
     counted = {
-        "linear_token_logps": [trl_model],
+        "linear_token_logps": [trl_model, trl_grpo],
         "linear_sequence_logps": [trl_preference],
         "fused_linear_kto_loss": [trl_preference],
         "fused_linear_loss": [trl_preference, trl_reference_free, trl_grpo],

@@ -10,8 +10,8 @@ from cases import make_case
 from kto_fused import fused_dpo_loss, fused_kto_loss, reference
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
-if not trl.__version__.startswith("1.16."):
-    pytest.skip(f"compares with TRL 1.16, found {trl.__version__}", allow_module_level=True)
+if not trl.__version__.startswith(("1.15.", "1.16.")):
+    pytest.skip(f"compares with TRL 1.15 and 1.16, found {trl.__version__}", allow_module_level=True)
 
 B, T, V = 6, 9, 50
 

@@ -6,7 +6,18 @@ pytest.importorskip("trl", reason="TRL is not installed: nothing to fuse")
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from trl_cases import HIDDEN, VOCAB, assert_same_logs, make_grpo_trainer, only, said, snapshot, steps
+from trl_cases import (
+    HIDDEN,
+    VERSION,
+    VOCAB,
+    assert_same_logs,
+    make_grpo_trainer,
+    only,
+    said,
+    since_1_15,
+    snapshot,
+    steps,
+)
 
 from kto_fused.integrations.trl import fuse
 
@@ -77,7 +88,7 @@ OF_SEQUENCES = {
     "sequences": ({**SEQUENCE, "epsilon": 0.01, "delta": 1.1}, {"has_tools": True}),
     "sequences on-policy": (SEQUENCE, {"is_old": False}),
 }
-LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", *(["luspo"] if VERSION >= (1, 10) else [])]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,7 @@ def test_losses_gradients_and_logs_are_trls(tmp_path, loss_type, settings, batch
     assert_same_logs(*([{name: x[-1] for name, x in t._metrics["eval"].items()}] for t in (fused, own)))
 
 
+@since_1_15
 @pytest.mark.parametrize(
     "settings",
     [

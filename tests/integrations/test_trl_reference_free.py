@@ -70,7 +70,7 @@ def soft_capped():
     [
         ({"alpha": 0.3}, "alpha=0.3 belongs to 'simpo' here"),
         ({"label_smoothing": 0.5}, "label_smoothing must lie in"),
-        ({"make_policy": experts}, "output_router_logits=True adds a load-balancing loss"),
+        ({"make_policy": experts}, "load-balancing loss"),
         ({"make_policy": soft_capped}, "the model caps its logits"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,

@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl_cases import (
     BATCH,
     FIRST_LOSS,
+    VERSION,
     VOCAB,
     DPOTrainer,
     KTOTrainer,
@@ -33,7 +34,10 @@ from trl_cases import (
 from kto_fused.integrations import trl_preference
 from kto_fused.integrations.trl import fuse
 
-pytestmark = pytest.mark.usefixtures("small_machine")
+pytestmark = [
+    pytest.mark.usefixtures("small_machine"),
+    pytest.mark.skipif(VERSION < (1, 14), reason="before TRL 1.14, TRL keeps trainers that precompute the reference"),
+]
 
 
 @both_trainers
@@ -187,7 +191,8 @@ def test_fused_and_unfused_trainers_never_read_each_others_cache(tmp_path, kind,
     only(calls)  # from the cache
     unfused = make()
     assert precomputed(unfused) == own
-    assert_no_log_ratio(unfused.evaluate(rows), "eval_")
+    if VERSION >= (1, 15):  # before, TRL rounds policy and reference differently
+        assert_no_log_ratio(unfused.evaluate(rows), "eval_")
 
 
 @both_trainers

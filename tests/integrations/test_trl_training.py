@@ -8,6 +8,7 @@ import torch
 from trl_cases import (
     BATCH,
     STEPS,
+    VERSION,
     DPOTrainer,
     KTOTrainer,
     assert_same_logs,
@@ -18,6 +19,8 @@ from trl_cases import (
     make_trainer,
     only,
     said,
+    since_1_14,
+    since_1_15,
     steps,
     timeless,
     with_trained_adapter,
@@ -90,20 +93,21 @@ def id_of(settings: dict) -> str:
     return str({name: getattr(value, "__name__", value) for name, value in settings.items()})
 
 
+LISTS_AND_DIVERGENCES = [  # (the version of TRL since which fuse takes them over, settings)
+    ((1, 9), {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    ((1, 9), {"loss_type": ["sigmoid_norm", "ipo"], "beta": 0.5}),
+    ((1, 9), {"loss_weights": [0.5]}),
+    ((1, 14), {"loss_type": ["sft", "aot"], "loss_weights": [1.0, 0.2], "precompute_ref_log_probs": True}),
+    ((1, 15), {"make_policy": experts, "loss_type": ["nca_pair"]}),
+    ((1, 10), {"f_divergence_type": "js_divergence", "loss_type": ["exo_pair"], "label_smoothing": 0.1}),
+    ((1, 10), {"f_divergence_type": "forward_kl"}),
+    ((1, 10), {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3, "loss_type": ["hinge"]}),
+    ((1, 10), {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0, "loss_type": ["discopop"]}),
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-        {"loss_type": ["sft", "aot", "bco_pair"], "loss_weights": [1.0, 0.2, 0.7], "precompute_ref_log_probs": True},
-        {"loss_type": ["sigmoid_norm", "ipo"], "beta": 0.5},
-        {"make_policy": experts, "loss_type": ["nca_pair"]},
-        {"loss_weights": [0.5]},
-        {"f_divergence_type": "js_divergence", "loss_type": ["exo_pair"], "label_smoothing": 0.1},
-        {"f_divergence_type": "forward_kl"},
-        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3, "loss_type": ["hinge"]},
-        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0, "loss_type": ["discopop"]},
-    ],
-    ids=id_of,
+    "settings", [settings for since, settings in LISTS_AND_DIVERGENCES if since <= VERSION], ids=id_of
 )
 def test_lists_of_losses_and_f_divergences_are_one_call(tmp_path, settings, calls, caplog):
     """A list is logged as TRL logs it: the sum's value, and DPO's rewards."""
@@ -113,6 +117,7 @@ def test_lists_of_losses_and_f_divergences_are_one_call(tmp_path, settings, call
     assert not calls["linear_token_logps"]
 
 
+@since_1_15
 @pytest.mark.parametrize("settings", [{"ld_alpha": 0.5}, {"loss_weights": [-0.5]}, {"use_weighting": True}], ids=id_of)
 def test_a_loss_that_only_trl_defines_is_trls_and_one_warning_says_so(tmp_path, settings, calls, caplog):
     assert_same_training(DPOTrainer, tmp_path, **settings)
@@ -231,7 +236,7 @@ def test_a_batch_of_one_class_logs_no_other(tmp_path, loss_type, desirable):
 
 
 @both_trainers
-@pytest.mark.parametrize("prepared", ["reference", "policy"])
+@pytest.mark.parametrize("prepared", ["reference", pytest.param("policy", marks=since_1_14)])
 def test_a_model_that_accelerate_prepared_before_runs_under_autocast(tmp_path, kind, prepared, monkeypatch):
     """TRL has accelerate prepare the reference, and an evaluation before training prepares the policy."""
     autocasts = []

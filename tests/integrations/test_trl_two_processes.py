@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from trl_cases import (
     BATCH,
+    VERSION,
     DPOTrainer,
     KTOTrainer,
     assert_no_log_ratio,
@@ -45,8 +46,10 @@ def two_processes(rank: int, folder: Path, port: int) -> None:
         )
         assert len(logs) == 3
         assert kind is DPOTrainer or logs[0]["kl"] > 0
-    check_fsdp2_rounds_no_log_probability(folder / f"{rank}")
-    check_precomputed_references(rank, folder)
+    if VERSION >= (1, 15):
+        check_fsdp2_rounds_no_log_probability(folder / f"{rank}")
+    if VERSION >= (1, 14):
+        check_precomputed_references(rank, folder)
     gc.collect()  # trainers hold the process group, and its threads should end before the interpreter does
     torch.distributed.destroy_process_group()
 
