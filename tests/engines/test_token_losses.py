@@ -304,7 +304,8 @@ def mix_of(name: str) -> heads.Mix:
 def tensors_of_mix(mix: heads.Mix, case: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     old_logps = old_logps_of(case)
     own = {"old_logps": old_logps, "advantages": case["advantages"][:, 0], "ref_token_logps": old_logps - 0.1}
-    tensors = {name: value for name, value in own.items() if name in mix.required_tensors()}
+    names = {*mix.required_tensors(), *({"old_logps"} & {*mix.tensor_names()})}
+    tensors = {name: value for name, value in own.items() if name in names}
     if "desirable" in mix.tensor_names():
         tensors["desirable"] = torch.arange(B, device=case["hidden"].device) % 2
     if mix.needs_reference:

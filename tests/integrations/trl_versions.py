@@ -1,4 +1,4 @@
-"""Run these tests with each version of TRL that ``fuse`` knows: ``python tests/integrations/trl_versions.py [1.9 ...]``.
+"""Run these tests with each version of TRL that ``fuse`` knows: ``python tests/integrations/trl_versions.py [1.9]``.
 
 Each version is installed into a folder of its own, without its dependencies, and goes before the installed one on
 Python's path. The table at the end belongs into ``docs/trl.md``.
