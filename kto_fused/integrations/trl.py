@@ -92,11 +92,11 @@ def fuse(trainer: Trainer) -> Trainer:
 
     - The whole loss is taken over: the policy's LM head and the loss become one call, which takes 3 GEMMs instead of 4
       (2 instead of 3 with a frozen head) and waits for the device once for all logged values. That holds for every
-      ``loss_type`` of KTO, DPO and the experimental CPO, for weighted lists of DPO's losses and f-divergences, and for
+      ``loss_type`` of KTO, DPO and the experimental CPO, for DPO's weighted lists, f-divergences, ``ld_alpha`` and ``use_weighting``, and for
       GRPO's ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``, ``luspo`` and ``cispo``. CPO's logits are computed for
       completion tokens alone. GRPO's tokens without a gradient (clipped ratios, advantages of 0) take part in 1 GEMM
       only, and its old and reference log-probabilities come from this package too.
-    - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: ``ld_alpha``; a
+    - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: a
       setting that no loss of this package takes, such as a negative weight or a ``label_smoothing`` of 0.5; a subclass
       with a loss of its own; ``ipo`` and ``sigmoid_norm`` for a batch with an empty prompt, and for every batch if the
       reference log-probabilities are precomputed; GRPO's ``sapo`` and ``vespo``,
@@ -105,10 +105,11 @@ def fuse(trainer: Trainer) -> Trainer:
 
     **Where this package cannot take a trainer over, TRL computes everything as before.** ``fuse`` then returns the
     trainer and its models unchanged, and one warning names the reason. That happens with vision-language models,
-    DeepSpeed ZeRO-3, FSDP1, tensor, context and sequence parallelism, ``use_weighting``, MPS, with every model that
+    DeepSpeed ZeRO-3, FSDP1, tensor, context and sequence parallelism, MPS, with every model that
     ``huggingface.attach`` refuses (prompt tuning, p-tuning, prefix tuning, a quantised LM head, ...), and where
     reference log-probabilities were precomputed and the reference is no longer there (see below). With CPO it happens
-    wherever TRL keeps the loss, for models with a soft cap of the logits, and with router logits; with GRPO for
+    wherever TRL keeps the loss, for models with a soft cap of the logits, and with router logits; with DPO for
+    ``use_weighting`` beside ``sft``, ``ipo``, ``sigmoid_norm`` or ``ld_alpha``; with GRPO for
     ``entropy_coef`` and ``use_adaptive_entropy``.
 
     **Policy and reference are always scored by the same code at the same precision.** With
@@ -155,6 +156,8 @@ def fuse(trainer: Trainer) -> Trainer:
     restore = _restorer(trainer)
     try:
         reads_logits = takeover.reads_logits or version < FUSED_HEAD_SINCE
+        # the sum of squared probabilities, which TRL's loss would read, is known to a whole loss only
+        reads_logits = reads_logits or getattr(trainer, "use_weighting", False)
         keeps_all = _why_this_version_keeps_all(trainer, version) or _why_trl_keeps_all(trainer)
         keeps_all, keeps_loss = keeps_all or takeover.why_trl_keeps_all(trainer), None
         if keeps_all is None:
@@ -263,8 +266,6 @@ def _why_trl_keeps_all(trainer: Trainer) -> str | None:
         return "vision-language models are not supported"
     if trainer.accelerator.device.type == "mps":
         return "MPS has no float64"
-    if getattr(trainer, "use_weighting", False):
-        return "use_weighting=True needs the sum of squared probabilities, which only TRL's LM head computes"
     return why_reference_is_lost(trainer) if getattr(trainer, "precompute_ref_logps", False) else None
 
 

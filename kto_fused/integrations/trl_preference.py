@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.utils import ModelOutput
 
 from .. import heads
+from ..arguments import ld_token_weights
 from ..functional import fused_linear_kto_loss, fused_linear_loss, linear_sequence_logps
 from ..huggingface.forward import FusedCall
 from ..huggingface.padding import without_padding_mask
@@ -59,8 +60,13 @@ def dpo_head(trainer: Trainer) -> heads.Head:
     Raises:
         ValueError: no head is defined as TRL's loss is. The message names the setting.
     """
-    if trainer.ld_alpha is not None:
-        raise ValueError(f"ld_alpha={trainer.ld_alpha} is not None")
+    if trainer.ld_alpha is not None and (trainer.use_weighting or trainer.loss_types == ["sft"]):
+        also = "use_weighting=True" if trainer.use_weighting else "loss_type=['sft'], which has no pairs"
+        raise ValueError(f"ld_alpha={trainer.ld_alpha} stands beside {also}")
+    if trainer.use_weighting and "sft" in trainer.loss_types:
+        raise ValueError("use_weighting=True multiplies the mean loss of 'sft' by the weights of all pairs")
+    if trainer.use_weighting and _is_length_averaged(trainer):  # their batches with an empty prompt are TRL's
+        raise ValueError(f"use_weighting=True stands beside loss_type={trainer.loss_types}")
     losses = [_dpo_part(trainer, loss_type) for loss_type in trainer.loss_types]
     if len(losses) == 1 and trainer.loss_weights == [1.0]:
         return losses[0]
@@ -68,7 +74,11 @@ def dpo_head(trainer: Trainer) -> heads.Head:
 
 
 def _dpo_part(trainer: Trainer, loss_type: str) -> heads.Head:
-    fields = {} if loss_type == "sft" else {"beta": trainer.beta}
+    if loss_type == "sft":
+        return heads.make("sft")
+    fields = {"beta": trainer.beta, "ld_alpha": _ld_alpha(trainer)}
+    if trainer.use_weighting:
+        fields["use_weighting"] = True
     if loss_type in SCORED:
         fields |= {
             "f_divergence_type": trainer.f_divergence_type,
@@ -79,6 +89,10 @@ def _dpo_part(trainer: Trainer, loss_type: str) -> heads.Head:
     if loss_type == "discopop":
         fields["discopop_tau"] = trainer.args.discopop_tau
     return heads.make(loss_type, **fields)
+
+
+def _ld_alpha(trainer: Trainer) -> float:
+    return 1.0 if trainer.ld_alpha is None else trainer.ld_alpha
 
 
 def why_trl_keeps_kto_loss(trainer: Trainer) -> str | None:
@@ -101,7 +115,7 @@ def why_trl_keeps_dpo_loss(trainer: Trainer) -> str | None:
         )
     try:
         dpo_head(trainer)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return None
 
@@ -111,8 +125,11 @@ def _is_left_to_trl(trainer: Trainer, reason: str | None) -> bool:
 
     Raises:
         ValueError: the reference log-probabilities are precomputed, as float64 sums. TRL's loss sums the policy's in
-            float32, so equal weights would not give a log-ratio of 0.
+            float32, so equal weights would not give a log-ratio of 0. Or TRL's loss would read the sum of squared
+            probabilities, which a fused model does not return.
     """
+    if reason is not None and getattr(trainer, "use_weighting", False):
+        raise ValueError(f"{reason}: this was set after fuse(trainer). Set it before fuse")
     if reason is not None and trainer.precompute_ref_logps:
         raise ValueError(
             f"{reason}: this was set after fuse(trainer), which precomputed the reference log-probabilities for "
@@ -177,7 +194,7 @@ def dpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any], return_out
         ref_logps = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
     else:
         with reference_of(self) as reference:
-            ref_logps = sequence_logps(self, reference, model_inputs, labels)
+            ref_logps = pair_logps(self, reference, model_inputs, labels)
     model_inputs = with_router_logits(self, model_inputs)
     loss_head = dpo_head(self)
     (loss, metrics), aux_loss = call_model(
@@ -286,10 +303,18 @@ def reference_of(trainer: Trainer) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def sequence_logps(
-    trainer: Trainer, model: nn.Module, model_inputs: dict[str, Any], labels: torch.Tensor
+    trainer: Trainer, model: nn.Module, model_inputs: dict[str, Any], labels: torch.Tensor, **weights: torch.Tensor
 ) -> torch.Tensor:
-    (logps,), _ = call_model(trainer, linear_sequence_logps, model, model_inputs, labels=labels)
+    (logps,), _ = call_model(trainer, linear_sequence_logps, model, model_inputs, labels=labels, **weights)
     return logps
+
+
+def pair_logps(trainer: Trainer, model: nn.Module, model_inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of a ``DPOTrainer``'s sequences, [2 pairs], with its ``ld_alpha``."""
+    weights = {}
+    if _ld_alpha(trainer) != 1:
+        weights["token_weights"] = ld_token_weights(labels, _ld_alpha(trainer))
+    return sequence_logps(trainer, model, model_inputs, labels, **weights)
 
 
 def call_model(

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from .. import __version__, huggingface
 from ..huggingface.running import evaluating
-from .trl_preference import REF_COLUMNS, model_inputs_of, reference_of, sequence_logps
+from .trl_preference import REF_COLUMNS, model_inputs_of, pair_logps, reference_of, sequence_logps
 
 # methods of a trainer that precompute the reference log-probabilities
 PRECOMPUTES = ("compute_ref_log_probs", "_precompute_ref_logps")
@@ -95,7 +95,7 @@ def kto_ref_log_probs(
 def dpo_ref_log_probs(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace ``DPOTrainer.compute_ref_log_probs``: return [pairs] of the chosen and of the rejected completions."""
     with _scoring(self, model):
-        return sequence_logps(self, model, *model_inputs_of(inputs)).chunk(2)
+        return pair_logps(self, model, *model_inputs_of(inputs)).chunk(2)
 
 
 @contextmanager

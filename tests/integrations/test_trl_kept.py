@@ -57,7 +57,7 @@ def test_a_subclass_with_its_own_loss_gets_fused_log_probabilities(tmp_path, kin
 @since_1_15
 def test_settings_changed_after_fuse_are_followed(tmp_path, calls):
     trainer = fuse(make_trainer(DPOTrainer, tmp_path, max_steps=1))
-    trainer.ld_alpha = 0.5
+    trainer.loss_weights = [-0.5]
     steps(trainer)
     only(calls, linear_token_logps=2)
 

@@ -91,7 +91,7 @@ PATHS = {
     "experts": {"make_policy": experts},
     "experts-precomputed": {"make_policy": experts, "precompute_ref_log_probs": True},
     "checkpointing": {"gradient_checkpointing": True, "precompute_ref_log_probs": True},
-    "a loss of TRL's": {"loss_type": ["nca_pair"], "precompute_ref_log_probs": True},
+    "a loss of TRL's": {"loss_weights": [-1.0], "precompute_ref_log_probs": True},
     "ld_alpha": {"ld_alpha": 0.5, "precompute_ref_log_probs": True},
     "weighting": {"use_weighting": True},
     "weighting-precomputed": {"use_weighting": True, "precompute_ref_log_probs": True},
@@ -291,9 +291,9 @@ def test_an_error_while_scoring_the_data_again_leaves_the_trainer_as_it_was(tmp_
 
 def test_a_later_setting_that_leaves_the_loss_to_trl_is_refused_with_precomputed_references(tmp_path):
     trainer = fuse(equal_trainer(DPOTrainer, tmp_path, precompute_ref_log_probs=True))
-    trainer.ld_alpha = 0.5
+    trainer.loss_weights = [-0.5]
     with pytest.raises(
-        ValueError, match=r"ld_alpha=0\.5 is not None: this was set after fuse\(trainer\).*Set it before fuse"
+        ValueError, match=r"a weight of Mix .* got -0\.5: this was set after fuse\(trainer\).*Set it before fuse"
     ):
         trainer.train()
 

@@ -97,6 +97,10 @@ LISTS_AND_DIVERGENCES = [  # (the version of TRL since which fuse takes them ove
     ((1, 9), {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
     ((1, 9), {"loss_type": ["sigmoid_norm", "ipo"], "beta": 0.5}),
     ((1, 9), {"loss_weights": [0.5]}),
+    ((1, 9), {"ld_alpha": 0.5, "loss_type": ["sigmoid", "sft"]}),
+    ((1, 9), {"ld_alpha": 0.3, "loss_type": ["ipo"], "beta": 0.5}),
+    ((1, 9), {"use_weighting": True, "loss_type": ["sigmoid", "apo_zero"]}),
+    ((1, 14), {"ld_alpha": 0.5, "loss_type": ["apo_down"], "precompute_ref_log_probs": True}),
     ((1, 14), {"loss_type": ["sft", "aot"], "loss_weights": [1.0, 0.2], "precompute_ref_log_probs": True}),
     ((1, 15), {"make_policy": experts, "loss_type": ["nca_pair"]}),
     ((1, 10), {"f_divergence_type": "js_divergence", "loss_type": ["exo_pair"], "label_smoothing": 0.1}),
@@ -118,13 +122,20 @@ def test_lists_of_losses_and_f_divergences_are_one_call(tmp_path, settings, call
 
 
 @since_1_15
-@pytest.mark.parametrize("settings", [{"ld_alpha": 0.5}, {"loss_weights": [-0.5]}, {"use_weighting": True}], ids=id_of)
-def test_a_loss_that_only_trl_defines_is_trls_and_one_warning_says_so(tmp_path, settings, calls, caplog):
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"loss_weights": [-0.5]}, "a weight of Mix must be"),
+        ({"ld_alpha": 1.5}, "ld_alpha must lie in"),
+        ({"ld_alpha": 0.5, "loss_type": ["sft"]}, "which has no pairs"),
+        ({"use_weighting": True, "loss_type": ["ipo"]}, "use_weighting=True stands beside loss_type=['ipo']"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_only_trl_defines_is_trls_and_one_warning_says_so(tmp_path, settings, reason, calls, caplog):
     assert_same_training(DPOTrainer, tmp_path, **settings)
     (message,) = said(caplog)
-    assert {"ld_alpha": "ld_alpha", "loss_weights": "a weight of Mix", "use_weighting": "use_weighting"}[
-        next(iter(settings))
-    ] in message
+    assert reason in message
     if "use_weighting" in settings:  # TRL computes everything in both trainers
         only(calls, own=STEPS * 4)
     else:
