@@ -17,7 +17,7 @@ since_1_14 = pytest.mark.skipif(VERSION < (1, 14), reason="before TRL 1.14 refer
 
 # ruff: noqa: E402 (the imports below need TRL)
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPO is experimental in TRL
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPO and ORPO are experimental in TRL
 
 import torch
 from datasets import Dataset
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from kto_fused.integrations import trl as fused_trl
 from kto_fused.integrations import trl_preference
@@ -47,7 +48,7 @@ PRECISIONS = {  # (bf16 of the configuration, dtype of the weights)
     "fp16-weights": (False, torch.float16),
 }
 FIRST_LOSS = {KTOTrainer: 0.5, DPOTrainer: math.log(2)}  # if all log-ratios are 0
-CONFIGS = {KTOTrainer: KTOConfig, DPOTrainer: DPOConfig, CPOTrainer: CPOConfig}
+CONFIGS = {KTOTrainer: KTOConfig, DPOTrainer: DPOConfig, CPOTrainer: CPOConfig, ORPOTrainer: ORPOConfig}
 WITH_REFERENCE = (KTOTrainer, DPOTrainer)  # the trainers that take a reference model
 both_trainers = pytest.mark.parametrize("kind", [KTOTrainer, DPOTrainer])
 

@@ -30,7 +30,12 @@ from .trl_preference import (
     why_trl_keeps_dpo_loss,
     why_trl_keeps_kto_loss,
 )
-from .trl_reference_free import cpo_loss_metrics, why_trl_keeps_cpo_loss
+from .trl_reference_free import (
+    cpo_loss_metrics,
+    orpo_loss_metrics,
+    why_trl_keeps_cpo_loss,
+    why_trl_keeps_orpo_loss,
+)
 from .trl_references import (
     PRECOMPUTES,
     dpo_ref_log_probs,
@@ -82,6 +87,12 @@ TAKEOVERS = {
         why_trl_keeps_cpo_loss,
         reads_logits=True,
     ),
+    "ORPOTrainer": Takeover(
+        {"get_batch_loss_metrics": orpo_loss_metrics},
+        ("compute_loss", "get_batch_loss_metrics", "concatenated_forward", "get_batch_logps", "odds_ratio_loss"),
+        why_trl_keeps_orpo_loss,
+        reads_logits=True,
+    ),
 }
 
 logger = logging.getLogger(__name__)
@@ -92,23 +103,26 @@ def fuse(trainer: Trainer) -> Trainer:
 
     - The whole loss is taken over: the policy's LM head and the loss become one call, which takes 3 GEMMs instead of 4
       (2 instead of 3 with a frozen head) and waits for the device once for all logged values. That holds for every
-      ``loss_type`` of KTO, DPO and the experimental CPO, for DPO's weighted lists, f-divergences, ``ld_alpha`` and ``use_weighting``, and for
-      GRPO's ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``, ``luspo`` and ``cispo``. CPO's logits are computed for
-      completion tokens alone. GRPO's tokens without a gradient (clipped ratios, advantages of 0) take part in 1 GEMM
-      only, and its old and reference log-probabilities come from this package too.
-    - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: a
-      setting that no loss of this package takes, such as a negative weight or a ``label_smoothing`` of 0.5; a subclass
-      with a loss of its own; ``ipo`` and ``sigmoid_norm`` for a batch with an empty prompt, and for every batch if the
-      reference log-probabilities are precomputed; GRPO's ``sapo`` and ``vespo``,
-      ``importance_sampling_level="sequence"`` with ``beta`` or ``cispo``, ``top_entropy_quantile`` and
-      ``off_policy_mask_threshold``.
+      ``loss_type`` of KTO, DPO and the experimental CPO, for the experimental ORPO, for DPO's weighted lists,
+      f-divergences, ``ld_alpha`` and ``use_weighting``, and for GRPO's ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``,
+      ``luspo`` and ``cispo``. CPO and ORPO compute logits for the tokens of their loss alone. GRPO's tokens without a
+      gradient (clipped ratios, advantages of 0) take part in 1 GEMM only, and its old and reference log-probabilities
+      come from this package too.
+    - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: a setting that no loss
+      of this package takes, such as a negative weight or a ``label_smoothing`` of 0.5; a subclass with a loss of its
+      own; ``ipo`` and ``sigmoid_norm`` for a batch with an empty prompt, and for every batch if the reference
+      log-probabilities are precomputed; GRPO's ``sapo`` and ``vespo``, ``importance_sampling_level="sequence"`` with
+      ``beta`` or ``cispo``, ``top_entropy_quantile`` and ``off_policy_mask_threshold``.
+    - TRL before 1.15 computes logits, not log-probabilities. Of its trainers, ``fuse`` takes over whole losses only,
+      and leaves to TRL ``use_liger_kernel`` and load-balancing losses, before 1.14 also precomputed references, and
+      in 1.9 f-divergences and ``luspo``.
 
     **Where this package cannot take a trainer over, TRL computes everything as before.** ``fuse`` then returns the
     trainer and its models unchanged, and one warning names the reason. That happens with vision-language models,
     DeepSpeed ZeRO-3, FSDP1, tensor, context and sequence parallelism, MPS, with every model that
     ``huggingface.attach`` refuses (prompt tuning, p-tuning, prefix tuning, a quantised LM head, ...), and where
-    reference log-probabilities were precomputed and the reference is no longer there (see below). With CPO it happens
-    wherever TRL keeps the loss, for models with a soft cap of the logits, and with router logits; with DPO for
+    reference log-probabilities were precomputed and the reference is no longer there (see below). With CPO and ORPO it
+    happens wherever TRL keeps the loss, for models with a soft cap of the logits, and with router logits; with DPO for
     ``use_weighting`` beside ``sft``, ``ipo``, ``sigmoid_norm`` or ``ld_alpha``; with GRPO for
     ``entropy_coef`` and ``use_adaptive_entropy``.
 
@@ -131,13 +145,13 @@ def fuse(trainer: Trainer) -> Trainer:
       the sequence out of the loss, but its gradient is NaN.
     - If several tokens share the highest logit, each of them counts as right for ``mean_token_accuracy``. In TRL only
       the first does.
-    - A CPO batch without a chosen completion token has a loss; TRL's is NaN.
+    - A CPO or ORPO batch without a chosen completion token has a loss; TRL's is NaN.
     - Frozen weights of an adapter stay frozen. TRL's reference pass unfreezes them, and from the second step on their
       gradients count towards the norm that clips the gradient.
 
     Args:
-        trainer: a ``KTOTrainer``, ``DPOTrainer``, ``GRPOTrainer`` or ``experimental.cpo.CPOTrainer`` of TRL 1.16.
-            Fusing it again changes nothing.
+        trainer: a ``KTOTrainer``, ``DPOTrainer``, ``GRPOTrainer``, ``experimental.cpo.CPOTrainer`` or
+            ``experimental.orpo.ORPOTrainer`` of TRL 1.9 to 1.16. Fusing it again changes nothing.
 
     Returns:
         The same trainer.

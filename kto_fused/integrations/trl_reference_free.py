@@ -1,4 +1,4 @@
-"""The whole loss of TRL's experimental ``CPOTrainer``, which has no reference model.
+"""The whole loss of TRL's experimental ``CPOTrainer`` and ``ORPOTrainer``, which have no reference model.
 
 TRL computes logits, and from them the loss and the logged values. Here one call at the LM head computes the loss; the
 logged mean of all logits, prompts and padding included, is the mean hidden state times the mean row of the LM head.
@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from .. import heads, huggingface
 from ..functional import fused_linear_loss
+from ..heads.pairs import log1mexp, odds_ratio_loss
 from ..huggingface.config import logit_options
 from ..huggingface.forward import FusedCall
 from ..metrics import LossMetrics
@@ -54,6 +55,19 @@ def why_trl_keeps_cpo_loss(trainer: Trainer) -> str | None:
     return _why_trl_keeps_logits(trainer)
 
 
+def why_trl_keeps_orpo_loss(trainer: Trainer) -> str | None:
+    """Return why TRL computes the loss of an ``ORPOTrainer`` with these settings, or None."""
+    try:
+        _orpo_head(trainer)
+    except ValueError as error:
+        return str(error)
+    return _why_trl_keeps_logits(trainer)
+
+
+def _orpo_head(trainer: Trainer) -> heads.Head:
+    return heads.make("orpo", beta=trainer.beta, nll_on="all")
+
+
 def _why_trl_keeps_logits(trainer: Trainer) -> str | None:
     """Return why the values that TRL's experimental trainers compute from logits cannot be computed here, or None."""
     if trainer.aux_loss_enabled:
@@ -88,29 +102,63 @@ def cpo_loss_metrics(
     return called.loss, _logged(self, called, rewards, logps, train_eval, nll_loss=nll)
 
 
+def orpo_loss_metrics(
+    self: Trainer, model: nn.Module, batch: dict[str, Any], train_eval: str = "train"
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Replace ``ORPOTrainer.get_batch_loss_metrics``: return the loss and the values to log."""
+    if why_trl_keeps_orpo_loss(self) is not None:  # a setting that changed since fuse
+        return type(self).get_batch_loss_metrics(self, model, batch, train_eval)
+    joined = self.concatenated_inputs(
+        batch,
+        is_encoder_decoder=self.is_encoder_decoder,
+        padding_value=self.padding_value,
+        device=self.accelerator.device,
+    )
+    is_completion = joined["concatenated_labels"] != -100
+    # the likelihood is that of chosen prompts and completions; rejected prompts are not read
+    is_chosen = torch.arange(len(is_completion), device=is_completion.device)[:, None] < len(is_completion) // 2
+    is_read = is_completion | (is_chosen & (joined["concatenated_attention_mask"] == 1))
+    labels = joined["concatenated_input_ids"].masked_fill(~is_read, -100)
+    arguments = {"head": _orpo_head(self), "labels": labels, "completion_mask": is_completion}
+    called = _call(model, joined, positions=slice(0, -1), **arguments)
+    logps = called.metrics.logps / is_completion[:, 1:].sum(1).clamp(min=1)
+    chosen, rejected = logps.chunk(2)
+    log_odds = chosen - rejected - (log1mexp(chosen) - log1mexp(rejected))
+    ratio = -odds_ratio_loss(chosen, rejected).mean()  # log sigma of the log-odds
+    means = {
+        "nll_loss": called.loss.detach() + self.beta * ratio,
+        "log_odds_ratio": ratio,
+        "log_odds_chosen": log_odds.mean(),
+    }
+    return called.loss, _logged(self, called, self.beta * logps, logps, train_eval, **means)
+
+
 class CalledAtHead(NamedTuple):
     """What one call at the LM head returns."""
 
     loss: torch.Tensor
     metrics: LossMetrics
-    mean_logits: torch.Tensor  # [2] of the chosen and of the rejected sequences, over all of their positions
+    mean_logits: torch.Tensor  # [2] of the chosen and of the rejected sequences
 
 
-def _call(model: nn.Module, joined: dict[str, torch.Tensor], **arguments: Any) -> CalledAtHead:
+def _call(
+    model: nn.Module, joined: dict[str, torch.Tensor], positions: slice = slice(None), **arguments: Any
+) -> CalledAtHead:
+    """Call a loss at the LM head. The mean of all logits is taken over the ``positions`` of the sequences."""
     # The mask stays, also where padding is on the right: TRL logs the padding's logits.
     gradient_path, outcome = model(
         input_ids=joined["concatenated_input_ids"],
         attention_mask=joined["concatenated_attention_mask"],
-        fused_lm_head=FusedCall(_loss_and_mean_logits, arguments),
+        fused_lm_head=FusedCall(_loss_and_mean_logits, {"positions": positions, **arguments}),
     )
     return CalledAtHead(*outcome.results(gradient_path))
 
 
-def _loss_and_mean_logits(*, hidden: torch.Tensor, **arguments: Any) -> CalledAtHead:
+def _loss_and_mean_logits(*, hidden: torch.Tensor, positions: slice, **arguments: Any) -> CalledAtHead:
     loss, metrics = fused_linear_loss(hidden=hidden, **arguments)
     with torch.no_grad():
         weight, bias = arguments["lm_head_weight"], arguments["lm_head_bias"]
-        mean_hidden = torch.stack([half.mean((0, 1), dtype=torch.float32) for half in hidden.chunk(2)])
+        mean_hidden = torch.stack([half.mean((0, 1), dtype=torch.float32) for half in hidden[:, positions].chunk(2)])
         mean_logits = mean_hidden @ weight.mean(0, dtype=torch.float32)
         if bias is not None:
             mean_logits = mean_logits + bias.mean(dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A fused ``CPOTrainer`` trains and logs as TRL's, and never computes logits."""
+"""Fused ``CPOTrainer`` and ``ORPOTrainer`` train and log as TRL's, and never compute logits."""
 
 import pytest
 
@@ -12,6 +12,7 @@ from trl_cases import (
     STEPS,
     VOCAB,
     CPOTrainer,
+    ORPOTrainer,
     assert_same_logs,
     assert_same_training,
     data,
@@ -50,9 +51,21 @@ def test_a_fused_cpo_trainer_trains_and_logs_as_trls(tmp_path, settings, calls, 
     only(calls, fused_linear_loss=STEPS * settings.get("gradient_accumulation_steps", 1))
 
 
-def test_a_fused_cpo_trainer_evaluates_as_trls(tmp_path):
-    arguments = {"eval_dataset": data(CPOTrainer, rows=7), "per_device_eval_batch_size": 4}
-    own, fused = make_trainer(CPOTrainer, tmp_path, **arguments), fuse(make_trainer(CPOTrainer, tmp_path, **arguments))
+@pytest.mark.parametrize(
+    "settings", [{"beta": 0.3, "lora": True}, {"beta": 0.0}, {"beta": 1.0, "gradient_accumulation_steps": 2}], ids=str
+)
+def test_a_fused_orpo_trainer_trains_and_logs_as_trls(tmp_path, settings, calls, caplog):
+    """TRL's likelihood is that of the chosen prompts too."""
+    logs = assert_same_training(ORPOTrainer, tmp_path, **settings)
+    assert not said(caplog)
+    assert {"nll_loss", "log_odds_ratio", "log_odds_chosen", "logits/chosen", "rewards/margins"} < logs[0].keys()
+    only(calls, fused_linear_loss=STEPS * settings.get("gradient_accumulation_steps", 1))
+
+
+@pytest.mark.parametrize("kind", [CPOTrainer, ORPOTrainer])
+def test_a_fused_trainer_evaluates_as_trls(tmp_path, kind):
+    arguments = {"eval_dataset": data(kind, rows=7), "per_device_eval_batch_size": 4}
+    own, fused = make_trainer(kind, tmp_path, **arguments), fuse(make_trainer(kind, tmp_path, **arguments))
     logs = [timeless(trainer.evaluate()) for trainer in (fused, own)]
     assert "eval_nll_loss" in logs[0]
     assert_same_logs(*([log] for log in logs))
