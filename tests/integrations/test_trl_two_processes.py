@@ -16,15 +16,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from trl_cases import (
     BATCH,
     VERSION,
+    CPOTrainer,
     DPOTrainer,
     KTOTrainer,
     assert_no_log_ratio,
+    assert_same_logs,
     assert_same_training,
     batch,
     data,
     equal_trainer,
     long_data,
+    make_grpo_trainer,
     make_trainer,
+    model,
     steps,
 )
 
@@ -46,12 +50,30 @@ def two_processes(rank: int, folder: Path, port: int) -> None:
         )
         assert len(logs) == 3
         assert kind is DPOTrainer or logs[0]["kl"] > 0
+    logs = assert_same_training(
+        CPOTrainer,
+        folder / f"{rank}",
+        train_dataset=data(CPOTrainer, rows=2 * BATCH + 1),
+        num_train_epochs=1,
+        max_steps=-1,
+    )
+    assert len(logs) == 3
+    check_grpo(folder)
     if VERSION >= (1, 15):
         check_fsdp2_rounds_no_log_probability(folder / f"{rank}")
     if VERSION >= (1, 14):
         check_precomputed_references(rank, folder)
     gc.collect()  # trainers hold the process group, and its threads should end before the interpreter does
     torch.distributed.destroy_process_group()
+
+
+def check_grpo(folder: Path) -> None:
+    """Both processes' tokens count in DAPO's normaliser and in the logged means."""
+    settings = {"loss_type": "dapo", "beta": 0.1, "num_iterations": 2, "max_steps": 2}
+    own, fused = steps(make_grpo_trainer(folder, **settings)), steps(fuse(make_grpo_trainer(folder, **settings)))
+    assert_same_logs(fused.logs, own.logs)
+    for name, parameter in fused.parameters.items():
+        torch.testing.assert_close(parameter, own.parameters[name], rtol=1e-4, atol=2e-6)
 
 
 def check_precomputed_references(rank: int, folder: Path) -> None:
@@ -97,4 +119,5 @@ def test_two_processes_train_and_log_as_in_trl(tmp_path):
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
+    model().save_pretrained(tmp_path / "model")  # in a process group only the first process would save it
     torch.multiprocessing.spawn(two_processes, (tmp_path, port), nprocs=2)
