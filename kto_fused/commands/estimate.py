@@ -17,10 +17,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from .. import heads
 from ..engines import backends
 from ..engines.options import HiddenOptions, LogitOptions, Needs
 from ..engines.plan import held_dtype, largest_chunk
 from ..functional import DEFAULT_CHUNK_BYTES
+from ..heads.protocol import Head, class_of
 from ..huggingface.config import max_positions
 from ..huggingface.files import load_pretrained
 from . import environment, flags
@@ -42,7 +44,9 @@ class EstimateSettings:
     model: str = field(metadata={"help": "a Hugging Face model: a folder with its config.json, or its id on the Hub"})
     batch: int = field(default=8, metadata={"help": "sequences per step; pairs per step for --loss dpo"})
     seq: int = field(default=2048, metadata={"help": "positions per sequence, prompt and padding included"})
-    loss: Literal["kto", "dpo"] = field(default="kto", metadata={"help": "loss to train with"})
+    loss: Literal["kto", "dpo"] = field(
+        default="kto", metadata={"help": "kto: a loss of single completions; dpo: a loss of pairs"}
+    )
     dtype: Literal["bf16", "fp16", "fp32"] = field(
         default="bf16",
         metadata={"help": "dtype that the model computes in; if the weights are wider, under autocast"},
@@ -67,6 +71,13 @@ class EstimateSettings:
     )
     chunk_bytes: int = field(
         default=DEFAULT_CHUNK_BYTES, metadata={"help": "bytes that the fused loss may use for a chunk of logits"}
+    )
+    loss_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "the loss, named as in kto-fused train: some have no reference model, or no mismatched pairs; kto "
+            "or sigmoid if not given"
+        },
     )
 
 
@@ -96,6 +107,8 @@ class LossShape:
     param_dtype: torch.dtype  # of weights, hidden states and their gradients; wider than dtype under autocast
     is_head_trained: bool = True
     is_paired: bool = False
+    has_reference: bool = True
+    has_mismatched: bool = True  # whether z0 comes from mismatched pairs, which a loss of pairs never has
 
     @property
     def num_tokens(self) -> int:
@@ -242,6 +255,7 @@ def check(settings: EstimateSettings) -> None:
         value = getattr(settings, name)
         if not least <= value <= most:
             raise CommandError(f"--{name} must be a whole number from {least} to {most}, got {value}")
+    loss_of(settings)
     if settings.weights not in ("auto", "fp32", settings.dtype):
         raise CommandError(
             f"--weights must be auto, fp32 or the same as --dtype ({settings.dtype}), got {settings.weights!r}"
@@ -318,7 +332,30 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+def loss_of(settings: EstimateSettings) -> Head:
+    """Return the loss of the settings.
+
+    Raises:
+        CommandError: ``--loss_type`` names none, or one of other data than ``--loss``.
+    """
+    name = settings.loss_type or {"kto": "kto", "dpo": "sigmoid"}[settings.loss]
+    of_data = [each for each in heads.names() if _reads(class_of(each), settings.loss)]
+    if name not in of_data:
+        raise CommandError(
+            f"--loss_type {name} is no loss of --loss {settings.loss}: choose one of {', '.join(of_data)}"
+        )
+    return heads.make(name)
+
+
+def _reads(kind: type[Head], loss: str) -> bool:
+    """Whether a loss reads the data of ``--loss``: pairs, or single completions with labels."""
+    if loss == "kto":
+        return kind.level == "sequence" and "desirable" in kind.tensor_names()
+    return kind.level == "sequence" and not kind.required_tensors() and heads.make(kind.name).is_paired
+
+
 def loss_shape(settings: EstimateSettings, facts: ModelFacts, seq_len: int) -> LossShape:
+    loss = loss_of(settings)
     is_trained, is_paired = settings.head == "trained", settings.loss == "dpo"
     weights = settings.weights
     if weights == "auto":
@@ -333,6 +370,8 @@ def loss_shape(settings: EstimateSettings, facts: ModelFacts, seq_len: int) -> L
         param_dtype=DTYPES[weights],
         is_head_trained=is_trained,
         is_paired=is_paired,
+        has_reference=loss.needs_reference,
+        has_mismatched="z0" in loss.tensor_names(),
     )
 
 
@@ -344,7 +383,8 @@ def plain_loss(shape: LossShape) -> LossMemory:
     return LossMemory(
         peak=max(plain_moments(shape), key=lambda moment: moment.total),
         at_forward_end=shape.dtype.itemsize * shape.logits,
-        until_backward_end=2 * shape.dtype.itemsize * shape.logits,  # the loop's variables still hold both logits
+        # the loop's variables still hold both logits
+        until_backward_end=(1 + shape.has_reference) * shape.dtype.itemsize * shape.logits,
     )
 
 
@@ -373,7 +413,7 @@ def plain_moments(shape: LossShape) -> list[Moment]:
     width, params = shape.dtype.itemsize, shape.param_dtype.itemsize
     logits = {
         "policy's logits [B, T, V]": width * shape.logits,
-        "reference's logits [B, T, V]": width * shape.logits,
+        "reference's logits [B, T, V]": width * shape.logits * shape.has_reference,
         **_autocast_copies(shape),
     }
     wide = 4 * shape.predicted_logits
@@ -405,7 +445,8 @@ def fused_loss(shape: LossShape, chunk_bytes: int, backend: str) -> LossMemory:
 def fused_moments(shape: LossShape, chunk_bytes: int, backend: str) -> list[Moment]:
     """Return the moments at which the loss with kto-fused may hold most.
 
-    ``fused_linear_kto_loss`` or ``fused_linear_dpo_loss`` takes the hidden states and LM heads of policy and reference.
+    ``fused_linear_loss`` takes the hidden states and LM heads of policy and reference; a loss without a reference takes
+    the policy's alone.
     In a chunk it holds (in numbers):
 
         BTH                   the reference's hidden states
@@ -420,7 +461,8 @@ def fused_moments(shape: LossShape, chunk_bytes: int, backend: str) -> list[Mome
     """
     params, gradient_dtype = shape.param_dtype.itemsize, held_dtype(shape.param_dtype)
     chunk = _chunk(shape, chunk_bytes, backend)
-    inputs = {"reference's hidden states [B, T, H]": params * shape.hidden, **_autocast_copies(shape)}
+    ref_hidden = params * shape.hidden * shape.has_reference
+    inputs = {"reference's hidden states [B, T, H]": ref_hidden, **_autocast_copies(shape)}
     gradients = {
         "gradient w.r.t. the hidden states [B, T, H]": gradient_dtype.itemsize * shape.hidden,
         "gradient w.r.t. the LM head, summed [V, H]": chunk.weight_sum.nbytes if chunk.weight_sum is not None else 0,
@@ -434,7 +476,7 @@ def fused_moments(shape: LossShape, chunk_bytes: int, backend: str) -> list[Mome
         Moment("in a chunk", {**inputs, **gradients, **chunk.terms}),
         Moment("after the last chunk", {**inputs, **gradients, "gradients, rounded": rounded}),
     ]
-    if not shape.is_paired:
+    if shape.has_mismatched and not shape.is_paired:
         hidden = {"mismatched pairs' hidden states [B, T, H]": params * shape.hidden, **_autocast_copies(shape)}
         mismatched = _chunk(shape, chunk_bytes, backend, has_gradient=False)
         moments.append(Moment("in the mismatched pairs", {**hidden, **mismatched.terms}))
@@ -487,7 +529,7 @@ def step_memory(facts: ModelFacts, shape: LossShape) -> StepMemory:
         weights=policy,
         gradients=policy * is_trained,
         adamw=2 * policy * is_trained,
-        reference=policy * is_trained,
+        reference=policy * is_trained * shape.has_reference,
         casts=computed * (facts.num_parameters - shape.head) * (is_trained and is_cast),
         checkpoints=width * positions * facts.layer_size * facts.num_layers,
         layer=positions * of_layer,
@@ -527,7 +569,7 @@ def table(settings: EstimateSettings, numbers: Estimate) -> str:
     lines = [
         f"{settings.model}: {facts.kind}, {facts.num_parameters / 1e6:.1f}M parameters, {facts.num_layers} layers, "
         f"H = {facts.hidden_size}, V = {facts.vocab_size}, {limit}",
-        f"{settings.loss.upper()}, {settings.batch} {unit} of T = {settings.seq}, "
+        f"{settings.loss_type or settings.loss.upper()}, {settings.batch} {unit} of T = {settings.seq}, "
         f"{shape.tokens_per_sequence} completion tokens each, computed in {settings.dtype}, head {settings.head}, "
         f"weights in {next(name for name, dtype in DTYPES.items() if dtype == shape.param_dtype)}",
     ]
@@ -551,13 +593,15 @@ def table(settings: EstimateSettings, numbers: Estimate) -> str:
         rows += [
             (f"gradients, {width} bytes each", step.gradients),
             (f"AdamW's two moments, {2 * width} bytes together", step.adamw),
-            (f"reference model's weights, {width} bytes each", step.reference),
         ]
+        if step.reference:
+            rows.append((f"reference model's weights, {width} bytes each", step.reference))
     rows += [("one checkpoint per layer [B, T, H]", step.checkpoints), ("backward of one layer", step.layer)]
     lines += _rows(rows)
     if not shape.is_head_trained:
         lines.append(
-            "adapters, their gradients and moments are not counted; the reference is the model with its adapters off"
+            "adapters, their gradients and moments are not counted"
+            + "; the reference is the model with its adapters off" * shape.has_reference
         )
     rows = [
         ("peak of the whole step, plain", step.peak(numbers.plain)),

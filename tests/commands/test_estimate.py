@@ -24,7 +24,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, linear_sequence_logps
+from kto_fused import fused_linear_dpo_loss, fused_linear_kto_loss, fused_linear_loss, linear_sequence_logps
 from kto_fused.commands import environment, estimate
 from kto_fused.commands.errors import CommandError
 from kto_fused.commands.estimate import DTYPES, GIB, EstimateSettings, LossShape
@@ -38,6 +38,8 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 BETA = 0.1
 FROZEN = {"is_head_trained": False}
 PAIRS = {"is_paired": True}
+FREE = {"is_paired": True, "has_reference": False}
+ZERO = {"has_mismatched": False}
 
 
 @pytest.fixture(autouse=True)
@@ -83,18 +85,20 @@ def plain_logps(logits, labels):
 def plain_step(shape, hidden, weight, ref_hidden, ref_weight, labels):
     """The usual loop in plain PyTorch: both models' logits, log-probabilities, loss, backward."""
     z0 = 0.0
-    if not shape.is_paired:
+    if shape.has_mismatched and not shape.is_paired:
         with torch.no_grad():
             mismatched = labels.roll(1, 0)
             policy = plain_logps(hidden @ weight.T, mismatched)
             z0 = (policy - plain_logps(ref_hidden @ ref_weight.T, mismatched)).mean().clamp(min=0)
     logits = hidden @ weight.T
-    with torch.no_grad():
-        ref_logits = ref_hidden @ ref_weight.T
-    logps = plain_logps(logits, labels)
-    with torch.no_grad():
-        ref_logps = plain_logps(ref_logits, labels)
-    log_ratios = BETA * (logps - ref_logps)
+    if shape.has_reference:
+        with torch.no_grad():
+            ref_logits = ref_hidden @ ref_weight.T
+    log_ratios = BETA * plain_logps(logits, labels)
+    if shape.has_reference:
+        with torch.no_grad():
+            ref_logps = plain_logps(ref_logits, labels)
+        log_ratios = log_ratios - BETA * ref_logps
     if shape.is_paired:
         chosen, rejected = log_ratios.chunk(2)
         loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
@@ -106,11 +110,15 @@ def plain_step(shape, hidden, weight, ref_hidden, ref_weight, labels):
 
 def fused_step(shape, chunk_bytes, backend, hidden, weight, ref_hidden, ref_weight, labels):
     options = {"chunk_bytes": chunk_bytes, "backend": backend}
-    kl_hidden = hidden.detach().clone() if not shape.is_paired else None  # hidden states of the mismatched pairs
-    if kl_hidden is not None:
+    kl_hidden = None  # hidden states of the mismatched pairs
+    if shape.has_mismatched and not shape.is_paired:
+        kl_hidden = hidden.detach().clone()
         with torch.no_grad():
             linear_sequence_logps(kl_hidden, weight, labels, **options)
         kl_hidden = None
+    if not shape.has_reference:
+        loss, _ = fused_linear_loss("cpo", hidden, weight, labels, **options)
+        return torch.autograd.grad(loss, needed(hidden, weight))
     options |= {"ref_hidden": ref_hidden.clone(), "ref_lm_head_weight": ref_weight}
     if shape.is_paired:
         loss, _ = fused_linear_dpo_loss(hidden, weight, labels, **options)
@@ -120,7 +128,7 @@ def fused_step(shape, chunk_bytes, backend, hidden, weight, ref_hidden, ref_weig
     return torch.autograd.grad(loss, needed(hidden, weight))
 
 
-@pytest.mark.parametrize("options", [{}, FROZEN, PAIRS], ids=["kto", "frozen", "dpo"])
+@pytest.mark.parametrize("options", [{}, FROZEN, PAIRS, FREE], ids=["kto", "frozen", "dpo", "cpo"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_plain_loss_takes_the_estimated_memory(dtype, options):
     shape = make_shape(dtype, **options)
@@ -149,6 +157,8 @@ FUSED = {
     "several chunks": ({}, "fp32", 18),
     "several chunks of pairs": (PAIRS, "fp32", 18),
     "several chunks, bf16": ({}, "bf16", 28),
+    "no reference": (FREE, "fp32", 18),
+    "no mismatched pairs": (ZERO, "bf16", 64),
     "a sequence over the budget": ({}, "fp32", 9),
     "a sequence over the budget, frozen": (FROZEN, "fp32", 9),
     "a large head": (LARGE_HEAD, "fp32", 20),
@@ -282,6 +292,16 @@ def test_prompts_cost_the_fused_loss_no_logits():
     fused = [estimate.fused_loss(shape, GIB, "triton").peak.total for shape in (short, long)]
     assert fused[1] < 1.01 * fused[0]
     assert estimate.plain_loss(long).peak.total > 15 * estimate.plain_loss(short).peak.total
+
+
+def test_a_loss_without_a_reference_takes_no_second_model(llama):
+    orpo, sigmoid = (estimate.estimate(EstimateSettings(llama, loss="dpo", loss_type=name)) for name in ("orpo", None))
+    assert (orpo.step.reference, sigmoid.step.reference) == (0, sigmoid.step.weights)
+    assert orpo.fused.peak.total == sigmoid.fused.peak.total - orpo.shape.param_dtype.itemsize * orpo.shape.hidden
+    with pytest.raises(
+        CommandError, match="--loss_type orpo is no loss of --loss kto: choose one of apo_zero_unpaired,"
+    ):
+        estimate.estimate(EstimateSettings(llama, loss_type="orpo"))
 
 
 def test_pairs_are_twice_the_sequences(llama):
