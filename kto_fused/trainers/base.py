@@ -337,6 +337,7 @@ class FusedTrainer(ResumableTrainer):
                 args.train_sampling_strategy,
                 seed,
                 self._epoch,
+                args.world_size,
             )
         if args.train_sampling_strategy == "group_by_length":
             return _LengthGroupedEpochs(self, train_dataset["length"], seed)

@@ -76,16 +76,25 @@ class ObjectiveBatches(Sampler):
     """Rows of a ``joined`` dataset, in batches that hold equally many rows of each objective.
 
     An epoch ends when the largest objective's rows have all been drawn; rows of smaller ones are drawn again. The order
-    depends on the seed and the epoch alone, so that it is the same after resuming and for several processes.
+    depends on the seed and the epoch alone. So it is the same after resuming, and whether one process or several
+    ``processes`` share a global batch.
     """
 
     def __init__(
-        self, dataset: Dataset, sizes: list[int], batch_size: int, order: str, seed: int, epoch: Callable[[], int]
+        self,
+        dataset: Dataset,
+        sizes: list[int],
+        batch_size: int,
+        order: str,
+        seed: int,
+        epoch: Callable[[], int],
+        processes: int = 1,
     ):
         self.lengths = np.asarray(dataset["length"])
         self.sizes, self.batch_size, self.order, self.seed, self.epoch = sizes, batch_size, order, seed, epoch
         self.share = batch_size // len(sizes)
-        self.num_batches = -(-max(sizes) // self.share)
+        self.share_of_all = self.share * processes  # rows of an objective in the batches of all processes
+        self.num_batches = -(-max(sizes) // self.share_of_all) * processes
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
@@ -106,9 +115,9 @@ class ObjectiveBatches(Sampler):
         rows = np.concatenate(rounds)[:needed]
         if self.order == "group_by_length":
             # groups of equally many batches for all objectives, so that lengths fall alike in the blocks of a batch
-            batches = max(1, min(self.num_batches // 4, LARGEST_GROUP))
+            batches = max(1, min(needed // self.share_of_all // 4, LARGEST_GROUP))
             lengths = self.lengths[start + rows].tolist()
-            rows = rows[get_length_grouped_indices(lengths, self.share, batches, generator=generator)]
+            rows = rows[get_length_grouped_indices(lengths, self.share_of_all, batches, generator=generator)]
         return rows
 
 

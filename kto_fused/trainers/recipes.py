@@ -97,7 +97,8 @@ class FusedKTOTrainer(FusedTrainer):
         args: ``FusedKTOConfig``.
         train_dataset, eval_dataset: unpaired feedback (``prompt``, ``completion``, ``label``), or pairs (``prompt``,
             ``chosen``, ``rejected``), which are split; plain text or conversations; a ``datasets.Dataset``, or paths of
-            JSON Lines or Parquet files. ``eval_dataset`` may be a dict of these.
+            JSON Lines or Parquet files. ``eval_dataset`` may be a dict of these, and so may ``train_dataset`` with
+            ``args.objective_weights``, which has a weight for each.
         processing_class: the tokenizer; None: the model's own.
         peft_config: adapters to add to the model, a ``peft.PeftConfig``.
         callbacks, optimizers: as in ``Trainer``.

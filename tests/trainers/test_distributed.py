@@ -108,9 +108,17 @@ def test_bf16_rounds_policy_and_reference_alike(on_one, on_two, name):
     [
         f"{wrapper}-{setting}"
         for wrapper in WRAPPERS
-        for setting in ("dpo-logits", "dpo-random", "dpo-simpo", "kto-checkpointed", "sft-lora", "reward-lora")
+        for setting in (
+            "dpo-logits",
+            "dpo-random",
+            "dpo-simpo",
+            "kto-checkpointed",
+            "kto-bco",
+            "sft-lora",
+            "reward-lora",
+        )
     ]
-    + ["ddp-kto-used", "ddp-sft-packed"],
+    + ["ddp-kto-used", "ddp-sft-packed", "ddp-dpo-objectives"],
 )
 def test_other_settings_train_as_one_process(on_one, on_two, case):
     """The cases: loss from logits, random order, no reference, checkpointed layers, no search for unused parameters,
@@ -171,6 +179,12 @@ def test_a_last_batch_too_small_for_all_processes_is_filled_with_the_first_rows(
 def test_batch_mean_is_refused_for_the_parts_of_two_processes(on_two):
     words = "reference_point='batch_mean' couples a batch that lies in several parts: 2 processes"
     assert words in on_two("ddp-kto-batch_mean")
+
+
+def test_losses_of_a_whole_batch_are_refused_where_it_lies_in_parts(on_two):
+    assert "reads the whole batch, which would lie in 2 parts: 2 processes" in on_two("ddp-dpo-aot")
+    said = "has one loss for a whole batch, and in 2 processes the last batch may hold examples twice"
+    assert said in on_two("ddp-dpo-orpo evaluated")
 
 
 def test_adapters_under_fsdp_are_not_precomputed(on_two):

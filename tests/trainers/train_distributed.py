@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from tiny_training import (
     CLOCK,
@@ -230,6 +230,10 @@ def repeated(folder: Path, kind: str, wrapper: str, rows: int):
     return train(folder, kind, wrapper, train=rows_of_data, train_sampling_strategy="sequential")
 
 
+def weighted(rows: Dataset) -> Dataset:
+    return rows.add_column("weight", [0.5 * (row % 3) for row in range(len(rows))])
+
+
 def refusal(folder: Path, kind: str, wrapper: str, **settings: Any):
     try:
         make(kind, wrapper, folder, **settings)
@@ -272,6 +276,9 @@ def cases() -> dict[str, Callable[[Path], Any]]:
         found[f"{wrapper}-dpo-simpo"] = functools.partial(
             train, kind="dpo", wrapper=wrapper, loss_type="simpo", own_reference=False
         )
+        found[f"{wrapper}-kto-bco"] = functools.partial(
+            train, kind="kto", wrapper=wrapper, loss_type="bco", train=20, gradient_accumulation_steps=2
+        )
         found[f"{wrapper}-damaged"] = functools.partial(damage, wrapper=wrapper)
     for kind in WITHOUT_REFERENCE:
         found[f"ddp-{kind}-resumed"] = functools.partial(resume, kind=kind, wrapper="ddp")
@@ -287,6 +294,17 @@ def cases() -> dict[str, Callable[[Path], Any]]:
     found["ddp-dpo-repeated"] = functools.partial(repeated, kind="dpo", wrapper="ddp", rows=14)
     found["ddp-dpo-two disks"] = precompute_on_two_disks
     found["ddp-kto-batch_mean"] = functools.partial(refusal, kind="kto", wrapper="ddp", reference_point="batch_mean")
+    found["ddp-dpo-aot"] = functools.partial(refusal, kind="dpo", wrapper="ddp", loss_type="aot")
+    found["ddp-dpo-orpo evaluated"] = functools.partial(
+        refusal, kind="dpo", wrapper="ddp", loss_type="orpo", nll_on="all", evaluation=4
+    )
+    found["ddp-dpo-objectives"] = functools.partial(
+        train,
+        kind="dpo",
+        wrapper="ddp",
+        train={"helpful": weighted(data("dpo", 14, seed=3)), "harmless": data("dpo", 5, seed=4)},
+        objective_weights={"helpful": 1.0, "harmless": 0.5},
+    )
     found["fsdp-dpo-lora precomputed"] = functools.partial(
         refusal, kind="dpo", wrapper="fsdp", lora=True, precompute_ref_log_probs=True
     )
