@@ -199,12 +199,6 @@ class GSPO(Head):
 
     def _weights(self, counts, batch_counts, num_items):
         """The factors of the sequences' losses, whose mean over the batch is the normalised loss."""
-        if (num_items is None) == (self.normalizer == "items"):
-            came = "none" if num_items is None else "one"
-            raise TypeError(
-                "num_items is the number of tokens that normalizer='items' divides by: expected one for it and none "
-                f"for any other, got {came} with normalizer={self.normalizer!r}"
-            )
         if self.normalizer == "sequences":
             return (counts > 0).double()
         if self.normalizer == "constant":

@@ -11,8 +11,8 @@ import torch
 
 from .base import register
 from .formula import FormulaHead, PreparedLoss
-from .protocol import Head, Mix, check_tensor_names, level_of, part_of
-from .token_formula import TokenFormulaHead, check_num_items
+from .protocol import Head, Mix, check_tensor_names, level_of, normalizers_of, part_of
+from .token_formula import TokenFormulaHead
 
 LEVELS = {"sequence": FormulaHead, "token": TokenFormulaHead}
 # the name among a call's tensors of the numbers of tokens in the completion mask
@@ -63,8 +63,7 @@ class MixedFormulaHead(PreparedLoss):
                 f"{loss!r} needs the tensor completion_mask [B, T], which tells completions from prompts: pass it by "
                 "name, and labels with the prompts' tokens"
             )
-        check_tensor_names(loss, {name: value for name, value in tensors.items() if name != "num_items"})
-        check_num_items(loss, tensors)
+        check_tensor_names(loss, tensors)
         found = [name for name in loss.statistics() if tensors.get(name) is not None]
         if found:
             raise TypeError(
@@ -124,8 +123,9 @@ def _tensors_of(
     part: Mix, level: str, loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a call that belong to the part of one level."""
-    known = part.tensor_names() if level == "sequence" else (*part.tensor_names(), "num_items")
-    own = {name: value for name, value in tensors.items() if name in known}
+    own = {name: value for name, value in tensors.items() if name in part.tensor_names() and name != "num_items"}
+    if "items" in normalizers_of(part):
+        own["num_items"] = tensors["num_items"]
     weights = tensors.get("weights")
     if weights is None or "weights" in loss.tensor_names():
         return own

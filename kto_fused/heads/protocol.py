@@ -436,8 +436,15 @@ class Mix(Head):
         return total
 
     @staticmethod
-    def _losses_of(head, logps, counts, ref_logps, batch_counts, tensors) -> torch.Tensor:
+    def _tensors_of(head: Head, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         own = {name: tensors[name] for name in head.tensor_names() if name in tensors}
+        if not isinstance(head, Mix) and normalizer_of(head) != "items":
+            own.pop("num_items", None)  # it belongs to another part
+        return own
+
+    @staticmethod
+    def _losses_of(head, logps, counts, ref_logps, batch_counts, tensors) -> torch.Tensor:
+        own = Mix._tensors_of(head, tensors)
         own.update({name: tensors[name] for name in head.statistics()})
         if head.reads_batch_counts():
             own["batch_counts"] = batch_counts
@@ -447,7 +454,7 @@ class Mix(Head):
         """The report of the first loss, in a mix of levels of the first that reads sequences."""
         of_sequences = [part for part in self.heads if level_of(part) != "token"]
         head = of_sequences[0] if of_sequences else self.heads[0]
-        own = {name: tensors[name] for name in head.tensor_names() if name in tensors}
+        own = self._tensors_of(head, tensors)
         sequences = logps, counts, ref_logps if head.needs_reference else None
         return {**Head.report(head, *sequences), **head.report(*sequences, **own)}
 
@@ -461,15 +468,35 @@ class Mix(Head):
         return f"Mix({', '.join(repr(part) for part in self.parts)})"
 
 
+def normalizer_of(head: Head) -> str:
+    """Return what a loss of tokens, or of sequences weighted by their tokens, divides by."""
+    return getattr(head, "normalizer", "tokens")  # "tokens" is that of a class which is no TokenHead
+
+
+def normalizers_of(loss: Head) -> list[str]:
+    """Return the normalizers of those of a loss's parts that have one."""
+    leaves = [leaf for _, leaf in loss.leaves()]
+    return [normalizer_of(leaf) for leaf in leaves if leaf.level == "token" or "num_items" in leaf.tensor_names()]
+
+
 def check_tensor_names(loss: Head, tensors: dict[str, Any]) -> None:
     """Refuse tensors that a loss does not know, and name those that it lacks."""
     known = (*loss.tensor_names(), *(() if "weights" in loss.tensor_names() else ("weights",)), *loss.statistics())
+    normalizers = normalizers_of(loss)
     for name in tensors:
-        if name not in known and not loss.takes_any_tensor():
+        is_known = name in known or (name == "num_items" and normalizers)
+        if not is_known and not loss.takes_any_tensor():
             raise TypeError(f"{loss!r} takes no tensor {name!r}: expected some of {list(known)}")
     missing = [name for name in loss.required_tensors() if tensors.get(name) is None]
     if missing:
         raise TypeError(f"{loss!r} needs the tensors {missing}: pass them by name")
+    num_items = tensors.get("num_items")
+    if normalizers and (num_items is None) == ("items" in normalizers):
+        came = "none" if num_items is None else "one"
+        raise TypeError(
+            "num_items is the number of tokens that normalizer='items' divides by: expected one for it and none for "
+            f"any other, got {came} with normalizer={', '.join([repr(normalizer) for normalizer in normalizers])}"
+        )
 
 
 # ---- a head as a string: an operator of torch.compile takes no object ------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from .. import checks
 from .base import register, value_and_grads, weighted
 from .formula import PreparedLoss, as_scalar, checked_tensor
-from .protocol import Head, check_tensor_names, try_once
+from .protocol import Head, check_tensor_names, normalizer_of, try_once
 
 
 @register("token_formula")
@@ -126,13 +126,9 @@ def _reads_chosen_only(head: Head) -> bool:
     return getattr(head, "chosen_only", False)
 
 
-def _normalizer(head: Head) -> str:
-    return getattr(head, "normalizer", "tokens")  # "tokens" is that of a class which is no TokenHead
-
-
 def _factors(head: Head, counts: torch.Tensor, reduction: str, num_items: torch.Tensor | None) -> torch.Tensor:
     """Return the factor of the losses of each sequence's tokens, [B] float64, for sequences of ``counts`` tokens."""
-    num_sequences, normalizer = len(counts), _normalizer(head)
+    num_sequences, normalizer = len(counts), normalizer_of(head)
     takes_part = None
     if _reads_chosen_only(head):
         num_sequences //= 2
@@ -151,26 +147,11 @@ def _factors(head: Head, counts: torch.Tensor, reduction: str, num_items: torch.
     return factors if takes_part is None else torch.where(takes_part, factors, 0.0)
 
 
-def check_num_items(loss: Head, tensors: dict[str, torch.Tensor]) -> None:
-    """Require ``num_items`` if and only if a token-level loss divides by it."""
-    num_items = tensors.get("num_items")
-    normalizers = [_normalizer(leaf) for _, leaf in loss.leaves() if leaf.level == "token"]
-    if num_items is not None and "num_items" in loss.tensor_names():  # a loss of sequences declares it
-        return
-    if (num_items is None) == ("items" in normalizers):
-        came = "none" if num_items is None else "one"
-        raise TypeError(
-            "num_items is the number of tokens that normalizer='items' divides by: expected one for it and none for "
-            f"any other, got {came} with normalizer={', '.join([repr(normalizer) for normalizer in normalizers])}"
-        )
-
-
 def _checked_tensors(
     loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int, policy: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Check the tensors by name and shape. Returns them detached, with one entry per position, per sequence or none."""
-    check_tensor_names(loss, {name: value for name, value in tensors.items() if name != "num_items"})
-    check_num_items(loss, tensors)
+    check_tensor_names(loss, tensors)
     shape = tuple(policy.shape[:-1])
     checked = {}
     for name in dict.fromkeys((*loss.tensor_names(), *tensors, "weights", "num_items")):

@@ -805,6 +805,7 @@ OF_SEQUENCES = {
 }
 TRL_GRPO = [
     *(("sequence", loss_type, {}) for loss_type in OF_SEQUENCES),
+    *(("sequence", loss_type, {"kl_beta": 0.1}) for loss_type in OF_SEQUENCES),
     ("sequence", "grpo", {"delta": 1.5}),
     *(("token", loss_type, {"kl_beta": 0.1}) for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")),
     ("token", "grpo", {"delta": 1.1}),
@@ -818,13 +819,17 @@ def test_a_policy_gradient_is_trls(level, loss_type, options):
     case = policy_gradient_case()
     tensors = {"old_logps": case["old"], "advantages": case["advantages"]}
     if level == "sequence":
-        head = heads.make("gspo", **CLIP, **OF_SEQUENCES[loss_type], **options)
+        normalizer, of_head = OF_SEQUENCES[loss_type], {name: x for name, x in options.items() if name != "kl_beta"}
+        head = heads.make("gspo", **CLIP, **normalizer, **of_head)
+        if "kl_beta" in options:
+            kl = heads.make("kl", **{"normalizer": "sequences", **normalizer})
+            head = heads.Mix((1.0, head), (options["kl_beta"], kl))
     else:
         clip = {"clip_high": 0.2} if loss_type == "cispo" else CLIP
         length = {"max_tokens": 7} if loss_type == "dr_grpo" else {}
         head = heads.make(loss_type, **clip, **length, **options)
-        tensors |= {"ref_token_logps": case["ref"]} if "kl_beta" in options else {}
-    tensors |= {"num_items": torch.tensor(29.0)} if head.normalizer == "items" else {}
+    tensors |= {"ref_token_logps": case["ref"]} if "kl_beta" in options else {}
+    tensors |= {"num_items": torch.tensor(29.0)} if loss_type in ("dapo", "cispo") else {}
     losses = (
         fused_loss(head, case["logits"], case["labels"], **tensors)[0],
         trl_grpo_loss(case, loss_type, level, **options),
@@ -857,6 +862,28 @@ def test_log_probabilities_of_tokens_are_summed_over_the_completion(engine, layo
         results.append((loss.detach(), leaf.grad, metrics.summary()["ratios"]))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_num_items_belongs_to_those_parts_of_a_mix_that_divide_by_it():
+    """And a tensor per token is summed for the losses of sequences alone."""
+    case = policy_gradient_case()
+    inputs, parts = (case["logits"], case["labels"]), (heads.make("gspo", **CLIP), heads.make("dapo", **CLIP))
+    tensors, items = {"old_logps": case["old"], "advantages": case["advantages"]}, {"num_items": torch.tensor(29.0)}
+    mix = heads.Mix((0.7, parts[0]), (0.3, parts[1]))
+    expected = (
+        0.7 * fused_loss(parts[0], *inputs, **tensors)[0] + 0.3 * fused_loss(parts[1], *inputs, **tensors, **items)[0]
+    )
+    for function in (fused_loss, reference.loss):
+        loss, metrics = function(mix, *inputs, **tensors, **items)
+        torch.testing.assert_close(loss, expected)
+        grads = [torch.autograd.grad(x, case["logits"], retain_graph=True)[0] for x in (loss, expected)]
+        torch.testing.assert_close(*grads)
+        assert "ratios" in metrics.summary()
+    with pytest.raises(TypeError, match="expected one for it and none for any other, got none"):
+        fused_loss(mix, *inputs, **tensors)
+    for head in (parts[0], heads.Mix((1.0, parts[0])), heads.Mix((1.0, parts[0]), (1.0, heads.make("nll")))):
+        with pytest.raises(TypeError, match="expected one for it and none for any other, got one"):
+            fused_loss(head, *inputs, **tensors, **items)
 
 
 def test_sums_of_tokens_are_an_operator(engine):
