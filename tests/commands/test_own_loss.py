@@ -144,6 +144,29 @@ def test_a_run_with_ones_own_loss_trains_and_records_it(my_losses, files, capsys
     assert written["config"]["beta"] is None
 
 
+def test_a_class_in_one_file_trains_alike_by_command_and_by_trainer(files, monkeypatch):
+    """``own_heads`` knows nothing but ``kto_fused.heads``. Its class is trained by no code of its own."""
+    monkeypatch.setattr(protocol, "_CLASSES", {**protocol._CLASSES})
+    from own_heads import Toy
+
+    protocol._CLASSES[Toy.name] = Toy  # the tests of the registry import the module too, and forget its classes
+    from kto_fused.trainers import FusedDPOConfig, FusedDPOTrainer
+
+    options = {"max_steps": 3, "logging_steps": 1, "learning_rate": 0.01, "per_device_train_batch_size": 4}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    flags += ["--loss", "own_heads:Toy", "--beta", "0.3", "--output_dir", "runs/command"]
+    assert cli.main([*command(files, "dpo"), *flags]) == 0
+    args = FusedDPOConfig(output_dir="runs/trainer", use_cpu=True, report_to=[], **options)
+    trainer = FusedDPOTrainer(
+        str(files / "model"), args=args, train_dataset=str(files / "dpo.jsonl"), loss=Toy(beta=0.3)
+    )
+    trainer.train()
+    by_trainer = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(by_trainer) == 3
+    assert losses("runs/command") == pytest.approx(by_trainer, rel=1e-4)
+    assert by_trainer[0] == pytest.approx(0.6931**2, rel=1e-3)  # log(2)^2, where policy and reference are alike
+
+
 def test_several_losses_are_flags(files):
     flags = ["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.2", "--beta", "0.3", "--max_steps", "2"]
     assert cli.main([*command(files, "dpo", *flags)]) == 0

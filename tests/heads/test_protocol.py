@@ -20,7 +20,9 @@ from kto_fused.engines import plan
 from kto_fused.heads import base, formula, protocol
 from kto_fused.heads.formula import FormulaHead
 
-OWN = {kind.name: protocol._CLASSES.pop(kind.name) for kind in (OwnMargin, Toy)}  # other tests list what is registered
+OWN = {kind.name: kind for kind in (OwnMargin, Toy)}
+for name in OWN:  # other tests of this process list what is registered
+    protocol._CLASSES.pop(name, None)
 B = 4
 COUNTS = torch.tensor([3, 5, 4, 2])
 LOGPS = torch.tensor([-2.0, -4.5, -3.0, -1.5], dtype=torch.float64)
@@ -542,28 +544,6 @@ def test_a_class_of_ones_own_keeps_its_numbers_under_autocast():
         assert hidden.grad.isfinite().any()
         assert weight.grad.isfinite().all()
     torch.testing.assert_close(*results)
-
-
-def test_a_class_of_ones_own_runs_inside_a_hugging_face_model():
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    from huggingface_cases import assert_same_gradients, backward
-    from models import make_batch, make_model
-
-    from kto_fused import huggingface
-
-    model = make_model("llama")
-    model_inputs, arguments = make_batch(None)
-    grads = []
-    for is_applied in (True, False):
-        if is_applied:
-            options = {"head": heads.make("toy", beta=0.3), **arguments}
-            loss = huggingface.apply(fused_linear_loss, model, model_inputs, **options)[0]
-        else:
-            logits = model(**model_inputs).logits
-            loss = reference.loss(heads.make("toy", beta=0.3), logits, **arguments)[0]
-        grads.append((loss.detach(), backward(model, loss)))
-    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-6, atol=1e-6)
-    assert_same_gradients(grads[0][1], grads[1][1])
 
 
 def test_a_call_reads_no_signature(monkeypatch):
