@@ -731,8 +731,10 @@ def fused_loss(
             weight 0 has a gradient of exactly 0. Token-level losses take ``weights`` instead.
         reduction: ``mean`` over the losses, ``sum``, or ``none``: one loss per sequence or pair.
         tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
-            name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
-            ``weights`` >= 0, one per loss, multiplies the losses of any head; a mean still divides by their number.
+            name that your class declares; each [B], one per pair [B/2], or a scalar. Those that the class names in
+            ``summed_tensors``, and all of a token-level loss, may have the shape of ``labels`` instead, aligned with
+            them. None of them gets a gradient. ``weights`` >= 0, one per loss, multiplies the losses of any head; a
+            mean still divides by their number.
 
     All other arguments, the return value and the errors are those of ``fused_kto_loss``. ``metrics.reported`` holds
     what the head's ``report`` returns beside the rewards.
@@ -811,8 +813,10 @@ def fused_linear_loss(
         ref_hidden, ref_logps: the reference, exactly one of them; neither if the loss has none.
         token_weights: as in ``fused_loss``, for the policy and for ``ref_hidden``.
         tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
-            name that your class declares; each [B], one per pair [B/2], or a scalar. None of them gets a gradient.
-            ``weights`` >= 0, one per loss, multiplies the losses of any head; a mean still divides by their number.
+            name that your class declares; each [B], one per pair [B/2], or a scalar. Those that the class names in
+            ``summed_tensors``, and all of a token-level loss, may have the shape of ``labels`` instead, aligned with
+            them. None of them gets a gradient. ``weights`` >= 0, one per loss, multiplies the losses of any head; a
+            mean still divides by their number.
         return_tokens: for a token-level head: return (loss, log-probabilities, ``TokenMetrics``), the last two of each
             position as ``linear_token_logps`` returns them, detached. They need no further visit to the logits.
 
