@@ -199,6 +199,30 @@ def from_hidden_states_on_a_cpu() -> list[str]:
     return lines
 
 
+def losses_from_hidden_states_on_a_cpu() -> list[str]:
+    rows = [row for row in results("cpu-hidden.json")["rows"] if row["size"].startswith("medium head")]
+    losses = ("kto", "dpo", "orpo", "nll", "ppo", "ppo-clipped")
+    lines = ["| head trained, ms (x GEMMs) | KTO | DPO | ORPO | SFT | PPO | PPO, a quarter clipped |"]
+    for name in ("kto-fused", "eager", "TRL", "Liger", "Liger, compiled", "GEMMs alone"):
+        found = {row["case"].split()[0]: row for row in rows if row["contender"] == name and "trained" in row["case"]}
+        cells = [f"{found[x]['ms']:.0f} ({found[x]['times_gemms']:.2f})" if x in found else "-" for x in losses]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def long_sequences_on_a_cpu() -> list[str]:
+    rows = [row for row in results("cpu-hidden.json")["rows"] if row["size"].startswith("long sequences")]
+    times = {(row["case"], row["contender"]): row for row in rows}
+    title = "2 sequences of 4096 completion tokens, chunks of 1024"
+    lines = [f"| {title} | GEMMs alone, ms | kto-fused, ms (x GEMMs) | peak MiB |"]
+    for loss, name in (("kto", "KTO"), ("dpo", "DPO"), ("nll", "SFT")):
+        gemms, ours = times[f"{loss} trained", "GEMMs alone"], times[f"{loss} trained", "kto-fused"]
+        lines.append(
+            f"| {name} | {gemms['ms']:.0f} | {ours['ms']:.0f} ({ours['times_gemms']:.2f}) | {ours['peak_mib']:.0f} |"
+        )
+    return lines
+
+
 def training_steps_on_a_cpu() -> list[str]:
     report = results("cpu-training.json")
     steps, longest = ({(row["loss"], row["contender"]): row for row in report[kind]} for kind in ("rows", "longest"))
@@ -319,6 +343,8 @@ def predicted_on_a_gpu() -> list[str]:
 TABLES = [
     from_logits_on_a_cpu,
     from_hidden_states_on_a_cpu,
+    losses_from_hidden_states_on_a_cpu,
+    long_sequences_on_a_cpu,
     training_steps_on_a_cpu,
     from_logits_on_a_gpu,
     from_hidden_states_in_turns_on_a_gpu,
