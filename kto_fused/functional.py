@@ -19,7 +19,7 @@ from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps, LossFromTokenLogps
 from .engines.results import NUM_RETURNED, SequenceValues
 from .heads.base import REDUCTIONS, at_most_one, reduce, weighted
-from .heads.formula import FormulaHead, PreparedLoss
+from .heads.formula import ANY_DTYPE, FormulaHead, PreparedLoss
 from .heads.mixed_formula import MixedFormulaHead
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
 from .heads.protocol import Head, as_loss, level_of
@@ -1160,6 +1160,7 @@ def _plain_loss(
     exact = logps.double(), token_counts, None if ref_logps is None else ref_logps.double()
     weights = tensors.get("weights")
     if weights is not None:
+        checks.tensor("weights", weights, ANY_DTYPE, "bool, integer or floating-point")
         checks.not_negative("weights", weights)
         parameters = inspect.signature(function).parameters
         if "weights" not in parameters:

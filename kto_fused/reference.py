@@ -110,12 +110,11 @@ def _tokens(logits: torch.Tensor, inputs: LogitInputs) -> Tokens:
     is_valid = (targets >= 0) & (targets < vocab_size)  # a target outside the vocabulary has log-probability NaN
     index = targets.where(is_valid, 0)[..., None]
 
-    z = logits.to(compute_dtype(logits)) * options.logit_scale
+    # a masked row may hold anything, and 0 times the gradient of a NaN is a NaN
+    z = logits.to(compute_dtype(logits)).masked_fill(~is_token[..., None], 0.0) * options.logit_scale
     if options.logit_softcap is not None:
         z = options.logit_softcap * torch.tanh(z / options.logit_softcap)
     z = z / options.temperature
-    # a masked row may hold anything, and 0 times the gradient of a NaN is a NaN
-    z = z.masked_fill(~is_token[..., None], 0.0)
     log_p = z.log_softmax(-1)
     logps = log_p.gather(-1, index)[..., 0].where(is_valid, torch.nan).where(is_token, 0.0)
     with torch.no_grad():
@@ -298,7 +297,8 @@ def _sum_of_tokens(
         """The entries of the completion tokens: of their labels, of their sequences, or a scalar as it is."""
         if x.ndim == 0:
             return x
-        if x.shape == inputs.labels.shape:
+        if x.ndim == 2:
+            x = x.view(inputs.labels.shape)
             x = x.roll(-1, -1) if inputs.options.shift else x
             return x[tokens.is_token]
         return x[sequence[tokens.is_token]]

@@ -407,8 +407,7 @@ def forward(
     chunk = chunk or make_chunk(plan, weight_sum)
     engine = Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
     del chunk
-    layout = {"num_rows": labels.numel(), "is_packed": cu_seqlens is not None, "shift": options.logits.shift}
-    call, token_call = _calls(head, ref_logps, head_tensors, tokens, layout)
+    call, token_call = _calls(head, ref_logps, head_tensors, tokens, shift=options.logits.shift)
 
     if plan.is_loss_in_time:
         if not plan.num_accumulators:
@@ -453,17 +452,18 @@ def _calls(
     ref_logps: torch.Tensor | None,
     head_tensors: tuple[torch.Tensor | None, ...],
     tokens: CompletionTokens,
-    layout: dict[str, Any],
+    *,
+    shift: bool,
 ) -> tuple[HeadCall, TokenCall | None]:
-    """Return the calls of a head's sequence-level and of its token-level part; ``layout`` is that of the labels."""
+    """Return the calls of a head's sequence-level and of its token-level part."""
     if is_token_level(head):
-        return HeadCall(None, None, ()), TokenCall.of_packed(head, head_tensors, tokens, **layout)
+        return HeadCall(None, None, ()), TokenCall.of_packed(head, head_tensors, tokens, shift=shift)
     if not is_mixed(head):
         return HeadCall(head, ref_logps, head_tensors), None
     sequence_head, sequence_tensors = head.part("sequence", head_tensors)
     token_head, token_tensors = head.part("token", head_tensors)
     call = HeadCall(sequence_head, ref_logps, sequence_tensors, head.completion_counts(head_tensors))
-    return call, TokenCall.of_packed(token_head, token_tensors, tokens, **layout)
+    return call, TokenCall.of_packed(token_head, token_tensors, tokens, shift=shift)
 
 
 def _visit_with_loss_in_time(

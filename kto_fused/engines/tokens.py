@@ -41,20 +41,17 @@ class TokenCall:
         sequence: torch.Tensor,
         token_counts: torch.Tensor,
         *,
-        num_rows: int,
-        is_packed: bool,
         shift: bool,
     ) -> "TokenCall":
         """Gather the tensors' entries of the tokens at ``rows`` [N], which belong to the sequences ``sequence`` [N].
 
-        A tensor has an entry for each label, for each of the batch's sequences, or is a scalar.
+        A tensor has two dimensions and an entry for each label, or [B] for the batch's sequences, or is a scalar.
         """
 
         def gather(x: torch.Tensor) -> torch.Tensor:
             if x.ndim == 0:
                 return x
-            is_of_labels = x.ndim == 2 or (is_packed and len(x) == num_rows)
-            return x.flatten()[rows + int(shift)] if is_of_labels else x[sequence]
+            return x.flatten()[rows + int(shift)] if x.ndim == 2 else x[sequence]
 
         weights = head.weights_of(token_counts, tensors)[:, sequence]
         return cls(head, token_counts[sequence], weights, tuple(gather(x) for x in tensors))
@@ -66,16 +63,13 @@ class TokenCall:
         tensors: tuple[torch.Tensor, ...],
         tokens: CompletionTokens,
         *,
-        num_rows: int,
-        is_packed: bool,
         shift: bool,
     ) -> "TokenCall":
         """The call on packed completion tokens."""
         counts = tokens.offsets.diff()
         index = torch.arange(len(counts), device=counts.device)
         sequence = tokens.pack(index).repeat_interleave(counts, output_size=len(tokens.rows))
-        layout = {"num_rows": num_rows, "is_packed": is_packed, "shift": shift}
-        return cls.of(head, tensors, tokens.rows, sequence, tokens.unpack(counts), **layout)
+        return cls.of(head, tensors, tokens.rows, sequence, tokens.unpack(counts), shift=shift)
 
     def __call__(self, values: TokenValues, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed loss of tokens start..stop, a float64 scalar, and its gradient by their log-probabilities.
@@ -113,8 +107,7 @@ def token_loss(
         sequence = rows // max(1, num_rows // len(token_counts))
     else:
         sequence = row_sequences(cu_seqlens, num_rows)[rows]
-    layout = {"num_rows": num_rows, "is_packed": cu_seqlens is not None, "shift": shift}
-    call = TokenCall.of(head, tuple(tensors), rows, sequence, token_counts, **layout)
+    call = TokenCall.of(head, tuple(tensors), rows, sequence, token_counts, shift=shift)
     asked = dict(zip(getattr(head, "statistics", ()), [values[rows] for values in statistics], strict=True))
     values = TokenValues(**{**dict.fromkeys(TokenValues._fields), **asked, "logps": logps[rows]})
     value, grads = call(values, 0, len(rows))

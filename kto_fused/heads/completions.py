@@ -152,7 +152,7 @@ class BCO(_LabelledCompletion):
 
     def losses(self, logps, counts, ref_logps, *, desirable, delta):
         sign, weight = signs_and_weights(logps, desirable, self.desirable_weight, self.undesirable_weight)
-        return -weight * F.logsigmoid(sign * (self.beta * (logps - ref_logps) - delta))
+        return weighted(-F.logsigmoid(sign * (self.beta * (logps - ref_logps) - delta)), weight)
 
     def report(self, logps, counts, ref_logps, *, desirable, delta):
         return {"delta": delta}

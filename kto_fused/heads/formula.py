@@ -108,7 +108,8 @@ class FormulaHead(PreparedLoss):
         """Check a call's tensors. Returns the head and its tensors."""
         checks.choice("reduction", reduction, REDUCTIONS)
         tensors = check_tensors(loss, tensors, num_sequences, policy)
-        if reduction == "none" and loss.group is None:
+        # a loss with a kernel has losses of its own for each sequence, although it reads the batch
+        if reduction == "none" and loss.group is None and loss.fast_options(tensors) is None:
             raise ValueError(
                 f"reduction='none' has no meaning for {loss!r}, which reads the whole batch: expected 'mean' or 'sum'"
             )
@@ -247,6 +248,8 @@ def check_tensors(
             )
         if name == "weights":
             _check_weights(value, loss, lengths)
+        if name == "num_items":
+            checks.not_negative("num_items", value)
         if name in loss.statistics() and value.shape != (num_sequences,):
             raise ValueError(f"{name} has shape {list(value.shape)}, expected [{num_sequences}], one per sequence")
         if name in loss.statistics() and value.requires_grad:

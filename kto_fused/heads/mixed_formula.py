@@ -74,9 +74,13 @@ class MixedFormulaHead(PreparedLoss):
         for level, kind in LEVELS.items():
             part = part_of(loss, level)
             given = sequence_tensors if level == "sequence" else tensors
-            own = _tensors_of(part, level, loss, given, num_sequences)
+            own = _tensors_of(part, level, loss, given)
             head, values = kind.prepare(policy, num_sequences, loss=part, tensors=own, **options)
             named.update({f"{level}:{name}": value for name, value in head.named(values).items()})
+        weights = named.get("sequence:weights")
+        if weights is not None and "weights" not in loss.tensor_names():
+            # a token has the weight of its sequence, or of its sequence's pair
+            named["token:weights"] = weights.repeat(num_sequences // len(weights))
         if completion_counts is not None:
             named[COMPLETION_COUNTS] = completion_counts
         return cls.of(loss, named, reduction=reduction, **fields)
@@ -119,16 +123,12 @@ def needs_completion_mask(loss: Head) -> bool:
     return level_of(loss) == "mixed"
 
 
-def _tensors_of(
-    part: Mix, level: str, loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int
-) -> dict[str, torch.Tensor]:
+def _tensors_of(part: Mix, level: str, loss: Head, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors of a call that belong to the part of one level."""
     own = {name: value for name, value in tensors.items() if name in part.tensor_names() and name != "num_items"}
     if "items" in normalizers_of(part):
         own["num_items"] = tensors["num_items"]
     weights = tensors.get("weights")
-    if weights is None or "weights" in loss.tensor_names():
-        return own
-    if level == "token":  # the weight of its sequence, or of its sequence's pair; the other part checks the shape
-        weights = weights.repeat(num_sequences // len(weights))
-    return {**own, "weights": weights}
+    if weights is not None and level == "sequence" and "weights" not in loss.tensor_names():
+        own["weights"] = weights
+    return own

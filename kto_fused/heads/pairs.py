@@ -553,5 +553,7 @@ class ORPO(Head):
     def losses(self, logps, counts, ref_logps, *, batch_counts):
         if self.nll_on == "all":
             raise TypeError(f"{self!r} reads the prompts' tokens: pass it to fused_loss or fused_linear_loss")
-        odds_loss = odds_ratio_loss(*length_averaged(logps, counts).chunk(2))
-        return chosen_nll(logps, batch_counts) + self.beta * odds_loss
+        nll = chosen_nll(logps, batch_counts)
+        if self.beta == 0:  # the odds' loss may be infinite
+            return nll
+        return nll + self.beta * odds_ratio_loss(*length_averaged(logps, counts).chunk(2))

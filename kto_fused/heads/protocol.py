@@ -430,7 +430,14 @@ class Mix(Head):
         ]
         fewest = min(len(losses) for _, losses in results)
         for weight, losses in results:
+            if weight == 0:  # takes no part, even if it is infinite; its gradient is 0
+                losses = logps[: len(losses)].masked_fill(losses.new_ones(len(losses), dtype=torch.bool), 0.0)
             if len(losses) != fewest:  # of single sequences: the mean over each pair
+                if not len(losses) == len(logps) == 2 * fewest:
+                    raise ValueError(
+                        f"{self!r} holds losses of {[len(losses) for _, losses in results]} values for {len(logps)} "
+                        "sequences, which have no common mean: expected one loss per sequence or per pair of each part"
+                    )
                 losses = losses.view(2, fewest).mean(0)
             total = weight * losses if total is None else total + weight * losses
         return total

@@ -80,7 +80,8 @@ class TokenFormulaHead(PreparedLoss):
         token, or are scalars; ``statistics`` [n] are those that the head asks for.
         """
         named = {**self.named(tensors), **dict(zip(self.statistics, statistics, strict=True))}
-        named.pop("num_items", None)
+        if "num_items" not in self.head.tensor_names():
+            named.pop("num_items", None)
         if "weights" in named and "weights" not in self.head.tensor_names():
             weights = weights * named.pop("weights")
         total = None
@@ -150,9 +151,12 @@ def _factors(head: Head, counts: torch.Tensor, reduction: str, num_items: torch.
 def _checked_tensors(
     loss: Head, tensors: dict[str, torch.Tensor], num_sequences: int, policy: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Check the tensors by name and shape. Returns them detached, with one entry per position, per sequence or none."""
+    """Check the tensors by name and shape. Returns them detached: [B, T] (packed [1, N]) with one entry per position,
+    [B] with one per sequence, or scalars. Packed tensors [N] have one per position, also where N = B.
+    """
     check_tensor_names(loss, tensors)
     shape = tuple(policy.shape[:-1])
+    positions = shape if len(shape) == 2 else (1, *shape)
     checked = {}
     for name in dict.fromkeys((*loss.tensor_names(), *tensors, "weights", "num_items")):
         value = tensors.get(name)
@@ -163,14 +167,14 @@ def _checked_tensors(
             raise ValueError(f"num_items must be a number, got shape {list(value.shape)}")
         value = value.reshape(()) if name == "num_items" else value
         value = as_scalar(value, shape, (num_sequences,))
-        if value.ndim == 2 and value.shape[0] == 1 and len(shape) == 1:
-            value = value[0]
-        if tuple(value.shape) not in (shape, (num_sequences,), ()):
+        if len(shape) == 1 and value.shape == shape:
+            value = value[None]
+        if tuple(value.shape) not in (positions, (num_sequences,), ()):
             raise ValueError(
                 f"{name} has shape {list(value.shape)}, expected labels' shape {list(shape)}, [{num_sequences}], one "
                 "per sequence, or a scalar"
             )
-        if name == "weights":
-            checks.not_negative("weights", value)
+        if name in ("weights", "num_items"):
+            checks.not_negative(name, value)
         checked[name] = value.detach()
     return checked

@@ -500,6 +500,17 @@ def test_masked_rows_are_never_read(engine, function, packed):
         assert torch.equal(metrics.entropy, expected[1].entropy)
 
 
+def test_a_soft_cap_in_a_twin_reads_no_masked_rows_either():
+    case = case_on(("torch", "cpu"), dtype=torch.float64, logit_softcap=5.0)
+    grads = []
+    for poison in (0.0, math.nan):
+        case.logits[is_masked(case)] = poison
+        logits = case.logits.clone().requires_grad_()
+        kto_fused.reference.sequence_logps(logits, case.labels, logit_softcap=5.0).sum().backward()
+        grads.append(logits.grad)
+    assert torch.equal(*grads)
+
+
 @by_function
 @pytest.mark.parametrize("inplace_backward", [False, True])
 def test_results_repeat_bit_for_bit(engine, function, inplace_backward):

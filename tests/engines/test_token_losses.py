@@ -2,6 +2,8 @@
 of tokens in their sequences' sums. Mixes of both levels.
 """
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from cases import GRAD_TOLERANCE, chunks_of, some
@@ -21,7 +23,7 @@ from kto_fused import (
     token_logps,
 )
 from kto_fused.engines import cpu
-from kto_fused.heads import base
+from kto_fused.heads import base, protocol
 from kto_fused.heads.mixed_formula import MixedFormulaHead
 from kto_fused.heads.tokens import NORMALIZERS
 
@@ -253,6 +255,7 @@ def test_the_values_of_tokens_come_with_the_loss(engine, is_packed):
         ("nll", {"advantages": torch.ones(B)}, TypeError, "takes no tensor 'advantages'"),
         ("dapo", {"old_logps": torch.zeros(B, T), "advantages": torch.ones(B)}, TypeError, "num_items is the number"),
         ("nll", {"num_items": 3}, TypeError, "num_items is the number"),
+        (heads.make("nll", normalizer="items"), {"num_items": -3}, ValueError, "num_items must be >= 0, got -3.0"),
         ("nll", {"weights": torch.ones(3)}, ValueError, "weights has shape [3], expected labels' shape"),
         ("nll", {"weights": -torch.ones(B)}, ValueError, "weights must be >= 0, got -1.0"),
         ("nll", {"ref_logps": torch.zeros(B)}, ValueError, "has no reference model, but ref_logps came"),
@@ -367,6 +370,49 @@ def test_weights_of_a_mix_multiply_a_pairs_loss_and_its_tokens_losses():
     pairs, _ = fused_linear_loss("simpo", *inputs, weights=weights)
     tokens, _ = fused_linear_loss("nll", *inputs, weights=weights.repeat(2))
     torch.testing.assert_close(loss, pairs + 0.3 * tokens)
+
+
+@dataclass(frozen=True)
+class PerCount(heads.tokens.TokenHead):
+    """Reads its sequence's length, and a tensor."""
+
+    def losses(self, logps, counts, ref_logps, *, scale):
+        return -scale * logps / counts
+
+
+@pytest.mark.parametrize("function", [fused_linear_loss, reference.linear_loss], ids=["fused", "twin"])
+def test_values_of_sequences_are_theirs_where_a_packed_batch_has_as_many_tokens_as_sequences(function, monkeypatch):
+    """[B] values then have the shape of packed labels."""
+    monkeypatch.setattr(protocol, "_CLASSES", dict(protocol._CLASSES))  # what is registered here is forgotten
+    heads.register("per_count")(PerCount)
+    case, mask = make(torch.float64, "cpu"), torch.zeros(B, T, dtype=torch.bool)
+    mask[0, :3] = mask[3, 0] = True  # sequences of 3, 0, 0 and 1 tokens: as many as sequences
+    labels, scale = case["labels"].where(mask, -100), case["advantages"]
+    mix = heads.Mix((1.0, heads.make("simpo")), (0.3, heads.make("per_count")))
+    options = {"weights": torch.tensor([0.5, 2.0]), "shift": False}
+    offsets = torch.tensor([0, 3, 3, 3, 4])
+    packed = function(
+        mix, case["hidden"][mask], case["weight"], labels[mask], cu_seqlens=offsets, scale=scale[mask], **options
+    )
+    padded = function(mix, case["hidden"], case["weight"], labels, scale=scale, **options)
+    torch.testing.assert_close(packed[0], padded[0])
+    grads = (torch.autograd.grad(loss, case["weight"])[0] for loss, _ in (packed, padded))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("normalizers", [("items", "tokens"), ("tokens", "items"), ("items", "items")])
+def test_num_items_goes_to_the_parts_of_a_mix_that_divide_by_it(normalizers):
+    case = make(torch.float64, "cpu")
+    inputs = case["hidden"], case["weight"], case["labels"]
+    parts = [heads.make(name, normalizer=kind) for name, kind in zip(("gspo", "nll"), normalizers, strict=True)]
+    tensors = [{"old_logps": old_logps_of(case), "advantages": torch.linspace(-1, 1, B)}, {}]
+    number = torch.tensor(37.0)
+    expected = [
+        fused_linear_loss(part, *inputs, **own, **({"num_items": number} if kind == "items" else {}))[0]
+        for part, own, kind in zip(parts, tensors, normalizers, strict=True)
+    ]
+    loss, _ = fused_linear_loss(heads.Mix((2.0, parts[0]), (0.5, parts[1])), *inputs, **tensors[0], num_items=number)
+    torch.testing.assert_close(loss, 2 * expected[0] + 0.5 * expected[1])
 
 
 def test_a_mixed_head_survives_the_way_through_an_operators_arguments():

@@ -417,6 +417,10 @@ def test_a_weight_of_0_silences_an_infinite_loss(engine):
     assert loss[1] == 0
     assert grad[[1, 3]].eq(0).all()
     assert grad[[0, 2]].isfinite().all()
+    without_odds = value_and_grad(heads.make("orpo", beta=0.0), logps=logps, engine=engine)
+    mix = heads.Mix((0.0, heads.make("orpo")), (1.0, heads.make("sft")))
+    for actual in (without_odds, value_and_grad(mix, logps=logps, engine=engine)):
+        torch.testing.assert_close(actual, value_and_grad(heads.make("sft"), logps=logps, engine=engine))
 
 
 @pytest.mark.parametrize(
@@ -504,6 +508,10 @@ def test_reductions():
     assert_close(value_and_grad(heads.make("sigmoid"), reduction="mean")[0], each.mean(), 1e-12, "mean")
     with pytest.raises(ValueError, match="reduction='none' has no meaning for AOT"):
         value_and_grad(heads.make("aot"), reduction="none")
+    each, grads = value_and_grad(heads.make("kto"), desirable=LIKED, reduction="none")  # its kernel has it
+    expected, _ = kto_fused.kto_loss_from_logps(LOGPS, REF_LOGPS, LIKED, reduction="none")
+    torch.testing.assert_close(each, expected)
+    assert grads.ne(0).all()
     with pytest.raises(ValueError, match="reduction"):
         value_and_grad(heads.make("sigmoid"), reduction="median")
 
@@ -611,6 +619,8 @@ def test_an_unregistered_head_is_told_about_its_reference_and_its_tensors():
         loss_from_logps(Unregistered(), LOGPS, REF_LOGPS)
     with pytest.raises(ValueError, match="weights must be >= 0"):
         loss_from_logps(squared_margin, LOGPS, REF_LOGPS, scale=1.0, weights=torch.tensor([1.0, -1.0]))
+    with pytest.raises(TypeError, match="weights must be a tensor, got list"):
+        loss_from_logps(squared_margin, LOGPS, REF_LOGPS, scale=1.0, weights=[1.0, 1.0])
 
 
 @pytest.mark.parametrize("base_name", ["sigmoid", "kto"])
