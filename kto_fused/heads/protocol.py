@@ -332,7 +332,8 @@ def ld_alpha_of(head: Head) -> float:
 class Mix(Head):
     """A weighted sum of losses, found in one visit to the tokens: ``Mix((1.0, DPO()), (0.2, SFT()))``.
 
-    Losses of single sequences count as the mean over a pair's two sequences where others are losses of pairs.
+    Losses of single sequences count as the mean over a pair's two sequences where others are losses of pairs. A
+    loss of weight 0 takes no part, even if it is infinite.
 
     Losses of tokens may stand beside losses of sequences. The gradients of both add up token by token. From hidden
     states a mix of both levels takes 3 GEMMs with a trained LM head where groups of sequences fit the chunk, else 4; a
