@@ -123,8 +123,8 @@ def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPrefer
             values[option] = parser.get_default(option)
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and train.computes_in_bfloat16()
-    if command == "ppo" and not values["temperature"]:
-        raise CommandError("--temperature must be more than 0 for ppo, which needs samples that differ")
+    if command != "spin" and not values["temperature"]:
+        raise CommandError(f"--temperature must be more than 0 for {command}, which needs samples that differ")
     settings, config = parser.build(values | {"sampling_temperature": values["temperature"]})
     if own is not None:
         settings.own_loss = made

@@ -56,7 +56,10 @@ def judge_of(name: str, args: TrainingArguments, *, batch_size: int) -> Judge:
         return _function(name)
     if Path(name).is_dir() or (HUB_NAME.fullmatch(name) and not Path(name).exists()):
         return RewardModel(name, args, batch_size)
-    words = shlex.split(name)
+    try:
+        words = shlex.split(name)
+    except ValueError as error:
+        raise JudgeError(f"--judge {name!r} is no command line: {error}") from error
     if not words or shutil.which(words[0]) is None:
         raise JudgeError(f"--judge {name!r} is none of these: {KINDS}")
     return _Command(words)
@@ -108,8 +111,8 @@ def _function(name: str) -> Judge:
         sys.path.insert(0, os.getcwd())  # as ``python -m`` does
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise JudgeError(f"--judge {name} cannot be imported: {error}") from error
+    except Exception as error:  # a user's module may fail in any way
+        raise JudgeError(f"--judge {name} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise JudgeError(f"--judge {name} is {short(function)}, expected a function of a prompt and its completions")
 

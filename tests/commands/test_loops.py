@@ -146,7 +146,10 @@ def test_ctrl_c_saves_and_the_same_command_continues(files, monkeypatch, capsys)
         ("online", ["--judge", "false"], "--judge false ended with code 1: it printed no reason"),
         ("online", ["--judge", "echo good"], "--judge echo wrote str 'good', expected a line with a list of scores"),
         ("online", ["--samples", "1"], "samples must be at least 2 to compare them, got 1"),
-        ("online", ["--temperature", "0", "--samples", "2"], "temperature is 0, so all 2 samples of a prompt"),
+        ("spin", ["--temperature", "0", "--samples", "2"], "temperature is 0, so all 2 samples of a prompt"),
+        ("online", ["--temperature", "0"], "--temperature must be more than 0 for online"),
+        ("online", ["--judge", "broken:score"], "--judge broken:score cannot be imported: NameError: name 'words'"),
+        ("online", ["--judge", "score 'it"], "is no command line: No closing quotation"),
         (
             "online",
             ["--loss", "kto", "--threshold", "high"],
@@ -176,6 +179,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(files, monkeypatch, capsys)
 )
 def test_bad_input_is_one_sentence(files, capsys, command, flags, message):
     Path("prompts.jsonl").write_text('{"prompt": "w1 w2"}\n')
+    Path("broken.py").write_text("words + 1\n")
     arguments = rounds_of(files, command, *flags)
     assert cli.main(arguments) == 2
     (line,) = (one for one in capsys.readouterr().err.splitlines() if one.startswith(f"kto-fused {command}: "))
