@@ -1,6 +1,7 @@
 """The loops whose rounds train a loss of sequences: SPIN, and online DPO, KTO and their relatives."""
 
 import logging
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class SPINLoop(Loop):
     keeps_optimizer = False  # each round has another reference, and so another objective
 
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
-        pairs, equal = [], 0
+        pairs, equal, cut = [], 0, 0
         for one in samples:
             prompt = self._by_number[one.sample.prompt]
             whole = prompt.ids + one.sample.ids
@@ -52,13 +53,19 @@ class SPINLoop(Loop):
                     break
                 start += 1
             chosen, rejected = prompt.answer_ids[start : self.max_length], whole[start:]
+            cut += start + len(chosen) < len(prompt.answer_ids)
             if chosen == rejected or not chosen:
                 equal += 1
                 continue
             pairs.append((prompt.ids[:start], chosen, rejected))
         if not pairs:
             raise RoundError(f"round {number}: all samples equal the data's answers, so nothing is left to learn")
-        return TrainingData(paired(pairs), {"equal": equal})
+        if cut:
+            logger.warning(
+                f"Round {number}: the data's answers of {cut} of {len(samples)} pairs are cut to max_length, "
+                f"{self.max_length} tokens with the prompt."
+            )
+        return TrainingData(paired(pairs), {"equal": equal, "cut_answers": cut})
 
     def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
         return SampledDPOTrainer(policy, loss=self._given_loss, **arguments)
@@ -91,6 +98,8 @@ class OnlineLoop(Loop):
             raise ValueError(
                 f"threshold={settings.threshold} has no meaning for a loss of pairs: best and worst make one"
             )
+        if not settings.temperature:
+            raise ValueError("temperature is 0, so all samples of a prompt would be equal: set it above 0")
         super().__init__(settings, config, **arguments)
 
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
@@ -115,12 +124,13 @@ class OnlineLoop(Loop):
 
     def _labelled(self, number: int, groups: list[list[Scored]]) -> TrainingData | None:
         threshold, rows, ties = self.settings.threshold, [], 0
-        mean = float(np.mean([one.score for group in groups for one in group]))
+        # exact means, so that a sample that equals its prompt's or round's mean is a tie whatever the rounding
+        of_round = mean(one.score for group in groups for one in group)
         for group in groups:
             if threshold == "mean":
-                limit = mean
+                limit = of_round
             elif threshold == "prompt_mean":
-                limit = float(np.mean([one.score for one in group]))
+                limit = mean(one.score for one in group)
             else:
                 limit = float(threshold)
             for one in group:
@@ -129,7 +139,7 @@ class OnlineLoop(Loop):
                     continue
                 rows.append((self._by_number[one.sample.prompt], one.sample.ids, one.score > limit))
         above = sum(is_desirable for *_, is_desirable in rows)
-        shown = f"{mean:.4g}, the mean of the round's scores" if threshold == "mean" else threshold
+        shown = f"{of_round:.4g}, the mean of the round's scores" if threshold == "mean" else threshold
         logger.info(
             f"Round {number}: {above} samples are desirable and {len(rows) - above} undesirable, by the threshold "
             f"{shown}; {ties} at the threshold are left out."
@@ -149,7 +159,7 @@ class OnlineLoop(Loop):
             with self.config.main_process_first():  # the others find the result in the cache
                 dataset = with_partners(dataset, numbers, self.max_length, self.config.seed, None, f"round {number}")
         found = {"ties": ties, "desirable": above / len(rows)}
-        return TrainingData(dataset, found | ({"threshold": mean} if threshold == "mean" else {}))
+        return TrainingData(dataset, found | ({"threshold": of_round} if threshold == "mean" else {}))
 
     def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
         kind = SampledDPOTrainer if isinstance(self.config, FusedDPOConfig) else SampledKTOTrainer

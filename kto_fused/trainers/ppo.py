@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -86,7 +87,9 @@ class FusedPPOConfig(FusedPreferenceConfig):
     kl_target: float | None = _option(
         None, "Adapt beta towards this KL divergence to the reference, in nats per sample; None: keep beta. For 'gae'."
     )
-    kl_horizon: int = _option(10_000, "Samples over which an adapted beta may change by its own size.")
+    kl_horizon: int = _option(
+        10_000, "Samples after which an adapted beta may have changed by a fifth, the most that a round changes it."
+    )
     sampling_temperature: float = _option(1.0, "Temperature of the samples, at which their probabilities are compared.")
 
     average_log_prob = False
@@ -99,6 +102,8 @@ class FusedPPOConfig(FusedPreferenceConfig):
         checks.number("value_coef", self.value_coef, at_least=0)
         checks.number("sampling_temperature", self.sampling_temperature, above=0)
         checks.integer("kl_horizon", self.kl_horizon, at_least=1)
+        if self.kl_target is not None and not self.beta:
+            raise ValueError(f"kl_target={self.kl_target} adapts beta, which stays 0 once it is 0: set beta above 0")
         for name in ("value_clip", "kl_target"):
             if getattr(self, name) is not None:
                 checks.number(name, getattr(self, name), above=0)
@@ -284,7 +289,9 @@ def _ratios(head: Head, hidden, lm_head_weight, labels, batch, options: dict[str
     totals = {"approx_kl": ((torch.expm1(d) - d).sum(), tokens)}
     if hasattr(head, "clip"):  # cispo clips a weight, which has no gradient
         low, high = head.clip if isinstance(head.clip, tuple) else (head.clip, head.clip)
-        is_clipped = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+        bound = head.delta or math.inf
+        above = torch.where(advantages > 0, min(1 + high, bound), max(1 + high, bound))
+        is_clipped = (advantages != 0) & ((ratio > above) | ((advantages < 0) & (ratio < 1 - low)))
         totals["clip_fraction"] = is_clipped.double().sum(), tokens
     return totals
 
@@ -427,6 +434,13 @@ class PPOLoop(Loop):
             _value_config(config)  # before the first round's samples are drawn
         self.least_samples = 2 if config.advantage == GROUP else 1
         super().__init__(settings, config, **arguments)
+        if config.value_model != BACKBONE:
+            known, needed = _value_config(config).get_text_config().vocab_size, len(self.tokenizer)
+            if known < needed:
+                raise ValueError(
+                    f"value_model {config.value_model} has embeddings of {known} tokens, and the policy's tokenizer "
+                    f"has {needed}: expected a model with the policy's tokenizer"
+                )
 
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
         args = self.config
@@ -457,7 +471,8 @@ class PPOLoop(Loop):
 
     def _relative(self, number: int, samples: list[Scored], scores: np.ndarray) -> list[list[float]]:
         groups = scores.reshape(-1, self.samples)
-        advantages = groups - groups.mean(1, keepdims=True)
+        # the exact mean, so that equal scores have the advantage 0 whatever their rounding
+        advantages = groups - np.array([[mean(group)] for group in groups.tolist()])
         if not advantages.any():
             self._nothing(number)
         if self.config.scale_by_std:
@@ -503,15 +518,14 @@ class PPOLoop(Loop):
     def _beta(self, number: int) -> float:
         """Return the KL coefficient of a round, adapted by the divergence of the round before it.
 
-        Ziegler et al. 2019, arXiv 1909.08593: beta (1 + clip(KL / target - 1, -0.2, 0.2) samples / horizon).
+        Ziegler et al. 2019, arXiv 1909.08593: beta (1 + clip(KL / target - 1, -0.2, 0.2) min(samples / horizon, 1)).
+        The minimum is of this package: without it, a round of more samples than the horizon could make beta negative.
         """
-        if number == 1:
+        if number == 1 or self.config.kl_target is None:
             return self.config.beta
         before = self.state["rounds"][number - 2]
-        if self.config.kl_target is None:
-            return self.config.beta
         error = min(max(before["kl_reference"] / self.config.kl_target - 1, -0.2), 0.2)
-        return before["beta"] * (1 + error * before["samples"] / self.config.kl_horizon)
+        return before["beta"] * (1 + error * min(before["samples"] / self.config.kl_horizon, 1.0))
 
     def _reference_values(self, policy: nn.Module, rows: list[tuple[list[int], list[int]]]) -> list[TokenValues]:
         reference = self.reference()

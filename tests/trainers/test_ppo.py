@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from tiny_training import lora_config, model
 from transformers import LlamaForTokenClassification
 
-from kto_fused.trainers.ppo import FusedPPOConfig
-from kto_fused.trainers.rounds import read_samples
+from kto_fused.functional import linear_token_logps
+from kto_fused.heads.protocol import class_of
+from kto_fused.heads.tokens import clipped_losses
+from kto_fused.trainers.ppo import FusedPPOConfig, _ratios
+from kto_fused.trainers.rounds import RoundError, read_samples
 
 pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
@@ -186,13 +189,46 @@ def test_an_adapter_is_compared_with_the_model_without_it(tmp_path):
 
 
 def test_the_kl_coefficient_adapts_towards_its_target(tmp_path):
-    """beta (1 + clip(KL / target - 1, -0.2, 0.2) samples / horizon)."""
+    """beta (1 + clip(KL / target - 1, -0.2, 0.2) min(samples / horizon, 1))."""
     loop = make_loop("ppo", tmp_path / "ppo", **OPTIONS, beta=0.1, kl_target=0.5, kl_horizon=20, rounds=3)
     rounds = loop.run()
     assert rounds[0]["beta"] == 0.1
     for before, after in itertools.pairwise(rounds):
         error = min(max(before["kl_reference"] / 0.5 - 1, -0.2), 0.2)
         assert after["beta"] == pytest.approx(before["beta"] * (1 + error * 8 / 20))
+    loop.config.kl_horizon = 1
+    loop.state["rounds"][0] |= {"kl_reference": 0.0, "samples": 100}
+    assert loop._beta(2) == pytest.approx(0.1 * 0.8), "a round of many samples changes beta by more than a fifth"
+
+
+def test_equal_scores_have_no_advantage_whatever_their_rounding(tmp_path):
+    """The floating-point mean of 0.1, 0.1, 0.1 is not 0.1."""
+    options = {**OPTIONS, "advantage": "group", "samples": 3}
+    loop = make_loop("ppo", tmp_path / "ppo", **options, judged=lambda prompts, of: [[0.1] * 3 for _ in prompts])
+    with pytest.raises(RoundError, match="round 1: the judge's scores tell no samples apart"):
+        loop.run()
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.1, 1.5])
+def test_the_clip_fraction_counts_the_tokens_without_a_gradient(delta):
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(2, 40, 8), torch.randn(20, 8), torch.randint(20, (2, 40))
+    head = class_of("ppo")(clip=(0.2, 0.3), delta=delta)
+    logps = torch.nn.functional.pad(linear_token_logps(hidden, weight, labels)[:, :-1], (1, 0))
+    batch = {"old_logps": logps + 0.4 * torch.randn(2, 40), "advantages": torch.randn(2, 40)}
+    clip_fraction, tokens = _ratios(head, hidden, weight, labels, batch, {})["clip_fraction"]
+    ratios = (logps - batch["old_logps"])[:, 1:].exp().double().requires_grad_()
+    clipped_losses(ratios, batch["advantages"][:, 1:].double(), head.clip, delta).sum().backward()
+    assert 0 < clip_fraction == (ratios.grad == 0).sum()
+    assert tokens == 2 * 39
+
+
+def test_a_value_model_of_another_vocabulary_is_refused(tmp_path):
+    config = model(max_position_embeddings=64).config
+    config.num_labels, config.vocab_size = 1, 5
+    config.save_pretrained(tmp_path / "critic")
+    with pytest.raises(ValueError, match="has embeddings of 5 tokens, and the policy's tokenizer has"):
+        make_loop("ppo", tmp_path / "ppo", value_model=str(tmp_path / "critic"))
 
 
 @pytest.mark.parametrize(
@@ -205,6 +241,7 @@ def test_the_kl_coefficient_adapts_towards_its_target(tmp_path):
         ({"loss_from": "logits"}, "loss_from='logits' is not supported here"),
         ({"clip": -1.0}, "clip must"),
         ({"value_clip": math.nan}, "value_clip must be"),
+        ({"beta": 0.0, "kl_target": 1.0}, "kl_target=1.0 adapts beta, which stays 0 once it is 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(tmp_path, options, message):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from loop_cases import (
     KillAt,
     KilledError,
@@ -108,6 +109,36 @@ def test_ties_are_dropped_and_counted(tmp_path):
     loop = make_loop("dpo", tmp_path / "none", judged=lambda prompts, of: [[1.0] * 4 for _ in prompts])
     with pytest.raises(RoundError, match="round 1: the judge's scores tell no samples apart"):
         loop.run()
+
+
+def test_a_sample_at_its_prompts_mean_is_left_out_whatever_the_rounding(tmp_path):
+    """The floating-point mean of 0.1, 0.1, 0.1 is not 0.1."""
+    scores = {0: [0.1, 0.2, 0.6]}
+    asked = iter(range(9))
+    loop = make_loop(
+        "kto",
+        tmp_path / "kto",
+        judged=lambda prompts, of: [scores.get(next(asked), [0.1] * 3)],
+        samples=3,
+        rounds=1,
+        max_steps=1,
+        threshold="prompt_mean",
+        reference_point=0.0,
+    )
+    (entry,) = loop.run()
+    assert (entry["examples"], entry["ties"], entry["desirable"]) == (3, 24, 1 / 3)
+
+
+def test_answers_that_are_cut_are_told(tmp_path, caplog):
+    loop = make_loop("spin", tmp_path / "spin", rounds=1, max_steps=1, max_length=10, max_new_tokens=4)
+    whole = [len(one.answer_ids) for one in loop.data]
+    too_long = sum(length > 10 for length in whole)
+    assert 0 < too_long < len(whole)
+    (entry,) = loop.run()
+    assert entry["cut_answers"] == too_long
+    assert f"the data's answers of {too_long} of {len(whole)} pairs are cut to max_length, 10 tokens" in caplog.text
+    data = Dataset.load_from_disk(str(tmp_path / "spin" / "round-1" / "data"))
+    assert max(len(row["prompt_ids"] + row["chosen_ids"]) for row in data) == 10
 
 
 @pytest.mark.parametrize("kind", ["spin", "dpo", "kto", "ppo", "lora"])
