@@ -173,7 +173,8 @@ class RewardModel:
                 AutoModelForSequenceClassification, name, trust_remote_code=trusts, output_loading_info=True
             )
         except Exception as error:  # files that others wrote can fail in any way
-            raise JudgeError(f"--judge {name} cannot be loaded: {files.damaged_file(name) or error}") from error
+            place = "" if Path(name).is_dir() else " (no folder here, so a name on the Hub)"
+            raise JudgeError(f"--judge {name}{place} cannot be loaded: {files.damaged_file(name) or error}") from error
         if missing := sorted(found["missing_keys"]):
             raise JudgeError(f"--judge {name} is no reward model: its files lack {missing[0]}")
         if self.model.config.num_labels != 1:
