@@ -6,7 +6,6 @@ holds trainers for Hugging Face models, and ``kto_fused.reference`` the plain Py
 
 from . import heads, reference
 from .advantages import gae
-from .arguments import ld_token_weights
 from .functional import (
     dpo_loss_from_logps,
     fused_dpo_loss,
@@ -34,6 +33,7 @@ from .modules import (
     FusedLinearLoss,
     FusedLoss,
 )
+from .token_weights import ld_token_weights
 
 __all__ = [
     "FusedDPOLoss",

@@ -19,6 +19,8 @@ from .engines.backends import may_read, resolve
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 A_FLOAT = "float16, bfloat16, float32 or float64"
+NUMBER_DTYPES = (torch.bool, *INTEGER_DTYPES, *FLOAT_DTYPES)
+A_NUMBER = "bool, integer or floating-point"
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:
@@ -95,6 +97,20 @@ def shaped_like(name: str, value: torch.Tensor, like_name: str, like: torch.Tens
     if value.shape != like.shape:
         raise ValueError(f"{name} has shape {_shape(value)}, expected the shape of {like_name}, {_shape(like)}")
     same_device(name, value, like_name, like)
+
+
+def without_packed_batch(value: object, shape: torch.Size) -> object:
+    """Return a tensor [1, N] as [N] where ``shape`` is that of packed tokens, [N]; any other value as it is."""
+    is_packed = len(shape) == 1 and isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[0] == 1
+    return value[0] if is_packed else value
+
+
+def pairs(num_sequences: int) -> None:
+    """Check that a batch can be pairs: its first half is chosen, its second half rejected."""
+    if num_sequences % 2:
+        raise ValueError(
+            f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple of 2"
+        )
 
 
 def token_mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:

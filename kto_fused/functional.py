@@ -1,30 +1,29 @@
 """The public functions. Each is a signature, its documentation, and a call of checks and engine.
 
-``arguments`` checks a call, ``heads`` holds the losses, ``engines`` compute. Shapes are given for B sequences of T
-positions (N positions where sequences are packed), a vocabulary of V, and hidden states of width H.
+``arguments`` and ``loss_calls`` check a call, ``heads`` holds the losses, ``engines`` compute. Shapes are given for B
+sequences of T positions (N positions where sequences are packed), a vocabulary of V, and hidden states of width H.
 Log-probabilities are in nats.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from . import arguments, checks
-from .arguments import HiddenInputs, LogitInputs, LogpInputs, TokenInputs, TokenLogpInputs
+from . import arguments, checks, loss_calls
+from .arguments import HiddenInputs, LogitInputs
 from .engines.autograd import LogpsFromHidden, LossFromHidden
 from .engines.layout import compute_dtype
 from .engines.logits import LossFromLogits, SequenceLogps, TokenLogps
 from .engines.logps import LossFromLogps, LossFromTokenLogps
 from .engines.results import NUM_RETURNED, SequenceValues
-from .heads.base import REDUCTIONS, at_most_one, reduce, weighted
-from .heads.formula import ANY_DTYPE, FormulaHead, PreparedLoss
-from .heads.mixed_formula import MixedFormulaHead
+from .heads.base import at_most_one
+from .heads.formula import FormulaHead, PreparedLoss
 from .heads.preference import DEFAULT_GAMMA, DPOHead, KTOHead
-from .heads.protocol import Head, as_loss, level_of
-from .heads.token_formula import TokenFormulaHead
+from .heads.protocol import Head, as_loss
+from .loss_calls import LogpCall, LossCall
 from .metrics import LossMetrics, TokenMetrics
+from .token_weights import completion_rows, counts_of_rows
 
 DEFAULT_CHUNK_BYTES = 2**30
 
@@ -127,9 +126,9 @@ def fused_kto_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return _loss_from_logits(
-        inputs,
+    call = loss_calls.of_head(
         KTOHead,
+        inputs,
         desirable=desirable,
         reference_point=reference_point,
         beta=beta,
@@ -138,6 +137,7 @@ def fused_kto_loss(
         loss_type=loss_type,
         reduction=reduction,
     )
+    return _loss_from_logits(call)
 
 
 def fused_dpo_loss(
@@ -214,15 +214,16 @@ def fused_dpo_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return _loss_from_logits(
-        inputs,
+    call = loss_calls.of_head(
         DPOHead,
+        inputs,
         beta=beta,
         loss_type=loss_type,
         label_smoothing=label_smoothing,
         gamma=gamma,
         reduction=reduction,
     )
+    return _loss_from_logits(call)
 
 
 def fused_linear_kto_loss(
@@ -322,9 +323,9 @@ def fused_linear_kto_loss(
         chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    return _loss_from_hidden(
-        inputs,
+    call = loss_calls.of_head(
         KTOHead,
+        inputs,
         desirable=desirable,
         reference_point=reference_point,
         beta=beta,
@@ -333,6 +334,7 @@ def fused_linear_kto_loss(
         loss_type=loss_type,
         reduction=reduction,
     )
+    return _loss_from_hidden(call)
 
 
 def fused_linear_dpo_loss(
@@ -395,15 +397,16 @@ def fused_linear_dpo_loss(
         chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    return _loss_from_hidden(
-        inputs,
+    call = loss_calls.of_head(
         DPOHead,
+        inputs,
         beta=beta,
         loss_type=loss_type,
         label_smoothing=label_smoothing,
         gamma=gamma,
         reduction=reduction,
     )
+    return _loss_from_hidden(call)
 
 
 def token_logps(
@@ -636,7 +639,7 @@ def kto_loss_from_logps(
     >>> loss.backward(); logps.grad
     tensor([-0.0125,  0.0125])
     """
-    inputs = arguments.from_logps(
+    call = loss_calls.of_logps(
         KTOHead,
         policy_logps,
         ref_logps,
@@ -649,7 +652,7 @@ def kto_loss_from_logps(
         reduction=reduction,
         backend=backend,
     )
-    return _loss_from_logps(inputs)
+    return _loss_from_logps(call)
 
 
 def dpo_loss_from_logps(
@@ -682,7 +685,7 @@ def dpo_loss_from_logps(
     >>> round(loss.item(), 4)
     0.6444
     """
-    inputs = arguments.from_logps(
+    call = loss_calls.of_logps(
         DPOHead,
         policy_logps,
         ref_logps,
@@ -695,7 +698,7 @@ def dpo_loss_from_logps(
         reduction=reduction,
         backend=backend,
     )
-    return _loss_from_logps(inputs)
+    return _loss_from_logps(call)
 
 
 def fused_loss(
@@ -764,16 +767,17 @@ def fused_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    loss = as_loss(head)
-    inputs, head_type, options = prepared(inputs, head, loss, tensors)
-    if head_type is not None:
-        return _loss_from_logits(inputs, head_type, reduction=reduction, **options)
+    call = loss_calls.of_loss(inputs, head, tensors, reduction)
+    if call.function is None:
+        return _loss_from_logits(call)
     at_most_one(ref_logits=ref_logits, ref_logps=ref_logps)
+    inputs = call.inputs
     logps, ref_logps = _sequence_logps(inputs.logits, inputs), inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequence_logps(inputs.ref_logits, inputs)
-    counts = arguments.token_counts(inputs)
-    return _plain_loss(loss, logps, counts, ref_logps, tensors, reduction, compute_dtype(policy_logits))
+    counts = counts_of_rows(completion_rows(inputs.labels, inputs.cu_seqlens, inputs.options), inputs.cu_seqlens)
+    dtype = compute_dtype(policy_logits)
+    return loss_calls.plain_loss(call.function, logps, counts, ref_logps, tensors, reduction, dtype)
 
 
 def fused_linear_loss(
@@ -828,8 +832,7 @@ def fused_linear_loss(
     >>> loss, metrics = kto_fused.fused_linear_loss("orpo", hidden, lm_head.weight, labels)
     >>> loss.backward()
     """
-    loss = as_loss(head)
-    check_return_tokens(return_tokens, loss)
+    loss_calls.check_return_tokens(return_tokens, head)
     inputs = arguments.from_hidden(
         hidden,
         lm_head_weight,
@@ -850,15 +853,17 @@ def fused_linear_loss(
         backend=backend,
         per_position=return_tokens,
     )
-    inputs, head_type, options = prepared(inputs, head, loss, tensors)
-    if head_type is not None:
-        value, metrics = _loss_from_hidden(inputs, head_type, reduction=reduction, **options)
-        return (value, *_of_positions(metrics, inputs.labels.shape)) if return_tokens else (value, metrics)
+    call = loss_calls.of_loss(inputs, head, tensors, reduction)
+    if call.function is None:
+        loss, metrics = _loss_from_hidden(call)
+        return (loss, *_of_positions(metrics, inputs.labels.shape)) if return_tokens else (loss, metrics)
     at_most_one(ref_hidden=ref_hidden, ref_logps=ref_logps)
+    inputs = call.inputs
     policy, ref_logps = _logps_from_hidden(inputs), inputs.reference.logps
     if inputs.reference.hidden is not None:
         ref_logps = _logps_from_hidden(arguments.of_reference(inputs)).logps
-    return _plain_loss(loss, policy.logps, policy.token_counts, ref_logps, tensors, reduction, compute_dtype(hidden))
+    sequences = policy.logps, policy.token_counts, ref_logps
+    return loss_calls.plain_loss(call.function, *sequences, tensors, reduction, compute_dtype(hidden))
 
 
 def loss_from_logps(
@@ -904,14 +909,13 @@ def loss_from_logps(
     0.6444
     """
     loss = as_loss(head)
-    of_tokens = {"labels": labels, "mask": mask, "token_weights": token_weights, "cu_seqlens": cu_seqlens}
-    if reads_tokens(loss, token_counts):
-        token_inputs = arguments.from_token_logps(policy_logps, ref_logps, backend=backend, **of_tokens)
-        token_inputs, head_type, options = prepared(token_inputs, head, loss, tensors)
-        return _loss_from_token_logps(token_inputs, head_type, reduction=reduction, **options)
-    tensors = of_sequences(head, loss, of_tokens, tensors)
+    token_arguments = {"labels": labels, "mask": mask, "token_weights": token_weights, "cu_seqlens": cu_seqlens}
+    if loss_calls.reads_tokens(loss, token_counts):
+        inputs = arguments.from_token_logps(policy_logps, ref_logps, backend=backend, **token_arguments)
+        return _loss_from_token_logps(loss_calls.of_loss(inputs, loss, tensors, reduction))
+    tensors = loss_calls.tensors_of_sequences(head, token_arguments, tensors)
     if isinstance(loss, Head):
-        inputs = arguments.from_logps(
+        call = loss_calls.of_logps(
             FormulaHead,
             policy_logps,
             ref_logps,
@@ -921,9 +925,10 @@ def loss_from_logps(
             tensors=tensors,
             reduction=reduction,
         )
-        return _loss_from_logps(inputs)
+        return _loss_from_logps(call)
     checks.policy_logps(policy_logps)
-    return _plain_loss(loss, policy_logps, token_counts, ref_logps, tensors, reduction, compute_dtype(policy_logps))
+    sequences = policy_logps, token_counts, ref_logps
+    return loss_calls.plain_loss(loss, *sequences, tensors, reduction, compute_dtype(policy_logps))
 
 
 def kto_reference_point(
@@ -993,9 +998,8 @@ def kto_class_weights(n_desirable: int, n_undesirable: int) -> tuple[float, floa
 # ---- from checked arguments to results ------------------------------------------------------------------------------
 
 
-def _loss_from_logits(inputs: LogitInputs, head_type: type, **head_options: object) -> tuple[torch.Tensor, LossMetrics]:
-    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
-    inputs = arguments.with_statistics(inputs, head)
+def _loss_from_logits(call: LossCall) -> tuple[torch.Tensor, LossMetrics]:
+    inputs, head, head_tensors = call.inputs, call.head, call.head_tensors
     ref_logps = inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequence_logps(inputs.ref_logits, inputs)
@@ -1021,11 +1025,8 @@ def _sequence_logps(logits: torch.Tensor, inputs: LogitInputs) -> torch.Tensor:
     return SequenceLogps.apply(logits, *layout, inputs.options)
 
 
-def _loss_from_hidden(
-    inputs: HiddenInputs, head_type: type, **head_options: object
-) -> tuple[torch.Tensor, LossMetrics]:
-    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
-    inputs = arguments.with_statistics(inputs, head)
+def _loss_from_hidden(call: LossCall) -> tuple[torch.Tensor, LossMetrics]:
+    inputs, head, head_tensors = call.inputs, call.head, call.head_tensors
     reference = inputs.reference
     loss, *values = LossFromHidden.apply(
         inputs.hidden,
@@ -1045,12 +1046,6 @@ def _loss_from_hidden(
     return loss, _metrics(sequences, ref_logps=ref_logps, **named)
 
 
-def check_return_tokens(return_tokens: bool, loss: Head | Callable[..., torch.Tensor]) -> None:
-    checks.flag("return_tokens", return_tokens)
-    if return_tokens and not (isinstance(loss, Head) and level_of(loss) == "token"):
-        raise ValueError(f"return_tokens=True belongs to token-level heads, got {loss!r}: take linear_token_logps")
-
-
 def _of_positions(values: SequenceValues | LossMetrics, shape: torch.Size) -> tuple[torch.Tensor, TokenMetrics]:
     """Return an engine's values of each position in the shape of the labels: log-probabilities, and the metrics."""
     entropy, mean_logits = values.entropy.view(shape), values.mean_logits.view(shape)
@@ -1064,23 +1059,20 @@ def _logps_from_hidden(inputs: HiddenInputs) -> SequenceValues:
     return SequenceValues(*values)
 
 
-def _loss_from_logps(inputs: LogpInputs) -> tuple[torch.Tensor, LossMetrics]:
-    head, head_tensors = inputs.head, inputs.head_tensors
+def _loss_from_logps(call: LogpCall) -> tuple[torch.Tensor, LossMetrics]:
     loss, *reported = LossFromLogps.apply(
-        inputs.policy_logps, head, inputs.token_counts, inputs.ref_logps, *head_tensors
+        call.policy_logps, call.head, call.token_counts, call.ref_logps, *call.head_tensors
     )
-    logps = inputs.policy_logps.detach()
-    named = _named(head, reported, logps, inputs.token_counts, inputs.ref_logps, head_tensors)
-    return loss, LossMetrics(logps=logps, ref_logps=inputs.ref_logps, token_counts=inputs.token_counts, **named)
+    logps = call.policy_logps.detach()
+    named = _named(call.head, reported, logps, call.token_counts, call.ref_logps, call.head_tensors)
+    return loss, LossMetrics(logps=logps, ref_logps=call.ref_logps, token_counts=call.token_counts, **named)
 
 
-def _loss_from_token_logps(
-    inputs: TokenLogpInputs, head_type: type, **head_options: object
-) -> tuple[torch.Tensor, LossMetrics]:
-    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
+def _loss_from_token_logps(call: LossCall) -> tuple[torch.Tensor, LossMetrics]:
+    inputs, head, head_tensors = call.inputs, call.head, call.head_tensors
     loss, logps, token_counts = LossFromTokenLogps.apply(
         inputs.logps,
-        arguments.predicting_rows(inputs),
+        completion_rows(inputs.labels, inputs.cu_seqlens, inputs.options),
         inputs.cu_seqlens,
         inputs.token_weights,
         inputs.num_sequences,
@@ -1091,43 +1083,6 @@ def _loss_from_token_logps(
     )
     named = _named(head, (), logps, token_counts, inputs.ref_logps, head_tensors)
     return loss, LossMetrics(logps=logps, ref_logps=inputs.ref_logps, token_counts=token_counts, **named)
-
-
-def reads_tokens(loss: Head | Callable[..., torch.Tensor], token_counts: object) -> bool:
-    """Whether ``loss_from_logps`` gets the tokens' log-probabilities."""
-    if not isinstance(loss, Head) or level_of(loss) == "sequence":
-        return False
-    if token_counts is not None:
-        raise TypeError(f"{loss!r} reads tokens, which labels or mask count: token_counts has no meaning")
-    return True
-
-
-def of_sequences(
-    head: Any,
-    loss: Head | Callable[..., torch.Tensor],
-    of_tokens: dict[str, torch.Tensor | None],
-    tensors: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """Return a sequence-level loss's tensors: what ``loss_from_logps`` calls ``mask`` may be one of its own."""
-    arguments.refuse_ld_alpha(head if isinstance(head, Head) else loss)
-    return {**tensors, **{name: value for name, value in of_tokens.items() if value is not None}}
-
-
-def prepared(
-    inputs: TokenInputs, head: Any, loss: Head | Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor]
-) -> tuple[TokenInputs, type | None, dict[str, Any]]:
-    """Return the inputs with the token weights of the loss, the kind of head that computes the loss fastest, and the
-    options from which it is prepared. The kind is None for a function that is not registered.
-    """
-    inputs, tensors, own = arguments.with_weights_of(inputs, head if isinstance(head, Head) else loss, tensors)
-    if not isinstance(loss, Head):
-        return inputs, None, {}
-    options = {"loss": loss, "tensors": tensors, **own}
-    level = level_of(loss)
-    if level != "sequence":
-        return inputs, TokenFormulaHead if level == "token" else MixedFormulaHead, options
-    fast = loss.fast_options(tensors)
-    return (inputs, FormulaHead, options) if fast is None else (inputs, *fast)
 
 
 def _named(
@@ -1144,39 +1099,6 @@ def _named(
             exact_ref = None if ref_logps is None else ref_logps.double()
             reported = head.report(logps.double(), token_counts, exact_ref, *head_tensors)
     return head.metrics(reported, *head_tensors)
-
-
-def _plain_loss(
-    function: Callable[..., torch.Tensor],
-    logps: torch.Tensor,
-    token_counts: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    tensors: dict[str, torch.Tensor],
-    reduction: str,
-    loss_dtype: torch.dtype,
-) -> tuple[torch.Tensor, LossMetrics]:
-    """The loss of a function that is not registered, under autograd."""
-    checks.choice("reduction", reduction, REDUCTIONS)
-    exact = logps.double(), token_counts, None if ref_logps is None else ref_logps.double()
-    weights = tensors.get("weights")
-    if weights is not None:
-        checks.tensor("weights", weights, ANY_DTYPE, "bool, integer or floating-point")
-        checks.not_negative("weights", weights)
-        parameters = inspect.signature(function).parameters
-        if "weights" not in parameters:
-            tensors = {name: value for name, value in tensors.items() if name != "weights"}
-    losses = function(*exact, **tensors)
-    if weights is not None and "weights" not in parameters:
-        losses = weighted(losses, weights)
-    if not isinstance(losses, torch.Tensor) or losses.ndim > 1:
-        came = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-        raise ValueError(f"head must return losses of one dimension, or one number, got {came}")
-    policy = logps.detach()
-    rewards = policy if ref_logps is None else policy - ref_logps
-    metrics = LossMetrics(
-        logps=policy, ref_logps=ref_logps, rewards=rewards, token_counts=token_counts, is_paired=False
-    )
-    return reduce(losses, reduction).to(loss_dtype), metrics
 
 
 def _metrics(sequences: SequenceValues, **named: torch.Tensor | None) -> LossMetrics:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import advantages, arguments, checks, functional
-from .arguments import HiddenInputs, LogitInputs, TokenLogpInputs, ld_token_weights
+from . import advantages, arguments, checks, functional, loss_calls
+from .arguments import HiddenInputs, LogitInputs, TokenLogpInputs
 from .engines import backends, scan
 from .engines.layout import check_contents, check_offsets, compute_dtype
 from .engines.options import LogitOptions
@@ -28,9 +28,11 @@ from .heads import reward
 from .heads.base import reduce, weighted
 from .heads.formula import FormulaHead
 from .heads.preference import DPOHead, KTOHead
-from .heads.protocol import Head, as_loss, level_of
+from .heads.protocol import Head, as_loss
 from .heads.reward import bradley_terry_loss, value_loss
+from .loss_calls import LossCall
 from .metrics import LossMetrics, TokenMetrics
+from .token_weights import completion_rows, ld_token_weights
 
 __all__ = [
     "bradley_terry_loss",
@@ -221,31 +223,27 @@ def _sequence_logps(given: dict[str, Any]) -> torch.Tensor:
 def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """The twin of ``fused_loss`` and ``fused_linear_loss``: the head's formula, registered or not."""
     head, tensors, reduction = given.pop("head"), given.pop("tensors"), given.pop("reduction")
-    loss, return_tokens = as_loss(head), given.pop("return_tokens", False)
-    functional.check_return_tokens(return_tokens, loss)
-    inputs, head_type, options = functional.prepared(_checked(given)[0], head, loss, tensors)
-    if head_type is not None and level_of(loss) != "sequence":
-        return _token_loss(inputs, head_type, return_tokens, reduction=reduction, **options)
-    if head_type is not None:  # the formula, also where it has a kernel
-        return _loss_of_inputs(inputs, FormulaHead, loss=loss, tensors=tensors, reduction=reduction)
-    inputs = _with_logits(inputs)
+    return_tokens = given.pop("return_tokens", False)
+    loss_calls.check_return_tokens(return_tokens, head)
+    call = loss_calls.of_loss(_checked(given)[0], head, tensors, reduction, uses_kernels=False)
+    if call.function is None:
+        reads_tokens = getattr(call.head, "level", "sequence") != "sequence"
+        return _loss_of_tokens_call(call, return_tokens) if reads_tokens else _loss_of_call(call)
+    inputs = _with_logits(call.inputs)
     policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequences(inputs.ref_logits, inputs).logps
-    dtype = compute_dtype(inputs.logits)
-    return functional._plain_loss(loss, policy.logps, policy.token_counts, ref_logps, tensors, reduction, dtype)
+    sequences = policy.logps, policy.token_counts, ref_logps
+    return loss_calls.plain_loss(call.function, *sequences, tensors, reduction, compute_dtype(inputs.logits))
 
 
-def _token_loss(
-    inputs: LogitInputs | HiddenInputs, head_type: type, return_tokens: bool, **head_options: Any
-) -> tuple[torch.Tensor, ...]:
+def _loss_of_tokens_call(call: LossCall, return_tokens: bool) -> tuple[torch.Tensor, ...]:
     """A loss that reads tokens, from logits or hidden states."""
-    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
-    inputs = _with_logits(arguments.with_statistics(inputs, head))
+    inputs = _with_logits(call.inputs)
     tokens, ref_logps = _tokens(inputs.logits, inputs), inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequences(inputs.ref_logits, inputs).logps
-    loss, metrics = _loss_of_tokens(tokens, inputs, head, head_tensors, ref_logps)
+    loss, metrics = _loss_of_tokens(tokens, inputs, call.head, call.head_tensors, ref_logps)
     if return_tokens:
         return loss, tokens.logps.detach(), TokenMetrics(tokens.entropy, tokens.mean_logits, tokens.is_top1)
     means = {name: getattr(_sums(tokens, inputs), name) for name in ("entropy", "mean_logits", "token_accuracy")}
@@ -312,48 +310,46 @@ def _sum_of_tokens(
 def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     head, tensors, reduction = given.pop("head"), given.pop("tensors"), given.pop("reduction")
     loss = as_loss(head)
-    of_tokens = {name: given.pop(name) for name in ("labels", "mask", "token_weights", "cu_seqlens")}
-    if functional.reads_tokens(loss, given["token_counts"]):
+    token_arguments = {name: given.pop(name) for name in ("labels", "mask", "token_weights", "cu_seqlens")}
+    if loss_calls.reads_tokens(loss, given["token_counts"]):
         inputs = arguments.from_token_logps(
-            given["policy_logps"], given["ref_logps"], backend=given["backend"], **of_tokens
+            given["policy_logps"], given["ref_logps"], backend=given["backend"], **token_arguments
         )
-        inputs, head_type, options = functional.prepared(inputs, head, loss, tensors)
-        prepared, head_tensors = arguments.loss_head(head_type, inputs, reduction=reduction, **options)
-        is_token = arguments.predicting_rows(inputs)
+        call = loss_calls.of_loss(inputs, loss, tensors, reduction)
+        inputs = call.inputs
+        is_token = completion_rows(inputs.labels, inputs.cu_seqlens, inputs.options)
         logps = torch.where(is_token, inputs.logps, 0.0)
         tokens = Tokens(logps, *[torch.zeros_like(logps.detach())] * 3, is_token, None)
-        return _loss_of_tokens(tokens, inputs, prepared, head_tensors, inputs.ref_logps)
-    tensors = functional.of_sequences(head, loss, of_tokens, tensors)
+        return _loss_of_tokens(tokens, inputs, call.head, call.head_tensors, inputs.ref_logps)
+    tensors = loss_calls.tensors_of_sequences(head, token_arguments, tensors)
     if isinstance(loss, Head):
         return _loss_of_logps(FormulaHead, {**given, "loss": loss, "tensors": tensors, "reduction": reduction})
     given.pop("backend")
     logps, ref_logps, token_counts = given["policy_logps"], given["ref_logps"], given["token_counts"]
     checks.policy_logps(logps)
-    return functional._plain_loss(loss, logps, token_counts, ref_logps, tensors, reduction, compute_dtype(logps))
+    return loss_calls.plain_loss(loss, logps, token_counts, ref_logps, tensors, reduction, compute_dtype(logps))
 
 
 def _loss_of(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     inputs, head_options = _checked(given)
-    return _loss_of_inputs(inputs, head_type, **head_options)
+    return _loss_of_call(loss_calls.of_head(head_type, inputs, **head_options))
 
 
-def _loss_of_inputs(
-    inputs: LogitInputs | HiddenInputs, head_type: type, **head_options: Any
-) -> tuple[torch.Tensor, LossMetrics]:
-    head, head_tensors = arguments.loss_head(head_type, inputs, **head_options)
-    inputs = _with_logits(arguments.with_statistics(inputs, head))
+def _loss_of_call(call: LossCall) -> tuple[torch.Tensor, LossMetrics]:
+    """A loss that reads sequences, from logits or hidden states."""
+    inputs = _with_logits(call.inputs)
     policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps
     if inputs.ref_logits is not None:
         ref_logps = _sequences(inputs.ref_logits, inputs).logps
-    statistics = row_statistics(head, policy)
-    loss, metrics = _loss(head, head_tensors, policy.logps, policy.token_counts, ref_logps, **statistics)
+    statistics = row_statistics(call.head, policy)
+    loss, metrics = _loss(call.head, call.head_tensors, policy.logps, policy.token_counts, ref_logps, **statistics)
     means = {name: getattr(policy, name) for name in ("entropy", "mean_logits", "token_accuracy")}
     return loss, replace(metrics, **means)
 
 
 def _loss_of_logps(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
-    inputs = arguments.from_logps(head_type, **given)
-    return _loss(inputs.head, inputs.head_tensors, inputs.policy_logps, inputs.token_counts, inputs.ref_logps)
+    call = loss_calls.of_logps(head_type, **given)
+    return _loss(call.head, call.head_tensors, call.policy_logps, call.token_counts, call.ref_logps)
 
 
 def _gae(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,8 +16,6 @@ from .base import REDUCTIONS, loss_shape, register, value_and_grads, weighted
 from .preference import check_desirable, check_token_counts
 from .protocol import Head, check_group, check_tensor_names, from_text, to_text, try_once
 
-ANY_DTYPE = (torch.bool, *checks.INTEGER_DTYPES, *checks.FLOAT_DTYPES)
-
 
 @dataclass(frozen=True, eq=False)
 class PreparedLoss:
@@ -68,7 +66,7 @@ def checked_tensor(name: str, value: torch.Tensor | float, policy: torch.Tensor)
     """Check dtype and device of a loss's tensor; a number becomes a scalar tensor."""
     if checks.is_number(value):
         value = torch.tensor(float(value), dtype=torch.float64, device=policy.device)
-    checks.tensor(name, value, ANY_DTYPE, "bool, integer or floating-point")
+    checks.tensor(name, value, checks.NUMBER_DTYPES, checks.A_NUMBER)
     checks.same_device(name, value, "the policy", policy)
     return value
 
@@ -226,10 +224,8 @@ def check_tensors(
     """Check the tensors of a call by name and shape. Returns them detached, in the order of the head's names."""
     check_tensor_names(loss, tensors)
     check_group(type(loss), loss.group)
-    if loss.group == 2 and num_sequences % 2:
-        raise ValueError(
-            f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple of 2"
-        )
+    if loss.group == 2:
+        checks.pairs(num_sequences)
     # a loss of the whole batch may be one of pairs
     lengths = {None: (num_sequences, num_sequences // 2), 1: (num_sequences,), 2: (num_sequences // 2,)}[loss.group]
     checked = {}

@@ -430,11 +430,7 @@ class DPOHead:
     ) -> tuple["DPOHead", tuple[()]]:
         """Check a call's options, like ``KTOHead.prepare``. Returns the head and no tensors."""
         check_dpo_options(loss_type, beta, label_smoothing, gamma, fields["reduction"])
-        if num_sequences % 2:
-            raise ValueError(
-                f"pairs need an even batch, chosen then rejected; got {num_sequences} sequences: expected a multiple "
-                "of 2"
-            )
+        checks.pairs(num_sequences)
         head = cls(
             loss_type=loss_type,
             beta=float(beta),

@@ -214,11 +214,7 @@ def checked_reward_inputs(
         raise ValueError(f"score_weight must be [1, H], one score per completion, got shape {list(score_weight.shape)}")
     checks.integer("ignore_index", ignore_index)
     checks.flag("shift", shift)
-    if rows.num_sequences % 2:
-        raise ValueError(
-            f"pairs need an even batch, chosen then rejected; got {rows.num_sequences} sequences: expected a multiple "
-            "of 2"
-        )
+    checks.pairs(rows.num_sequences)
     pairs = hidden.new_empty(rows.num_sequences // 2)
     margin, weights = _pair_options("the pairs", pairs, margin, centering, reduction, weights)
     return RewardInputs(rows.values, rows.labels, rows.cu_seqlens, margin, weights)

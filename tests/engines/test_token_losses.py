@@ -747,7 +747,7 @@ def test_a_wrong_call_of_weights_and_mixes_is_named(loss, options, error, messag
 @pytest.mark.parametrize(
     ("loss", "logps", "options", "message"),
     [
-        ("nll", torch.zeros(B, T), {}, "needs labels or mask, which say what of policy_logps counts"),
+        ("nll", torch.zeros(B, T), {}, "needs labels or mask, which say which entries of policy_logps count"),
         (
             "nll",
             torch.zeros(B),
