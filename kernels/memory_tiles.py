@@ -458,8 +458,8 @@ def fold(
 
     The tile holds ``columns`` of the vocabulary. The tile that starts at column 0 starts the state, whose memory may be
     undefined before. ``bias`` is [V]; the tile does not contain it yet. ``targets`` [rows] are token ids of the whole
-    vocabulary; the row TARGET_LOGIT is written by the tile that holds the target. With
-    ``sum_squares`` the state has the row SQUARE_SUM too.
+    vocabulary; the row TARGET_LOGIT is written by the tile that holds the target. With ``sum_squares`` the state has
+    the row SQUARE_SUM too.
     """
     values, references, tile_index = kept if kept is not None else (None, None, 0)
     fold_tile_kernel[(len(targets),)](

@@ -910,7 +910,7 @@ def loss_from_logps(
     """
     loss = as_loss(head)
     token_arguments = {"labels": labels, "mask": mask, "token_weights": token_weights, "cu_seqlens": cu_seqlens}
-    if loss_calls.reads_tokens(loss, token_counts):
+    if loss_calls.takes_token_logps(loss, token_counts):
         inputs = arguments.from_token_logps(policy_logps, ref_logps, backend=backend, **token_arguments)
         return _loss_from_token_logps(loss_calls.of_loss(inputs, loss, tensors, reduction))
     tensors = loss_calls.tensors_of_sequences(head, token_arguments, tensors)

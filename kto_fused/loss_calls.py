@@ -127,7 +127,7 @@ def of_logps(
     return LogpCall(policy_logps, None if ref_logps is None else ref_logps.detach(), token_counts, head, head_tensors)
 
 
-def reads_tokens(loss: Loss, token_counts: object) -> bool:
+def takes_token_logps(loss: Loss, token_counts: object) -> bool:
     """Whether ``loss_from_logps`` gets the tokens' log-probabilities for this loss."""
     if not isinstance(loss, Head) or level_of(loss) == "sequence":
         return False
@@ -233,7 +233,7 @@ def _with_weights_of(
 
 def _check_statistics(loss: Head, is_weighted: bool, is_masked: bool) -> None:
     """Refuse a loss of sequences whose row statistics would be of other tokens than its log-probabilities."""
-    for _, part in loss.leaves():
+    for _, part in loss.terms():
         if part.level == "token" or not part.statistics():
             continue
         if is_masked:

@@ -23,6 +23,7 @@ from .engines import backends, scan
 from .engines.layout import check_contents, check_offsets, compute_dtype
 from .engines.options import LogitOptions
 from .engines.results import SequenceValues, row_statistics
+from .engines.tokens import reads_tokens
 from .functional import kto_class_weights, kto_reference_point
 from .heads import reward
 from .heads.base import reduce, weighted
@@ -133,6 +134,11 @@ def _sequences(logits: torch.Tensor, inputs: LogitInputs) -> SequenceValues:
     return _sums(_tokens(logits, inputs), inputs)
 
 
+def _ref_logps(inputs: LogitInputs) -> torch.Tensor | None:
+    """Return the reference model's log-probabilities [B], None without a reference."""
+    return inputs.ref_logps if inputs.ref_logits is None else _sequences(inputs.ref_logits, inputs).logps
+
+
 def _sums(tokens: Tokens, inputs: LogitInputs | TokenLogpInputs) -> SequenceValues:
     def add_up(values: torch.Tensor) -> torch.Tensor:
         if inputs.cu_seqlens is None:
@@ -165,6 +171,13 @@ def _loss(
     with torch.no_grad():
         named = head.metrics(head.report(*exact, *head_tensors), *head_tensors)
     return loss, LossMetrics(logps=logps.detach(), ref_logps=ref_logps, token_counts=token_counts, **named)
+
+
+def _with_means(metrics: LossMetrics, values: SequenceValues) -> LossMetrics:
+    """Add the means over completion tokens, which log-probabilities alone do not give."""
+    return replace(
+        metrics, entropy=values.entropy, mean_logits=values.mean_logits, token_accuracy=values.token_accuracy
+    )
 
 
 # ---- the twins ------------------------------------------------------------------------------------------------------
@@ -227,27 +240,21 @@ def _any_loss(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     loss_calls.check_return_tokens(return_tokens, head)
     call = loss_calls.of_loss(_checked(given)[0], head, tensors, reduction, uses_kernels=False)
     if call.function is None:
-        reads_tokens = getattr(call.head, "level", "sequence") != "sequence"
-        return _loss_of_tokens_call(call, return_tokens) if reads_tokens else _loss_of_call(call)
+        return _loss_that_reads_tokens(call, return_tokens) if reads_tokens(call.head) else _loss_of_sequences(call)
     inputs = _with_logits(call.inputs)
-    policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps
-    if inputs.ref_logits is not None:
-        ref_logps = _sequences(inputs.ref_logits, inputs).logps
+    policy, ref_logps = _sequences(inputs.logits, inputs), _ref_logps(inputs)
     sequences = policy.logps, policy.token_counts, ref_logps
     return loss_calls.plain_loss(call.function, *sequences, tensors, reduction, compute_dtype(inputs.logits))
 
 
-def _loss_of_tokens_call(call: LossCall, return_tokens: bool) -> tuple[torch.Tensor, ...]:
+def _loss_that_reads_tokens(call: LossCall, return_tokens: bool) -> tuple[torch.Tensor, ...]:
     """A loss that reads tokens, from logits or hidden states."""
     inputs = _with_logits(call.inputs)
-    tokens, ref_logps = _tokens(inputs.logits, inputs), inputs.ref_logps
-    if inputs.ref_logits is not None:
-        ref_logps = _sequences(inputs.ref_logits, inputs).logps
+    tokens, ref_logps = _tokens(inputs.logits, inputs), _ref_logps(inputs)
     loss, metrics = _loss_of_tokens(tokens, inputs, call.head, call.head_tensors, ref_logps)
     if return_tokens:
         return loss, tokens.logps.detach(), TokenMetrics(tokens.entropy, tokens.mean_logits, tokens.is_top1)
-    means = {name: getattr(_sums(tokens, inputs), name) for name in ("entropy", "mean_logits", "token_accuracy")}
-    return loss, replace(metrics, **means)
+    return loss, _with_means(metrics, _sums(tokens, inputs))
 
 
 def _loss_of_tokens(
@@ -259,18 +266,17 @@ def _loss_of_tokens(
 ) -> tuple[torch.Tensor, LossMetrics]:
     """A token-level loss, and beside it a loss of sequences where the head has both levels."""
     policy = _sums(tokens, inputs)
+    exact_ref = None if ref_logps is None else ref_logps.double()
     if head.level == "token":
         loss = _sum_of_tokens(tokens, inputs, head, head_tensors, policy.token_counts)
     else:
         loss = _sum_of_tokens(tokens, inputs, *head.part("token", head_tensors), policy.token_counts)
         sequence_head, sequence_tensors = head.part("sequence", head_tensors)
         counts = head.completion_counts(head_tensors)
-        exact_ref = None if ref_logps is None else ref_logps.double()
         of_sequences = policy.logps, policy.token_counts if counts is None else counts, exact_ref, *sequence_tensors
         losses = sequence_head.losses(*of_sequences, **row_statistics(sequence_head, policy))
         loss = loss + reduce(losses, head.reduction)
     with torch.no_grad():
-        exact_ref = None if ref_logps is None else ref_logps.double()
         reported = head.report(policy.logps.detach(), policy.token_counts, exact_ref, *head_tensors)
         named = head.metrics(reported, *head_tensors)
     logps, counts = policy.logps.detach(), policy.token_counts
@@ -311,7 +317,7 @@ def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics
     head, tensors, reduction = given.pop("head"), given.pop("tensors"), given.pop("reduction")
     loss = as_loss(head)
     token_arguments = {name: given.pop(name) for name in ("labels", "mask", "token_weights", "cu_seqlens")}
-    if loss_calls.reads_tokens(loss, given["token_counts"]):
+    if loss_calls.takes_token_logps(loss, given["token_counts"]):
         inputs = arguments.from_token_logps(
             given["policy_logps"], given["ref_logps"], backend=given["backend"], **token_arguments
         )
@@ -332,19 +338,16 @@ def _any_loss_of_logps(given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics
 
 def _loss_of(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:
     inputs, head_options = _checked(given)
-    return _loss_of_call(loss_calls.of_head(head_type, inputs, **head_options))
+    return _loss_of_sequences(loss_calls.of_head(head_type, inputs, **head_options))
 
 
-def _loss_of_call(call: LossCall) -> tuple[torch.Tensor, LossMetrics]:
+def _loss_of_sequences(call: LossCall) -> tuple[torch.Tensor, LossMetrics]:
     """A loss that reads sequences, from logits or hidden states."""
     inputs = _with_logits(call.inputs)
-    policy, ref_logps = _sequences(inputs.logits, inputs), inputs.ref_logps
-    if inputs.ref_logits is not None:
-        ref_logps = _sequences(inputs.ref_logits, inputs).logps
+    policy, ref_logps = _sequences(inputs.logits, inputs), _ref_logps(inputs)
     statistics = row_statistics(call.head, policy)
     loss, metrics = _loss(call.head, call.head_tensors, policy.logps, policy.token_counts, ref_logps, **statistics)
-    means = {name: getattr(policy, name) for name in ("entropy", "mean_logits", "token_accuracy")}
-    return loss, replace(metrics, **means)
+    return loss, _with_means(metrics, policy)
 
 
 def _loss_of_logps(head_type: type, given: dict[str, Any]) -> tuple[torch.Tensor, LossMetrics]:

@@ -398,49 +398,25 @@ def forward(
 
     chunk = gemm_weight = computed_ref_logps = None
     if reference is not None:
-        visit = _visit_reference(reference, tokens, plan, weight, weight_sum, options)
-        ref_logps, chunk, gemm_weight = visit
-        del visit  # the engine alone holds the chunk, and frees it
-        computed_ref_logps = ref_logps
+        computed_ref_logps, chunk, gemm_weight = _visit_reference(reference, tokens, plan, weight, weight_sum, options)
+        ref_logps = computed_ref_logps
     if gemm_weight is None:
         gemm_weight = weight.to(options.dtype)
     chunk = chunk or make_chunk(plan, weight_sum)
     engine = Engine(hidden, gemm_weight, bias, tokens, chunk, options, weight.dtype)
-    del chunk
+    del chunk  # the engine alone holds it, and frees it
     call, token_call = _calls(head, ref_logps, head_tensors, tokens, shift=options.logits.shift)
 
-    if plan.is_loss_in_time:
-        if not plan.num_accumulators:
-            engine.start_sums(empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
-        if plan.num_accumulators:
-            values, result = _visit_split_groups(engine, call, plan)
-        elif is_token_level(head):
+    if not plan.is_loss_in_time:
+        values, result = _visit_before_loss(engine, call, token_call, plan, weight, mode)
+    elif plan.num_accumulators:
+        values, result = _visit_split_groups(engine, call, plan)
+    else:
+        engine.start_sums(empty_weight_sum(plan, weight, options) if weight_sum is None else weight_sum)
+        if is_token_level(head):
             values, result = _visit_tokens(engine, token_call, plan)
         else:
-            values, result = _visit_with_loss_in_time(engine, call, token_call, plan)
-    else:
-        is_direction = plan.spec.keeps == "panels"  # the chunk prepares d log-probability / d hidden, without a loss
-        ones = engine.per_token.new_ones(len(tokens.rows))
-        if mode is GradientMode.IN_BACKWARD or options.is_head_trained:
-            engine.start_statistics()
-        for start, stop in plan.ranges:
-            engine.forward(start, stop, keep=is_direction)
-            if is_direction:
-                engine.backward(start, stop, ones)
-        values = engine.values()
-        result, of_tokens = call.on_batch(values), None
-        if token_call is not None:
-            total, of_tokens = token_call(TokenValues(*engine.per_token), 0, len(tokens.rows))
-            result = result.plus(token_call.head, total)
-        if mode is GradientMode.OF_LOSS:
-            # a token-level head comes to this place only where there are no tokens
-            token_grads = of_tokens if is_token_level(head) else engine.token_grads(result.logp_grads)
-            if is_mixed(head):
-                token_grads = token_grads + of_tokens
-            if is_direction:
-                engine.scale_hidden_gradient(token_grads, plan.ranges)
-            else:
-                _visit_again(engine, weight, token_grads)
+            values, result = _visit_whole_groups(engine, call, token_call, plan)
     statistics = engine.statistics if mode is GradientMode.IN_BACKWARD else None
     return HiddenResults(
         values, computed_ref_logps, engine.gradients(), statistics, result.loss, result.logp_grads, result.reported
@@ -466,7 +442,31 @@ def _calls(
     return call, TokenCall.of_packed(token_head, token_tensors, tokens, shift=shift)
 
 
-def _visit_with_loss_in_time(
+# ---- visits: each takes all chunks through the LM head, and calls the loss head ------------------------------------
+#
+#     _visit_tokens         a token-level head                               called on each chunk's tokens
+#     _visit_whole_groups   chunks hold whole groups of sequences            called on each chunk's groups
+#     _visit_split_groups   a group exceeds a chunk, its accumulators fit    called at the end of each group
+#     _visit_before_loss    any other loss, or none                          called once, after the last chunk
+
+
+def _visit_tokens(engine: Engine, call: TokenCall, plan: Plan) -> tuple[SequenceValues, HeadResult]:
+    """Find log-probabilities, the loss and the gradients of a token-level head, chunk by chunk."""
+    total = engine.per_token.new_zeros((), dtype=torch.float64)
+    token_grads = torch.zeros_like(engine.per_token[0])
+    for start, stop in plan.ranges:
+        engine.forward(start, stop, keep=True)
+        loss, grads = call(TokenValues(*engine.per_token[:, start:stop]), start, stop)
+        total += loss
+        token_grads[start:stop] = grads
+        if call.head.may_be_zero:
+            engine.backward_of_some(start, stop, token_grads)
+        else:
+            engine.backward(start, stop, token_grads)
+    return engine.values(), HeadResult(None, None, ()).plus(call.head, total)
+
+
+def _visit_whole_groups(
     engine: Engine, call: HeadCall, token_call: TokenCall | None, plan: Plan
 ) -> tuple[SequenceValues, HeadResult]:
     """Find log-probabilities and gradients chunk by chunk. The head is called once per chunk.
@@ -507,6 +507,7 @@ def _visit_split_groups(engine: Engine, call: HeadCall, plan: Plan) -> tuple[Seq
     """
     counts, group = engine.tokens.counts, call.head.group
     ends = list(itertools.accumulate(counts))
+    group_ends = ends[group - 1 :: group]
     weights = engine.tokens.weights
     weights = engine.per_token.new_ones(len(engine.tokens.rows)) if weights is None else weights
     accumulators: dict[int, HeadSums] = {}  # of the present group's sequences
@@ -515,16 +516,14 @@ def _visit_split_groups(engine: Engine, call: HeadCall, plan: Plan) -> tuple[Seq
         engine.forward(start, stop, keep=True)
         sequence = bisect.bisect_right(ends, start)  # that of the first token; empty sequences are passed over
         first = sequence // group
-        first_token = ends[first * group - 1] if first else 0
-        is_whole = start == first_token and stop in ends and (stop >= ends[(first + 1) * group - 1])
-        last = bisect.bisect_right(ends, stop) // group if is_whole else first + 1
-        if not is_whole and stop < ends[(first + 1) * group - 1]:
+        if stop < group_ends[first]:
             sums = accumulators.get(sequence)
             if sums is None:
                 accumulators[sequence] = sums = engine.zeroed_sums()
             engine.backward(start, stop, weights, into=sums)
             continue
-        factors = engine.unweighted_grads(call.grads_of_groups(engine.values(), first, max(last, first + 1)))
+        last = bisect.bisect_right(group_ends, stop)
+        factors = engine.unweighted_grads(call.grads_of_groups(engine.values(), first, last))
         engine.backward(start, stop, weighted_grads(factors, engine.tokens.weights), into=total)
         for sequence, sums in accumulators.items():
             begin, end = ends[sequence] - counts[sequence], min(ends[sequence], start)
@@ -536,20 +535,39 @@ def _visit_split_groups(engine: Engine, call: HeadCall, plan: Plan) -> tuple[Seq
     return values, call.on_batch(values)
 
 
-def _visit_tokens(engine: Engine, call: TokenCall, plan: Plan) -> tuple[SequenceValues, HeadResult]:
-    """Find log-probabilities, the loss and the gradients of a token-level head, chunk by chunk."""
-    total = engine.per_token.new_zeros((), dtype=torch.float64)
-    token_grads = torch.zeros_like(engine.per_token[0])
+def _visit_before_loss(
+    engine: Engine, call: HeadCall, token_call: TokenCall | None, plan: Plan, weight: torch.Tensor, mode: GradientMode
+) -> tuple[SequenceValues, HeadResult]:
+    """Find all log-probabilities, then the loss, then the gradients of the mode OF_LOSS.
+
+    With a frozen head the chunks leave d log-probability / d hidden, whose rows the loss scales. With a trained one, a
+    second visit computes the logits again. In the other modes ``backward`` or the caller does either.
+    """
+    is_direction = plan.spec.keeps == "panels"  # chunks leave d log-probability / d hidden
+    if mode is GradientMode.IN_BACKWARD or engine.options.is_head_trained:
+        engine.start_statistics()
+    ones = engine.per_token.new_ones(len(engine.tokens.rows))
     for start, stop in plan.ranges:
-        engine.forward(start, stop, keep=True)
-        loss, grads = call(TokenValues(*engine.per_token[:, start:stop]), start, stop)
-        total += loss
-        token_grads[start:stop] = grads
-        if call.head.may_be_zero:
-            engine.backward_of_some(start, stop, token_grads)
+        engine.forward(start, stop, keep=is_direction)
+        if is_direction:
+            engine.backward(start, stop, ones)
+    values = engine.values()
+    result, of_tokens = call.on_batch(values), None
+    if token_call is not None:
+        total, of_tokens = token_call(TokenValues(*engine.per_token), 0, len(engine.tokens.rows))
+        result = result.plus(token_call.head, total)
+    if mode is GradientMode.OF_LOSS:
+        if call.head is None:  # a token-level head comes here only where there are no tokens
+            token_grads = of_tokens
         else:
-            engine.backward(start, stop, token_grads)
-    return engine.values(), HeadResult(None, None, ()).plus(call.head, total)
+            token_grads = engine.token_grads(result.logp_grads)
+            if of_tokens is not None:
+                token_grads = token_grads + of_tokens
+        if is_direction:
+            engine.scale_hidden_gradient(token_grads, plan.ranges)
+        else:
+            _visit_again(engine, weight, token_grads)
+    return values, result
 
 
 def find_tokens(

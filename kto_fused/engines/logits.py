@@ -22,7 +22,7 @@ from .first_derivative import first_derivative_only
 from .layout import MASKED, check_contents, compute_dtype, row_targets, scale_grads
 from .options import LOGIT_SCHEMA, LogitOptions
 from .results import RowResults, SequenceValues, TokenValues, num_token_values, row_statistics
-from .tokens import is_mixed, is_token_level, token_loss
+from .tokens import is_mixed, reads_tokens, token_loss
 
 # ---- operators ----------------------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ def loss_of_rows(
     """Call a loss head of any level on ``per_token`` [4, rows] or [5, rows]."""
     values = _sequences_forward(targets, per_token, cu_seqlens, token_weights, num_sequences, options)
     counts = values.token_counts
-    if not (is_token_level(head) or is_mixed(head)):
+    if not reads_tokens(head):
         of_sequences = values.logps, counts, ref_logps, *head_tensors
         loss, logp_grads, *reported = head(*of_sequences, **row_statistics(head, values))
         return RowsLoss(loss, values, logp_grads, reported)
@@ -385,7 +385,7 @@ class LossFromLogits(torch.autograd.Function):
             ref_logps,
             tuple(head_tensors),
         )
-        ctx.reads_tokens = is_token_level(head) or is_mixed(head)
+        ctx.reads_tokens = reads_tokens(head)
         saved = logits, rows.targets, rows.row_max, rows.log_sum, values.token_counts, head_grads, cu_seqlens
         _save(ctx, options, *saved, token_weights)
         ctx.num_arguments = len(arguments)

@@ -18,6 +18,11 @@ def is_token_level(head: Any) -> bool:
     return getattr(head, "level", "sequence") == "token"
 
 
+def reads_tokens(head: Any) -> bool:
+    """Whether a head has a part that reads single tokens."""
+    return is_token_level(head) or is_mixed(head)
+
+
 def is_mixed(head: Any) -> bool:
     """Whether a head has a part of each level: ``head.part(level, tensors)`` is that part with its tensors."""
     return getattr(head, "level", "sequence") == "mixed"

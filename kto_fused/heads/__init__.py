@@ -7,5 +7,6 @@ IPO(beta=0.2, ld_alpha=1.0, use_weighting=False, f_divergence_type='reverse_kl',
 
 from . import completions, pairs, tokens
 from .protocol import Head, Mix, make, names, register
+from .tokens import TokenHead
 
-__all__ = ["Head", "Mix", "completions", "make", "names", "pairs", "register", "tokens"]
+__all__ = ["Head", "Mix", "TokenHead", "completions", "make", "names", "pairs", "register", "tokens"]

@@ -14,7 +14,7 @@ from .. import checks
 from ..engines.backends import opaque
 from .base import REDUCTIONS, loss_shape, register, value_and_grads, weighted
 from .preference import check_desirable, check_token_counts
-from .protocol import Head, check_group, check_tensor_names, from_text, to_text, try_once
+from .protocol import Head, check_group, check_tensor_names, from_text, report_of, to_text, try_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,8 @@ class PreparedLoss:
         object.__setattr__(prepared, "_loss", loss)  # torch.compile need not read the text
         return prepared, tuple(tensors.values())
 
-    def named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    def by_name(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        """Return the call's tensors by their names."""
         return dict(zip(self.tensor_names.split(",") if self.tensor_names else [], tensors, strict=True))
 
     def check_statistics(self) -> None:
@@ -148,7 +149,7 @@ class FormulaHead(PreparedLoss):
         statistics: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """One loss per sequence or per pair; times the weight where ``weights`` came for a loss that has none."""
-        named, weights = self.named(tensors), None
+        named, weights = self.by_name(tensors), None
         if statistics:
             named.update(zip(self.statistics, statistics, strict=True))
         if "weights" in named and "weights" not in self.head.tensor_names():
@@ -167,15 +168,13 @@ class FormulaHead(PreparedLoss):
 
     def report(self, logps, token_counts, ref_logps, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """What to log, by name."""
-        named = {name: value for name, value in self.named(tensors).items() if name in self.head.tensor_names()}
-        sequences = logps, token_counts, ref_logps if self.needs_reference else None
-        return {**Head.report(self.head, *sequences), **self.head.report(*sequences, **named)}
+        return report_of(self.head, logps, token_counts, ref_logps, self.by_name(tensors))
 
     def metrics(self, reported: dict[str, torch.Tensor], *tensors: torch.Tensor) -> dict[str, Any]:
         """What ``report`` returned, by the fields of ``LossMetrics``."""
         known = {name: reported[name] for name in ("rewards", "reference_point") if name in reported}
         others = {name: value for name, value in reported.items() if name not in known}
-        desirable = self.named(tensors).get("desirable")
+        desirable = self.by_name(tensors).get("desirable")
         if desirable is not None and desirable.dtype != torch.bool:
             desirable = desirable == 1
         return {**known, "desirable": desirable, "is_paired": self.head.is_paired, "reported": others}
@@ -303,7 +302,7 @@ def _formula(
 ):
     """The reduced loss of a head's formula in float64, and its gradient by the log-probabilities [B]."""
     head = FormulaHead(text, tensor_names, reduction, loss_dtype, backend)
-    try_once(head.head, head.named(tuple(tensors)), len(logps))  # a compiled call comes here untried
+    try_once(head.head, head.by_name(tuple(tensors)), len(logps))  # a compiled call comes here untried
     ref_logps = None if ref_logps is None else ref_logps.double()
 
     def losses(logps: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from .base import register
 from .formula import FormulaHead, PreparedLoss
-from .protocol import Head, Mix, check_tensor_names, level_of, normalizers_of, part_of
+from .protocol import Head, Mix, check_tensor_names, level_of, normalizers_of, part_of, report_of
 from .token_formula import TokenFormulaHead
 
 LEVELS = {"sequence": FormulaHead, "token": TokenFormulaHead}
@@ -70,44 +70,41 @@ class MixedFormulaHead(PreparedLoss):
                 f"{found} came for {loss!r}, but are found in the logits, without a gradient: leave them out"
             )
         options = {"reduction": reduction, "average_log_prob": average_log_prob, **fields}
-        named = {}
+        by_name = {}
         for level, kind in LEVELS.items():
             part = part_of(loss, level)
             given = sequence_tensors if level == "sequence" else tensors
-            own = _tensors_of(part, level, loss, given)
-            head, values = kind.prepare(policy, num_sequences, loss=part, tensors=own, **options)
-            named.update({f"{level}:{name}": value for name, value in head.named(values).items()})
-        weights = named.get("sequence:weights")
+            part_tensors = _tensors_of_part(part, level, loss, given)
+            head, values = kind.prepare(policy, num_sequences, loss=part, tensors=part_tensors, **options)
+            by_name.update({f"{level}:{name}": value for name, value in head.by_name(values).items()})
+        weights = by_name.get("sequence:weights")
         if weights is not None and "weights" not in loss.tensor_names():
             # a token has the weight of its sequence, or of its sequence's pair
-            named["token:weights"] = weights.repeat(num_sequences // len(weights))
+            by_name["token:weights"] = weights.repeat(num_sequences // len(weights))
         if completion_counts is not None:
-            named[COMPLETION_COUNTS] = completion_counts
-        return cls.of(loss, named, reduction=reduction, **fields)
+            by_name[COMPLETION_COUNTS] = completion_counts
+        return cls.of(loss, by_name, reduction=reduction, **fields)
 
     def part(self, level: str, tensors: tuple[torch.Tensor, ...]) -> tuple[PreparedLoss, tuple[torch.Tensor, ...]]:
         """Return the head of one level, and its tensors."""
-        prefix = f"{level}:"
-        own = {
-            name.removeprefix(prefix): value for name, value in self.named(tensors).items() if name.startswith(prefix)
-        }
+        prefix, by_name = f"{level}:", self.by_name(tensors)
+        part_tensors = {name.removeprefix(prefix): by_name[name] for name in by_name if name.startswith(prefix)}
         fields = {"reduction": self.reduction, "loss_dtype": self.loss_dtype, "backend": self.backend}
-        return LEVELS[level].of(part_of(self.head, level), own, **fields)
+        return LEVELS[level].of(part_of(self.head, level), part_tensors, **fields)
 
     def completion_counts(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         """Return the numbers of tokens that the sequences' log-probabilities are of; None: of all labelled ones."""
-        return self.named(tensors).get(COMPLETION_COUNTS)
+        return self.by_name(tensors).get(COMPLETION_COUNTS)
 
     def report(self, logps, token_counts, ref_logps, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        part, own = self.part("sequence", tensors)
-        named = {name: value for name, value in part.named(own).items() if name in self.head.tensor_names()}
+        part, part_tensors = self.part("sequence", tensors)
         counts = self.completion_counts(tensors)
-        sequences = logps, token_counts if counts is None else counts, ref_logps if self.needs_reference else None
-        return {**Head.report(self.head, *sequences), **self.head.report(*sequences, **named)}
+        counts = token_counts if counts is None else counts
+        return report_of(self.head, logps, counts, ref_logps, part.by_name(part_tensors))
 
     def metrics(self, reported: dict[str, torch.Tensor], *tensors: torch.Tensor) -> dict[str, Any]:
-        part, own = self.part("sequence", tensors)
-        return part.metrics(reported, *own)
+        part, part_tensors = self.part("sequence", tensors)
+        return part.metrics(reported, *part_tensors)
 
     @staticmethod
     def outputs(logps: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -123,12 +120,13 @@ def needs_completion_mask(loss: Head) -> bool:
     return level_of(loss) == "mixed"
 
 
-def _tensors_of(part: Mix, level: str, loss: Head, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _tensors_of_part(part: Mix, level: str, loss: Head, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors of a call that belong to the part of one level."""
-    own = {name: value for name, value in tensors.items() if name in part.tensor_names() and name != "num_items"}
+    names = [name for name in part.tensor_names() if name != "num_items"]
+    part_tensors = {name: value for name, value in tensors.items() if name in names}
     if "items" in normalizers_of(part):
-        own["num_items"] = tensors["num_items"]
+        part_tensors["num_items"] = tensors["num_items"]
     weights = tensors.get("weights")
     if weights is not None and level == "sequence" and "weights" not in loss.tensor_names():
-        own["weights"] = weights
-    return own
+        part_tensors["weights"] = weights
+    return part_tensors

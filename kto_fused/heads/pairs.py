@@ -545,9 +545,9 @@ class ORPO(Head):
         checks.number("beta", self.beta, at_least=0)
         checks.choice("nll_on", self.nll_on, ("completion", "all"))
 
-    def leaves(self):
+    def terms(self):
         if self.nll_on == "completion":
-            return super().leaves()
+            return super().terms()
         return (1.0, NLL(chosen_only=True)), (self.beta, OddsRatio())
 
     def losses(self, logps, counts, ref_logps, *, batch_counts):

@@ -44,7 +44,8 @@ STATISTICS = {
     "token": ("entropy", "mean_logits", "is_top1", "log_sum_squares"),
 }
 _ALL_STATISTICS = tuple(dict.fromkeys((*STATISTICS["sequence"], *STATISTICS["token"])))
-_GIVEN = ("self", *_SEQUENCES, "batch_counts", *_ALL_STATISTICS)
+# the names of parameters of ``losses`` that an engine fills
+_RESERVED = ("self", *_SEQUENCES, "batch_counts", *_ALL_STATISTICS)
 
 
 class _Parameters(NamedTuple):
@@ -60,7 +61,7 @@ class _Parameters(NamedTuple):
 def _parameters_of(losses: Callable[..., torch.Tensor]) -> _Parameters:
     parameters = inspect.signature(losses).parameters
     rest = tuple(name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD)
-    names = tuple(name for name in parameters if name not in (*_GIVEN, *rest))
+    names = tuple(name for name in parameters if name not in (*_RESERVED, *rest))
     required = tuple(name for name in names if parameters[name].default is inspect.Parameter.empty)
     statistics = tuple(name for name in parameters if name in _ALL_STATISTICS)
     return _Parameters(names, required, bool(rest), "batch_counts" in parameters, statistics)
@@ -71,7 +72,7 @@ class Head:
 
     Class attributes:
         level: ``"sequence"``: ``losses`` gets one log-probability per sequence. ``"token"``: it gets those of single
-            completion tokens, see ``heads.tokens.TokenHead``.
+            completion tokens, see ``heads.TokenHead``.
         group: how many sequences one loss value reads. 1: each sequence alone. 2: pairs; sequence i belongs together
             with i + B/2. None, the default: the whole batch. A head that declares 1 or 2 may be called on some of the
             batch's groups alone, which is what lets a long batch pass through the LM head in chunks with 3 GEMMs; a
@@ -104,8 +105,8 @@ class Head:
     def is_paired(self) -> bool:
         return self.group == 2
 
-    def leaves(self) -> tuple[tuple[float, "Head"], ...]:
-        """Return the losses whose weighted sum this one is: itself with weight 1, unless it consists of several."""
+    def terms(self) -> tuple[tuple[float, "Head"], ...]:
+        """Return the (weight, loss) pairs whose sum this loss is: (1, itself), unless it consists of several losses."""
         return ((1.0, self),)
 
     def beside_ld_alpha(self) -> "Head":
@@ -300,13 +301,33 @@ def is_registered(head: Head) -> bool:
 
 def level_of(head: Head) -> str:
     """Return ``"sequence"``, ``"token"``, or ``"mixed"`` for a loss with a part of each."""
-    levels = [leaf.level for _, leaf in head.leaves()]
+    levels = [term.level for _, term in head.terms()]
     return "mixed" if "token" in levels and "sequence" in levels else levels[0]
 
 
 def part_of(head: Head, level: str) -> "Mix":
-    """Return the losses of one level that a loss consists of."""
-    return Mix(*[(weight, leaf) for weight, leaf in head.leaves() if leaf.level == level])
+    """Return the sum of a loss's terms of one level."""
+    return Mix(*[(weight, term) for weight, term in head.terms() if term.level == level])
+
+
+def tensors_of(head: Head, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return those of a call's tensors that belong to a head: its ``losses`` declare them."""
+    found = {name: tensors[name] for name in head.tensor_names() if name in tensors}
+    if not isinstance(head, Mix) and normalizer_of(head) != "items":
+        found.pop("num_items", None)  # it belongs to another loss of a mix
+    return found
+
+
+def report_of(
+    head: Head,
+    logps: torch.Tensor,
+    counts: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    tensors: dict[str, Any],
+) -> dict[str, torch.Tensor]:
+    """Return a head's report, with the default rewards where it gives none."""
+    sequences = logps, counts, ref_logps if head.needs_reference else None
+    return {**Head.report(head, *sequences), **head.report(*sequences, **tensors_of(head, tensors))}
 
 
 def ld_alpha_of(head: Head) -> float:
@@ -316,7 +337,7 @@ def ld_alpha_of(head: Head) -> float:
         ValueError: parts of a ``Mix`` differ in it, since a sequence's log-probability is summed once; or the loss
             reads no pairs, whose shorter answer ``ld_alpha`` asks for.
     """
-    found = [getattr(leaf, "ld_alpha", 1.0) for _, leaf in head.leaves() if leaf.level == "sequence"]
+    found = [getattr(term, "ld_alpha", 1.0) for _, term in head.terms() if term.level == "sequence"]
     if not found or max(found) == 1.0 == min(found):
         return 1.0
     if min(found) != max(found):
@@ -383,11 +404,11 @@ class Mix(Head):
     def level(self) -> str:
         return level_of(self)
 
-    def leaves(self) -> tuple[tuple[float, Head], ...]:
-        leaves = [(weight * own, leaf) for weight, part in self.parts for own, leaf in part.leaves()]
-        if any(getattr(leaf, "ld_alpha", 1.0) < 1 for _, leaf in leaves):
-            leaves = [(weight, leaf.beside_ld_alpha()) for weight, leaf in leaves]
-        return tuple(leaves)
+    def terms(self) -> tuple[tuple[float, Head], ...]:
+        terms = [(weight * inner, term) for weight, part in self.parts for inner, term in part.terms()]
+        if any(getattr(term, "ld_alpha", 1.0) < 1 for _, term in terms):
+            terms = [(weight, term.beside_ld_alpha()) for weight, term in terms]
+        return tuple(terms)
 
     @property
     def group(self) -> int | None:
@@ -444,27 +465,16 @@ class Mix(Head):
         return total
 
     @staticmethod
-    def _tensors_of(head: Head, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        own = {name: tensors[name] for name in head.tensor_names() if name in tensors}
-        if not isinstance(head, Mix) and normalizer_of(head) != "items":
-            own.pop("num_items", None)  # it belongs to another part
-        return own
-
-    @staticmethod
     def _losses_of(head, logps, counts, ref_logps, batch_counts, tensors) -> torch.Tensor:
-        own = Mix._tensors_of(head, tensors)
-        own.update({name: tensors[name] for name in head.statistics()})
+        its_tensors = {**tensors_of(head, tensors), **{name: tensors[name] for name in head.statistics()}}
         if head.reads_batch_counts():
-            own["batch_counts"] = batch_counts
-        return head.losses(logps, counts, ref_logps if head.needs_reference else None, **own)
+            its_tensors["batch_counts"] = batch_counts
+        return head.losses(logps, counts, ref_logps if head.needs_reference else None, **its_tensors)
 
     def report(self, logps, counts, ref_logps, **tensors):
-        """The report of the first loss, in a mix of levels of the first that reads sequences."""
+        """The report of the first loss that reads sequences; of the first loss if all read tokens."""
         of_sequences = [part for part in self.heads if level_of(part) != "token"]
-        head = of_sequences[0] if of_sequences else self.heads[0]
-        own = self._tensors_of(head, tensors)
-        sequences = logps, counts, ref_logps if head.needs_reference else None
-        return {**Head.report(head, *sequences), **head.report(*sequences, **own)}
+        return report_of((of_sequences or self.heads)[0], logps, counts, ref_logps, tensors)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mix) and self.parts == other.parts
@@ -483,8 +493,8 @@ def normalizer_of(head: Head) -> str:
 
 def normalizers_of(loss: Head) -> list[str]:
     """Return the normalizers of those of a loss's parts that have one."""
-    leaves = [leaf for _, leaf in loss.leaves()]
-    return [normalizer_of(leaf) for leaf in leaves if leaf.level == "token" or "num_items" in leaf.tensor_names()]
+    terms = [term for _, term in loss.terms()]
+    return [normalizer_of(term) for term in terms if term.level == "token" or "num_items" in term.tensor_names()]
 
 
 def check_tensor_names(loss: Head, tensors: dict[str, Any]) -> None:
@@ -574,7 +584,7 @@ def _check_class(name: object, kind: object) -> None:
                 f"some of {list(STATISTICS[kind.level])}"
             )
     is_named = all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters.values())
-    if kind.losses is Head.losses or tuple(parameters)[:4] != _GIVEN[:4] or not is_named:
+    if kind.losses is Head.losses or tuple(parameters)[:4] != _RESERVED[:4] or not is_named:
         raise TypeError(
             f"{kind.__name__} must define losses(self, logps, counts, ref_logps), followed by its tensors by name"
         )

@@ -44,7 +44,7 @@ class TokenFormulaHead(PreparedLoss):
                 "token_logps, and apply the formula to its result"
             )
         checks.choice("reduction", reduction, ("mean", "sum"))
-        if num_sequences % 2 and any(_reads_chosen_only(leaf) for _, leaf in loss.leaves()):
+        if num_sequences % 2 and any(_reads_chosen_only(term) for _, term in loss.terms()):
             raise ValueError(
                 f"{loss!r} has chosen_only=True, which needs an even batch, chosen then rejected; got {num_sequences} "
                 "sequences"
@@ -55,16 +55,16 @@ class TokenFormulaHead(PreparedLoss):
     @property
     def may_be_zero(self) -> bool:
         """Whether gradients of exactly 0 are worth looking for: clipped ratios, advantages and weights of 0."""
-        return bool(self.tensor_names) or any(_reads_chosen_only(leaf) for _, leaf in self.head.leaves())
+        return bool(self.tensor_names) or any(_reads_chosen_only(term) for _, term in self.head.terms())
 
     def weights_of(self, token_counts: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the factors of the losses of each sequence's tokens, [L, B] float64, for sequences of
         ``token_counts``.
         """
-        num_items = self.named(tensors).get("num_items")
+        num_items = self.by_name(tensors).get("num_items")
         factors = [
-            weight * _factors(leaf, token_counts.double(), self.reduction, num_items)
-            for weight, leaf in self.head.leaves()
+            weight * _factors(term, token_counts.double(), self.reduction, num_items)
+            for weight, term in self.head.terms()
         ]
         return torch.stack(factors)
 
@@ -79,20 +79,21 @@ class TokenFormulaHead(PreparedLoss):
         """Return the weighted losses of n tokens, [n] float64, with ``weights`` [L, n]. ``tensors`` have one entry per
         token, or are scalars; ``statistics`` [n] are those that the head asks for.
         """
-        named = {**self.named(tensors), **dict(zip(self.statistics, statistics, strict=True))}
+        named = {**self.by_name(tensors), **dict(zip(self.statistics, statistics, strict=True))}
         if "num_items" not in self.head.tensor_names():
             named.pop("num_items", None)
         if "weights" in named and "weights" not in self.head.tensor_names():
             weights = weights * named.pop("weights")
         total = None
-        for (_, leaf), factors in zip(self.head.leaves(), weights, strict=True):
-            own = named
-            if leaf is not self.head:
-                own = {name: named[name] for name in (*leaf.tensor_names(), *leaf.statistics()) if name in named}
-            try_once(leaf, own, len(logps))  # a compiled call comes here untried
+        for (_, term), factors in zip(self.head.terms(), weights, strict=True):
+            its_tensors = named
+            if term is not self.head:
+                names = (*term.tensor_names(), *term.statistics())
+                its_tensors = {name: named[name] for name in names if name in named}
+            try_once(term, its_tensors, len(logps))  # a compiled call comes here untried
             # a token of weight 0 takes no part and has a gradient of 0, even if its loss is infinite
-            given = torch.where(factors != 0, logps, logps.detach())
-            losses = weighted(leaf.losses(given, counts, None, **own), factors)
+            trained_logps = torch.where(factors != 0, logps, logps.detach())
+            losses = weighted(term.losses(trained_logps, counts, None, **its_tensors), factors)
             total = losses if total is None else total + losses
         return total
 

@@ -329,14 +329,14 @@ def test_mixes_are_equal_by_their_parts():
     for mix in (first, mixed):
         assert pickle.loads(pickle.dumps(mix)) == mix
         assert protocol.from_text(protocol.to_text(mix)) == mix
-    assert [leaf.name for _, leaf in mixed.leaves()] == ["sigmoid", "ppo", "nll", "odds_ratio"]
+    assert [term.name for _, term in mixed.terms()] == ["sigmoid", "ppo", "nll", "odds_ratio"]
     assert (mixed.level, mixed.group, mixed.is_paired, mixed.needs_reference) == ("mixed", 2, True, True)
 
 
 def test_in_a_mix_only_one_ld_alpha_has_a_meaning():
     """``sft`` reads unweighted tokens there, as in TRL."""
     parts = (1.0, heads.make("sigmoid", ld_alpha=0.5)), (0.5, heads.make("sft"))
-    assert [leaf.name for _, leaf in heads.Mix(*parts).leaves()] == ["sigmoid", "nll"]
+    assert [term.name for _, term in heads.Mix(*parts).terms()] == ["sigmoid", "nll"]
     assert protocol.ld_alpha_of(heads.Mix(*parts)) == 0.5
     with pytest.raises(ValueError, match=r"mixes ld_alpha=0.5 and 1.0 \(1 where a loss has no such field\)"):
         protocol.ld_alpha_of(heads.Mix(*parts, (1.0, heads.make("simpo"))))
