@@ -16,12 +16,12 @@ from transformers import Trainer
 from transformers.utils import ModelOutput
 
 from .. import heads
-from ..arguments import ld_token_weights
 from ..functional import fused_linear_kto_loss, fused_linear_loss, linear_sequence_logps
 from ..huggingface.forward import FusedCall
 from ..huggingface.padding import without_padding_mask
 from ..huggingface.running import keeping_trainable
 from ..metrics import LossMetrics, with_margins
+from ..token_weights import ld_token_weights
 
 SHARED_KTO_LOSSES = ("kto", "apo_zero_unpaired")
 # losses that read log-ratios through an f-divergence's score

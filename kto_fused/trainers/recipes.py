@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..arguments import ld_token_weights
 from ..data import tokens
 from ..data.collators import IGNORE_INDEX, PairedCollator, UnpairedCollator
 from ..data.records import Source
@@ -23,6 +22,7 @@ from ..heads.completions import KTO
 from ..heads.mixed_formula import needs_completion_mask
 from ..heads.protocol import Head, Mix, ld_alpha_of
 from ..metrics import LossMetrics
+from ..token_weights import ld_token_weights
 from . import losses
 from .base import Functions, FusedTrainer
 from .configs import MISMATCHED, FusedDPOConfig, FusedKTOConfig
