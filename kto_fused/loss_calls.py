@@ -17,7 +17,7 @@ from .engines import backends
 from .engines.layout import compute_dtype
 from .engines.logits import sums_over_labels
 from .heads.base import REDUCTIONS, check_reference, reduce, weighted
-from .heads.formula import ANY_DTYPE, FormulaHead
+from .heads.formula import FormulaHead
 from .heads.mixed_formula import MixedFormulaHead
 from .heads.protocol import Head, as_loss, ld_alpha_of, level_of
 from .heads.token_formula import TokenFormulaHead
@@ -175,7 +175,7 @@ def plain_loss(
     weights = tensors.get("weights")
     multiplies = weights is not None and "weights" not in inspect.signature(function).parameters
     if weights is not None:
-        checks.tensor("weights", weights, ANY_DTYPE, "bool, integer or floating-point")
+        checks.tensor("weights", weights, checks.NUMBER_DTYPES, checks.A_NUMBER)
         checks.not_negative("weights", weights)
     if multiplies:
         tensors = {name: value for name, value in tensors.items() if name != "weights"}
