@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 6  # part of every key: raise it when the same input gives other rows
+CACHE_FORMAT = 7  # part of every key: raise it when the same input gives other rows
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"  # ends the name of a folder that is being written
 # A folder that nothing touched for this long has no writer any more. A live writer touches its files every 1000 rows,
@@ -71,7 +71,7 @@ def stored(key: str, write: Callable[[Path], dict[str, Any]], what: str, *, one_
     root = Path(datasets.config.HF_DATASETS_CACHE) / "kto_fused"
     folder = root / key
     if not datasets.is_caching_enabled():
-        return _temporary(key, write)
+        return temporary(key, write, what)
     if (entry := _intact(folder)) is not None:
         return entry
     with _lock(root / f"{key}.lock", what) if one_writer else nullcontext():
@@ -81,7 +81,7 @@ def stored(key: str, write: Callable[[Path], dict[str, Any]], what: str, *, one_
             unfinished = _place_for(folder, what)
         except OSError as error:
             logger.warning(f"{what}: the cache {root} cannot be written ({error}), so the prepared data are not kept.")
-            return _temporary(key, write)
+            return temporary(key, write, what)
         try:
             _write(unfinished, write)
             try:
@@ -120,7 +120,8 @@ def mapped(
     return stored(key, write, options.get("desc", "data"), one_writer=num_proc is None).dataset
 
 
-def _temporary(key: str, write: Callable[[Path], dict[str, Any]]) -> Stored:
+def temporary(key: str, write: Callable[[Path], dict[str, Any]], what: str) -> Stored:
+    """Return what ``stored`` returns, from a folder that is removed when the process ends."""
     _until_exit.append(tempfile.TemporaryDirectory(prefix="kto_fused_", ignore_cleanup_errors=True))
     folder = Path(_until_exit[-1].name)
     _write(folder, write)

@@ -111,19 +111,16 @@ def _renaming(columns: Iterable[str], forms: Forms) -> str:
     """Return how to rename columns with known other names, or "" if there are none."""
     columns, known = set(columns), {field for fields in forms for field in fields}
     renamed = [
-        f"{alias!r} to {field!r}"
-        for field in (ALIASES.keys() & known) - columns
-        for alias in ALIASES[field]
-        if alias in columns
+        (alias, field) for field in (ALIASES.keys() & known) - columns for alias in ALIASES[field] if alias in columns
     ]
     if renamed:
-        return f": rename {', '.join(sorted(renamed))} if that is what they hold"
+        listed = ", ".join(f"{alias!r} to {field!r}" for alias, field in sorted(renamed))
+        flags = " ".join(f"{field}={alias}" for alias, field in sorted(renamed))
+        return f": rename {listed} if that is what they hold (--columns {flags} does it)"
     if forms == DEMONSTRATIONS:
         return ": give the answers to learn as 'completion'" if "chosen" in columns else ""
     if "messages" in columns:
         return ": give the last message of 'messages' as 'completion' and those before it as 'prompt'"
-    if {"chosen", "rejected"} <= columns:
-        return ": give the common beginning of 'chosen' and 'rejected' as 'prompt' (trl.extract_prompt does it)"
     return ""
 
 
@@ -238,18 +235,6 @@ def has_content(value: Any) -> bool:
         elif value is not None and not (isinstance(value, (str, bytes)) and not value):
             return True
     return False
-
-
-def check_label_classes(classes: list[str], where: str) -> None:
-    """Refuse a ``ClassLabel`` unless its classes are named false and true, or 0 and 1.
-
-    It numbers its classes in any order: "desirable" before "undesirable" would be 0.
-    """
-    if [str(name).lower() for name in classes] not in (["false", "true"], ["0", "1"]):
-        raise DataError(
-            f"{where}, field 'label': expected true or false, or classes of these names, got the classes {classes}: "
-            "map them to true where somebody liked the completion"
-        )
 
 
 def short(value: Any) -> str:

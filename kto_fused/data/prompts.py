@@ -8,12 +8,10 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from . import files
 from .form import DataError, form_messages, form_text, short
-from .records import json_lines
 from .rendering import Renderer
 from .token_rows import encoded_conversations, encoded_texts, special_tokens
 
@@ -65,18 +63,12 @@ def read_prompts(paths: list[str], *, needs_answers: bool) -> list[dict[str, Any
 
 def _records(path: Path) -> Any:
     """Yield where each record of a file stands, and the record."""
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise DataError(f"{path}: expected a .jsonl, .json or .parquet file, got {path.suffix or 'no file type'!r}")
     try:
-        if path.suffix == ".parquet":
-            rows = pq.read_table(path).to_pylist()
-            yield from ((f"{path}, row {row}", record) for row, record in enumerate(rows))
-        else:
-            with path.open("rb") as file:
-                yield from json_lines(path, file, xxhash.xxh3_128())
+        with files.opened(path, None) as file:
+            yield from files.raw_records(path, file)
     except DataError:
         raise
-    except (OSError, ValueError) as error:
+    except files.UNREADABLE as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 

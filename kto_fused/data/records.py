@@ -1,29 +1,27 @@
 """Read records of feedback, pairs or demonstrations from files or ``datasets``, and check each of them.
 
-``load`` is the entry. A file of JSON lines or a Parquet file is read, checked and written to the cache as Arrow; the
-next call finds it there by the checksum of its bytes. A ``Dataset`` is checked in place, and converted if its columns
-have other types.
+``load`` is the entry. A file (see ``files``) is read, brought from its layout (see ``layouts``) to one form, checked
+and written to the cache as Arrow; the next call finds it there by the checksum of its bytes. A ``Dataset`` that has the
+form already is checked in place.
 """
 
-import codecs
 import functools
-import json
 import logging
 import os
-import reprlib
-import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 from datasets import ClassLabel, Dataset, IterableDataset, concatenate_datasets
+from tqdm import tqdm
 
-from . import cache
+from . import cache, files
 from .form import (
     MAX_RECORD,
     PREFERENCES,
@@ -32,38 +30,56 @@ from .form import (
     Form,
     Forms,
     characters,
-    check_label_classes,
     checked_record,
     form_of,
-    has_content,
     names,
     short,
-    unsupported,
+)
+from .layouts import (
+    LabelError,
+    Labels,
+    Layout,
+    Reading,
+    columns_read,
+    find,
+    label_advice,
+    label_column,
+    number_columns,
+    renamed,
 )
 
 logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).with_name("feedback.jsonl")
-ROWS_AT_A_TIME = 1000
-COMPRESSED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"PK\3\4": ".zip", b"(\xb5/\xfd": ".zst"}
-ARRAY = "got a JSON array: write one record per line (for example with jq -c '.[]' data.json > data.jsonl)"
-ONE_LINE = "write each record on one line (for example with jq -c . data.json > data.jsonl)"
-_UNREADABLE = (OSError, ValueError, pa.ArrowException, NotImplementedError, RecursionError)
-Source = Dataset | str | os.PathLike | list[str | os.PathLike]
+ROWS_AT_A_TIME = files.ROWS_AT_A_TIME
+AS_IT_IS = Reading()
 
 
-def load(source: Source, forms: Forms = PREFERENCES) -> Dataset:
-    """Return every record of a ``Dataset``, or of ``.jsonl``, ``.json`` (one record per line) or ``.parquet`` files.
+class Checked(NamedTuple):
+    """Records that ``load`` returned, or a selection of them: ``load`` takes them as they are."""
+
+    records: Dataset
+
+
+Source = Dataset | Checked | str | os.PathLike | list[str | os.PathLike]
+
+
+def load(source: Source, forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS) -> Dataset:
+    """Return every record of a ``Dataset``, or of files of JSON lines, JSON, CSV, TSV, Parquet or Arrow.
 
     Files are read once; later calls find them in a cache until they change. All records must have one form. Other
-    columns are ignored, and a warning names them. Columns of ``UNSUPPORTED`` must be empty.
+    columns are ignored, and a warning names them. Columns of ``UNSUPPORTED`` must be empty. The layouts of public data
+    sets are recognised by their columns, and the log names them.
 
     Args:
-        source: a ``Dataset``, a path, or a list of paths.
+        source: a ``Dataset``; a path of a file, also with ``.gz``, of a folder of files or of one that
+            ``Dataset.save_to_disk`` wrote; a pattern such as ``"data/*.jsonl"``; a data set's name with a split, such
+            as ``"owner/name:train"``; or a list of these.
         forms: the fields that a record may have, one of the constants of ``form``. Preferences: ``prompt``,
             ``completion``, ``label``, or ``prompt``, ``chosen``, ``rejected``. Demonstrations: ``prompt``,
             ``completion``, or ``text``, or ``messages``. Comparisons: ``prompt``, ``chosen``, ``rejected``. Preferences
             and comparisons may have a ``weight``, comparisons also a ``margin``.
+        reading: names of columns and words of labels, made by ``layouts.reading``.
 
     Returns:
         A dataset with the fields of one of the forms. A label is a bool, a weight or margin a float64.
@@ -71,17 +87,62 @@ def load(source: Source, forms: Forms = PREFERENCES) -> Dataset:
     Raises:
         DataError: a source cannot be read, or a record has not the form that ``kto_fused.data`` describes.
     """
+    if isinstance(source, Checked):
+        return source.records
     if isinstance(source, Dataset):
-        return _checked_dataset(source, "dataset", forms)
+        return _checked_dataset(source, "dataset", forms, reading)
     paths = [source] if isinstance(source, (str, os.PathLike)) else source
     if not (isinstance(paths, list) and paths and all(isinstance(path, (str, os.PathLike)) for path in paths)):
         raise DataError(f"dataset: {_other_source(source)}")
-    parts = [_read(Path(path), forms) for path in paths]
-    for path, part in zip(paths, parts, strict=True):
+    found = [(str(path), one) for path in paths for one in files.found(path)]
+    parts = [
+        _checked_dataset(one, name, forms, reading) if isinstance(one, Dataset) else _read(one, forms, reading)
+        for name, one in found
+    ]
+    named = [name if isinstance(one, Dataset) else str(one) for name, one in found]
+    for name, part in zip(named, parts, strict=True):
         if part.features != parts[0].features:
-            found = [form_of(records[0], str(path), forms) for records in (part, parts[0])]
-            raise DataError(f"{path}: holds {found[0]}, but {paths[0]} holds {found[1]}: expected one form")
+            kinds = [form_of(records[0], name, forms) for records in (part, parts[0])]
+            raise DataError(f"{name}: holds {kinds[0]}, but {named[0]} holds {kinds[1]}: expected one form")
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def bad_records(paths: list[str], forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS) -> Iterator[DataError]:
+    """Yield the error of every bad record of files, where ``load`` stops at the first one.
+
+    A broken line of JSON is one bad record; a file that cannot be read any further gives one error.
+    """
+    for path in paths:
+        for one in files.found(path):
+            if isinstance(one, Dataset):
+                yield from _errors_of(_dataset_records(one, str(path), reading), str(path), forms, reading)
+                continue
+            found: list[DataError] = []
+            try:
+                with files.opened(one, None) as file:
+                    records = files.raw_records(one, file, _wanted(reading), problem=found.append)
+                    for error in _errors_of(records, str(one), forms, reading):
+                        yield from found
+                        found.clear()
+                        yield error
+            except DataError as error:
+                found.append(error)
+            except files.UNREADABLE as error:
+                found.append(DataError(f"{one}: cannot be read: {error}"))
+            yield from found
+
+
+def _errors_of(records: Iterator, where: str, forms: Forms, reading: Reading) -> Iterator[DataError]:
+    converted = _Converted(forms, reading)
+    is_empty = True
+    for here, record in records:
+        is_empty = False
+        try:
+            converted(record, here)
+        except DataError as error:
+            yield error
+    if is_empty:
+        yield DataError(f"{where}: holds no records")
 
 
 def _other_source(source: Any) -> str:
@@ -106,76 +167,144 @@ def _other_source(source: Any) -> str:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, forms: Forms) -> Dataset:
+def _wanted(reading: Reading) -> files.Wanted:
+    return files.Wanted(
+        partial(columns_read, given=reading), number_columns(reading), partial(label_column, given=reading)
+    )
+
+
+def _read(path: Path, forms: Forms, reading: Reading) -> Dataset:
     """Return the checked records of a file, from the cache if the file was read before."""
-    _check_file_type(path)
-    write = _write_parquet if path.suffix == ".parquet" else _write_lines
-    kind = "parquet" if path.suffix == ".parquet" else "lines"
     try:
         content = cache.checksum(path)
-        write = partial(write, path=path, content=content, forms=forms)
-        records, notes = cache.stored(cache.digest(kind, content, forms), write, str(path))
+        write = partial(_write_file, path=path, content=content, forms=forms, reading=reading)
+        key = cache.digest(files.kind_of(path), path.suffix == ".gz", content, forms, reading[:-1])
+        records, notes = cache.stored(key, write, str(path))
     except DataError:
         raise
-    except _UNREADABLE as error:
+    except files.UNREADABLE as error:
         is_ours = isinstance(error, OSError) and error.filename is None  # then its number adds nothing to its text
         reason = (is_ours and error.strerror) or error or type(error).__name__
         raise DataError(f"{path}: cannot be read: {reason}") from error
+    _say_layout(str(path), content, notes["layout"], reading)
     _warn_of_ignored(str(path), content, tuple(notes["ignored"]))
     return records
 
 
-def _check_file_type(path: Path) -> None:
-    expected = f"{path}: expected a .jsonl, .json or .parquet file"
-    if path.is_dir():
-        raise DataError(f"{expected}, got a folder: name the files in it")
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        return
-    got = f"got {path.suffix or 'no file type'!r}"
-    if path.suffix in (".csv", ".tsv"):
-        advice = 'read it with datasets.load_dataset("csv", data_files=...) and write it with to_json("data.jsonl")'
-    elif path.suffix in COMPRESSED.values():
-        advice = "unpack it first"
-    elif path.suffix == ".arrow":
-        advice = "give Dataset.from_file of it, or write that with to_parquet"
-    elif not path.suffix and not path.exists():
-        advice = "a data set of the Hub is loaded with datasets.load_dataset, and its split given as a Dataset"
-    else:
-        advice = "write one record per line as JSON"
-    raise DataError(f"{expected}, {got}: {advice}")
+def _write_file(folder: Path, *, path: Path, content: str, forms: Forms, reading: Reading) -> dict[str, Any]:
+    """Write the checked records of a file to ``folder`` as Arrow; return notes for the cache.
+
+    ``content`` is the file's checksum. The bytes that are read must have the same one.
+    """
+    now, in_place = xxhash.xxh3_128(), files.is_json_lines(path)
+    columns: list[str] = []
+
+    def chosen(found: list[str]) -> list[str]:
+        columns.extend(found)
+        return columns_read(found, reading)
+
+    wanted = _wanted(reading)._replace(of=chosen)
+    with files.opened(path, content, folder) as file:
+        try:
+            records = files.raw_records(path, file, wanted, now)
+            notes = _write_records(folder, records, str(path), forms, reading, columns)
+        except DataError:
+            if in_place:
+                while chunk := file.read(2**20):
+                    now.update(chunk)
+                files.check_unchanged(path, content, now.hexdigest())  # a line may only be half written yet
+            raise
+    if in_place:
+        files.check_unchanged(path, content, now.hexdigest())
+    return notes
 
 
-def _check_unchanged(path: Path, before: str, now: str) -> None:
-    if now != before:
-        raise DataError(f"{path}: changed while it was read: start again when nothing writes to it any more")
+class _Converted:
+    """Brings raw records of one source to one form, that of the first one, and checks them."""
+
+    def __init__(self, forms: Forms, reading: Reading):
+        self.forms, self.reading, self.labels = forms, reading, Labels(reading)
+        self.layout: Layout | None = None
+        self.form: Form | None = None
+        self.ignored: dict[str, None] = {}  # a set that keeps the order
+
+    def __call__(self, record: Any, where: str) -> dict[str, Any]:
+        named = renamed(record, self.reading, where)
+        layout = self.layout or find(named, self.forms)
+        if isinstance(named, Mapping) and named.get("system") and "system" not in layout.columns:
+            raise DataError(
+                f"{where}, field 'system': holds {short(named['system'])}, but the first record has no such column: "
+                "give it to every record, with null where there is none"
+            )
+        made = layout.convert(named, where) if isinstance(named, Mapping) else named
+        form = self.form or form_of(made, where, self.forms)
+        if "label" in form.fields and isinstance(made, Mapping) and "label" in made:
+            made = made | {"label": self.labels(made["label"], where)}
+        checked = checked_record(made, form, where)
+        self.layout, self.form = layout, form
+        self.note(record)
+        return checked
+
+    def note(self, columns: Iterable[str]) -> None:
+        """Remember which columns are not used."""
+        sources = {column: field for field, column in self.reading.columns}
+        read = {*self.layout.columns, *self.form.fields, *UNSUPPORTED}
+        replaced = {field for field, column in self.reading.columns if field != column}
+        for name in columns:
+            if sources.get(name, name) not in read or (name in replaced and name not in sources):
+                self.ignored[name] = None
 
 
-def _write_records(folder: Path, records: Iterator[tuple[str, Any]], path: Path, forms: Forms) -> list[str]:
-    """Check the records of the file ``path`` and write them to ``folder`` as Arrow.
+def _write_records(
+    folder: Path,
+    records: Iterator[tuple[str, Any]],
+    where: str,
+    forms: Forms,
+    reading: Reading,
+    columns: list[str],
+) -> dict[str, Any]:
+    """Check the records of the source ``where`` and write them to ``folder`` as Arrow.
 
     Args:
         records: pairs of where the record stands, for messages, and the record.
+        columns: all columns of a table, also those that are not read.
 
     Returns:
-        The names of the columns that were ignored in any of them.
+        The notes of the cache: the layout, and the names of the columns that were ignored in any record.
     """
     first = next(records, None)
     if first is None:
-        raise DataError(f"{path}: holds no records")
-    form = form_of(first[1], first[0], forms)
-    schema = form.features.arrow_schema
-    ignored: dict[str, None] = {}  # a set that keeps the order
+        raise DataError(f"{where}: holds no records")
+    converted, records = _Converted(forms, reading), chain([first], records)
+    progress = tqdm(records, desc=f"Reading {os.path.basename(where)}", unit=" records", delay=5, disable=None)
 
     def checked() -> Iterator[dict[str, Any]]:
-        for where, record in chain([first], records):
-            yield checked_record(record, form, where)
-            ignored.update(dict.fromkeys(_ignored(record, form)))
+        for here, record in progress:
+            try:
+                yield converted(record, here)
+            except LabelError as error:
+                raise DataError(f"{error}{label_advice(_labels_from(record, records, reading, converted))}") from error
 
     rows = checked()
+    batch = _next_rows(rows)
+    schema = converted.form.features.arrow_schema
     with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while batch := _next_rows(rows):
+        while batch:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    return list(ignored)
+            batch = _next_rows(rows)
+    converted.note(columns)
+    return {"ignored": list(converted.ignored), "layout": converted.layout.name}
+
+
+def _labels_from(record: Any, records: Iterator, reading: Reading, converted: _Converted) -> Counter:
+    """Return how often each label occurs in ``record`` and those that are left, for a message."""
+    found: Counter = Counter()
+    for _, one in chain([("", record)], records):
+        if isinstance(one, Mapping) and len(found) < 1000:
+            named = {field: one.get(column) for field, column in reading.columns} | dict(one)
+            label = named.get("label", named.get("kto_tag"))
+            found[label if isinstance(label, (bool, int, float, str, type(None))) else short(label)] += 1
+    return found
 
 
 def _next_rows(records: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,207 +318,61 @@ def _next_rows(records: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- files of JSON lines -------------------------------------------------------------------------------------------
-
-
-def _write_lines(folder: Path, *, path: Path, content: str, forms: Forms) -> dict[str, Any]:
-    """Write the checked records of a file of JSON lines to ``folder``; return notes for the cache.
-
-    ``content`` is the file's checksum. The bytes that are read must have the same one.
-    """
-    now = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        try:
-            ignored = _write_records(folder, json_lines(path, file, now), path, forms)
-        except DataError:
-            while chunk := file.read(2**20):
-                now.update(chunk)
-            _check_unchanged(path, content, now.hexdigest())  # a line may only be half written yet
-            raise
-    _check_unchanged(path, content, now.hexdigest())
-    return {"ignored": ignored}
-
-
-def json_lines(path: Path, file: BinaryIO, content) -> Iterator[tuple[str, Any]]:
-    """Yield where each record stands, and the record. Skip blank lines. Update the hash ``content`` with all bytes."""
-    first = True
-    for number in count(1):  # bytes, because only \n ends a line: JSON strings may hold other line separators
-        line = file.readline(MAX_RECORD + 2)
-        content.update(line)
-        if not line:
-            return
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        if first and (other := _other_format(line)):
-            raise DataError(f"{where}: expected one record in JSON, got {other}")
-        if len(line) > MAX_RECORD and len(line.rstrip(b"\r\n")) > MAX_RECORD:
-            if first and _is_array(line):
-                raise DataError(f"{where}: expected one record in JSON, {ARRAY}")
-            raise DataError(f"{where}: longer than the {MAX_RECORD} bytes that one record may have")
-        try:
-            record = json.loads(
-                line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_object_without_duplicates
-            )
-        except _DuplicateKeyError as error:
-            raise DataError(f"{where}: the key {error} is given twice in one object: take one out") from None
-        except RecursionError:
-            raise DataError(f"{where}: expected one record in JSON, got brackets that are nested too deeply") from None
-        except ValueError as error:
-            reason = _other_json(line, error) if first else None
-            reason = reason or f"got {short(line)}: {error}"
-            raise DataError(f"{where}: expected one record in JSON, {reason}") from error
-        if first and isinstance(record, list):
-            raise DataError(f"{where}: expected one record in JSON, {ARRAY}")
-        first = False
-        yield where, record
-
-
-class _DuplicateKeyError(ValueError):
-    """The key that stands twice in a JSON object."""
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        raise _DuplicateKeyError(reprlib.repr(next(key for key, _ in pairs if key in seen or seen.add(key))))
-    return found
-
-
-def _other_format(line: bytes) -> str | None:
-    """Return which other format than JSON in UTF-8 a file's first bytes show, and what to do; or None."""
-    for begin, suffix in COMPRESSED.items():
-        if line.startswith(begin):
-            return f"compressed data ({suffix}): unpack the file first"
-    if line.startswith(b"PAR1"):
-        return "the content of a Parquet file: end the file's name in .parquet"
-    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line[:4]:
-        return "text in UTF-16 or UTF-32: save it in UTF-8 (for example with iconv -f UTF-16 -t UTF-8)"
-    if line.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the file itself: fetch it with git lfs pull"
-    return None
-
-
-def _is_array(line: bytes) -> bool:
-    return line[:100].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-
-
-def _other_json(line: bytes, error: ValueError) -> str | None:
-    """Return how the JSON of a file is not one record per line, by its first line and the parser's error; or None."""
-    if _is_array(line):
-        return ARRAY
-    if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{") and isinstance(error, json.JSONDecodeError):
-        if error.pos >= len(line.decode("utf-8-sig").rstrip()):
-            return f"got an object that goes on after the line: {ONE_LINE}"
-        if error.msg == "Extra data":
-            return "got more than one object on the line: begin a new line after each"
-    return None
-
-
-# ---- Parquet files -------------------------------------------------------------------------------------------------
-
-
-def _write_parquet(folder: Path, *, path: Path, content: str, forms: Forms) -> dict[str, Any]:
-    """Write the checked records of a Parquet file to ``folder`` as Arrow; return notes for the cache.
-
-    ``content`` is the file's checksum. A copy of the file is read, so that the bytes that are read were checked.
-    """
-    copy = folder / "copy.parquet"
-    shutil.copyfile(path, copy)
-    _check_unchanged(path, content, cache.checksum(copy))
-    try:
-        with pq.ParquetFile(copy) as file:
-            schema = file.schema_arrow
-            _check_columns(schema, str(path))
-            form = form_of(
-                dict.fromkeys(schema.names), f"{path}, row 0", forms
-            )  # a missing field is reported with all names
-            if "label" in form.fields:
-                _check_described_label(schema, str(path))
-            found = [name for name in schema.names if name in UNSUPPORTED]
-            if found:
-                _check_unsupported(file.iter_batches(100, columns=found), str(path))
-            _write_records(folder, _parquet_records(file, form.fields, path), path, forms)
-    finally:
-        copy.unlink()
-    return {"ignored": _ignored(schema.names, form)}
-
-
-def _parquet_records(file: pq.ParquetFile, fields: tuple[str, ...], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    row = 0
-    for batch in file.iter_batches(ROWS_AT_A_TIME, columns=list(fields)):
-        table = pa.table([_plain(batch.column(field)) for field in fields], names=list(fields))
-        for record in Dataset(table, fingerprint="batch"):  # it decodes types that datasets stores as others
-            yield f"{path}, row {row}", record
-            row += 1
-
-
-def _plain(column: pa.Array) -> pa.Array:
-    """Return the values of a dictionary-encoded column (a pandas category), and any other column as it is."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
-def _check_described_label(schema: pa.Schema, where: str) -> None:
-    """Check the classes of numbered labels, which ``datasets`` describes in the file's metadata."""
-    written = (schema.metadata or {}).get(b"huggingface")
-    if written is None or not pa.types.is_integer(schema.field("label").type):
-        return
-    try:
-        label = json.loads(written)
-        for key in ("info", "features", "label"):
-            if not isinstance(label, dict):
-                raise ValueError(f"expected an object around {key!r}, got {short(label)}")
-            label = label.get(key, {})
-        if not isinstance(label, dict):
-            raise ValueError(f"expected an object for 'label', got {short(label)}")
-        classes = label.get("names") if label.get("_type") == "ClassLabel" else None
-        if label.get("_type") == "ClassLabel" and not isinstance(classes, list):
-            raise ValueError(f"expected a list of class names, got {short(classes)}")
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}, field 'label': holds numbers, and the metadata that datasets wrote about them ('huggingface') "
-            f"cannot be read: {str(error)[:200]}: write the label as true or false"
-        ) from error
-    if classes is not None:
-        check_label_classes(classes, where)
-
-
 # ---- datasets ------------------------------------------------------------------------------------------------------
 
 
-def _checked_dataset(dataset: Dataset, name: str, forms: Forms) -> Dataset:
-    """Return the form's columns after a check of every row, converted (and cached) if their types differ."""
+def _checked_dataset(dataset: Dataset, name: str, forms: Forms, reading: Reading) -> Dataset:
+    """Return the records of a ``Dataset``. One that has a form already is checked in place; any other is converted."""
     if len(dataset) == 0:
         raise DataError(f"{name}: holds no records")
     if dataset.format["type"] == "custom":
         raise DataError(f"{name}: has a transform of its own (set_transform), which is not applied here: use map")
     dataset = _stamped(dataset.with_format(None))
-    _check_columns(dataset.data.schema, name)
-    form = form_of(dict.fromkeys(dataset.column_names), f"{name}, row 0", forms)
-    if "label" in form.fields and isinstance(dataset.features["label"], ClassLabel):
-        check_label_classes(dataset.features["label"].names, name)
-    found = [field for field in dataset.column_names if field in UNSUPPORTED]
+    columns = dataset.column_names
+    files.check_columns(dataset.data.schema.names, name)
+    found = [field for field in columns if field in UNSUPPORTED]
     if found:  # in Arrow's format, in which images are not decoded
-        _check_unsupported(dataset.select_columns(found).with_format("arrow").iter(100), name)
-    ignored = _ignored(dataset.column_names, form)
-    dataset = dataset.select_columns(list(form.fields))
-    form = form_of(dataset[0], f"{name}, row 0", forms)
-    batches = dataset.iter(ROWS_AT_A_TIME)
-    rows = chain.from_iterable(zip(*(batch[field] for field in form.fields), strict=True) for batch in batches)
-    for row, values in enumerate(rows):
-        checked_record(dict(zip(form.fields, values, strict=True)), form, f"{name}, row {row}")
-    if ignored:
-        logger.warning(_ignored_sentence(name, ignored))
-    if dataset.features == form.features:
-        return dataset
-    return cache.mapped(
-        dataset,
-        partial(checked_record, form=form, where=name),
-        key=cache.digest("converted", dataset._fingerprint, form),
-        features=form.features,
-        desc="Converting columns",
-    )
+        files.check_unsupported(dataset.select_columns(found).with_format("arrow").iter(100), name)
+    read = dataset.select_columns(columns_read(columns, reading))
+    converted = _Converted(forms, reading)
+    first = next(_dataset_records(read.select([0]), name, reading))[1]
+    with suppress(LabelError):  # raised again below, with the labels of all records
+        converted(first, f"{name}, row 0")
+        converted.note(columns)
+    if converted.form is not None and first.keys() >= {*converted.form.fields} and not reading.columns:
+        in_place = read.select_columns(list(converted.form.fields))
+        if in_place.features == converted.form.features and converted.layout.columns == converted.form.fields:
+            for where, record in _dataset_records(in_place, name, reading):
+                checked_record(record, converted.form, where)
+            if converted.ignored:
+                logger.warning(_ignored_sentence(name, converted.ignored))
+            return in_place
+    write = partial(_write_dataset, dataset=read, name=name, forms=forms, reading=reading, columns=columns)
+    key = cache.digest("converted", dataset._fingerprint, forms, reading[:-1])
+    records, notes = (cache.stored if dataset.cache_files else cache.temporary)(key, write, name)
+    _say_layout(name, key, notes["layout"], reading)
+    if notes["ignored"]:
+        logger.warning(_ignored_sentence(name, notes["ignored"]))
+    return records
+
+
+def _write_dataset(folder: Path, *, dataset: Dataset, name: str, columns: list[str], forms: Forms, reading: Reading):
+    records = _dataset_records(dataset, name, reading)
+    return _write_records(folder, records, name, forms, reading, columns)
+
+
+def _dataset_records(dataset: Dataset, name: str, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    label = label_column(dataset.column_names, reading)
+    feature = dataset.features[label] if label is not None else None
+    classes = feature.names if isinstance(feature, ClassLabel) else None
+    row = 0
+    for batch in dataset.iter(ROWS_AT_A_TIME):
+        for values in zip(*batch.values(), strict=True):
+            record = dict(zip(batch, values, strict=True))
+            if classes is not None:
+                record[label] = files.class_name(record[label], classes)
+            yield f"{name}, row {row}", record
+            row += 1
 
 
 def _stamped(dataset: Dataset) -> Dataset:
@@ -404,33 +387,16 @@ def _stamped(dataset: Dataset) -> Dataset:
     return dataset
 
 
-# ---- columns of a Parquet file or a dataset ------------------------------------------------------------------------
-
-
-def _check_columns(schema: pa.Schema, where: str) -> None:
-    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
-    if twice:
-        raise DataError(f"{where}: has more than one column of the name {names(twice)}: take one out, or rename it")
-
-
-def _check_unsupported(batches: Iterable[pa.RecordBatch | pa.Table], where: str) -> None:
-    """Raise ``DataError`` if a value of these columns, all of ``UNSUPPORTED``, holds anything."""
-    start = 0
-    for batch in batches:
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            if column.null_count == len(column):
-                continue
-            for row, value in enumerate(column, start):
-                if has_content(value.as_py()):
-                    raise DataError(f"{where}, row {row}, {unsupported(name)}")
-        start += batch.num_rows
-
-
-def _ignored(columns: Iterable[str], form: Form) -> list[str]:
-    return [name for name in columns if name not in form.fields and name not in UNSUPPORTED]
+# ---- messages ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache  # load() is called several times for one file: to check it, and to train on it
+def _say_layout(where: str, content: str, layout: str, reading: Reading) -> None:
+    named = "".join(f"; {field} is the column {column!r}" for field, column in reading.columns)
+    logger.info(f"{where}: read as {layout}{named}.")
+
+
+@functools.cache
 def _warn_of_ignored(where: str, content: str, columns: tuple[str, ...]) -> None:
     if columns:
         logger.warning(_ignored_sentence(where, columns))

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import time
+from pathlib import Path
 from random import Random
 
 import pyarrow as pa
@@ -27,10 +28,10 @@ from data_cases import (
 )
 from datasets import Dataset, DatasetDict
 
+from kto_fused.data import files, records
 from kto_fused.data import form as form_module
-from kto_fused.data import records
 from kto_fused.data.form import COMPARISONS, DEMONSTRATIONS
-from kto_fused.preference_data import BUNDLED, DataError, load
+from kto_fused.preference_data import BUNDLED, DataError, load, reading
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -136,7 +137,7 @@ def as_a_new_process():
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet"])
 def test_ignored_columns_are_named_once_per_process_even_from_the_cache(tmp_path, caplog, as_a_new_process, kind, form):
     wide = [record | {"difficulty": 2.0} for record in FORMS[form]]
-    wide[-1] = wide[-1] | {"system": "Be kind.", "input_ids": [1]}
+    wide[-1] = wide[-1] | {"source": "web", "input_ids": [1]}
     source = write(tmp_path / "data.jsonl", wide) if kind == "jsonl" else Dataset.from_list(wide)
     if kind != "jsonl":
         source = Dataset.from_list([dict.fromkeys(wide[-1]) | record for record in wide])
@@ -148,7 +149,7 @@ def test_ignored_columns_are_named_once_per_process_even_from_the_cache(tmp_path
         assert load(source).to_list() == FORMS[form]
         (message,) = caplog.messages
         assert message.startswith(f"{'dataset' if kind == 'dataset' else source}: these columns are ignored")
-        assert all(f"'{name}'" in message for name in ("difficulty", "system", "input_ids"))
+        assert all(f"'{name}'" in message for name in ("difficulty", "source", "input_ids"))
         if kind != "dataset":
             load(source)
             assert len(caplog.messages) == 1  # once per process, though the command reads its files twice
@@ -180,7 +181,7 @@ def test_classes_are_labels_only_if_they_are_named_false_and_true(tmp_path, thro
         return load(path)
 
     assert loaded(["False", "True"])["label"] == [record["label"] for record in UNPAIRED]
-    message = r"field 'label': expected true or false, .* got the classes \['desirable', 'undesirable'\]"
+    message = r"row 0, field 'label': expected true, .* got str 'desirable'; .*'undesirable' .*--label_true"
     with pytest.raises(DataError, match=message):  # classes are numbered in alphabetical order, so desirable would be 0
         loaded(["undesirable", "desirable"])
 
@@ -255,7 +256,11 @@ BAD_OTHERS = {
     "label": (DEMONSTRATIONS, UNPAIRED[0], "field 'label': expected none, because supervised fine-tuning trains on"),
     "two forms": (DEMONSTRATIONS, COMPLETIONS[0] | TEXTS[0], "'text', or|or text.*'text'.*: keep one of them"),
     "pairs": (DEMONSTRATIONS, PAIRED[0], "field 'completion': missing, .*: give the answers to learn as 'completion'"),
-    "other name": (DEMONSTRATIONS, {"instruction": "a", "output": "b"}, "rename 'instruction' to 'prompt', 'output'"),
+    "other name": (
+        DEMONSTRATIONS,
+        {"instruction": "a", "output": "b"},
+        "rename 'instruction' to 'prompt', 'output' to 'completion' .*--columns prompt=instruction completion=output",
+    ),
     "text of messages": (DEMONSTRATIONS, {"text": MESSAGES[0]["messages"]}, "field 'text': expected a string, got l"),
     "messages of text": (DEMONSTRATIONS, {"messages": "red"}, "field 'messages': expected a list of messages, got str"),
     "no answer": (DEMONSTRATIONS, {"messages": MESSAGES[0]["messages"][:1]}, "expected a message of the role 'assis"),
@@ -296,7 +301,7 @@ BAD_RECORDS = {
     "empty": ({"prompt": "a", "completion": "", "label": True}, "field 'completion': expected text, got an empty"),
     "word": ({"prompt": "a", "completion": "b", "label": "yes"}, "field 'label': expected true, .* got str 'yes'"),
     "two": ({"prompt": "a", "completion": "b", "label": 2}, "field 'label': expected true, .* got int 2"),
-    "real": ({"prompt": "a", "completion": "b", "label": 1.0}, "field 'label': expected true, .* got float 1.0"),
+    "real": ({"prompt": "a", "completion": "b", "label": 0.5}, "field 'label': expected true, .* got float 0.5; the "),
     "paired": (PAIRED[0], "holds paired texts, expected unpaired texts"),
     "array inside": ([UNPAIRED[0]], r"expected prompt, completion and label.* got list"),
     "same key": ('{"prompt": "a", "completion": "b", "label": true, "label": false}', "the key 'label' is given twice"),
@@ -305,7 +310,6 @@ BAD_RECORDS = {
         {"instruction": "a", "response": "b", "label": True},
         "rename 'instruction' to 'prompt', 'response'",
     ),
-    "messages": ({"messages": [], "label": True}, "give the last message of 'messages' as 'completion'"),
     "conversation": (conversation(UNPAIRED[0]), "holds unpaired conversations, expected unpaired texts"),
     "mixed": (UNPAIRED[0] | {"completion": [{"role": "user", "content": "b"}]}, "field 'completion': expected a str"),
     "both": (UNPAIRED[0] | PAIRED[0], "got both"),
@@ -414,22 +418,35 @@ def test_a_completion_that_repeats_the_prompt_is_refused(role):
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "cannot be read: .*No such file"),
-        ("data.csv", b"prompt\n", r"expected a \.jsonl, \.json or \.parquet file, got '\.csv': .*load_dataset"),
-        ("data.jsonl.gz", b"\x1f\x8b", r"got '\.gz': unpack it first"),
-        ("trl-lib/kto", None, "got 'no file type': .*of the Hub is loaded with datasets.load_dataset"),
+        ("data.csv", b"prompt\n", "holds no records"),
+        ("data.csv", b"prompt,label\na,1\n", "row 0, field 'completion': missing"),
+        ("data.csv", b"prompt,completion,label\na,1\n", "cannot be read: .*Expected 3 columns, got 2"),
+        ("data.csv", "prompt".encode("utf-16"), "expected text with columns, got text in UTF-16"),
+        ("data.tsv", b"prompt\tprompt\tlabel\na\tb\t1\n", "more than one column of the name"),
+        ("data.txt", b"", r"expected a \.jsonl, .* file, also with \.gz, got '\.txt'"),
+        ("data.gz", b"", r"got '\.gz': name the type before \.gz"),
+        ("data.jsonl.gz", b"\x1f\x8b", "cannot be read: "),
+        ("trl-lib/kto", None, "got 'no file type': .*the split is named too, as in .*trl-lib/kto:train"),
+        ("*.jsonl", None, "no file matches this pattern"),
         ("data", b"{}", "got 'no file type'"),
         ("data.jsonl", b"", "holds no records"),
         ("data.jsonl", b"\n \r\n", "holds no records"),
         ("data.jsonl", b"{}\n{", r"line 1, field 'prompt': missing"),
-        ("data.json", b"[\n{}]", "line 1: expected one record in JSON, got a JSON array: write one record per line"),
-        ("data.jsonl", b"[]", "line 1: expected one record in JSON, got a JSON array"),
-        ("data.jsonl", b"\xef\xbb\xbf [" + b"0," * 2**24, "line 1: expected one record in JSON, got a JSON array"),
+        ("data.json", b"[\n{}]", "row 0, field 'prompt': missing"),
+        ("data.jsonl", b"[]", "holds no records"),
+        ("data.jsonl", b"\xef\xbb\xbf [0,", "row 0: expected prompt, .* in a JSON object, got int 0"),
+        ("data.json", b'[{"prompt": "a" "b"}]', "row 0: expected a record in JSON, got str .*delimiter"),
+        ("data.json", b'[{"a": "' + b"0" * (2**24 + 2**21), "row 0: no record in JSON within the 16777216 char"),
         ("data.json", b'{\n  "prompt": "a"\n}\n', "line 1: .*an object that goes on after the line: .*jq -c"),
         ("data.json", b'{"prompt": "a",\n "label": 1}\n', "line 1: .*an object that goes on after the line"),
         ("data.jsonl", b'{"prompt": "a"} {}\n', "line 1: .*more than one object on the line"),
         ("data.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: .*text in UTF-16 .*save it in UTF-8"),
         ("data.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "line 1: .*text in UTF-16 .*save it in UTF-8"),
-        ("data.jsonl", gzip.compress(b"{}", mtime=0), r"line 1: .*compressed data \(\.gz\): unpack the file first"),
+        (
+            "data.jsonl",
+            gzip.compress(b"{}", mtime=0),
+            r"line 1: .*compressed data \(\.gz\): end the file's name in \.gz",
+        ),
         ("data.jsonl", b"PAR1\x15\x04", r"line 1: .*a Parquet file: end the file's name in \.parquet"),
         ("data.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "line 1: .*pointer of Git LFS"),
         ("data.jsonl", b'{"prompt": "\xff"}', "line 1: expected one record in JSON, .*utf-8"),
@@ -448,6 +465,201 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as caught:
         load(path)
     assert str(caught.value).startswith(str(path))
+
+
+TABLE = [
+    {"prompt": "2 + 2?\nNow, please", "completion": ' "4", so ', "label": True},
+    {"prompt": "7", "completion": "-1", "label": False},
+    {"prompt": "", "completion": "x", "label": True},
+]
+
+
+@pytest.mark.parametrize("compressed", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "arrow"])
+def test_every_format_gives_the_same_records(tmp_path, monkeypatch, kind, compressed):
+    monkeypatch.setattr(files, "CHUNK", 7)  # of an array: records lie over several chunks
+    plain, table = tmp_path / f"data.{kind}", Dataset.from_list(TABLE)
+    if kind == "json":
+        plain.write_text(f"\ufeff\n[ {', '.join(map(json.dumps, TABLE))} ]\n")
+    elif kind in ("csv", "tsv"):
+        table.to_csv(plain, sep="," if kind == "csv" else "\t")
+    elif kind == "arrow":
+        with pa.OSFile(str(plain), "wb") as file, pa.ipc.new_stream(file, table.data.schema) as writer:
+            writer.write_table(table.data.table)
+    else:
+        getattr(table, "to_json" if kind == "jsonl" else "to_parquet")(plain)
+    source = plain
+    if compressed:
+        source = tmp_path / f"{plain.name}.gz"
+        source.write_bytes(gzip.compress(plain.read_bytes()))
+    for _ in range(2):  # from the file, and from the cache
+        assert load(source).to_list() == TABLE
+    assert [record for _, record in files.raw_records(plain, plain.open("rb"))][1]["prompt"] == "7"
+
+
+def test_folders_patterns_and_named_splits_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("set/inner").mkdir(parents=True)
+    write(Path("set/train.jsonl"), TABLE[:2])
+    Dataset.from_list(TABLE[2:]).to_csv("set/inner/b.csv")
+    Path("set/readme.md").write_text("no data")
+    assert load("set").to_list() == [TABLE[2], *TABLE[:2]]
+    assert load(["set/*.jsonl", "set/**/*.csv"]).to_list() == TABLE
+    Dataset.from_list(TABLE).save_to_disk("saved")
+    assert load("saved").to_list() == TABLE
+    Path("set/inner/b.csv").unlink()
+    assert load("./set:train[:1]").to_list() == TABLE[:1]
+    for name, message in (("set/inner", "a folder without any"), ("set:test", "the data set cannot be loaded: .*test")):
+        with pytest.raises(DataError, match=message):
+            load(name)
+
+
+def test_a_semicolon_separates_columns_where_there_is_no_comma_and_json_cells_are_conversations(tmp_path):
+    messages = conversation(TABLE[0])
+    cells = [json.dumps(messages[name]).replace('"', '""') for name in ("prompt", "completion")]
+    (tmp_path / "data.csv").write_text('prompt;completion;label;weight\n"{}";"{}";true;0.5\n'.format(*cells))
+    assert load(tmp_path / "data.csv").to_list() == [messages | {"weight": 0.5}]
+    (tmp_path / "repr.csv").write_text(f"""prompt;completion;label\n"{messages["prompt"]}";b;true\n""")
+    with pytest.raises(DataError, match=r"row 0, field 'prompt': .* messages as Python prints them"):
+        load(tmp_path / "repr.csv")
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([1.0, 0.0], {}),
+        (["True", "FALSE"], {}),
+        (["1", "0.0"], {}),
+        ([1, -1], {}),
+        (["+1", "-1.0"], {}),
+        (["up", "down"], {"label_true": ["Up", 1], "label_false": ["down"]}),
+        ([5, 2], {"label_true": ["4", "5"], "label_false": ["1", "2"]}),
+    ],
+)
+def test_labels_are_read_as_people_write_them(tmp_path, labels, words):
+    table = [record | {"label": label} for record, label in zip(TABLE, labels, strict=False)]
+    for source in (Dataset.from_list(table), write(tmp_path / "data.jsonl", table)):
+        assert load(source, reading=reading(**words))["label"][:] == [True, False]
+
+
+def test_other_labels_are_listed_with_the_flag_to_use(tmp_path):
+    table = [TABLE[0] | {"label": label} for label in (True, "good", "bad", "good", None)]
+    message = r"line 2, field 'label': .* got str 'good'; .*'good' \(2 times\), 'bad' \(1 times\), None .*--label_true"
+    with pytest.raises(DataError, match=message):
+        load(write(tmp_path / "data.jsonl", table))
+    with pytest.raises(DataError, match=r"line 2, .*expected either 0 or -1 for not liked, got both"):
+        load(write(tmp_path / "both.jsonl", [TABLE[0] | {"label": label} for label in (0, -1)]))
+    with pytest.raises(ValueError, match=r"both name \['1'\]"):
+        reading(label_true=["1"], label_false=[1.0])
+
+
+def test_columns_are_read_under_the_names_that_are_given(tmp_path, caplog):
+    table = [{"question": "a", "answer": "b", "thumbs": "up", "prompt": "old"}]
+    given = reading({"prompt": "question", "completion": "answer", "label": "thumbs"}, ["up"], ["down"])
+    assert given == reading(["prompt=question", "completion=answer", "label=thumbs"], ["up"], ["down"])
+    Dataset.from_list(table).to_csv(tmp_path / "data.csv")
+    for source in (Dataset.from_list(table), write(tmp_path / "data.jsonl", table), tmp_path / "data.csv"):
+        caplog.clear()
+        assert load(source, reading=given).to_list() == [{"prompt": "a", "completion": "b", "label": True}]
+        assert "these columns are ignored, training does not use them: ['prompt']" in caplog.text
+    with pytest.raises(DataError, match="row 0, field 'label': --columns label=stars names a column that is missing"):
+        load(tmp_path / "data.csv", reading=reading(["label=stars"]))
+    for wrong in (["prompt"], ["promt=a"], ["label=a", "label=b"]):
+        with pytest.raises(ValueError, match="columns"):
+            reading(wrong)
+
+
+def said(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, texts, strict=False)]
+
+
+def shared(*texts):
+    return [{"from": kind, "value": text} for kind, text in zip(("human", "gpt") * 3, texts, strict=False)]
+
+
+PAIR = {"prompt": said("a", "b", "c"), "chosen": said("c", "d")[1:], "rejected": said("c", "e")[1:]}
+DIALOGUE = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+SYSTEM = [{"role": "system", "content": "s"}]
+LAYOUTS = {
+    "whole conversations": ({"chosen": said("a", "b", "c", "d"), "rejected": said("a", "b", "c", "e")}, PAIR),
+    "prompt repeated": (
+        {"prompt": "a"} | {k: said("a", "b", "c", v) for k, v in (("chosen", "d"), ("rejected", "e"))},
+        PAIR,
+    ),
+    "dialogues": (
+        {"chosen": f"{DIALOGUE} dx", "rejected": f"{DIALOGUE} dy"},
+        {"prompt": DIALOGUE, "chosen": " dx", "rejected": " dy"},
+    ),
+    "ShareGPT pair": (
+        {"conversations": shared("a", "b", "c"), "chosen": shared("", "d")[1], "rejected": shared("", "e")[1]},
+        PAIR,
+    ),
+    "ShareGPT tag": (
+        {"conversations": shared("a", "b", "c", "d"), "kto_tag": True},
+        {"prompt": PAIR["prompt"], "completion": PAIR["chosen"], "label": True},
+    ),
+    "messages": (
+        {"messages": said("a", "b", "c", "d"), "label": 0},
+        {"prompt": PAIR["prompt"], "completion": PAIR["chosen"], "label": False},
+    ),
+    "system": (
+        {"system": "s", "prompt": "a", "completion": "b", "label": True},
+        {"prompt": SYSTEM + said("a"), "completion": said("", "b")[1:], "label": True},
+    ),
+    "system of conversations": ({"system": "s"} | PAIR, PAIR | {"prompt": SYSTEM + PAIR["prompt"]}),
+}
+
+
+@pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_recognised_by_their_columns(tmp_path, layout, kind):
+    record, expected = LAYOUTS[layout]
+    source = Dataset.from_list([record, record])
+    if kind == "jsonl":
+        source = write(tmp_path / "data.jsonl", [record, record])
+    elif kind == "parquet":
+        source.to_parquet(tmp_path / "data.parquet")
+        source = tmp_path / "data.parquet"
+    assert load(source).to_list() == [expected] * 2
+
+
+def test_shared_conversations_are_demonstrations(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"conversations": shared("a", "b")}])
+    assert load(path, DEMONSTRATIONS).to_list() == [{"messages": said("a", "b")}]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"chosen": said("a", "b"), "rejected": said("c", "d")}, "chosen and rejected to begin with the same messages"),
+        ({"chosen": "ab", "rejected": "ac"}, "field 'prompt': missing, .* do not begin with the same turns"),
+        ({"prompt": "x", "chosen": said("a", "b"), "rejected": said("a", "c")}, "field 'prompt': expected the text of"),
+        ({"conversations": shared("a", "b", "c"), "kto_tag": True}, "ends with the assistant's answer"),
+        ({"conversations": [{"from": "bot", "value": "a"}] * 2, "kto_tag": True}, "message 0, 'from': expected one of"),
+        (
+            {"system": 1, "prompt": "a", "completion": "b", "label": True},
+            "field 'system': expected a string, got int 1",
+        ),
+        ({"system": "s"} | PAIR | {"prompt": SYSTEM + said("a")}, "begins with a system message too"),
+    ],
+)
+def test_a_record_that_breaks_its_layout_is_named(tmp_path, record, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load(write(tmp_path / "data.jsonl", [record]))
+    assert str(caught.value).startswith(f"{tmp_path}/data.jsonl, line 1")
+
+
+def test_a_system_text_that_the_first_record_lacks_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"line 2, field 'system': .*the first record has no such column"):
+        load(write(tmp_path / "data.jsonl", [TABLE[0], TABLE[1] | {"system": "s"}]))
+
+
+def test_all_bad_records_are_found(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps(TABLE[0]), "{", json.dumps(TABLE[1] | {"label": 7}), json.dumps(TABLE[1]), "[]"]
+    path.write_text("\n".join(lines))
+    errors = [str(error).partition(", ")[2] for error in records.bad_records([str(path)])]
+    assert [error.partition(":")[0] for error in errors] == ["line 2", "line 3, field 'label'", "line 5"]
 
 
 def test_files_of_two_forms_do_not_mix(tmp_path):
