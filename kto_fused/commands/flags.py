@@ -124,6 +124,8 @@ class FlagParser(HfArgumentParser):
             if value is None:
                 if name in self._nullable and self.get_default(name) is not None:
                     arguments.append(f"--{name}={NULL}")
+            elif isinstance(value, dict) and actions[name].nargs == "+":
+                arguments += [f"--{name}", *(f"{key}={held}" for key, held in value.items())]
             elif isinstance(value, list):
                 if name not in self._value_or_list and actions[name].nargs != "+":
                     raise CommandError(f"{path}: {name!r} takes one value, but the file gives the list {value}")

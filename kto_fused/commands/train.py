@@ -19,12 +19,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
     get_scheduler,
     set_seed,
 )
 from transformers.utils import is_peft_available, is_torch_bf16_gpu_available
 
 from .. import preference_data
+from ..data.records import split_by_prompt
 from ..engines import backends
 from ..huggingface import files as model_files
 from ..metrics import LossMetrics
@@ -95,8 +97,9 @@ class TrainSettings:
     model: str = field(metadata={"help": "model to train: a folder in Hugging Face format, or a model id on the Hub"})
     data: list[str] = field(
         metadata={
-            "help": "training data: .jsonl or .json files with one record per line, or .parquet files; NAME=FILE gives "
-            "a file to an objective of --objective_weights"
+            "help": "training data: .jsonl, .json, .csv, .tsv, .parquet or .arrow files, also with .gz; folders or "
+            "quoted patterns of them; a data set of the Hub with its split, as in owner/name:train. NAME=FILE gives a "
+            "file to an objective of --objective_weights. kto-fused data FILE shows the records that a file holds"
         }
     )
     eval_data: list[str] | None = field(
@@ -104,6 +107,13 @@ class TrainSettings:
         metadata={
             "help": "evaluation data, in the same formats; the model is evaluated after each epoch unless "
             "--eval_strategy or --eval_steps says otherwise"
+        },
+    )
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the training data's prompts to keep for evaluation instead of --eval_data, between 0 and "
+            "1; all records of such a prompt are kept. --data_seed, or else --seed, draws them"
         },
     )
     loss: str = field(
@@ -143,6 +153,11 @@ class TrainSettings:
     def __post_init__(self):
         if self.dtype is None:
             self.dtype = "auto" if self.lora_rank else "float32"
+        if self.eval_fraction is not None:
+            if not 0 < self.eval_fraction < 1:
+                raise ValueError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}")
+            if self.eval_data:
+                raise ValueError("eval_fraction and eval_data are given: evaluate on one of them")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
@@ -237,7 +252,13 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     check_evaluation(values, recipe)
     if values["eval_strategy"] is None:
         strategy = "epoch" if values["eval_steps"] is None else "steps"
-        values["eval_strategy"] = strategy if values["eval_data"] else "no"
+        values["eval_strategy"] = strategy if is_evaluated(values) else "no"
+    if values["save_strategy"] is None:
+        values["save_strategy"] = values["eval_strategy"] if values["load_best_model_at_end"] else "steps"
+    if values["save_steps"] is None:
+        # only an evaluated checkpoint can be the best one
+        is_evaluated_too = values["load_best_model_at_end"] and values["eval_steps"] is not None
+        values["save_steps"] = values["eval_steps"] if is_evaluated_too else TrainingArguments.save_steps
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and computes_in_bfloat16()
     settings, config = parser.build(values)
@@ -272,13 +293,19 @@ def flags_of(loss: str, own: own_loss.OwnLoss | None = None) -> FlagParser:
         logging_first_step=True,
         save_total_limit=1,
     )
-    parser.set_defaults(bf16=None, eval_strategy=None)  # parse() derives them from other flags
+    # parse() derives them from other flags
+    parser.set_defaults(bf16=None, eval_strategy=None, save_strategy=None, save_steps=None)
     return parser
 
 
 def taken_names(recipe: str) -> frozenset[str]:
     """Return the names that the fields of a loss cannot have as flags, because other flags have them."""
     return CONFIGS[recipe].taken_names | {field.name for field in fields(TrainSettings)} | {"config", "help"}
+
+
+def is_evaluated(values: dict[str, Any]) -> bool:
+    """Return whether there are data to evaluate on."""
+    return bool(values["eval_data"] or values["eval_fraction"])
 
 
 def check_evaluation(values: dict[str, Any], recipe: str) -> None:
@@ -288,7 +315,7 @@ def check_evaluation(values: dict[str, Any], recipe: str) -> None:
     the first evaluation, perhaps hours later.
     """
     is_off, metric = values["eval_strategy"] == "no", values["metric_for_best_model"]
-    if values["eval_data"] and not is_off:
+    if is_evaluated(values) and not is_off:
         reported = evaluation_metrics(recipe)
         if metric is not None and metric.removeprefix("eval_") not in reported:
             raise CommandError(f"--metric_for_best_model {metric} is unknown: choose one of {', '.join(reported)}")
@@ -296,7 +323,9 @@ def check_evaluation(values: dict[str, Any], recipe: str) -> None:
     for name in EVALUATION_FLAGS:
         is_unused = name == "eval_steps" and is_off  # a settings file that several runs share may hold it
         if values[name] not in (None, False, "no") and not is_unused:
-            missing = "but --eval_strategy is no" if values["eval_data"] else "so --eval_data must be given"
+            missing = "so --eval_data or --eval_fraction must be given"
+            if is_evaluated(values):
+                missing = "but --eval_strategy is no"
             raise CommandError(f"--{name} needs evaluations, {missing}")
 
 
@@ -328,11 +357,17 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
     """Return the trainer, with its model and data loaded. The data are checked before the model is loaded."""
     backends.resolve(config.backend, config.device)
     recipe = next(name for name, kind in CONFIGS.items() if isinstance(config, kind))
-    train_data = training_data(settings.data, config.objective_weights)
+    train_data, eval_data = training_data(settings.data, config.objective_weights), settings.eval_data
+    if isinstance(train_data, dict) and settings.eval_fraction is not None:
+        raise ValueError("eval_fraction has no meaning for files by objective: give the held-out records as eval_data")
     by_objective = train_data.values() if isinstance(train_data, dict) else [train_data]
     for files in (*by_objective, settings.eval_data):
         if files:
-            preference_data.load(files, TRAINERS[recipe].forms)  # finds a bad record before a large model is loaded
+            # finds a bad record before a large model is loaded
+            records = preference_data.load(files, TRAINERS[recipe].forms, config.reading)
+            if settings.eval_fraction is not None:
+                seed = config.seed if config.data_seed is None else config.data_seed
+                train_data, eval_data = split_by_prompt(records, settings.eval_fraction, seed)
     set_seed(config.seed)  # for weights that the checkpoint lacks
     options = settings.dtype, config.trust_remote_code
     is_reward = recipe == "reward"
@@ -343,7 +378,7 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
         ref_model,
         config,
         train_dataset=train_data,
-        eval_dataset=settings.eval_data,
+        eval_dataset=eval_data,
         processing_class=tokenizer,
         peft_config=lora(settings, is_reward) if settings.lora_rank else None,
         loss=settings.own_loss,

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets import ClassLabel, Dataset, IterableDataset, concatenate_datasets
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from . import cache, files
 from .form import (
+    ASSISTANT,
     MAX_RECORD,
     PREFERENCES,
     UNSUPPORTED,
@@ -105,6 +107,48 @@ def load(source: Source, forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS
             kinds = [form_of(records[0], name, forms) for records in (part, parts[0])]
             raise DataError(f"{name}: holds {kinds[0]}, but {named[0]} holds {kinds[1]}: expected one form")
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+class Split(NamedTuple):
+    """Records for training and for evaluation."""
+
+    train: Checked
+    eval: Checked
+
+
+def split_by_prompt(records: Dataset, fraction: float, seed: int) -> Split:
+    """Return the records with ``fraction`` of the prompts (at least one) for evaluation; no prompt is on both sides.
+
+    Which prompts these are depends on their texts and on ``seed``, not on the order of the records. Of demonstrations
+    without a prompt, the text or the messages before the first answer count as the prompt.
+
+    Raises:
+        DataError: all records have one prompt.
+    """
+    column = "prompt" if "prompt" in records.column_names else records.column_names[0]
+    keys = np.fromiter((_prompt_key(value, seed) for value in _values(records, column)), np.uint64, len(records))
+    prompts = np.unique(keys)
+    if len(prompts) < 2:
+        raise DataError("the data have one prompt, which cannot be split between training and evaluation")
+    number = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
+    is_eval = keys < prompts[number]
+    train, held_out = (records.select(np.flatnonzero(side)) for side in (~is_eval, is_eval))
+    logger.info(
+        f"{number} of {len(prompts)} prompts are kept for evaluation: {len(train)} records train, {len(held_out)} "
+        "evaluate."
+    )
+    return Split(Checked(train), Checked(held_out))
+
+
+def _values(records: Dataset, column: str) -> Iterator[Any]:
+    for batch in records.select_columns(column).iter(ROWS_AT_A_TIME):
+        yield from batch[column]
+
+
+def _prompt_key(value: Any, seed: int) -> int:
+    if isinstance(value, list):
+        value = list(takewhile(lambda message: message["role"] not in ASSISTANT, value)) or value
+    return xxhash.xxh3_64_intdigest(repr(value).encode(), seed=seed % 2**64)
 
 
 def bad_records(paths: list[str], forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS) -> Iterator[DataError]:

@@ -9,6 +9,7 @@ what deserves a warning is a finding of ``FOUND``. Both are columns of the rows.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ FOUND = {
     "added": "the chat template adds text to the answer, such as a header or an empty thought, and the model is "
     "trained on it too",
     "masked": "an answer has several messages, and only the tokens of the assistant's messages are trained",
+    "template_tokens": "the text already holds tokens of the chat template",
+    "system_lost": "the chat template leaves out the system message",
     "ends_masked": "an answer ends with a message that is not the assistant's, and what follows the assistant's last "
     "message is left out",
 }
@@ -87,10 +90,19 @@ class SpecialTokens(NamedTuple):
     unknown: int | None
     # the texts of all tokens that the tokenizer takes whole out of a text, by length, longest first
     texts: dict[int, set[str]]
+    template: re.Pattern | None  # finds those of these texts that the chat template writes
 
 
 def token_rows(
-    batch: dict, rows: list[int], *, sides: list[str], columns: list[str], tokenizer, max_length: int | None, name: str
+    batch: dict,
+    rows: list[int],
+    *,
+    sides: list[str],
+    columns: list[str],
+    tokenizer,
+    max_length: int | None,
+    name: str,
+    as_chat: bool = False,
 ) -> dict[str, list]:
     """Return the columns of a batch of records; the function that ``Dataset.map`` applies.
 
@@ -103,8 +115,11 @@ def token_rows(
         columns: the columns to return.
         tokenizer, max_length: see ``prepare_unpaired``.
         name: of the data, for messages.
+        as_chat: whether texts become messages: the prompt the user's, the answers the assistant's.
     """
     batch = _with_prompts(batch)
+    if as_chat:
+        batch = {field: values if field in NO_TEXTS else _as_messages(field, values) for field, values in batch.items()}
     fields = [field for field in batch if field not in ("prompt", *NO_TEXTS)]
     is_split = len(fields) > len(sides)
     nothing = [None] * len(rows)
@@ -116,8 +131,10 @@ def token_rows(
             encoded = encoded_texts(batch, fields, tokenizer)
         else:
             encoded = encoded_conversations(batch, fields, rows, tokenizer, special, render)
-        records = zip(rows, batch["prompt"], labels, weights, margins, encoded, strict=True)
-        for row, messages, label, weight, margin, (prompt, answers) in records:
+        texts = zip(batch["prompt"], *(batch[field] for field in fields), strict=True)
+        records = zip(rows, batch["prompt"], texts, labels, weights, margins, encoded, strict=True)
+        for row, messages, record, label, weight, margin, (prompt, answers) in records:
+            has_template_tokens = special.template is not None and _holds(special.template, record)
             why_same = _why_same(answers, max_length) if len(answers) == 2 else ""
             groups = [(answers[:1], True), (answers[1:], False)] if is_split else [(answers, label)]
             for group, its_label in groups:
@@ -131,6 +148,8 @@ def token_rows(
                     example = {"dropped": "single"}
                 if "dropped" in example:
                     example["dropped"] = [*DROPPED].index(example["dropped"]) + 1
+                elif has_template_tokens:
+                    example["template_tokens"] = True
                 example |= {"label": its_label, WEIGHT: weight, MARGIN: margin, "row": row}
                 for column in columns:
                     empty = [] if column.endswith(("_ids", "_mask")) else 0
@@ -153,6 +172,24 @@ def _with_prompts(batch: dict) -> dict:
     ]
     split = [(messages[:start], messages[start:]) for messages, start in zip(batch["messages"], starts, strict=True)]
     return {"prompt": [prompt for prompt, _ in split], "completion": [answer for _, answer in split]}
+
+
+def _as_messages(field: str, texts: list[str]) -> list[list[dict[str, str]]]:
+    role = "user" if field == "prompt" else "assistant"
+    return [[{"role": role, "content": text}] for text in texts]
+
+
+def _holds(pattern: re.Pattern, record: tuple) -> bool:
+    """Return whether the prompt of a text, or a message of a conversation, holds what ``pattern`` finds.
+
+    A token at the end of an answer does not count: the finding "double_end" is about it.
+    """
+    if isinstance(record[0], str):
+        return pattern.search(record[0]) is not None
+    prompt, *answers = ([message["content"] for message in messages] for messages in record)
+    return any(map(pattern.search, prompt)) or any(
+        found.end() < len(text.rstrip()) for answer in answers for text in answer for found in pattern.finditer(text)
+    )
 
 
 def _why_same(answers: list[Answer], max_length: int | None) -> str:
@@ -316,6 +353,9 @@ def _conversation_answer(conversation: Conversation, tokenizer, special: Special
     found = set()
     if any(message["content"].strip() not in text for message in answer):
         found.add("changed")
+    first = conversation.prompt[0] if conversation.prompt else {}
+    if first.get("role") == "system" and first["content"].strip() not in conversation.asked:
+        found.add("system_lost")
     if len(answer) == 1:
         spans, trained = [(_common_prefix(conversation.asked, (text,)), len(text))], None
     else:
@@ -440,7 +480,26 @@ def special_tokens(tokenizer) -> SpecialTokens:
     for text in sorted({eos or "", *(token.content for token in added.values())}, key=len, reverse=True):
         if text.strip():
             texts.setdefault(len(text), set()).add(text)
-    return SpecialTokens(tokenizer.bos_token_id, ends, None if is_shared else tokenizer.unk_token_id, texts)
+    unknown = None if is_shared else tokenizer.unk_token_id
+    return SpecialTokens(tokenizer.bos_token_id, ends, unknown, texts, _template_tokens(tokenizer, texts))
+
+
+def _template_tokens(tokenizer, texts: dict[int, set[str]]) -> re.Pattern | None:
+    """Return a pattern of the tokens that the chat template writes, by its source; None if there are none."""
+    source = str(tokenizer.chat_template or "")
+    held = {
+        text for name in ("bos_token", "eos_token") if name in source and (text := getattr(tokenizer, name)) is not None
+    }
+    held |= {text for of_length in texts.values() for text in of_length if text in source}
+    held = sorted((text for text in held if len(text) > 2), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, held))) if held else None
+
+
+def template_tokens_advice(is_text: bool) -> str:
+    """Return what to do about template tokens in the texts; it follows the text of the finding."""
+    if is_text:
+        return ". The text is trained as it is, which is right if all of it was rendered with the template"
+    return ", which adds them again: take them out of the messages"
 
 
 def no_end_cause(tokenizer, is_text: bool) -> str:

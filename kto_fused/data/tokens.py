@@ -22,10 +22,11 @@ from .. import checks
 from . import cache
 from .collators import IGNORE_INDEX
 from .form import COMPARISONS, DEMONSTRATIONS, MARGIN, NO_TEXTS, PAIRED, PREFERENCES, WEIGHT, DataError, Forms
+from .layouts import Reading
 from .packing import pack
 from .partners import mismatched_partners
-from .records import Source, load
-from .token_rows import DROPPED, FOUND, no_end_cause, token_rows
+from .records import AS_IT_IS, Source, load
+from .token_rows import DROPPED, FOUND, no_end_cause, template_tokens_advice, token_rows
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Prepared(NamedTuple):
         dropped: how many further examples are left out.
         dropped_for: the dropped examples by reason: "no_room", "same_after_cut", "same_tokens", "untrained", "single".
         found: the kept examples that a warning was given of, by finding: "merged", "double_bos", "double_end",
-            "no_end", "unknown", "changed", "added", "masked", "ends_masked", "both_labels".
+            "no_end", "unknown", "changed", "added", "masked", "template_tokens", "system_lost", "ends_masked",
+            "both_labels".
 
     Reasons and findings without an example are missing.
     """
@@ -85,6 +87,7 @@ def prepare_unpaired(
     seed: int = 0,
     num_proc: int | None = None,
     name: str = "train",
+    reading: Reading = AS_IT_IS,
 ) -> Prepared:
     """Prepare tokens for KTO. A pair becomes two examples: its chosen completion is desirable, the rejected one not.
 
@@ -102,6 +105,8 @@ def prepare_unpaired(
         seed: for the draw of mismatched partners among completions of similar length.
         num_proc: the number of processes that tokenize.
         name: the data's name in the progress bar and in messages.
+        reading: names of columns, words of labels, and whether plain text is put into the chat template; made by
+            ``preference_data.reading``.
 
     Returns:
         A dataset of ``prompt_ids``, ``completion_ids``, ``label`` (bool), ``length`` (tokens of prompt and completion)
@@ -117,7 +122,7 @@ def prepare_unpaired(
         TypeError, ValueError: ``max_length`` is neither None nor an integer of at least 1; ``tokenizer`` is not a
             tokenizer of transformers.
     """
-    prepared = _tokenized(source, tokenizer, PREFERENCES, ["completion"], max_length, num_proc, name)
+    prepared = _tokenized(source, tokenizer, PREFERENCES, ["completion"], max_length, num_proc, name, reading)
     tokens = prepared.dataset
     labels, prompts, keys, rows = (_column(tokens, column) for column in ("label", "prompt_key", "key", "row"))
     tokens = tokens.remove_columns([*KEYS])
@@ -145,6 +150,7 @@ def prepare_paired(
     margins: bool = False,
     num_proc: int | None = None,
     name: str = "train",
+    reading: Reading = AS_IT_IS,
 ) -> Prepared:
     """Prepare tokens for DPO or a reward model. The arguments are those of ``prepare_unpaired``.
 
@@ -164,7 +170,7 @@ def prepare_paired(
         DataError: as in ``prepare_unpaired``, and for unpaired data.
     """
     forms = COMPARISONS if margins else PREFERENCES
-    prepared = _tokenized(source, tokenizer, forms, ["chosen", "rejected"], max_length, num_proc, name)
+    prepared = _tokenized(source, tokenizer, forms, ["chosen", "rejected"], max_length, num_proc, name, reading)
     return prepared._replace(dataset=prepared.dataset.remove_columns([*KEYS]))
 
 
@@ -175,6 +181,7 @@ def prepare_completions(
     max_length: int | None = 1024,
     num_proc: int | None = None,
     name: str = "train",
+    reading: Reading = AS_IT_IS,
 ) -> Prepared:
     """Prepare tokens for supervised fine-tuning. The arguments are those of ``prepare_unpaired``.
 
@@ -188,7 +195,7 @@ def prepare_completions(
     Raises:
         DataError: as in ``prepare_unpaired``; a record has a ``label``, which says that completions differ in worth.
     """
-    prepared = _tokenized(source, tokenizer, DEMONSTRATIONS, ["completion"], max_length, num_proc, name)
+    prepared = _tokenized(source, tokenizer, DEMONSTRATIONS, ["completion"], max_length, num_proc, name, reading)
     return prepared._replace(dataset=prepared.dataset.remove_columns([*KEYS]))
 
 
@@ -215,17 +222,25 @@ def pack_completions(dataset: Dataset, max_length: int, *, num_proc: int | None 
 
 
 def _tokenized(
-    source: Source, tokenizer, forms: Forms, sides: list[str], max_length: int | None, num_proc: int | None, name: str
+    source: Source,
+    tokenizer,
+    forms: Forms,
+    sides: list[str],
+    max_length: int | None,
+    num_proc: int | None,
+    name: str,
+    reading: Reading,
 ) -> Prepared:
     """Return the tokens of ``sides`` with the columns of ``KEYS``, and report what was found in them."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
     if max_length is not None:
         checks.integer("max_length", max_length, at_least=1)
-    records = load(source, forms)
+    records = load(source, forms, reading)
     if "chosen" in sides and "chosen" not in records.column_names:
         raise DataError(f"{name} data: DPO needs pairs, expected {list(PAIRED)}, got {records.column_names}")
     is_text = records.features[records.column_names[0]] == Value("string")
+    as_chat = _is_put_into_template(records, is_text, tokenizer, reading.chat, name)
     if not is_text and not tokenizer.chat_template:
         raise DataError(f"{name} data: holds conversations, but the tokenizer has no chat template to render them with")
     answers = [field for field in records.column_names if field not in ("prompt", *NO_TEXTS)]
@@ -237,16 +252,45 @@ def _tokenized(
     columns |= {"length": Value("int32"), **KEYS, **REPORTED}
     tokens = cache.mapped(
         records,
-        partial(token_rows, sides=sides, columns=[*columns], tokenizer=tokenizer, max_length=max_length, name=name),
+        partial(
+            token_rows,
+            sides=sides,
+            columns=[*columns],
+            tokenizer=tokenizer,
+            max_length=max_length,
+            name=name,
+            as_chat=as_chat,
+        ),
         batched=True,
         with_indices=True,
         remove_columns=records.column_names,
         features=Features(columns),
         num_proc=num_proc,
         desc=f"Tokenizing {name} data",
-        key=cache.digest("tokens", forms, sides, records._fingerprint, fingerprint(tokenizer), max_length),
+        key=cache.digest("tokens", forms, sides, records._fingerprint, fingerprint(tokenizer), max_length, as_chat),
     )
-    return _reported(tokens, tokenizer, is_text, max_length, name)
+    prepared = _reported(tokens, tokenizer, is_text and not as_chat, max_length, name)
+    is_rendered = 2 * prepared.found.get("template_tokens", 0) > len(prepared.dataset)
+    if is_text and reading.chat == "auto" and tokenizer.chat_template and not is_rendered:
+        logger.info(
+            f"{name} data: holds plain text, which is trained as it is, although the tokenizer has a chat template: "
+            "chat='always' (--chat always) puts the prompt into a user's message and the answer into the assistant's, "
+            "chat='never' trains the text without this note."
+        )
+    return prepared
+
+
+def _is_put_into_template(records: Dataset, is_text: bool, tokenizer, chat: str, name: str) -> bool:
+    """Return whether texts become messages, and refuse data that ``chat`` cannot be done with."""
+    if chat == "never" and not is_text:
+        raise DataError(f"{name} data: holds conversations, which only a chat template renders, but chat is 'never'")
+    if chat != "always" or not is_text:
+        return False
+    if "text" in records.column_names:
+        raise DataError(f"{name} data: chat is 'always', but whole texts have no prompt and answer to make messages of")
+    if not tokenizer.chat_template:
+        raise DataError(f"{name} data: chat is 'always', but the tokenizer has no chat template")
+    return True
 
 
 def _reported(tokens: Dataset, tokenizer, is_text: bool, max_length: int | None, name: str) -> Prepared:
@@ -276,6 +320,7 @@ def _reported(tokens: Dataset, tokenizer, is_text: bool, max_length: int | None,
             )
     for finding, count in found.items():
         text = FOUND[finding] + (no_end_cause(tokenizer, is_text) if finding == "no_end" else "")
+        text += template_tokens_advice(is_text) if finding == "template_tokens" else ""
         first = rows[flags[finding]][0]
         logger.warning(f"{name} data: in {count} of {len(kept)} examples (first: row {first}) {text}.")
     if dropped_for:

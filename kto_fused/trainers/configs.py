@@ -16,6 +16,7 @@ from typing import Any, ClassVar, get_type_hints
 from transformers import TrainingArguments
 
 from .. import checks, heads
+from ..data import layouts
 from ..engines import backends
 from ..functional import DEFAULT_CHUNK_BYTES
 from ..heads.preference import KTO_LOSS_TYPES
@@ -165,6 +166,28 @@ class FusedPreferenceConfig(TrainingArguments):
     ref_cache_dir: str | None = _option(
         None, "Folder for the precomputed log-probabilities; kto_fused/ in the Hugging Face cache if not given."
     )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names that the data's columns have, as field=column: prompt=question completion=answer "
+            "label=thumbs. In YAML and Python also a mapping.",
+        },
+    )
+    label_true: list[str] | None = field(
+        default=None,
+        metadata={"help": "Labels that mean liked: up good 5. True, 1 and their texts are read without it."},
+    )
+    label_false: list[str] | None = field(
+        default=None,
+        metadata={"help": "Labels that mean not liked: down bad 1. False, 0, -1 and their texts are read without it."},
+    )
+    chat: str = _option(
+        "auto",
+        "Whether plain text is put into the tokenizer's chat template. auto: text is trained as it is, conversations "
+        "are rendered. always: a prompt becomes a user's message, a completion the assistant's. never: as auto, but "
+        "conversations are refused.",
+        choices=list(layouts.CHATS),
+    )
     dataset_num_proc: int | None = _option(None, "Number of processes that tokenize the data.")
     pad_to_multiple_of: int | None = _option(None, "Pad batches to a multiple of this many tokens.")
     disable_dropout: bool = _option(True, "Set dropout to 0 in the model, its adapters and its reference.")
@@ -204,6 +227,9 @@ class FusedPreferenceConfig(TrainingArguments):
         if isinstance(self.max_length, str) and self.max_length.isdecimal():  # HfArgumentParser leaves it a string
             self.max_length = int(self.max_length)
         self._check_types()
+        self.reading = layouts.reading(self.columns, self.label_true, self.label_false, self.chat)
+        if isinstance(self.columns, dict):
+            self.columns = [f"{name}={column}" for name, column in self.columns.items()]
         self._check_numbers()
         self._check_can_be_honoured()
 

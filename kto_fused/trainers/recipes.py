@@ -183,6 +183,7 @@ class FusedKTOTrainer(FusedTrainer):
             seed=args.seed,
             num_proc=args.dataset_num_proc,
             name=name,
+            reading=args.reading,
         )
         if args.average_log_prob and "weight" in prepared.dataset.column_names:
             raise ValueError(f"{name} data: records have a weight, which average_log_prob=True does not take")
@@ -329,7 +330,12 @@ class FusedDPOTrainer(FusedTrainer):
 
     def _tokenize(self, source: Source, args: FusedDPOConfig, name: str) -> Prepared:
         return tokens.prepare_paired(
-            source, self._tokenizer, max_length=self.max_length, num_proc=args.dataset_num_proc, name=name
+            source,
+            self._tokenizer,
+            max_length=self.max_length,
+            num_proc=args.dataset_num_proc,
+            name=name,
+            reading=args.reading,
         )
 
     @property

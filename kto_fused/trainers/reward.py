@@ -125,7 +125,13 @@ class FusedRewardTrainer(FusedTrainer):
 
     def _tokenize(self, source: Source, args: FusedRewardConfig, name: str) -> Prepared:
         prepared = tokens.prepare_paired(
-            source, self._tokenizer, max_length=self.max_length, margins=True, num_proc=args.dataset_num_proc, name=name
+            source,
+            self._tokenizer,
+            max_length=self.max_length,
+            margins=True,
+            num_proc=args.dataset_num_proc,
+            name=name,
+            reading=args.reading,
         )
         ends = _last_tokens(prepared.dataset)
         if padded := int((ends == self._tokenizer.pad_token_id).sum()):

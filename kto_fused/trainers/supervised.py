@@ -92,7 +92,12 @@ class FusedSFTTrainer(FusedTrainer):
 
     def _tokenize(self, source: Source, args: FusedSFTConfig, name: str) -> Prepared:
         return tokens.prepare_completions(
-            source, self._tokenizer, max_length=self.max_length, num_proc=args.dataset_num_proc, name=name
+            source,
+            self._tokenizer,
+            max_length=self.max_length,
+            num_proc=args.dataset_num_proc,
+            name=name,
+            reading=args.reading,
         )
 
     def _arranged(self, dataset: Dataset, args: FusedSFTConfig, name: str) -> Dataset:

@@ -14,7 +14,7 @@ for package in ("datasets", "accelerate", "matplotlib"):
     pytest.importorskip(package, reason=f"kto-fused train needs {package}")
 
 import tiny_training
-from command_runs import command, losses, read_metrics
+from command_runs import command, losses, read_metrics, training
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from kto_fused.commands import cli, progress, results, train
@@ -239,3 +239,26 @@ def test_nan_and_infinity_are_null_in_json():
 
 def test_eval_steps_may_stay_where_evaluation_is_off(files):
     assert cli.main(command(files, "kto", "--max_steps", "1", "--eval_strategy", "no", "--eval_steps", "5")) == 0
+
+
+def test_a_table_with_other_names_trains_and_keeps_prompts_for_evaluation(files, capsys):
+    records = [json.loads(line) for line in (files / "kto.jsonl").read_text().splitlines()]
+    rows = [f'"{r["prompt"]}"\t"{r["completion"]}"\t{"up" if r["label"] else "down"}' for r in records]
+    Path("thumbs.tsv").write_text("\n".join(["question\tanswer\tthumbs", *rows]))
+    names = ["--columns", "prompt=question", "completion=answer", "label=thumbs"]
+    flags = [
+        *names,
+        "--label_true",
+        "up",
+        "--label_false",
+        "down",
+        "--eval_fraction",
+        "0.3",
+        "--load_best_model_at_end",
+    ]
+    assert cli.main(training(files / "model", Path("thumbs.tsv"), "--num_train_epochs", "2", *flags)) == 0
+    metrics = read_metrics("runs/kto")
+    assert metrics["data"]["train"]["examples"] + metrics["data"]["eval"]["examples"] == len(records)
+    assert metrics["settings"]["eval_fraction"] == 0.3
+    assert metrics["config"]["columns"] == names[1:]
+    assert [entry["epoch"] for entry in metrics["evaluations"]] == [1, 2]

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 )
 def test_evaluation_flags_without_data_are_refused(files, capsys, flags):
     assert cli.main(command(files, "kto", *flags)) == 2
-    assert f"{flags[0]} needs evaluations, so --eval_data must be given" in capsys.readouterr().err
+    assert f"{flags[0]} needs evaluations, so --eval_data or --eval_fraction must be given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_metric_that_no_evaluation_reports_is_refused(files, capsys, loss, met
         (["--lerning_rate", "1"], "--lerning_rate is not a flag; did you mean --learning_rate?"),
         (["--learning", "1"], "--learning is not a flag"),
         (["--do_train"], "--do_train is not a flag"),
-        (["--colour", "red"], "--colour is not a flag; --help lists all of them"),
+        (["--zebra", "red"], "--zebra is not a flag; --help lists all of them"),
         (["--gamma", "2"], "--gamma is not a flag here: it belongs to --loss dpo"),
         (["--label-smoothing=0.1"], "--label-smoothing is not a flag here: it belongs to --loss dpo"),
         (
@@ -96,7 +96,10 @@ def test_a_metric_that_no_evaluation_reports_is_refused(files, capsys, loss, met
         (["--output_dir", "broken.jsonl/out"], "broken.jsonl/out cannot be written: Not a directory"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no checkpoint in runs/kto"),
         (["--resume_from_checkpoint", "there"], "--resume_from_checkpoint there is not a checkpoint"),
-        (["--eval_strategy", "steps"], "--eval_strategy needs evaluations, so --eval_data must be given"),
+        (
+            ["--eval_strategy", "steps"],
+            "--eval_strategy needs evaluations, so --eval_data or --eval_fraction must be given",
+        ),
         (["--max_steps", "0"], "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
         (["--logging_steps", "nan"], "logging_steps must be a finite number of at least 0, got nan"),
         (["--enable_jit_checkpoint"], "--enable_jit_checkpoint is not a flag"),

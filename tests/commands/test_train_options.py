@@ -89,6 +89,8 @@ lora_target_modules: [q_proj]
 backend: torch
 gamma: 0.25
 use_cpu: yes
+columns: {prompt: question, chosen: better}
+label_true: [up, 1]
 """
 
 
@@ -98,6 +100,7 @@ FLAGS = [
     *("--max_length", "null", "--save_strategy", "no", "--gradient_checkpointing"),
     *("--gradient_checkpointing_kwargs", '{"use_reentrant": false}', "--lora_rank", "4"),
     *("--lora_target_modules", "q_proj", "--backend", "torch", "--gamma", "0.25", "--use_cpu"),
+    *("--columns", "prompt=question", "chosen=better", "--label_true", "up", "1"),
 ]
 
 
@@ -206,7 +209,7 @@ def test_the_files_command_trains(files):
     [
         ("lerning_rate: 1", "file.yaml: 'lerning_rate' is not a setting; did you mean learning_rate?"),
         ("gamma: 1", "file.yaml: 'gamma' is not a setting here: it belongs to --loss dpo"),
-        ("colour: red", "file.yaml: 'colour' is not a setting; --help lists all of them"),
+        ("zebra: red", "file.yaml: 'zebra' is not a setting; --help lists all of them"),
         ("label_smoothing_factor: 0.1", "file.yaml: 'label_smoothing_factor' is not a setting"),
         ("config: other.yaml", "file.yaml: 'config' is not a setting"),
         ("max_steps: [1, 2]", "file.yaml: 'max_steps' takes one value, but the file gives the list ['1', '2']"),
@@ -255,3 +258,27 @@ def test_an_alias_in_a_config_is_replaced_by_its_value(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("lora_target_modules: &names [q_proj, v_proj]\ndata: *names\n")
     assert read_settings(str(path)) == {"lora_target_modules": ["q_proj", "v_proj"], "data": ["q_proj", "v_proj"]}
+
+
+def test_the_best_model_needs_no_save_strategy_of_its_own():
+    flags = ["--model", "m", "--data", "d", "--use_cpu", "--eval_fraction", "0.2", "--load_best_model_at_end"]
+    for more, strategy, steps in (([], "epoch", 500), (["--eval_steps", "7"], "steps", 7)):
+        config = train.parse([*flags, *more])[1]
+        assert (config.eval_strategy, config.save_strategy, config.save_steps) == (strategy, strategy, steps)
+    config = train.parse([*flags[:-1], "--eval_steps", "7"])[1]
+    assert (config.save_strategy, config.save_steps) == ("steps", 500)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval_fraction", "1"], "eval_fraction must lie between 0 and 1, got 1.0"),
+        (["--eval_fraction", "0.1", "--eval_data", "e"], "eval_fraction and eval_data are given"),
+        (["--columns", "question"], "columns must have the form field=column"),
+        (["--label_true", "up", "--label_false", "UP"], "label_true and label_false both name ['up']"),
+        (["--chat", "maybe"], "argument --chat: invalid choice"),
+    ],
+)
+def test_wrong_settings_of_the_data_are_refused(flags, message):
+    with pytest.raises(CommandError, match=re.escape(message)):
+        train.parse(["--model", "m", "--data", "d", "--use_cpu", *flags])

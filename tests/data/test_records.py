@@ -30,7 +30,7 @@ from datasets import Dataset, DatasetDict
 
 from kto_fused.data import files, records
 from kto_fused.data import form as form_module
-from kto_fused.data.form import COMPARISONS, DEMONSTRATIONS
+from kto_fused.data.form import COMPARISONS, DEMONSTRATIONS, PREFERENCES
 from kto_fused.preference_data import BUNDLED, DataError, load, reading
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -847,3 +847,26 @@ def test_a_file_with_random_faults_is_read_or_refused_with_its_name(tmp_path, ki
             refused.append(str(error))
     assert all(message.startswith(str(path)) and len(message) < 1000 for message in refused)
     assert len(refused) > 75
+
+
+@pytest.mark.parametrize("form", ["unpaired", "conversations", "text"])
+def test_no_prompt_is_on_both_sides_of_a_split(form):
+    rows = [{"prompt": f"p{n % 20}", "completion": str(n), "label": n % 3 == 0} for n in range(100)]
+    if form == "conversations":
+        rows = [
+            {"messages": [*said(row["prompt"]), {"role": "assistant", "content": row["completion"]}]} for row in rows
+        ]
+    if form == "text":
+        rows = [{"text": row["prompt"]} for row in rows]
+    loaded = load(Dataset.from_list(rows), PREFERENCES if form == "unpaired" else DEMONSTRATIONS)
+    prompt = {"unpaired": lambda row: row["prompt"], "conversations": lambda row: row["messages"][0]["content"]}.get(
+        form, lambda row: row["text"]
+    )
+    train, held_out = (load(side) for side in records.split_by_prompt(loaded, 0.1, seed=3))
+    assert len({prompt(row) for row in held_out}) == 2
+    assert not {prompt(row) for row in train} & {prompt(row) for row in held_out}
+    assert len(train) + len(held_out) == 100
+    assert held_out.to_list() == load(records.split_by_prompt(loaded, 0.1, seed=3).eval).to_list()
+    assert held_out.to_list() != load(records.split_by_prompt(loaded, 0.1, seed=4).eval).to_list()
+    with pytest.raises(DataError, match="the data have one prompt"):
+        records.split_by_prompt(loaded.select([0]), 0.5, seed=0)

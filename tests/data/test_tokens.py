@@ -45,6 +45,7 @@ from kto_fused.preference_data import (
     prepare_completions,
     prepare_paired,
     prepare_unpaired,
+    reading,
 )
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -804,3 +805,59 @@ def test_prompts_that_lose_tokens_to_their_completions_are_still_the_same(byte_p
 def test_preference_data_needs_neither_trl_nor_peft():
     code = "import sys; sys.modules['trl'] = sys.modules['peft'] = None; import kto_fused.preference_data"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+def chat_tokenizer(template=CHAT):
+    tokenizer = one_token_a_word()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_plain_text_is_put_into_the_chat_template_only_on_request(caplog):
+    caplog.set_level(logging.INFO, "kto_fused")
+    tokenizer, source = chat_tokenizer(), Dataset.from_list(UNPAIRED)
+    bare = one_token_a_word()
+    bare.chat_template = None
+    plain = prepare_unpaired(source, bare, mismatch=False).dataset
+    assert "plain text" not in caplog.text
+    notes = {}
+    for chat in ("auto", "never", "always"):
+        caplog.clear()
+        made = prepare_unpaired(source, tokenizer, mismatch=False, reading=reading(chat=chat)).dataset
+        notes[chat] = sum("holds plain text, which is trained as it is" in message for message in caplog.messages)
+        as_messages = Dataset.from_list([conversation(record) for record in UNPAIRED])
+        expected = prepare_unpaired(as_messages, tokenizer, mismatch=False).dataset if chat == "always" else plain
+        assert made.to_list() == expected.to_list()
+    assert notes == {"auto": 1, "never": 0, "always": 0}
+    with pytest.raises(DataError, match="holds conversations, which only a chat template renders, but chat is 'never'"):
+        prepare_unpaired(as_messages, tokenizer, reading=reading(chat="never"))
+    with pytest.raises(DataError, match="chat is 'always', but the tokenizer has no chat template"):
+        prepare_unpaired(source, bare, reading=reading(chat="always"))
+    with pytest.raises(DataError, match="chat is 'always', but whole texts have no prompt"):
+        prepare_completions(Dataset.from_list(TEXTS), tokenizer, reading=reading(chat="always"))
+
+
+def test_tokens_of_the_template_in_texts_and_lost_system_messages_are_found(caplog):
+    tokenizer = chat_tokenizer()
+    rendered = [record | {"prompt": f"<|im_start|>{record['prompt']}<|im_end|><|im_start|>"} for record in UNPAIRED]
+    for records, advice in (
+        (rendered, "The text is trained as it is"),
+        ([conversation(record) for record in rendered], "which adds them again: take them out"),
+    ):
+        caplog.clear()
+        found = prepare_unpaired(Dataset.from_list(records), tokenizer, mismatch=False).found
+        assert found["template_tokens"] == 3
+        assert advice in caplog.text
+        assert "holds plain text" not in caplog.text
+    assert "template_tokens" not in prepare_unpaired(Dataset.from_list(UNPAIRED), tokenizer, mismatch=False).found
+    forgetful = chat_tokenizer(CHAT.replace("in messages", "in messages if m.role != 'system'"))
+    systems = Dataset.from_list([record | {"system": "three"} for record in UNPAIRED])
+    for template, lost in ((tokenizer, 0), (forgetful, 3)):
+        assert prepare_unpaired(systems, template, mismatch=False).found.get("system_lost", 0) == lost
