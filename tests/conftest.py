@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run under Triton's interpreter. It must be swit
 """
 
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -112,6 +113,15 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def own_log_level():
+    """Undo ``log.show``: messages at level INFO would appear in the tests that come after."""
+    package = logging.getLogger("kto_fused")
+    level = package.level
+    yield
+    package.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,17 @@ COMMANDS = {
     "online": "train a model in rounds on its own samples, which a judge scores (online DPO, KTO and their relatives)",
     "ppo": "train a model in rounds on its own samples by policy gradients (PPO, GRPO and its relatives)",
     "demo": "train a small language model with KTO on real text, as a first try",
+    "data": "show what a training on files would train on: layout, counts, lengths, rendered examples",
     "estimate": "print the memory that the loss and a training step need, with and without kto-fused, and the longest "
     "sequences that fit a GPU",
     "env": "print versions, devices, and the backend that each device gets",
 }
 LOOPS = ("spin", "online", "ppo")
-PACKAGES = {**dict.fromkeys(("train", *LOOPS, "demo"), TRAINING), "estimate": ("transformers", "yaml"), "env": ()}
+PACKAGES = {
+    **dict.fromkeys(("train", *LOOPS, "demo", "data"), TRAINING),
+    "estimate": ("transformers", "yaml"),
+    "env": (),
+}
 CONTINUES = "the run continues without it and writes its results"
 
 

@@ -125,8 +125,7 @@ def split_by_prompt(records: Dataset, fraction: float, seed: int) -> Split:
     Raises:
         DataError: all records have one prompt.
     """
-    column = "prompt" if "prompt" in records.column_names else records.column_names[0]
-    keys = np.fromiter((_prompt_key(value, seed) for value in _values(records, column)), np.uint64, len(records))
+    keys = prompt_keys(records, seed)
     prompts = np.unique(keys)
     if len(prompts) < 2:
         raise DataError("the data have one prompt, which cannot be split between training and evaluation")
@@ -140,9 +139,18 @@ def split_by_prompt(records: Dataset, fraction: float, seed: int) -> Split:
     return Split(Checked(train), Checked(held_out))
 
 
-def _values(records: Dataset, column: str) -> Iterator[Any]:
-    for batch in records.select_columns(column).iter(ROWS_AT_A_TIME):
-        yield from batch[column]
+def prompt_keys(records: Dataset, seed: int) -> np.ndarray:
+    """Return uint64s that are equal for records with equal prompts."""
+    column = "prompt" if "prompt" in records.column_names else records.column_names[0]
+    batches = records.select_columns(column).iter(ROWS_AT_A_TIME)
+    keys = (_prompt_key(value, seed) for batch in batches for value in batch[column])
+    return np.fromiter(keys, np.uint64, len(records))
+
+
+def record_keys(records: Dataset) -> np.ndarray:
+    """Return uint64s that are equal for equal records."""
+    rows = (row for batch in records.iter(ROWS_AT_A_TIME) for row in zip(*batch.values(), strict=True))
+    return np.fromiter((xxhash.xxh3_64_intdigest(repr(row).encode()) for row in rows), np.uint64, len(records))
 
 
 def _prompt_key(value: Any, seed: int) -> int:
@@ -174,6 +182,20 @@ def bad_records(paths: list[str], forms: Forms = PREFERENCES, reading: Reading =
             except files.UNREADABLE as error:
                 found.append(DataError(f"{one}: cannot be read: {error}"))
             yield from found
+
+
+def layouts_of(paths: list[str], forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS) -> list[str]:
+    """Return the names of the layouts of files, by their first records."""
+    named: dict[str, None] = {}
+    for path in paths:
+        for one in files.found(path):
+            if isinstance(one, Dataset):
+                first = next(_dataset_records(one, str(path), reading))
+            else:
+                with files.opened(one, None) as file:
+                    first = next(files.raw_records(one, file, _wanted(reading)))
+            named[find(renamed(first[1], reading, first[0]), forms).name] = None
+    return list(named)
 
 
 def _errors_of(records: Iterator, where: str, forms: Forms, reading: Reading) -> Iterator[DataError]:

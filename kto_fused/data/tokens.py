@@ -124,7 +124,7 @@ def prepare_unpaired(
     """
     prepared = _tokenized(source, tokenizer, PREFERENCES, ["completion"], max_length, num_proc, name, reading)
     tokens = prepared.dataset
-    labels, prompts, keys, rows = (_column(tokens, column) for column in ("label", "prompt_key", "key", "row"))
+    labels, prompts, keys, rows = (column_of(tokens, column) for column in ("label", "prompt_key", "key", "row"))
     tokens = tokens.remove_columns([*KEYS])
     for label, kind in ((True, "desirable"), (False, "undesirable")):
         if needs_both_labels and label not in labels:
@@ -208,7 +208,7 @@ def pack_completions(dataset: Dataset, max_length: int, *, num_proc: int | None 
         A dataset of ``input_ids`` and ``labels`` (-100 where a token is not trained) of the examples one after the
         other, ``lengths``, their numbers of tokens, and ``length``, the sum of these.
     """
-    packs = pack(_column(dataset, "length"), max_length)
+    packs = pack(column_of(dataset, "length"), max_length)
     return cache.mapped(
         Dataset.from_dict({"rows": packs}, Features({"rows": List(Value("int64"))})),
         partial(_pack_row, tokens=dataset),
@@ -244,7 +244,7 @@ def _tokenized(
     if not is_text and not tokenizer.chat_template:
         raise DataError(f"{name} data: holds conversations, but the tokenizer has no chat template to render them with")
     answers = [field for field in records.column_names if field not in ("prompt", *NO_TEXTS)]
-    has_masks = not is_text and any(_column(records, answer, pc.list_value_length).max() > 1 for answer in answers)
+    has_masks = not is_text and any(column_of(records, answer, pc.list_value_length).max() > 1 for answer in answers)
     columns = {"prompt_ids": TOKENS} | {f"{side}_ids": TOKENS for side in sides}
     columns |= {f"{side}_mask": MASK for side in sides} if has_masks else {}
     columns |= {"label": Value("bool")} if forms == PREFERENCES and sides == ["completion"] else {}
@@ -295,9 +295,9 @@ def _is_put_into_template(records: Dataset, is_text: bool, tokenizer, chat: str,
 
 def _reported(tokens: Dataset, tokenizer, is_text: bool, max_length: int | None, name: str) -> Prepared:
     """Count and log what the columns of ``REPORTED`` say; return the kept rows without these columns."""
-    reasons, rows = _column(tokens, "dropped"), _column(tokens, "row")
-    truncated = int(_column(tokens, "truncated").sum())
-    flags = {finding: _column(tokens, finding) for finding in FOUND}
+    reasons, rows = column_of(tokens, "dropped"), column_of(tokens, "row")
+    truncated = int(column_of(tokens, "truncated").sum())
+    flags = {finding: column_of(tokens, finding) for finding in FOUND}
     tokens = tokens.remove_columns([*REPORTED])
     kept = np.flatnonzero(reasons == 0)
     dropped_for = {
@@ -334,7 +334,7 @@ def with_partners(
     """Return the rows with their mismatched completions. ``prompts`` are integers, equal for equal prompts."""
     columns = [column for column in ("completion_ids", "completion_mask") if column in tokens.column_names]
     completions = tokens.select_columns(columns)
-    partners = mismatched_partners(prompts, _column(completions, "completion_ids", pc.list_value_length), seed)
+    partners = mismatched_partners(prompts, column_of(completions, "completion_ids", pc.list_value_length), seed)
     if alone := int((partners < 0).sum()):
         logger.warning(
             f"{name} data: {alone} of {len(tokens)} examples have no mismatched completion, "
@@ -380,7 +380,7 @@ def _pack_row(row: dict, *, tokens: Dataset) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "lengths": examples["length"], "length": len(ids)}
 
 
-def _column(dataset: Dataset, column: str, values=lambda array: array) -> np.ndarray:
+def column_of(dataset: Dataset, column: str, values=lambda array: array) -> np.ndarray:
     """Return ``values`` of a column, in the order of the dataset's rows."""
     parts = dataset.select_columns(column).with_format("arrow").iter(10_000)
     return np.concatenate([values(part[column]).to_numpy() for part in parts])

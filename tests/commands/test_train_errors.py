@@ -60,7 +60,7 @@ def test_a_metric_that_no_evaluation_reports_is_refused(files, capsys, loss, met
         (["--lerning_rate", "1"], "--lerning_rate is not a flag; did you mean --learning_rate?"),
         (["--learning", "1"], "--learning is not a flag"),
         (["--do_train"], "--do_train is not a flag"),
-        (["--zebra", "red"], "--zebra is not a flag; --help lists all of them"),
+        (["--xyzzy", "red"], "--xyzzy is not a flag; --help lists all of them"),
         (["--gamma", "2"], "--gamma is not a flag here: it belongs to --loss dpo"),
         (["--label-smoothing=0.1"], "--label-smoothing is not a flag here: it belongs to --loss dpo"),
         (

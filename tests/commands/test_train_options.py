@@ -209,7 +209,7 @@ def test_the_files_command_trains(files):
     [
         ("lerning_rate: 1", "file.yaml: 'lerning_rate' is not a setting; did you mean learning_rate?"),
         ("gamma: 1", "file.yaml: 'gamma' is not a setting here: it belongs to --loss dpo"),
-        ("zebra: red", "file.yaml: 'zebra' is not a setting; --help lists all of them"),
+        ("xyzzy: red", "file.yaml: 'xyzzy' is not a setting; --help lists all of them"),
         ("label_smoothing_factor: 0.1", "file.yaml: 'label_smoothing_factor' is not a setting"),
         ("config: other.yaml", "file.yaml: 'config' is not a setting"),
         ("max_steps: [1, 2]", "file.yaml: 'max_steps' takes one value, but the file gives the list ['1', '2']"),
