@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from . import files
@@ -41,8 +42,8 @@ def read_prompts(paths: list[str], *, needs_answers: bool) -> list[dict[str, Any
         DataError: a file cannot be read, or a record has no prompt, or lacks an answer that is needed.
     """
     found, left_out, seen = [], 0, set()
-    for path in map(Path, paths):
-        for where, record in _records(path):
+    for name, source in ((str(path), source) for path in paths for source in files.found(path)):
+        for where, record in _records(source, name):
             checked = _checked(record, needs_answers, where)
             if found and isinstance(checked["prompt"], str) != isinstance(found[0]["prompt"], str):
                 raise DataError(f"{where}, field 'prompt': expected all prompts as text, or all as messages, got both")
@@ -61,8 +62,11 @@ def read_prompts(paths: list[str], *, needs_answers: bool) -> list[dict[str, Any
     return found
 
 
-def _records(path: Path) -> Any:
-    """Yield where each record of a file stands, and the record."""
+def _records(path: Path | Dataset, name: str) -> Any:
+    """Yield where each record of a file or a ``Dataset`` stands, and the record."""
+    if isinstance(path, Dataset):
+        yield from ((f"{name}, row {row}", record) for row, record in enumerate(path))
+        return
     try:
         with files.opened(path, None) as file:
             yield from files.raw_records(path, file)
