@@ -116,6 +116,7 @@ class Totals:
 
     def __init__(self):
         self.values: dict[str, torch.Tensor] = {}  # name: [2], weighted sum and weight
+        self.labelled: list[torch.Tensor] = []  # [2, b] each: the rewards of labelled sequences, and their labels
 
     def add(self, totals: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add the (weighted sum, weight) of each name, as ``LossMetrics.totals`` returns them."""
@@ -123,16 +124,33 @@ class Totals:
             values = torch.stack(total_and_weight)
             self.values[name] = self.values[name] + values if name in self.values else values
 
-    def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda values: values) -> dict[str, float]:
+    def add_labelled(self, metrics: LossMetrics) -> None:
+        """Add the label accuracy of sequences with labels, and keep their rewards for the AUC."""
+        if metrics.desirable is not None:
+            rewards, desirable = metrics.rewards.detach().double(), metrics.desirable
+            is_right = label_accuracy(rewards, desirable)
+            self.add({"rewards/accuracies": weighted_total(is_right, torch.ones_like(is_right))})
+            self.labelled.append(torch.stack([rewards, desirable.double()]))
+
+    def pop(
+        self,
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+        join: Callable[[torch.Tensor], torch.Tensor] = lambda labelled: labelled,
+    ) -> dict[str, float]:
         """Return the means and start again from zero. Means without weight are left out.
 
-        ``reduce`` adds up the ranks' tensors. The device is read once.
+        ``reduce`` adds up the ranks' tensors, and ``join`` puts their labelled rewards [2, n] side by side. The device
+        is read once, and once more for the AUC where there are labels.
         """
         if not self.values:
             return {}
         sums = reduce(torch.stack(list(self.values.values()))).tolist()
         means = {name: total / weight for name, (total, weight) in zip(self.values, sums, strict=True) if weight}
-        self.values = {}
+        if self.labelled:
+            rewards, labels = join(torch.cat(self.labelled, 1)).cpu()
+            if 0 < labels.sum() < len(labels):
+                means["rewards/auc"] = auc(rewards, labels.bool()).item()
+        self.values, self.labelled = {}, []
         return with_margins(means)
 
 
@@ -161,6 +179,28 @@ def weighted_total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.T
     """Return the weighted sum and the sum of the weights. A value of weight 0 adds nothing, even if it is NaN."""
     weights = weights.double()
     return torch.where(weights > 0, values.double() * weights, 0.0).sum(), weights.sum()
+
+
+def label_accuracy(rewards: torch.Tensor, desirable: torch.Tensor) -> torch.Tensor:
+    """Return 1 for each reward [B] that has the sign of its label, 0 for the other sign, and 1/2 for a reward of 0."""
+    return (1 + torch.where(desirable, rewards, -rewards).sign()) / 2
+
+
+def auc(scores: torch.Tensor, desirable: torch.Tensor) -> torch.Tensor:
+    """Return the share of (desirable, undesirable) pairs whose desirable member has the higher score; a tie counts 1/2.
+
+    It is the area under the ROC curve, by the rank sum of Mann and Whitney. NaN without both labels, or of NaN scores.
+
+    >>> import torch
+    >>> auc(torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([True, True, False, False])).item()
+    0.625
+    """
+    _, group, counts = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[group]  # tied scores share the mean of their ranks
+    num_desirable, num_all = desirable.sum(), len(scores)
+    wins = ranks[desirable].sum() - num_desirable * (num_desirable + 1) / 2
+    share = wins / (num_desirable * (num_all - num_desirable))
+    return torch.where(scores.isnan().any(), torch.nan, share)
 
 
 def with_margins(means: dict) -> dict:

@@ -112,6 +112,18 @@ def plain_reward(policy, ref, batch, args):
     return loss, PlainMetrics(**{name: (mean, count) for name, mean in means.items()})
 
 
+def of_labels(batches):
+    """Return label accuracy and AUC of all batches' labelled rewards, by comparing each with each; {} without labels."""
+    if getattr(batches[0], "desirable", None) is None:
+        return {}
+    rewards = torch.cat([metrics.rewards for metrics in batches])
+    labels = torch.cat([metrics.desirable for metrics in batches])
+    liked, disliked = rewards[labels, None], rewards[None, ~labels]
+    right = torch.cat([rewards[labels] > 0, rewards[~labels] < 0]).double().mean()
+    wins = (liked > disliked).double() + (liked == disliked) / 2
+    return {"rewards/accuracies": right.item()} | ({"rewards/auc": wins.mean().item()} if wins.numel() else {})
+
+
 PLAIN = {"kto": plain_kto, "dpo": plain_dpo, "sft": plain_sft, "reward": plain_reward}
 
 
@@ -134,7 +146,8 @@ def plain_training(kind, policy, ref, trainer):
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         optimizer.step()
         num_tokens += int(batch["attention_mask"].sum())
-        entries.append({"loss": loss.detach(), "grad_norm": grad_norm, "num_tokens": num_tokens, **metrics.summary()})
+        entry = {"loss": loss.detach(), "grad_norm": grad_norm, "num_tokens": num_tokens, **metrics.summary()}
+        entries.append(entry | of_labels([metrics]))
     return [{name: float(value) for name, value in entry.items()} for entry in entries], policy
 
 

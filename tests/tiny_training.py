@@ -49,7 +49,7 @@ by_kind = pytest.mark.parametrize("kind", KINDS)
 by_recipe = pytest.mark.parametrize("kind", RECIPES)
 SIDES = {f"{value}/{side}" for value in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
 LOGGED = {  # the names that each trainer logs beside those of ``Trainer``
-    "kto": SIDES | {"rewards/margins", "kl", "entropy"},
+    "kto": SIDES | {"rewards/margins", "rewards/accuracies", "rewards/auc", "kl", "entropy"},
     "dpo": SIDES | {"rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy"},
     "sft": {"mean_token_accuracy", "entropy"},
     "reward": {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"},

@@ -16,9 +16,9 @@ from ..trainers.configs import FusedKTOConfig, FusedPreferenceConfig, FusedSFTCo
 
 # logged names and how they are printed
 REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
-ACCURACY = "rewards/accuracies"  # DPO and reward models log it, KTO does not
+ACCURACY, AUC = "rewards/accuracies", "rewards/auc"
 TOKENS = {"mean_token_accuracy": "accuracy", "entropy": "entropy"}  # what supervised fine-tuning logs
-COLUMNS = {"loss": "loss", **REWARDS, ACCURACY: "accuracy", "kl": "z0"}
+COLUMNS = {"loss": "loss", **REWARDS, ACCURACY: "accuracy", AUC: "AUC", "kl": "z0"}
 INTERRUPTED = b"\nfinishing this step, then saving a checkpoint; Ctrl-C again stops at once\n"
 
 
@@ -101,8 +101,8 @@ class LogLines(TrainerCallback):
         if not (state.is_world_process_zero and is_due and f"{prefix}loss" in logs):
             return
         if not self.names:  # by loss and not by this log, which lacks a side if its batch holds one label only
-            other_loss = ACCURACY if isinstance(args, FusedKTOConfig) else "kl"
-            titles = {name: title for name, title in COLUMNS.items() if name != other_loss}
+            of_labels = () if isinstance(args, FusedKTOConfig) else (AUC, "kl")
+            titles = {name: title for name, title in COLUMNS.items() if name not in of_labels}
             if isinstance(args, FusedSFTConfig):
                 titles = {"loss": "loss", **TOKENS}
             self.names = list(titles)

@@ -14,7 +14,6 @@ from ..trainers.configs import (
 )
 from .errors import CommandError
 from .failures import user_errors
-from .progress import ACCURACY
 
 # files that a finished run leaves behind or that a model's folder holds
 RESULTS = ("metrics.json", "adapter_config.json", "config.json")
@@ -59,7 +58,7 @@ def _recipe_of(entry: dict[str, float]) -> str:
     if not any(name.startswith("rewards/") for name in entry):
         return "sft"
     is_scored = not any(name.startswith("logps/") for name in entry)
-    return "reward" if is_scored else "dpo" if ACCURACY in entry else "kto"
+    return "reward" if is_scored else "dpo" if "mean_token_accuracy" in entry else "kto"
 
 
 def check_continues(checkpoint: str, config: FusedPreferenceConfig) -> None:

@@ -105,8 +105,8 @@ class TrainSettings:
     eval_data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "evaluation data, in the same formats; the model is evaluated after each epoch unless "
-            "--eval_strategy or --eval_steps says otherwise"
+            "help": "evaluation data, in the same formats; the model is evaluated before the first step (not with "
+            "--eval_on_start false) and after each epoch unless --eval_strategy or --eval_steps says otherwise"
         },
     )
     eval_fraction: float | None = field(
@@ -259,6 +259,8 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
         # only an evaluated checkpoint can be the best one
         is_evaluated_too = values["load_best_model_at_end"] and values["eval_steps"] is not None
         values["save_steps"] = values["eval_steps"] if is_evaluated_too else TrainingArguments.save_steps
+    if values["eval_on_start"] is None:
+        values["eval_on_start"] = values["eval_strategy"] != "no"
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and computes_in_bfloat16()
     settings, config = parser.build(values)
@@ -294,7 +296,7 @@ def flags_of(loss: str, own: own_loss.OwnLoss | None = None) -> FlagParser:
         save_total_limit=1,
     )
     # parse() derives them from other flags
-    parser.set_defaults(bf16=None, eval_strategy=None, save_strategy=None, save_steps=None)
+    parser.set_defaults(bf16=None, eval_strategy=None, save_strategy=None, save_steps=None, eval_on_start=None)
     return parser
 
 
@@ -334,7 +336,8 @@ def evaluation_metrics(loss: str) -> list[str]:
     values = torch.ones(2)  # two sequences; only the names of their metrics count
     per_token = dict.fromkeys(("token_counts", "entropy", "mean_logits", "token_accuracy"), values)
     of_kto = {"desirable": values.bool(), "reference_point": values[0]} if loss == "kto" else {}
-    return ["loss", *METRICS.get(loss, LossMetrics)(values, values, values, **per_token, **of_kto).summary()]
+    names = METRICS.get(loss, LossMetrics)(values, values, values, **per_token, **of_kto).summary()
+    return ["loss", *names, *((progress.ACCURACY, progress.AUC) if of_kto else ())]
 
 
 def check_schedule(config: FusedPreferenceConfig) -> None:

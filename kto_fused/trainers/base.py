@@ -47,6 +47,26 @@ class Functions(NamedTuple):
     from_logits: Callable
 
 
+class Rewards(NamedTuple):
+    """The rewards of an evaluation's sequences: [n] with labels [n], or [2, n] of chosen and rejected ones."""
+
+    rewards: torch.Tensor
+    desirable: torch.Tensor | None
+
+    @classmethod
+    def of(cls, metrics: LossMetrics) -> "Rewards":
+        is_labelled = metrics.desirable is not None
+        return cls(metrics.rewards if is_labelled else metrics.rewards.view(2, -1), metrics.desirable)
+
+    @classmethod
+    def joined(cls, parts: list["Rewards"]) -> "Rewards | None":
+        """Return the parts as one, in float64 on the CPU; None without any."""
+        if not parts:
+            return None
+        rewards = torch.cat([part.rewards for part in parts], -1).double().cpu()
+        return cls(rewards, None if parts[0].desirable is None else torch.cat([part.desirable for part in parts]).cpu())
+
+
 class FusedTrainer(ResumableTrainer):
     """The part of the trainers that all losses share. ``FusedKTOTrainer`` documents the arguments."""
 
@@ -480,6 +500,7 @@ class FusedTrainer(ResumableTrainer):
         items = self._num_items(inputs)
         if self.model.training:
             self._train_totals.add(metrics.totals() | {"loss": self._total(loss, items)})
+            self._train_totals.add_labelled(metrics)
             self._num_tokens += inputs["attention_mask"].sum()
         if num_items_in_batch is not None:
             share = items * self.accelerator.num_processes / num_items_in_batch
@@ -506,14 +527,30 @@ class FusedTrainer(ResumableTrainer):
         """
         is_summary_of_rest = "train_loss" in logs and self._train_totals.values
         if "loss" in logs or is_summary_of_rest:
-            means = self._train_totals.pop(self.accelerator.reduce)
+            means = self._train_totals.pop(self.accelerator.reduce, self._joined)
             if is_summary_of_rest:
                 means.pop("loss", None)  # the summary has train_loss, the mean of the whole run
             logs |= means
             logs["num_tokens"] = int(self.accelerator.reduce(self._num_tokens).item())
         super().log(logs, start_time)
 
+    def _joined(self, labelled: torch.Tensor) -> torch.Tensor:
+        """Return the labelled rewards [2, n] of all ranks, which may hold different numbers of them."""
+        if self.args.world_size == 1:
+            return labelled
+        rows = self.accelerator.pad_across_processes(labelled.T.contiguous(), pad_index=torch.nan)
+        rows = self.accelerator.gather(rows)
+        return rows[~rows[:, 1].isnan()].T
+
     # ---- evaluation ----
+
+    evaluated: Rewards | None = None  # of the last evaluation, of all ranks; None for losses without rewards
+
+    def _evaluate(self, trial: Any, ignore_keys: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]:
+        """Evaluate. A resumed run has done the evaluation of ``eval_on_start``, the one that skips the scheduler."""
+        if skip_scheduler and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(trial, ignore_keys, skip_scheduler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return ``Trainer``'s loader; a dataset that is not prepared yet is tokenized first."""
@@ -560,7 +597,7 @@ class FusedTrainer(ResumableTrainer):
             return self._evaluation_loop(*args, **kwargs)
 
     def _evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self._eval_totals, is_first_use = Totals(), not self.accelerator._models
+        self._eval_totals, self._eval_rewards, is_first_use = Totals(), [], not self.accelerator._models
         deepspeed_config = self.deepspeed_config().config if self.is_deepspeed_enabled else {}
         config_of_training = copy.deepcopy(deepspeed_config)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -572,6 +609,7 @@ class FusedTrainer(ResumableTrainer):
                 self.model.forward = original
             deepspeed_config.clear()  # evaluation removed the optimizer and other entries of training
             deepspeed_config.update(config_of_training)
+        self.evaluated = Rewards.joined(self._eval_rewards)
         means = self._eval_totals.pop()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
@@ -590,6 +628,9 @@ class FusedTrainer(ResumableTrainer):
         # gathered per sequence, because accelerate may fill the last batch with sequences that it repeats
         metrics, values = metrics.gathered(gather), gather(values)
         self._eval_totals.add(metrics.totals() | {"loss": self._total(values, self._loss_weights(metrics))})
+        self._eval_totals.add_labelled(metrics)
+        if metrics.desirable is not None or metrics.is_paired:
+            self._eval_rewards.append(Rewards.of(metrics))
         return values.mean(), None, None
 
     def _loss_weights(self, metrics: LossMetrics) -> int | torch.Tensor:

@@ -147,6 +147,7 @@ class ResumableTrainer(Trainer):
         """Save, beside the random state, the sums of the metrics since the last log and the recipe's own state."""
         super()._save_rng_state(output_dir)
         state = {"totals": self._train_totals.values, "num_tokens": self._num_tokens, "recipe": self._recipe_state()}
+        state["labelled"] = self._train_totals.labelled
         torch.save(state, self._metrics_file(output_dir))
 
     def _recipe_state(self) -> dict[str, torch.Tensor]:
@@ -164,6 +165,7 @@ class ResumableTrainer(Trainer):
             state = torch.load(self._metrics_file(checkpoint), map_location="cpu", weights_only=True)
             device = self.args.device  # moved here: torch.load takes no map_location like "cpu:0"
             self._train_totals.values = {name: values.to(device) for name, values in state["totals"].items()}
+            self._train_totals.labelled = [values.to(device) for values in state.get("labelled", [])]
             self._num_tokens = state["num_tokens"].to(device)
             self._restore_recipe_state({name: value.to(device) for name, value in state.get("recipe", {}).items()})
 

@@ -39,7 +39,7 @@ def test_kto_leaves_a_trained_model_curves_and_metrics(files, capsys):
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
     (header,) = (line for line in lines if line[:1] == ["step"] and "loss" in line)
-    assert header == ["step", "loss", "chosen", "rejected", "margin", "z0"]
+    assert header == ["step", "loss", "chosen", "rejected", "margin", "accuracy", "AUC", "z0"]
     first, last = metrics["steps"][0], metrics["steps"][-1]
     assert ["8", *(f"{last[name]:.4f}" for name in progress.COLUMNS if name in last)] in lines
     assert ["loss", f"{first['loss']:.4f}", f"{last['loss']:.4f}"] in lines
@@ -51,19 +51,19 @@ def test_a_first_batch_of_one_class_hides_no_column(files, capsys):
     assert cli.main(command(files, "kto", "--per_device_train_batch_size", "1", "--logging_steps", "1")) == 0
     assert [name for name in progress.REWARDS if name not in read_metrics("runs/kto")["steps"][0]]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["step", "loss", "chosen", "rejected", "margin", "z0"] in lines
-    assert sum(line[:1] == ["1"] and line.count("-") == 2 and len(line) == 6 for line in lines) == 1
+    assert ["step", "loss", "chosen", "rejected", "margin", "accuracy", "AUC", "z0"] in lines
+    assert sum(line[:1] == ["1"] and line.count("-") == 3 and len(line) == 8 for line in lines) == 1
 
 
 def test_dpo_is_evaluated_after_each_epoch(files, capsys):
     evaluation = ["--eval_data", str(files / "dpo-eval.jsonl"), "--num_train_epochs", "2", "--save_strategy", "no"]
     assert cli.main(command(files, "dpo", *evaluation)) == 0
     metrics = read_metrics("runs/dpo")
-    assert [entry["step"] for entry in metrics["evaluations"]] == [4, 8]
+    assert [entry["step"] for entry in metrics["evaluations"]] == [0, 4, 8]
     assert "eval_rewards/accuracies" in metrics["evaluations"][0]
     assert metrics["data"]["eval"]["examples"] == 8
     printed = capsys.readouterr().out
-    assert len(re.findall("^ +[48] .* evaluation$", printed, re.MULTILINE)) == 2
+    assert len(re.findall("^ +[048] .* evaluation$", printed, re.MULTILINE)) == 3
     assert re.search("^rewards/accuracies( +[01][.][0-9]{4}){4}$", printed, re.MULTILINE)
 
 
@@ -80,10 +80,11 @@ def test_supervised_fine_tuning_and_a_reward_model_run_from_one_file_and_resume(
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert ["step", *header] in lines
         assert Path(f"runs/{loss}/curves.png").read_bytes().startswith(b"\x89PNG")
-        (evaluation,) = read_metrics(f"runs/{loss}")["evaluations"]
+        before, evaluation = read_metrics(f"runs/{loss}")["evaluations"]
+        assert before["step"] == 0
         assert {f"eval_{name}" for name in tiny_training.LOGGED[loss]} <= evaluation.keys()
         assert cli.main([*arguments, "--num_train_epochs", "2", "--resume_from_checkpoint", "true"]) == 0
-        assert len(read_metrics(f"runs/{loss}")["evaluations"]) == 2
+        assert len(read_metrics(f"runs/{loss}")["evaluations"]) == 3  # none before the resumed step
     reward = AutoModelForSequenceClassification.from_pretrained("runs/reward")
     assert (reward.config.num_labels, reward.config.pad_token_id) == (1, 2)
 
@@ -215,7 +216,7 @@ def test_fewer_examples_than_a_whole_batch_are_refused(files, capsys):
 @pytest.mark.parametrize("loss", tiny_training.RECIPES)
 def test_the_metrics_to_choose_the_best_model_by_are_those_that_evaluations_report(files, loss):
     assert cli.main(command(files, loss, "--eval_data", str(files / f"{loss}-eval.jsonl"), "--max_steps", "1")) == 0
-    (evaluation,) = read_metrics(f"runs/{loss}")["evaluations"]
+    evaluation = read_metrics(f"runs/{loss}")["evaluations"][-1]
     of_trainer = {"epoch", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
     assert evaluation.keys() - of_trainer == {f"eval_{name}" for name in train.evaluation_metrics(loss)}
 

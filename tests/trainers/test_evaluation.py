@@ -6,7 +6,7 @@ import itertools
 import datasets
 import pytest
 import torch
-from plain_training import PLAIN, in_order
+from plain_training import PLAIN, in_order, of_labels
 from tiny_training import (
     LOGGED,
     assert_near,
@@ -31,14 +31,15 @@ pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
 
 def plain_evaluation(kind, policy, ref, trainer, rows, batch_size):
     """Return loss and metrics of a whole dataset: z0 is estimated per batch, all else is a mean over the dataset."""
-    totals = Totals()
+    totals, seen = Totals(), []
     with torch.no_grad():
         for batch in in_order(trainer, rows, batch_size):
             loss, metrics = PLAIN[kind](policy, ref, batch, trainer.args)
             count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum() if kind == "sft" else len(batch["input_ids"])
             size = torch.as_tensor(count, dtype=torch.float64)
+            seen.append(metrics)
             totals.add(metrics.totals() | {"loss": (loss * size, size)})
-    return {f"eval_{name}": value for name, value in totals.pop().items()}
+    return {f"eval_{name}": value for name, value in (totals.pop() | of_labels(seen)).items()}
 
 
 @pytest.mark.parametrize(
