@@ -113,7 +113,7 @@ def plain_reward(policy, ref, batch, args):
 
 
 def of_labels(batches):
-    """Return label accuracy and AUC of all batches' labelled rewards, by comparing each with each; {} without labels."""
+    """Return label accuracy and AUC of all batches' labelled rewards, comparing each with each; {} without labels."""
     if getattr(batches[0], "desirable", None) is None:
         return {}
     rewards = torch.cat([metrics.rewards for metrics in batches])

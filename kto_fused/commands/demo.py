@@ -99,7 +99,7 @@ def run(settings: Settings) -> dict[str, Any]:
     metrics = {"settings": written, **metrics}
     with user_errors(OSError, prefix=f"{settings.out} cannot be written: "):
         results.write(settings.out, metrics)
-    print(f"\nWrote metrics.json and curves.png into {settings.out}")
+    print(f"\nWrote metrics.json, curves.png and report.html into {settings.out}")
     return metrics
 
 

@@ -31,7 +31,7 @@ from ..trainers.online import OnlineLoop, SPINLoop
 from ..trainers.ppo import FusedPPOConfig, PPOLoop
 from ..trainers.round_settings import LoopSettings
 from ..trainers.rounds import STATE, Loop, RoundError
-from . import own_loss, progress, results, resuming, train
+from . import own_loss, progress, report, results, resuming, train
 from .cli import description
 from .errors import CommandError, check_names
 from .failures import check_writable, setup_errors, user_errors
@@ -210,7 +210,7 @@ def run(command: str, settings: LoopSettings, config: FusedPreferenceConfig) -> 
         if is_main:
             with user_errors(Exception, prefix=f"{config.output_dir} cannot be written: "):
                 write(command, loop, rounds)
-            print(f"\nWrote the model, metrics.json, curves.png and the samples into {config.output_dir}")
+            print(f"\nWrote the model, metrics.json, curves.png, report.html and the samples into {config.output_dir}")
     return 0
 
 
@@ -301,6 +301,7 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> None:
                 shutil.copyfile(path, draft / path.name)
         results.write_json(draft / "metrics.json", metrics)
         plot(metrics, draft / "curves.png")
+        report.write(draft / "report.html", metrics, loop.output.name)
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from ..trainers import FusedTrainer
 from ..trainers.configs import FusedKTOConfig, FusedPreferenceConfig, FusedSFTConfig
+from . import held_out
 
 # logged names and how they are printed
 REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
@@ -112,9 +113,23 @@ class LogLines(TrainerCallback):
         tqdm.write(f"{line}  evaluation" if prefix else line)
 
 
+class HeldOut(TrainerCallback):
+    """Adds the comparisons of ``held_out`` to each evaluation's log entry, where a resumed run finds them too."""
+
+    def __init__(self, trainer: FusedTrainer):
+        self.trainer = trainer
+
+    def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        rewards = self.trainer.evaluated
+        found = None if rewards is None else held_out.compared(rewards, args.seed)
+        if found is not None:
+            state.log_history[-1][held_out.COMPARISONS] = found
+
+
 def print_lines(trainer: FusedTrainer, every: int) -> None:
     """Make the trainer print ``LogLines`` in place of transformers' dictionaries; a progress bar stays."""
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(BarWithoutLogs())
     trainer.add_callback(LogLines(every))
+    trainer.add_callback(HeldOut(trainer))

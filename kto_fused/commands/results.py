@@ -1,4 +1,4 @@
-"""What a run leaves behind: the table at its end, ``metrics.json``, ``curves.png`` and the trained model."""
+"""What a run leaves behind: the table at its end, the model, ``metrics.json``, ``curves.png`` and ``report.html``."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..trainers import FusedTrainer
+from . import held_out, report
 from .progress import COLUMNS, REWARDS
 
 DRAFT = "results.part"  # results are written into this folder before they move into the output folder
@@ -43,22 +44,25 @@ def print_summary(metrics: dict[str, Any]) -> None:
         if count["found"]:
             found = ", ".join(f"{finding} {number}" for finding, number in count["found"].items())
             print(f"{name} data: examples that a warning was given about: {found}")
+    if (told := held_out.sentence(metrics)) is not None:
+        print(f"\n{told}")
+    if (model := metrics.get("model")) is not None:
+        code = [f"    {line}" for line in held_out.loading_lines(model)]
+        print("\n" + "\n".join([*held_out.model_lines(model), "To load it:", *code]))
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:
     """Write a picture of the loss, and of the rewards or else the tokens' accuracy, over the steps.
 
-    Lines are training steps, dots are evaluations.
+    Lines are training steps, dots on dashed lines are evaluations.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     loss_axes, reward_axes = figure.subplots(1, 2)
 
     def draw(axes: Any, name: str, color: str, label: str | None = None) -> None:
-        for entries, prefix, style in ((metrics["steps"], "", "-"), (metrics["evaluations"], "eval_", "o")):
-            points = [(entry["step"], entry[prefix + name]) for entry in entries if prefix + name in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, color=color, label=None if prefix else label)
+        report.draw_curve(axes, metrics["steps"], name, label, color=color)
+        report.draw_evaluations(axes, metrics["evaluations"], name, color=color)
 
     draw(loss_axes, "loss", "black")
     loss_axes.set(title="loss", xlabel="step")
@@ -87,7 +91,7 @@ def saved_model_note(trainer: FusedTrainer) -> str:
 
 
 def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
-    """Write the model, its tokenizer, ``metrics.json`` and ``curves.png``: all of them or none. All ranks call it."""
+    """Write the model, its tokenizer and the files of ``write``: all of them or none. All ranks call it."""
     folder, everyone = Path(trainer.args.output_dir), trainer.accelerator.wait_for_everyone
     if not trainer.is_world_process_zero():
         everyone()
@@ -98,14 +102,19 @@ def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
         everyone()
         trainer.save_model(str(draft), _internal_call=True)  # no upload yet: one that fails must not lose the results
         everyone()
-        write(draft, metrics)
+        write_files(draft, metrics, folder.name)
 
 
 def write(folder: str | Path, metrics: dict[str, Any]) -> None:
-    """Write ``metrics.json`` and ``curves.png`` into ``folder``: both or neither."""
+    """Write ``metrics.json``, ``curves.png`` and ``report.html`` into ``folder``: all or none."""
     with draft_of(Path(folder)) as draft:
-        write_json(draft / "metrics.json", metrics)
-        plot(metrics, draft / "curves.png")
+        write_files(draft, metrics, Path(folder).name)
+
+
+def write_files(draft: Path, metrics: dict[str, Any], title: str) -> None:
+    write_json(draft / "metrics.json", metrics)
+    plot(metrics, draft / "curves.png")
+    report.write(draft / "report.html", metrics, title)
 
 
 def write_json(path: Path, metrics: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ trains, and ``results`` writes what it leaves behind.
 
 import functools
 import re
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -49,7 +51,7 @@ from ..trainers.configs import (
 )
 from ..trainers.reward import ScoreMetrics
 from ..trainers.supervised import TokenLossMetrics
-from . import own_loss, progress, results, resuming
+from . import held_out, own_loss, progress, results, resuming
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable, setup_errors, user_errors
@@ -62,7 +64,7 @@ METRICS = {"sft": TokenLossMetrics, "reward": ScoreMetrics}  # the others have `
 DESCRIPTION = (
     "Train a model with KTO on feedback (prompt, completion, label), with DPO or as a reward model on pairs (prompt, "
     "chosen, rejected), or with supervised fine-tuning on demonstrations (prompt and completion, text, or messages). "
-    "--output_dir receives the model, its tokenizer, metrics.json and curves.png. Ctrl-C saves a checkpoint; the same "
+    "--output_dir receives the model, its tokenizer, metrics.json, curves.png and report.html. Ctrl-C saves a checkpoint; the same "
     "command with --resume_from_checkpoint true continues from it. Add --loss dpo to list the flags of DPO."
 )
 # Options of TrainingArguments that are no flags, because they would change nothing here: options with one allowed
@@ -210,10 +212,11 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
         written_config = trainer.args.to_dict() | {"max_length": trainer.max_length}
         written_settings = vars(settings) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
         written_settings.pop("own_loss", None)  # the configuration's loss_type describes it
-        results.write_all(trainer, {"settings": written_settings, "config": written_config, **metrics})
+        metrics |= {"settings": written_settings, "config": written_config, "model": held_out.saved_model(trainer)}
+        results.write_all(trainer, metrics)
     if trainer.is_world_process_zero():
         results.print_summary(metrics)
-        print(f"\nWrote the model, metrics.json and curves.png into {config.output_dir}")
+        print(f"\nWrote the model, metrics.json, curves.png and report.html into {config.output_dir}")
     if config.push_to_hub:
         with user_errors(Exception, prefix=f"{config.output_dir} holds all results, but the upload failed: "):
             trainer.push_to_hub()
@@ -493,11 +496,22 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
         "device": str(device),
         "backend": backend,
         "data": trainer.data_counts,
+        "memory": peak_memory(device),
         "seconds": timing["train_runtime"],
         "samples_per_second": timing["train_samples_per_second"],
         "steps": [entry for entry in history if "loss" in entry],
         "evaluations": [entry for entry in history if "eval_loss" in entry],
     }
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most memory that this process has held so far, in MiB."""
+    # Linux counts the resident set in KiB, macOS in bytes
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    found = {"peak memory of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if device.type == "cuda":
+        found["peak memory of the GPU"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return found
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from changing the numbers that training draws.
 """
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,11 @@ def with_adapters(model: nn.Module, peft_config: Any, seed: int) -> nn.Module:
         raise ValueError("peft_config is given, but the model carries adapters already: merge_and_unload() them first")
     with keeping_random_state():
         set_seed(seed)
-        return get_peft_model(model, peft_config)
+        model = get_peft_model(model, peft_config)
+    for config in model.peft_config.values():  # a folder must be found from any other folder too
+        base = config.base_model_name_or_path
+        config.base_model_name_or_path = os.path.abspath(base) if base and os.path.isdir(base) else base
+    return model
 
 
 # ---- properties of a model ----------------------------------------------------------------------------------------

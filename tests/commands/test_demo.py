@@ -50,7 +50,7 @@ def test_the_margin_rises(finished):
 
 def test_it_writes_metrics_and_curves(finished):
     metrics, out = finished
-    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.json", "report.html"]
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -169,7 +169,7 @@ def test_metrics_and_curves_are_written_both_or_neither(monkeypatch):
     entry = {"step": 1, "loss": 0.5, "rewards/chosen": 0.1}
     results.write("out", {"steps": [entry], "evaluations": []})
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    assert sorted(before) == ["curves.png", "metrics.json"]
+    assert sorted(before) == ["curves.png", "metrics.json", "report.html"]
 
     def full_disk(metrics, path):
         path.write_bytes(b"half")

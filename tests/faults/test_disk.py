@@ -210,7 +210,7 @@ def test_what_a_killed_run_left_in_its_draft_is_removed(tmp_path):
     (tmp_path / results.DRAFT).mkdir()
     (tmp_path / results.DRAFT / "model.safetensors").write_bytes(b"half")
     results.write(tmp_path, {"steps": [], "evaluations": []})
-    assert names(tmp_path) == {"metrics.json", "curves.png"}
+    assert names(tmp_path) == {"metrics.json", "curves.png", "report.html"}
 
 
 # ---- damaged model files

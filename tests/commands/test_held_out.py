@@ -1,0 +1,105 @@
+"""The answer to "did it work?": comparisons of held-out rewards, the sentence on them, the page and ``compare``."""
+
+# ruff: noqa: E402 (where packages are missing, the skip must come before the imports that need them)
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("datasets", "accelerate", "matplotlib"):
+    pytest.importorskip(package, reason=f"kto-fused train needs {package}")
+
+from matplotlib.figure import Figure
+
+from kto_fused.commands import cli, held_out, report, results
+from kto_fused.metrics import auc, label_accuracy
+from kto_fused.trainers.base import Rewards
+
+pytestmark = pytest.mark.usefixtures("in_a_new_folder")
+
+
+def test_the_auc_is_the_share_of_comparisons_won_with_ties_as_halves():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 7, (60,), generator=generator).double()
+    desirable = torch.rand(60, generator=generator) < 0.4
+    liked, disliked = scores[desirable, None], scores[None, ~desirable]
+    expected = ((liked > disliked).double() + (liked == disliked) / 2).mean()
+    assert auc(scores, desirable).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert auc(torch.zeros(4), torch.tensor([True, True, True, False])).item() == 0.5
+    assert auc(torch.tensor([1.0, torch.nan]), torch.tensor([True, False])).isnan()
+    right = label_accuracy(torch.tensor([2.0, -1.0, 0.0, -3.0]), torch.tensor([True, True, False, False]))
+    assert right.tolist() == [1.0, 0.0, 0.5, 1.0]
+
+
+def test_the_interval_is_that_of_the_normal_approximation_and_repeatable():
+    generator = torch.Generator().manual_seed(1)
+    pairs = Rewards(torch.randn(2, 400, generator=generator) + torch.tensor([[0.5], [0.0]]), None)
+    share, low, high = held_out.compared(pairs, seed=3)
+    assert share == (pairs.rewards[0] > pairs.rewards[1]).double().mean().item()
+    error = 1.96 * (share * (1 - share) / 400) ** 0.5
+    assert (low, high) == (pytest.approx(share - error, abs=0.01), pytest.approx(share + error, abs=0.01))
+    assert held_out.compared(pairs, seed=3) == [share, low, high]
+    labels = torch.arange(400) % 2 == 0
+    labelled = Rewards(pairs.rewards[0] + labels, labels)
+    share, low, high = held_out.compared(labelled, seed=3)
+    assert low < share < high
+    assert share == pytest.approx(auc(*labelled).item())
+    assert held_out.compared(Rewards(labelled.rewards, labels | True), seed=0) is None  # one label
+    assert held_out.compared(Rewards(torch.tensor([[torch.nan], [1.0]]), None), seed=0) is None
+
+
+def entries(shares: list[float], name: str = "eval_rewards/auc") -> list[dict]:
+    found = []
+    for number, share in enumerate(shares):
+        comparisons = {held_out.COMPARISONS: [share, share - 0.1, share + 0.1]}
+        found.append({"step": 10 * number, "eval_loss": 1 - share, name: share, **comparisons})
+    return found
+
+
+def test_the_sentence_compares_the_saved_model_with_the_start():
+    metrics = {"evaluations": entries([0.5, 0.87, 0.6]), "model": {"step": 10}}
+    assert held_out.sentence(metrics) == (
+        "held-out: liked answers score above disliked ones in 87% of comparisons (95 % interval 77% to 97%), 50% "
+        "before training"
+    )
+    metrics = {"evaluations": entries([0.5, 0.55], "eval_rewards/accuracies"), "model": {"step": 10}}
+    told = held_out.sentence(metrics)
+    assert "the chosen answer scores above the rejected one in 55% of pairs" in told
+    assert told.endswith("the interval holds the value before, so these data show no difference")
+    for nothing in ({}, {"evaluations": []}, {"evaluations": entries([0.5])}):
+        assert held_out.sentence(nothing) is None
+
+
+def test_a_last_shorter_interval_does_not_bend_the_curve():
+    axes = Figure().subplots()
+    report.draw_curve(axes, [{"step": step, "loss": step} for step in (1, 10, 20, 30, 32)], "loss")
+    line, cross = axes.lines
+    assert list(line.get_xdata()) == [1, 10, 20, 30]
+    assert (list(cross.get_xdata()), cross.get_marker()) == ([32], "x")
+    axes = Figure().subplots()
+    report.draw_curve(axes, [{"step": step, "loss": step} for step in (1, 10, 20, 30)], "loss")
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [1, 10, 20, 30]
+
+
+def test_runs_are_compared_from_their_pages_data(capsys):
+    for name, share in (("one", 0.7), ("two", 0.9)):
+        steps = [{"step": step, "loss": share / step, "grad_norm": 1.0} for step in (1, 5, 10)]
+        results.write(f"runs/{name}", {"steps": steps, "evaluations": entries([0.5, share]), "seconds": 2.0})
+        page = Path(f"runs/{name}/report.html").read_text()
+        assert f"score above disliked ones in {share:.0%} of comparisons" in page
+        assert "http" not in page.replace("data:image", "")  # nothing is loaded from elsewhere
+        assert page.count("data:image/svg+xml") == 3  # loss, AUC, gradient norm
+    assert cli.main(["compare", "runs/one", "runs/two"]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["one", "two"] in printed
+    assert ["loss", "0.07", "0.09"] in printed
+    assert Path("compare.html").read_text().count("data:image/svg+xml") == 3
+    Path("runs/three").mkdir()
+    Path("runs/three/metrics.json").write_text(json.dumps([]))
+    for folder, message in (("runs/none", "holds no metrics.json"), ("runs/three", "holds no steps")):
+        assert cli.main(["compare", folder]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["compare", "runs/one", "runs/one"]) == 2
