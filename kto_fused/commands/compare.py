@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     runs = {name: read(Path(run)) for name, run in zip(_names(options.runs), options.runs, strict=True)}
     check_writable(Path(options.out).parent)
     names = list(dict.fromkeys(name for run in runs.values() for name in _last_values(run)))
-    width = max(map(len, runs)) + 2
+    width = max(10, *map(len, runs)) + 2
     print(" " * 28 + "".join(f"{name:>{width}}" for name in runs))
     rows = []
     for name in names:

@@ -70,19 +70,19 @@ def sentence(metrics: dict[str, Any]) -> str | None:
             if is_labelled
             else "the chosen answer scores above the rejected one"
         )
-        text = f"held-out{at}: {text} in {share:.0%} of {'comparisons' if is_labelled else 'pairs'}"
-        text += f" (95 % interval {low:.0%} to {high:.0%})"
+        text = f"held-out{at}: {text} in {100 * share:.0f} % of {'comparisons' if is_labelled else 'pairs'}"
+        text += f" (95 % interval {100 * low:.0f} % to {100 * high:.0f} %)"
         if COMPARISONS in before:
             was = before[COMPARISONS][0]
-            text += f", {was:.0%} before training"
+            text += f", {100 * was:.0f} % before training"
             if low <= was <= high:
                 text += "; the interval holds the value before, so these data show no difference"
         return text
     if "eval_mean_token_accuracy" in now and not any(name.startswith("eval_rewards") for name in now):
         text = f"held-out{at}: the loss is {now['eval_loss']:.3f} nats per token"
         text += f", {before['eval_loss']:.3f} before training" if before else ""
-        text += f"; the model's most likely token is the right one for {now['eval_mean_token_accuracy']:.0%} of tokens"
-        return text + (f", {before['eval_mean_token_accuracy']:.0%} before" if before else "")
+        text += f"; the most likely token is right for {100 * now['eval_mean_token_accuracy']:.0f} % of tokens"
+        return text + (f", {100 * before['eval_mean_token_accuracy']:.0f} % before" if before else "")
     return None
 
 

@@ -22,7 +22,7 @@ BY_STEP = {
     "loss": {"loss": ""},
     "rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
     "margin of rewards": {"rewards/margins": ""},
-    "accuracy of rewards": {"rewards/accuracies": "accuracy", "rewards/auc": "AUC", "comparisons": "comparisons won"},
+    "accuracy of rewards": {"rewards/accuracies": "accuracy", "rewards/auc": "AUC"},
     "z0 or KL, nats": {"kl": ""},
     "log-probabilities, nats": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
     "share of tokens predicted as most likely": {"mean_token_accuracy": ""},
@@ -58,11 +58,10 @@ td { border-top: 1px solid #eee } td.number { text-align: right; font-variant-nu
 
 
 def points(entries: Entries, name: str, unit: str = "step") -> list[tuple[float, float]]:
-    """Return the (step, value) of the entries that have the name; of a list the first value."""
+    """Return the (step, value) of the entries that have the name."""
     found = []
     for entry in entries:
         value = entry.get(name)
-        value = value[0] if isinstance(value, list) else value
         if isinstance(value, (int, float)):
             found.append((entry[unit], value))
     return found
@@ -116,7 +115,7 @@ def _panel(runs: dict[str, dict[str, Any]], title: str, names: dict[str, str], u
             entries, evaluations = metrics.get(key, []), metrics.get("evaluations", []) if unit == "step" else []
             has_curve = bool(points(entries, name, unit))
             draw_curve(axes, entries, name, text, unit=unit, color=color, linestyle=style)
-            of_evaluation = f"{text} (evaluation)".strip() if is_one or not has_curve else None
+            of_evaluation = f"{text} evaluation".strip() if is_one or not has_curve else None
             draw_evaluations(axes, evaluations, name, of_evaluation, color=color, alpha=0.8)
     if not axes.lines:
         return None

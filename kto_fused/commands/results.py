@@ -75,7 +75,7 @@ def plot(metrics: dict[str, Any], path: Path) -> None:
             draw(reward_axes, name, color, REWARDS[name])
         unit = "nats x beta" if any(name.startswith("logps/") for name in names) else "scores"
         reward_axes.set(title=f"rewards ({unit})", xlabel="step")
-        if metrics["steps"]:
+        if reward_axes.get_legend_handles_labels()[0]:
             reward_axes.legend()
     if metrics["evaluations"]:
         figure.supxlabel("dots: evaluation data", fontsize="small")

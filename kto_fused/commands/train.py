@@ -64,8 +64,9 @@ METRICS = {"sft": TokenLossMetrics, "reward": ScoreMetrics}  # the others have `
 DESCRIPTION = (
     "Train a model with KTO on feedback (prompt, completion, label), with DPO or as a reward model on pairs (prompt, "
     "chosen, rejected), or with supervised fine-tuning on demonstrations (prompt and completion, text, or messages). "
-    "--output_dir receives the model, its tokenizer, metrics.json, curves.png and report.html. Ctrl-C saves a checkpoint; the same "
-    "command with --resume_from_checkpoint true continues from it. Add --loss dpo to list the flags of DPO."
+    "--output_dir receives the model, its tokenizer, metrics.json, curves.png and report.html. Ctrl-C saves a "
+    "checkpoint; the same command with --resume_from_checkpoint true continues from it. Add --loss dpo to list the "
+    "flags of DPO."
 )
 # Options of TrainingArguments that are no flags, because they would change nothing here: options with one allowed
 # value, what the command itself decides, and options about logits or columns. enable_jit_checkpoint is left out too: it

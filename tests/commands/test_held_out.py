@@ -37,7 +37,7 @@ def test_the_interval_is_that_of_the_normal_approximation_and_repeatable():
     generator = torch.Generator().manual_seed(1)
     pairs = Rewards(torch.randn(2, 400, generator=generator) + torch.tensor([[0.5], [0.0]]), None)
     share, low, high = held_out.compared(pairs, seed=3)
-    assert share == (pairs.rewards[0] > pairs.rewards[1]).double().mean().item()
+    assert share == pytest.approx((pairs.rewards[0] > pairs.rewards[1]).double().mean().item())
     error = 1.96 * (share * (1 - share) / 400) ** 0.5
     assert (low, high) == (pytest.approx(share - error, abs=0.01), pytest.approx(share + error, abs=0.01))
     assert held_out.compared(pairs, seed=3) == [share, low, high]
@@ -61,12 +61,12 @@ def entries(shares: list[float], name: str = "eval_rewards/auc") -> list[dict]:
 def test_the_sentence_compares_the_saved_model_with_the_start():
     metrics = {"evaluations": entries([0.5, 0.87, 0.6]), "model": {"step": 10}}
     assert held_out.sentence(metrics) == (
-        "held-out: liked answers score above disliked ones in 87% of comparisons (95 % interval 77% to 97%), 50% "
+        "held-out: liked answers score above disliked ones in 87 % of comparisons (95 % interval 77 % to 97 %), 50 % "
         "before training"
     )
     metrics = {"evaluations": entries([0.5, 0.55], "eval_rewards/accuracies"), "model": {"step": 10}}
     told = held_out.sentence(metrics)
-    assert "the chosen answer scores above the rejected one in 55% of pairs" in told
+    assert "the chosen answer scores above the rejected one in 55 % of pairs" in told
     assert told.endswith("the interval holds the value before, so these data show no difference")
     for nothing in ({}, {"evaluations": []}, {"evaluations": entries([0.5])}):
         assert held_out.sentence(nothing) is None
@@ -89,7 +89,7 @@ def test_runs_are_compared_from_their_pages_data(capsys):
         steps = [{"step": step, "loss": share / step, "grad_norm": 1.0} for step in (1, 5, 10)]
         results.write(f"runs/{name}", {"steps": steps, "evaluations": entries([0.5, share]), "seconds": 2.0})
         page = Path(f"runs/{name}/report.html").read_text()
-        assert f"score above disliked ones in {share:.0%} of comparisons" in page
+        assert f"score above disliked ones in {100 * share:.0f} % of comparisons" in page
         assert "http" not in page.replace("data:image", "")  # nothing is loaded from elsewhere
         assert page.count("data:image/svg+xml") == 3  # loss, AUC, gradient norm
     assert cli.main(["compare", "runs/one", "runs/two"]) == 0
