@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 for package in ("datasets", "accelerate", "matplotlib"):
     pytest.importorskip(package, reason=f"kto-fused train needs {package}")
 
+from command_runs import command
 from matplotlib.figure import Figure
 
 from kto_fused.commands import cli, held_out, report, results
@@ -48,6 +50,30 @@ def test_the_interval_is_that_of_the_normal_approximation_and_repeatable():
     assert share == pytest.approx(auc(*labelled).item())
     assert held_out.compared(Rewards(labelled.rewards, labels | True), seed=0) is None  # one label
     assert held_out.compared(Rewards(torch.tensor([[torch.nan], [1.0]]), None), seed=0) is None
+
+
+@pytest.mark.parametrize("loss", ["kto", "reward"])
+def test_a_merged_adapter_gives_the_logits_of_the_adapter_on_its_base(files, module_cache, capsys, loss):
+    peft = pytest.importorskip("peft")
+    lora = ["--lora_rank", "2", "--max_steps", "2", "--learning_rate", "0.5"]
+    assert cli.main(command(files, loss, *lora)) == 0
+    assert cli.main(["merge", "--model", f"runs/{loss}", "--to", "merged"]) == 0
+    ids = torch.tensor([[5, 6, 7, 8]])
+    name = "ForSequenceClassification" if loss == "reward" else "ForCausalLM"
+    more = {"num_labels": 1} if loss == "reward" else {}
+    with torch.no_grad():
+        adapted = getattr(peft, f"AutoPeftModel{name}").from_pretrained(f"runs/{loss}", **more)(input_ids=ids).logits
+        merged = getattr(transformers, f"AutoModel{name}").from_pretrained("merged")(input_ids=ids).logits
+        base = getattr(transformers, f"AutoModel{name}").from_pretrained(files / "model", **more)(input_ids=ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(merged, base, atol=1e-3)
+    assert not Path("merged/adapter_config.json").exists()
+    config = json.loads(Path(f"runs/{loss}/adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]).is_absolute()
+    assert cli.main(["merge", "--model", f"runs/{loss}", "--to", "merged"]) == 2
+    assert "is no empty folder" in capsys.readouterr().err
+    assert cli.main(["merge", "--model", "merged", "--to", "again"]) == 2
+    assert "holds no adapter_config.json" in capsys.readouterr().err
 
 
 def entries(shares: list[float], name: str = "eval_rewards/auc") -> list[dict]:
