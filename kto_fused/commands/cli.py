@@ -16,6 +16,7 @@ COMMANDS = {
     "ppo": "train a model in rounds on its own samples by policy gradients (PPO, GRPO and its relatives)",
     "demo": "train a small language model with KTO on real text, as a first try",
     "data": "show what a training on files would train on: layout, counts, lengths, rendered examples",
+    "chat": "talk with a trained model on the terminal, also beside the model that it was trained from",
     "merge": "merge an adapter into its base model, as a folder that needs no peft",
     "compare": "print the last values of several runs side by side, and draw their curves together",
     "estimate": "print the memory that the loss and a training step need, with and without kto-fused, and the longest "
@@ -28,6 +29,7 @@ PACKAGES = {
     "estimate": ("transformers", "yaml"),
     "compare": ("matplotlib",),
     "merge": ("transformers", "peft"),
+    "chat": ("transformers",),
     "env": (),
 }
 CONTINUES = "the run continues without it and writes its results"

@@ -76,6 +76,31 @@ def test_a_merged_adapter_gives_the_logits_of_the_adapter_on_its_base(files, mod
     assert "holds no adapter_config.json" in capsys.readouterr().err
 
 
+def test_both_models_of_a_chat_answer_each_line_greedily(files, module_cache, capsys, monkeypatch):
+    pytest.importorskip("peft")
+    assert cli.main(command(files, "kto", "--lora_rank", "2", "--max_steps", "2", "--learning_rate", "0.5")) == 0
+    capsys.readouterr()
+    lines = iter(["w1 w2 w3", "w4", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    base = str(files / "model")
+    assert cli.main(["chat", "--model", "runs/kto", "--compare", base, "--max_new_tokens", "5"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    expected = []
+    for line in ("w1 w2 w3", "w4"):
+        inputs = tokenizer(line, return_tensors="pt")
+        ids = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=5, do_sample=False
+        )
+        expected.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    places = [number for number, line in enumerate(printed) if line == f"[{base}]"]
+    assert [printed[place + 1].strip() for place in places] == [text.strip() for text in expected]
+    assert printed.count("[runs/kto]") == 2
+    assert cli.main(["chat", "--model", "nothing-here"]) == 2
+    assert "nothing-here cannot be loaded" in capsys.readouterr().err
+
+
 def entries(shares: list[float], name: str = "eval_rewards/auc") -> list[dict]:
     found = []
     for number, share in enumerate(shares):
