@@ -55,6 +55,7 @@ CURVE_NEUTRAL = frozenset(
         *("precompute_ref_batch_size", "ref_cache_dir", "local_rank", "do_train", "do_eval", "do_predict"),
         # options whose effects are hashed: on the data's tokens, the reference, and the model's weights
         *("max_length", "remove_unused_columns", "label_names", "length_column_name", "reference"),
+        *("columns", "label_true", "label_false", "chat"),
         "trust_remote_code",
     )
 )
