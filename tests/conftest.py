@@ -117,11 +117,8 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def own_log_level():
-    """Undo ``log.show``: messages at level INFO would appear in the tests that come after."""
-    package = logging.getLogger("kto_fused")
-    level = package.level
-    yield
-    package.setLevel(level)
+    """Undo ``log.show`` of earlier tests and of modules' fixtures: their INFO messages would appear in other tests."""
+    logging.getLogger("kto_fused").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

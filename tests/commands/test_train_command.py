@@ -217,7 +217,14 @@ def test_fewer_examples_than_a_whole_batch_are_refused(files, capsys):
 def test_the_metrics_to_choose_the_best_model_by_are_those_that_evaluations_report(files, loss):
     assert cli.main(command(files, loss, "--eval_data", str(files / f"{loss}-eval.jsonl"), "--max_steps", "1")) == 0
     evaluation = read_metrics(f"runs/{loss}")["evaluations"][-1]
-    of_trainer = {"epoch", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    of_trainer = {
+        "epoch",
+        "step",
+        "eval_comparisons",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+    }
     assert evaluation.keys() - of_trainer == {f"eval_{name}" for name in train.evaluation_metrics(loss)}
 
 
@@ -262,4 +269,4 @@ def test_a_table_with_other_names_trains_and_keeps_prompts_for_evaluation(files,
     assert metrics["data"]["train"]["examples"] + metrics["data"]["eval"]["examples"] == len(records)
     assert metrics["settings"]["eval_fraction"] == 0.3
     assert metrics["config"]["columns"] == names[1:]
-    assert [entry["epoch"] for entry in metrics["evaluations"]] == [1, 2]
+    assert [entry["epoch"] for entry in metrics["evaluations"]] == [0, 1, 2]

@@ -79,7 +79,8 @@ def press_ctrl_c_after(monkeypatch, step: int) -> None:
 @pytest.mark.parametrize("due", [["--save_strategy", "epoch"], ["--eval_steps", "2"]], ids=["epoch", "steps"])
 def test_a_stop_does_not_evaluate(files, monkeypatch, capsys, due):
     press_ctrl_c_after(monkeypatch, 1)
-    assert cli.main(command(files, "kto", "--eval_data", str(files / "kto-eval.jsonl"), *due)) == 130
+    evaluated = ["--eval_data", str(files / "kto-eval.jsonl"), "--eval_on_start", "false"]
+    assert cli.main(command(files, "kto", *evaluated, *due)) == 130
     printed = capsys.readouterr().out
     assert "Stopped after step 2 of 12. The checkpoint is runs/kto/checkpoint-2" in printed
     assert "evaluation" not in printed

@@ -100,10 +100,10 @@ def names(folder: Path) -> set[str]:
     ("place", "kept"),
     [
         ("save_model", "steps"),
-        ("write", "no"),
+        ("write_files", "no"),
         *(
             pytest.param(*case, marks=pytest.mark.full)
-            for case in (("save_model", "no"), ("write", "steps"), ("plot", "no"), ("plot", "steps"))
+            for case in (("save_model", "no"), ("write_files", "steps"), ("plot", "no"), ("plot", "steps"))
         ),
     ],
 )
