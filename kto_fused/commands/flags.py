@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 
 from .errors import CommandError
 from .failures import SETUP_ERRORS, user_errors
+from .settings_file import read_settings
 
 NULL = "null"
 
@@ -204,3 +205,27 @@ def _null_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
         return None if text == NULL else convert(text)
 
     return converted
+
+
+class FirstLook(typing.NamedTuple):
+    """What a command reads of its arguments before it knows all flags."""
+
+    loss: str | None  # of the flag
+    path: str | None  # of the settings file
+    settings: dict[str, Any]  # the settings file's names and values
+
+
+def first_look(command: str, arguments: list[str]) -> FirstLook:
+    """Read ``--loss`` and the settings file of ``--config``.
+
+    Raises:
+        CommandError: several settings files are given, or the file cannot be read.
+    """
+    parser = FlagParser([], command, add_help=False)
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--loss")
+    found, _ = parser.parse_known_args(arguments)
+    if len(found.config) > 1:
+        raise CommandError(f"--config is given {len(found.config)} times, but a run reads one settings file")
+    path = next(iter(found.config), None)
+    return FirstLook(found.loss, path, read_settings(path) if path else {})

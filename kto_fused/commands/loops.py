@@ -35,8 +35,7 @@ from . import own_loss, progress, report, results, resuming, train
 from .cli import description
 from .errors import CommandError, check_names
 from .failures import check_writable, setup_errors, user_errors
-from .flags import FlagParser
-from .settings_file import read_settings
+from .flags import FlagParser, first_look
 
 LOOPS = {"spin": SPINLoop, "online": OnlineLoop, "ppo": PPOLoop}
 # options of the trainers that mean nothing in rounds: evaluations, and what the loop decides itself
@@ -98,17 +97,10 @@ def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPrefer
     Raises:
         CommandError: a flag or setting is unknown, has a wrong value, or contradicts another one.
     """
-    first_look = FlagParser([], command, add_help=False)  # the loss decides which flags there are
-    first_look.add_argument("--config", action="append", default=[])
-    first_look.add_argument("--loss")
-    first, _ = first_look.parse_known_args(arguments)
-    if len(first.config) > 1:
-        raise CommandError(f"--config is given {len(first.config)} times, but a run reads one settings file")
-    path = next(iter(first.config), None)
-    file = read_settings(path) if path else {}
+    given_loss, path, file = first_look(command, arguments)  # the loss decides which flags there are
     recipe, name, own = "dpo", None, None
     if command == "online":
-        recipe, name, own = _loss_of(first.loss or file.get("loss") or "dpo")
+        recipe, name, own = _loss_of(given_loss or file.get("loss") or "dpo")
     taken = RECIPES[recipe].taken_names | {one.name for one in fields(OnlineSettings)} | {"config", "help"}
     parser = _flags_of(command, recipe, own, taken)
     values = parser.values([*parser.arguments_from(file, path), *arguments])

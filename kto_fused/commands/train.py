@@ -55,8 +55,7 @@ from . import held_out, own_loss, progress, results, resuming
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable, setup_errors, user_errors
-from .flags import FlagParser
-from .settings_file import read_settings
+from .flags import FlagParser, first_look
 
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig, "sft": FusedSFTConfig, "reward": FusedRewardConfig}
 TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer, "sft": FusedSFTTrainer, "reward": FusedRewardTrainer}
@@ -234,15 +233,8 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     Raises:
         CommandError: a flag or setting is unknown, has a wrong value, or contradicts another one.
     """
-    first_look = FlagParser([], "train", add_help=False)  # the loss decides which flags there are
-    first_look.add_argument("--config", action="append", default=[])
-    first_look.add_argument("--loss")
-    first, _ = first_look.parse_known_args(arguments)
-    if len(first.config) > 1:
-        raise CommandError(f"--config is given {len(first.config)} times, but a run reads one settings file")
-    path = next(iter(first.config), None)
-    file = read_settings(path) if path else {}
-    loss = first.loss or file.get("loss") or "kto"
+    given_loss, path, file = first_look("train", arguments)  # the loss decides which flags there are
+    loss = given_loss or file.get("loss") or "kto"
     own = None if loss in CONFIGS else own_loss.find(loss, CONFIGS)
     recipe = loss if own is None else own.recipe
     taken = taken_names(recipe)
