@@ -33,6 +33,14 @@ class PreparedLoss:
         return from_text(self.text) if loss is None else loss
 
     @property
+    def group(self) -> int | None:
+        return self.head.group
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.head.needs_reference
+
+    @property
     def loss_name(self) -> str:
         return repr(self.head)
 
@@ -83,14 +91,6 @@ class FormulaHead(PreparedLoss):
     """``head(logps, token_counts, ref_logps, *tensors) -> (loss, grads)`` of a ``Head``, see ``heads.base``."""
 
     reads_batch_counts: ClassVar[bool] = True
-
-    @property
-    def group(self) -> int | None:
-        return self.head.group
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.head.needs_reference
 
     @classmethod
     def prepare(

@@ -26,14 +26,6 @@ class MixedFormulaHead(PreparedLoss):
 
     level: ClassVar[str] = "mixed"
 
-    @property
-    def group(self) -> int | None:
-        return self.head.group
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.head.needs_reference
-
     @classmethod
     def prepare(
         cls,
