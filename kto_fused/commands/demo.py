@@ -29,7 +29,7 @@ from ..functional import kto_class_weights
 from ..huggingface.config import max_positions
 from ..trainers import FusedKTOTrainer
 from ..trainers.configs import FusedKTOConfig
-from . import flags, results, train
+from . import flags, results, samples, train
 from .cli import description
 from .errors import CommandError
 from .failures import check_writable, setup_errors, user_errors
@@ -72,6 +72,16 @@ class Settings:
     backend: Literal["triton", "torch"] | None = field(
         default=None, metadata={"help": "backend of the loss; the faster one on the device if not given"}
     )
+    sample_prompts: int = field(
+        default=0,
+        metadata={"help": "number of prompts that the model answers before and after training, side by side"},
+    )
+    sample_max_new_tokens: int | None = field(
+        default=None, metadata={"help": f"longest of these answers in tokens; {samples.MAX_NEW_TOKENS} if not given"}
+    )
+    sample_temperature: float | None = field(
+        default=None, metadata={"help": "temperature of these answers; if not given 0, the most likely tokens"}
+    )
     out: Path = field(default=Path("runs/demo"), metadata={"help": "folder to write metrics.json and curves.png into"})
 
 
@@ -93,7 +103,11 @@ def run(settings: Settings) -> dict[str, Any]:
     set_seed(settings.seed)
     with setup_errors():
         trainer = make_trainer(settings, device)
+        sampler = train.sampler_of(trainer, settings)
+        before = None if sampler is None else sampler.before(is_resumed=False)
     metrics = train.fit(trainer, every=max(1, settings.steps // 10))
+    if sampler is not None:
+        metrics["samples"] = sampler.compared(before)
     results.print_summary(metrics)
     written = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
     metrics = {"settings": written, **metrics}
@@ -112,6 +126,8 @@ def check(settings: Settings) -> torch.device:
         raise CommandError(f"--beta must be a finite number > 0, got {settings.beta}")
     if not 0 <= settings.seed < 2**32:
         raise CommandError(f"--seed must lie in [0, 2^32), got {settings.seed}")
+    with user_errors(ValueError, prefix="--"):
+        samples.check(settings)
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     prefix = f"--device {name}, --backend {settings.backend}: "
     with user_errors(RuntimeError, AssertionError, ValueError, prefix=prefix):

@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page on a run, with curves, data, times and settings."""
+"""``report.html``: one self-contained page on a run, with curves, samples, data, times and settings."""
 
 import base64
 import html
@@ -50,7 +50,7 @@ h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin: 2em 0 .5em; border-botto
 .curves img { width: 100% }
 table { border-collapse: collapse; margin: .5em 0 } td, th { padding: .2em .8em; text-align: left; vertical-align: top }
 td { border-top: 1px solid #eee } td.number { text-align: right; font-variant-numeric: tabular-nums }
-pre { background: #f5f5f5; padding: .8em; overflow-x: auto }
+.samples td { width: 33%; white-space: pre-wrap } pre { background: #f5f5f5; padding: .8em; overflow-x: auto }
 """
 
 
@@ -149,6 +149,8 @@ def write(path: Path, metrics: dict[str, Any], title: str) -> None:
         parts += [f"<p>{text_of(line)}</p>" for line in held_out.model_lines(model)]
         parts.append(f"<pre>{text_of(chr(10).join(held_out.loading_lines(model)))}</pre>")
     parts.append(curves({title: metrics}))
+    if metrics.get("samples"):
+        parts += ["<h2>Samples</h2>", _samples(metrics["samples"])]
     if metrics.get("data"):
         parts += ["<h2>Data</h2>", _data(metrics["data"])]
     parts += ["<h2>Time and memory</h2>", table(_costs(metrics))]
@@ -171,6 +173,13 @@ def curves(runs: dict[str, dict[str, Any]]) -> str:
     pictures = "\n".join(f'<img src="{picture}" alt="curve">' for picture in figures(runs))
     note = "Dots on dashed lines: evaluations. A cross: the mean of a last log of fewer steps than the others."
     return f'<h2>Curves</h2>\n<div class="curves">{pictures}</div><p><small>{note}</small></p>'
+
+
+def _samples(samples: dict[str, Any]) -> str:
+    names = [*samples["rows"][0]]
+    lines = ["<tr>" + "".join(f"<th>{text_of(name)}</th>" for name in names) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{text_of(row[name])}</td>" for name in names) + "</tr>" for row in samples["rows"]]
+    return f'<p>{text_of(samples["caption"])}</p><table class="samples">{"".join(lines)}</table>'
 
 
 def _data(data: dict[str, dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..trainers import FusedTrainer
-from . import held_out, report
+from . import held_out, report, samples
 from .progress import COLUMNS, REWARDS
 
 DRAFT = "results.part"  # results are written into this folder before they move into the output folder
@@ -44,6 +44,8 @@ def print_summary(metrics: dict[str, Any]) -> None:
         if count["found"]:
             found = ", ".join(f"{finding} {number}" for finding, number in count["found"].items())
             print(f"{name} data: examples that a warning was given about: {found}")
+    if metrics.get("samples"):
+        print("\n" + "\n".join(samples.lines(metrics["samples"])))
     if (told := held_out.sentence(metrics)) is not None:
         print(f"\n{told}")
     if (model := metrics.get("model")) is not None:

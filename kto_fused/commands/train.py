@@ -51,7 +51,7 @@ from ..trainers.configs import (
 )
 from ..trainers.reward import ScoreMetrics
 from ..trainers.supervised import TokenLossMetrics
-from . import held_out, own_loss, progress, results, resuming
+from . import held_out, own_loss, progress, results, resuming, samples
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable, setup_errors, user_errors
@@ -150,6 +150,19 @@ class TrainSettings:
             "all linear layers except the LM head"
         },
     )
+    sample_prompts: int = field(
+        default=0,
+        metadata={
+            "help": "number of prompts that the model answers before and after training, of the evaluation data, or "
+            "else of the training data; --seed draws them. The answers are printed, and in report.html"
+        },
+    )
+    sample_max_new_tokens: int | None = field(
+        default=None, metadata={"help": f"longest of these answers in tokens; {samples.MAX_NEW_TOKENS} if not given"}
+    )
+    sample_temperature: float | None = field(
+        default=None, metadata={"help": "temperature of these answers; if not given 0, the most likely tokens"}
+    )
     own_loss: Any = field(default=None, init=False)  # the loss of ``--loss module:Name``
 
     def __post_init__(self):
@@ -167,6 +180,7 @@ class TrainSettings:
         for name in ("lora_alpha", "lora_target_modules"):
             if not self.lora_rank and getattr(self, name) is not None:
                 raise ValueError(f"{name} is given, but there is no adapter: set lora_rank too")
+        samples.check(self)
 
 
 def main(arguments: list[str]) -> int:
@@ -197,6 +211,8 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     check_schedule(config)
     with setup_errors():
         trainer = make_trainer(settings, config)
+        sampler = sampler_of(trainer, settings)
+        before = None if sampler is None else sampler.before(is_resumed=checkpoint is not None)
     with progress.StopOnCtrlC() as ctrl_c:
         trainer.add_callback(ctrl_c)
         metrics = fit(trainer, checkpoint)
@@ -214,6 +230,11 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
         written_settings.pop("own_loss", None)  # the configuration's loss_type describes it
         metrics |= {"settings": written_settings, "config": written_config, "model": held_out.saved_model(trainer)}
         results.write_all(trainer, metrics)
+    if sampler is not None:
+        with user_errors(Exception, prefix=f"{config.output_dir} holds all results, but the model gives no answers: "):
+            metrics["samples"] = sampler.compared(before)
+            if trainer.is_world_process_zero():
+                results.write(config.output_dir, metrics)
     if trainer.is_world_process_zero():
         results.print_summary(metrics)
         print(f"\nWrote the model, metrics.json, curves.png and report.html into {config.output_dir}")
@@ -260,6 +281,10 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and computes_in_bfloat16()
     settings, config = parser.build(values)
+    if settings.sample_prompts and recipe == "reward":
+        raise CommandError("--sample_prompts has no meaning for a reward model, which scores answers and writes none")
+    if settings.sample_prompts and (config.fsdp or config.deepspeed):
+        raise CommandError(f"--{samples.NO_SHARDS}")
     if own is not None:
         settings.own_loss = made
     return settings, config
@@ -459,6 +484,15 @@ def lora(settings: TrainSettings, is_reward: bool = False) -> Any:
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
+
+
+def sampler_of(trainer: FusedTrainer, settings: Any) -> samples.Sampler | None:
+    """Return what ``--sample_prompts`` asks for; None without it."""
+    if not settings.sample_prompts:
+        return None
+    return samples.Sampler(
+        trainer, settings.sample_prompts, settings.sample_max_new_tokens, settings.sample_temperature
+    )
 
 
 def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) -> dict[str, Any]:

@@ -187,6 +187,16 @@ def test_losses_of_a_whole_batch_are_refused_where_it_lies_in_parts(on_two):
     assert said in on_two("ddp-dpo-orpo evaluated")
 
 
+def test_two_processes_answer_prompts_as_one_does(on_one, on_two):
+    two, one = on_two("ddp-dpo-sampled"), on_one("ddp-dpo-sampled")
+    rows = one["samples"]["rows"]
+    assert two["samples"] == one["samples"]
+    assert two["kept"] == one["kept"] == [row["before"] for row in rows]
+    assert all(row["before"] != row["after"] for row in rows)
+    assert_same_run(two, one)
+    assert "sample_prompts has no meaning with FSDP or DeepSpeed" in on_two("fsdp-dpo-sampled")
+
+
 def test_adapters_under_fsdp_are_not_precomputed(on_two):
     pytest.importorskip("peft", reason="peft is not installed: no adapters")
     assert "precompute_ref_log_probs with adapters under FSDP: leave it out" in on_two("fsdp-dpo-lora precomputed")

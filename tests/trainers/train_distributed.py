@@ -36,6 +36,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kto_fused.commands.samples import Sampler
 from kto_fused.trainers import FusedTrainer
 from kto_fused.trainers.checkpoints import CheckpointError, FolderInUseError
 from kto_fused.trainers.folder_lock import LOCK
@@ -230,13 +231,25 @@ def repeated(folder: Path, kind: str, wrapper: str, rows: int):
     return train(folder, kind, wrapper, train=rows_of_data, train_sampling_strategy="sequential")
 
 
+def sampled(folder: Path, kind: str):
+    """Return the answers before and after training, and the outcome."""
+    trainer = make(kind, "ddp", folder, ref_model=reference_for(kind), evaluation=9)
+    sampler = Sampler(trainer, 5, max_new_tokens=6, temperature=0.8)
+    before = sampler.before(is_resumed=False)
+    trainer.train()
+    kept = sampler.before(is_resumed=True)  # the model has changed meanwhile
+    return {"samples": sampler.compared(before), "kept": kept, **outcome(trainer)}
+
+
 def weighted(rows: Dataset) -> Dataset:
     return rows.add_column("weight", [0.5 * (row % 3) for row in range(len(rows))])
 
 
-def refusal(folder: Path, kind: str, wrapper: str, **settings: Any):
+def refusal(folder: Path, kind: str, wrapper: str, is_sampled: bool = False, **settings: Any):
     try:
-        make(kind, wrapper, folder, **settings)
+        trainer = make(kind, wrapper, folder, **settings)
+        if is_sampled:
+            Sampler(trainer, 1)
     except (ValueError, NotImplementedError) as error:
         return str(error)
 
@@ -290,6 +303,8 @@ def cases() -> dict[str, Callable[[Path], Any]]:
     for kind in KINDS:
         found[f"ddp-{kind}-vision"] = functools.partial(train_on_text, kind=kind)
         found[f"ddp-{kind}-dropout"] = functools.partial(precompute_with_dropout, kind=kind)
+    found["ddp-dpo-sampled"] = functools.partial(sampled, kind="dpo")
+    found["fsdp-dpo-sampled"] = functools.partial(refusal, kind="dpo", wrapper="fsdp", is_sampled=True)
     found["ddp-kto-used"] = functools.partial(train, kind="kto", wrapper="ddp", ddp_find_unused_parameters=False)
     found["ddp-dpo-repeated"] = functools.partial(repeated, kind="dpo", wrapper="ddp", rows=14)
     found["ddp-dpo-two disks"] = precompute_on_two_disks
