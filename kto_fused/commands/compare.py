@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import held_out, report
+from ..trainers import held_out
+from . import report
 from .cli import description
 from .errors import CommandError
 from .failures import check_writable, user_errors

@@ -23,15 +23,15 @@ from ..data.form import DataError
 from ..data.prompts import read_prompts
 from ..engines import backends
 from ..heads.protocol import class_of
-from ..trainers import FusedTrainer, checkpoints, folder_lock, losses
+from ..trainers import FusedTrainer, cards, checkpoints, folder_lock, held_out, losses
 from ..trainers.configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from ..trainers.generation import GenerationError
 from ..trainers.judges import JudgeError
 from ..trainers.online import OnlineLoop, SPINLoop
 from ..trainers.ppo import FusedPPOConfig, PPOLoop
 from ..trainers.round_settings import LoopSettings
-from ..trainers.rounds import STATE, Loop, RoundError
-from . import own_loss, progress, report, results, resuming, train
+from ..trainers.rounds import STATE, Loop, RoundError, read_samples
+from . import own_loss, progress, report, results, resuming, samples, train
 from .cli import description
 from .errors import CommandError, check_names
 from .failures import check_writable, setup_errors, user_errors
@@ -69,6 +69,7 @@ STATE_OF_TRAINING = (
 )
 
 
+SAMPLES_SHOWN = 3  # prompts whose samples the report shows
 RECIPES = {"dpo": FusedDPOConfig, "kto": FusedKTOConfig}
 
 
@@ -201,8 +202,12 @@ def run(command: str, settings: LoopSettings, config: FusedPreferenceConfig) -> 
             return 130
         if is_main:
             with user_errors(Exception, prefix=f"{config.output_dir} cannot be written: "):
-                write(command, loop, rounds)
-            print(f"\nWrote the model, metrics.json, curves.png, report.html and the samples into {config.output_dir}")
+                metrics = write(command, loop, rounds)
+            results.print_end(metrics)
+            if loop.judge is None:
+                print("\nNo judge scored the samples (--judge), so nothing here says whether they became better.")
+            written = "the model, README.md, metrics.json, curves.png, report.html and the samples"
+            print(f"\nWrote {written} into {config.output_dir}")
     return 0
 
 
@@ -269,8 +274,10 @@ def _check_folder(config: FusedPreferenceConfig) -> None:
 # ---- results ------------------------------------------------------------------------------------------------------
 
 
-def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> None:
-    """Write the last round's model, ``metrics.json`` and ``curves.png`` into the output folder: all or none."""
+def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the last round's model and its card, ``metrics.json``, ``curves.png`` and ``report.html`` into the output
+    folder: all or none. Returns the contents of ``metrics.json``.
+    """
     steps = []
     for entry in rounds:
         first = steps[-1]["step"] if steps else 0
@@ -285,7 +292,16 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> None:
         "seconds": sum(entry["sampling_seconds"] + entry["training_seconds"] for entry in rounds),
         "rounds": [{name: value for name, value in entry.items() if name != "log"} for entry in rounds],
         "steps": steps,
+        "data": {"prompts": {"examples": len(loop.data), "truncated": 0, "dropped": loop.left_out}},
+        "model": _model(loop, rounds),
+        "samples": _samples(loop, rounds),
     }
+    if loop.judge is not None:
+        found = held_out.judged([_scores(loop, entry["round"]) for entry in rounds], loop.config.seed)
+        if found is not None:
+            metrics["judged"] = found._asdict()
+            metrics["model"]["best_samples"] = _best_samples(loop, rounds, found)
+    options = cards.options_of(loop.config) | {"max_length": loop.max_length, "processes": loop.config.world_size}
     checkpoint = loop.output / rounds[-1]["checkpoint"]
     with results.draft_of(loop.output) as draft:
         for path in checkpoint.iterdir():
@@ -294,6 +310,60 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> None:
         results.write_json(draft / "metrics.json", metrics)
         plot(metrics, draft / "curves.png")
         report.write(draft / "report.html", metrics, loop.output.name)
+        (draft / cards.NAME).write_text(cards.card(metrics, options), encoding="utf-8")
+    return metrics
+
+
+def _model(loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``held_out.saved_model`` returns, of a run of rounds."""
+    named = {"folder": str(loop.output), "trainer": type(loop).__name__, "scores": False, "round": rounds[-1]["round"]}
+    return named | held_out.kind_of(loop.peft_config, loop.settings.model)
+
+
+def _scores(loop: Loop, number: int) -> dict[int, list[float]]:
+    """Return the judge's scores of a round's samples, by prompt."""
+    found: dict[int, list[float]] = {}
+    for line in read_samples(loop.output / f"round-{number}"):
+        found.setdefault(line["prompt_number"], []).append(line["score"])
+    return found
+
+
+def _best_samples(loop: Loop, rounds: list[dict[str, Any]], found: held_out.Judged) -> str:
+    """Return a sentence on the weights that drew the best round's samples: those that the round began with."""
+    checkpoint = loop.checkpoint_before(found.best_round)
+    text = f"The best samples by the judge ({found.best:.3g}) are those of round {found.best_round}, drawn from "
+    if checkpoint is None:
+        return f"{text}the model before training."
+    if Path(checkpoint).is_dir():
+        return f"{text}{checkpoint}."
+    return f"{text}the model of round {found.best_round - 1}, of which no checkpoint is kept."
+
+
+def _samples(loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return samples of the first and the last round, if possible of the same prompts; None of one round."""
+    if len(rounds) < 2:
+        return None
+    sides: list[dict[int, dict[str, Any]]] = [{}, {}]
+    for side, entry in zip(sides, (rounds[0], rounds[-1]), strict=True):
+        for line in read_samples(loop.output / f"round-{entry['round']}"):
+            side.setdefault(line["prompt_number"], line)  # of several samples the first
+    first, last = sides
+    shared = [number for number in first if number in last][:SAMPLES_SHOWN]
+    rows = []
+    for number in shared or [*list(first)[:SAMPLES_SHOWN], *list(last)[:SAMPLES_SHOWN]]:
+        prompt = (first.get(number) or last[number])["prompt"]
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        rows.append({"prompt": prompt, "before": _text_of(first.get(number)), "after": _text_of(last.get(number))})
+    caption = f"{len(rows)} prompts; before: samples of round 1, after: samples of round {rounds[-1]['round']}"
+    return {"caption": caption, "rows": rows}
+
+
+def _text_of(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return "(not a prompt of this round)"
+    score = "" if line["score"] is None else f"\n(score {line['score']:.3g})"
+    return line["completion"] + samples.CUT * line["is_cut"] + score
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:

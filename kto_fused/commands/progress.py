@@ -11,9 +11,8 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
-from ..trainers import FusedTrainer
+from ..trainers import FusedTrainer, held_out
 from ..trainers.configs import FusedKTOConfig, FusedPreferenceConfig, FusedSFTConfig
-from . import held_out
 
 # logged names and how they are printed
 REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}

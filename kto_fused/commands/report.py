@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from . import held_out
+from ..trainers import held_out
 
 Entries = list[dict[str, Any]]
 
@@ -185,8 +185,8 @@ def _samples(samples: dict[str, Any]) -> str:
 def _data(data: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, count in data.items():
-        reasons = ", ".join(f"{reason} {number}" for reason, number in count["dropped_for"].items())
-        found = ", ".join(f"{finding} {number}" for finding, number in count["found"].items())
+        reasons = ", ".join(f"{reason} {number}" for reason, number in count.get("dropped_for", {}).items())
+        found = ", ".join(f"{finding} {number}" for finding, number in count.get("found", {}).items())
         rows.append((name, count["examples"], count["truncated"], count["dropped"], reasons, found))
     head = ("", "examples", "cut to max_length", "dropped", "dropped for", "warned about")
     return table(rows, head)

@@ -1,4 +1,6 @@
-"""What a run leaves behind: the table at its end, the model, ``metrics.json``, ``curves.png`` and ``report.html``."""
+"""What a run leaves behind: the table at its end, the model with its card, ``metrics.json``, ``curves.png`` and
+``report.html``.
+"""
 
 import json
 import math
@@ -12,8 +14,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..trainers import FusedTrainer
-from . import held_out, report, samples
+from ..trainers import FusedTrainer, cards, held_out
+from . import report, samples
 from .progress import COLUMNS, REWARDS
 
 DRAFT = "results.part"  # results are written into this folder before they move into the output folder
@@ -44,6 +46,11 @@ def print_summary(metrics: dict[str, Any]) -> None:
         if count["found"]:
             found = ", ".join(f"{finding} {number}" for finding, number in count["found"].items())
             print(f"{name} data: examples that a warning was given about: {found}")
+    print_end(metrics)
+
+
+def print_end(metrics: dict[str, Any]) -> None:
+    """Print the samples, the sentence on held-out data or on the judge's scores, and what the saved model is."""
     if metrics.get("samples"):
         print("\n" + "\n".join(samples.lines(metrics["samples"])))
     if (told := held_out.sentence(metrics)) is not None:
@@ -93,7 +100,7 @@ def saved_model_note(trainer: FusedTrainer) -> str:
 
 
 def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
-    """Write the model, its tokenizer and the files of ``write``: all of them or none. All ranks call it."""
+    """Write the model, its tokenizer and card, and the files of ``write``: all of them or none. All ranks call it."""
     folder, everyone = Path(trainer.args.output_dir), trainer.accelerator.wait_for_everyone
     if not trainer.is_world_process_zero():
         everyone()
@@ -105,6 +112,15 @@ def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
         trainer.save_model(str(draft), _internal_call=True)  # no upload yet: one that fails must not lose the results
         everyone()
         write_files(draft, metrics, folder.name)
+        cards.write(trainer, draft)
+
+
+def write_again(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
+    """Write the files of ``write`` and the model card anew, beside the model of ``write_all``: all or none."""
+    folder = Path(trainer.args.output_dir)
+    with draft_of(folder) as draft:
+        write_files(draft, metrics, folder.name)
+        cards.write(trainer, draft)
 
 
 def write(folder: str | Path, metrics: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ from ..trainers import (
     FusedTrainer,
     checkpoints,
     folder_lock,
+    held_out,
 )
 from ..trainers.configs import (
     FIXED,
@@ -51,7 +52,7 @@ from ..trainers.configs import (
 )
 from ..trainers.reward import ScoreMetrics
 from ..trainers.supervised import TokenLossMetrics
-from . import held_out, own_loss, progress, results, resuming, samples
+from . import own_loss, progress, results, resuming, samples
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable, setup_errors, user_errors
@@ -63,7 +64,7 @@ METRICS = {"sft": TokenLossMetrics, "reward": ScoreMetrics}  # the others have `
 DESCRIPTION = (
     "Train a model with KTO on feedback (prompt, completion, label), with DPO or as a reward model on pairs (prompt, "
     "chosen, rejected), or with supervised fine-tuning on demonstrations (prompt and completion, text, or messages). "
-    "--output_dir receives the model, its tokenizer, metrics.json, curves.png and report.html. Ctrl-C saves a "
+    "--output_dir receives the model, its tokenizer and card, metrics.json, curves.png and report.html. Ctrl-C saves a "
     "checkpoint; the same command with --resume_from_checkpoint true continues from it. Add --loss dpo to list the "
     "flags of DPO."
 )
@@ -229,15 +230,16 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
         written_settings = vars(settings) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
         written_settings.pop("own_loss", None)  # the configuration's loss_type describes it
         metrics |= {"settings": written_settings, "config": written_config, "model": held_out.saved_model(trainer)}
+        trainer.facts = metrics
         results.write_all(trainer, metrics)
     if sampler is not None:
         with user_errors(Exception, prefix=f"{config.output_dir} holds all results, but the model gives no answers: "):
             metrics["samples"] = sampler.compared(before)
             if trainer.is_world_process_zero():
-                results.write(config.output_dir, metrics)
+                results.write_again(trainer, metrics)
     if trainer.is_world_process_zero():
         results.print_summary(metrics)
-        print(f"\nWrote the model, metrics.json, curves.png and report.html into {config.output_dir}")
+        print(f"\nWrote the model, README.md, metrics.json, curves.png and report.html into {config.output_dir}")
     if config.push_to_hub:
         with user_errors(Exception, prefix=f"{config.output_dir} holds all results, but the upload failed: "):
             trainer.push_to_hub()

@@ -170,6 +170,7 @@ class FusedTrainer(ResumableTrainer):
         models.warn_of_lost_updates(model, args.learning_rate)
         # of each dataset: examples, truncated, dropped, and by reason the examples dropped and those warned of
         self.data_counts: dict[str, dict[str, int | dict[str, int]]] = {}
+        self.facts = {}
         with args.main_process_first(desc="preparing the data"):
             train_dataset = self._prepare_data(train_dataset, args, "train")
             eval_dataset = self._prepare_data(eval_dataset, args, "eval")

@@ -5,6 +5,7 @@ files; this module puts it into the places where ``Trainer`` saves and loads.
 """
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..huggingface.running import keeping_trainable
 from ..metrics import Totals
-from . import adapters, checkpoints, fingerprints, folder_lock, models, runs
+from . import adapters, cards, checkpoints, fingerprints, folder_lock, models, runs
 from .reference import Reference
 
 
@@ -30,6 +31,7 @@ class ResumableTrainer(Trainer):
     _reference: Reference
     _train_totals: Totals  # the metrics since the last log
     _num_tokens: torch.Tensor  # trained on so far
+    facts: dict[str, Any]  # of the run, under the names of metrics.json; a command adds them to the model card
 
     def unwrapped(self, model: nn.Module) -> nn.Module:
         """Return the model inside the wrappers of accelerate and torch.compile."""
@@ -133,12 +135,30 @@ class ResumableTrainer(Trainer):
             checkpoints.rotate(folder.parent, args.save_total_limit, folder, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the model without the copies of adapters that are the reference."""
+        """Save the model without the copies of adapters that are the reference, and adapters with a model card."""
         reference = self._reference.adapters
-        if reference is None or not reference.copies:
-            return super()._save(output_dir, state_dict)
-        with adapters.saving_all_but(self.accelerator.unwrap_model(self.model), reference.copies):
-            return super()._save(output_dir, state_dict)
+        copies = () if reference is None else reference.copies
+        policy = self.accelerator.unwrap_model(self.model)
+        with adapters.saving_all_but(policy, copies) if copies else nullcontext():
+            super()._save(output_dir, state_dict)
+        if models.has_adapters(policy):
+            cards.write(self, Path(output_dir or self.args.output_dir))  # in place of PEFT's, which says nothing
+
+    def create_model_card(self, *arguments: Any, model_name: str | None = None, **options: Any) -> None:
+        """Write ``README.md`` into ``args.output_dir`` with the run's settings and figures, in place of ``Trainer``'s.
+
+        Args:
+            model_name: the title; the folder's name if not given.
+            options: ``language``, ``license`` and ``tags``, for the card's head.
+
+        Raises:
+            TypeError: another option of ``Trainer.create_model_card``, which the card has no place for.
+        """
+        unknown = [*arguments, *sorted(options.keys() - {"language", "license", "tags"})]
+        if unknown:
+            raise TypeError(f"create_model_card takes model_name, language, license and tags by name, got {unknown}")
+        if self.is_world_process_zero():
+            cards.write(self, Path(self.args.output_dir), title=model_name, **options)
 
     def _metrics_file(self, folder: str) -> str:
         return os.path.join(folder, f"metrics_{self.args.process_index}.pt")

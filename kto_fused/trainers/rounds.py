@@ -135,6 +135,7 @@ class Loop:
                 f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt: max_length is {self.max_length}"
             )
         self.data = tokenized_prompts(records, self.tokenizer, max_prompt_tokens=room)
+        self.left_out = len(records) - len(self.data)  # prompts that leave no room
         self._by_number = {prompt.number: prompt for prompt in self.data}
         self._ends = end_tokens(model, self.tokenizer)
         self._first: nn.Module | None = models.with_adapters(model, peft_config, config.seed)

@@ -114,7 +114,7 @@ def describe_run(
     for adapter, peft_config in getattr(model, "peft_config", {}).items():
         for option in fields(peft_config):
             value = getattr(peft_config, option.name)
-            if option.name not in ADAPTER_NEUTRAL and value != _default(option):
+            if option.name not in ADAPTER_NEUTRAL and value != default_of(option):
                 entries[f"adapter.{adapter}.{option.name}"] = value
     entries[REFERENCE] = reference
     return _plain(entries)
@@ -138,7 +138,7 @@ def check_same_run(checkpoint: str, run: dict[str, Any], args: TrainingArguments
             f"{checkpoint} does not say which run it belongs to: data, model and options are not compared"
         )
     saved = read_manifest(Path(checkpoint))["run"]
-    defaults = _plain({option.name: _default(option) for option in fields(args)})
+    defaults = _plain({option.name: default_of(option) for option in fields(args)})
     absent = "none or the default"
     found = []
     for name in sorted(saved.keys() | run.keys()):
@@ -187,7 +187,8 @@ def _describe_data(data: Dataset | dict[str, Dataset] | None, columns: Iterable[
     return f"{len(data)} examples, {fingerprints.hash_data(data, set(columns) & set(data.column_names))}"
 
 
-def _default(option: Any) -> Any:
+def default_of(option: Any) -> Any:
+    """Return the default of a dataclass's field."""
     return option.default_factory() if option.default_factory is not MISSING else option.default
 
 

@@ -12,11 +12,14 @@ import transformers
 for package in ("datasets", "accelerate", "matplotlib"):
     pytest.importorskip(package, reason=f"kto-fused train needs {package}")
 
-from command_runs import command
+import numpy as np
+from command_runs import command, read_metrics
+from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 
-from kto_fused.commands import cli, held_out, report, results
+from kto_fused.commands import cli, report, results
 from kto_fused.metrics import auc, label_accuracy
+from kto_fused.trainers import FusedTrainer, held_out
 from kto_fused.trainers.base import Rewards
 
 pytestmark = pytest.mark.usefixtures("in_a_new_folder")
@@ -101,6 +104,101 @@ def test_both_models_of_a_chat_answer_each_line_greedily(files, module_cache, ca
     assert "nothing-here cannot be loaded" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("loss", "flags", "of", "library"),
+    [
+        ("kto", ["--lora_rank", "2"], "An adapter of `model`", "peft"),
+        ("reward", [], "All weights of `model`", "transformers"),
+        ("sft", ["--load_best_model_at_end", "--loss_type", "dft"], "All weights of `model`", "transformers"),
+    ],
+    ids=["kto", "reward", "dft"],
+)
+def test_the_card_holds_the_runs_figures_and_its_lines_load_the_model(
+    files, module_cache, capsys, loss, flags, of, library
+):
+    if library == "peft":
+        pytest.importorskip("peft")
+    evaluated = ["--eval_data", str(files / f"{loss}-eval.jsonl"), "--eval_steps", "2", "--save_steps", "2"]
+    assert cli.main(command(files, loss, *flags, *evaluated, "--max_steps", "4", "--learning_rate", "0.5")) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("held-out: "))
+    assert ("nats per token" in told) == (loss == "sft" and "dft" not in flags)
+    card, metrics = ModelCard.load(f"runs/{loss}/README.md"), read_metrics(f"runs/{loss}")
+    assert card.data.library_name == library
+    assert card.data.pipeline_tag == ("text-classification" if loss == "reward" else "text-generation")
+    assert {"kto-fused", metrics["config"]["loss_type"]} <= {*card.data.tags}
+    assert of in card.text
+    assert f"{told[0].upper()}{told[1:]}" in card.text
+    assert f"| train | {loss}.jsonl | 16 | 0 | 0 |" in card.text
+    assert f"| eval | {loss}-eval.jsonl | 8 | 0 | 0 |" in card.text
+    assert str(files) not in card.text
+    step = metrics["model"]["step"]
+    first, last = (next(one for one in metrics["evaluations"] if one["step"] == each) for each in (0, step))
+    assert f"| loss | {first['eval_loss']:.6g} | {last['eval_loss']:.6g} |" in card.text
+    assert "| learning_rate | 0.5 |" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    exec(code, loaded := {})
+    assert {"model", "tokenizer"} <= loaded.keys()
+    assert (loaded["model"].config.num_labels == 1) == (loss == "reward")
+    if library == "peft":
+        assert "| adapter: r | 2 |" in card.text
+        of_checkpoint = ModelCard.load("runs/kto/checkpoint-4/README.md").text
+        assert "An adapter of `model`, trained by `FusedKTOTrainer`" in of_checkpoint
+        assert "with the loss kto, step 4." in of_checkpoint
+        assert 'from_pretrained("runs/kto/checkpoint-4")' in of_checkpoint
+        assert str(files) not in of_checkpoint
+
+
+def test_an_uploaded_card_is_the_runs_own(files, module_cache, monkeypatch):
+    cards = []
+
+    def upload(trainer):
+        """Do what ``Trainer.push_to_hub`` does before it uploads the output folder."""
+        trainer.save_model(_internal_call=True)
+        trainer.create_model_card(model_name="mine", tags=["of-a-model"])
+        cards.append(ModelCard.load(Path(trainer.args.output_dir) / "README.md"))
+        with pytest.raises(TypeError, match="got \\['dataset'\\]"):
+            trainer.create_model_card(dataset="mine")
+
+    monkeypatch.setattr(FusedTrainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "someone/mine"))
+    monkeypatch.setattr(FusedTrainer, "push_to_hub", upload)
+    flags = ["--push_to_hub", "--lora_rank", "2", "--max_steps", "1", "--save_strategy", "no"]
+    assert cli.main(command(files, "dpo", *flags)) == 0
+    (card,) = cards
+    assert card.data.tags == ["kto-fused", "lora", "of-a-model", "sigmoid"]
+    assert card.text.strip().startswith("# mine\n")
+    assert 'AutoPeftModelForCausalLM.from_pretrained("someone/mine")' in card.text
+    assert "| train | dpo.jsonl | 16 | 0 | 0 |" in card.text
+    assert str(files) not in card.content
+
+
+def test_the_change_of_the_judges_score_has_an_interval_over_prompts():
+    draw = np.random.default_rng(0)
+    of_prompts = draw.normal(0, 3, 200)
+    first = {number: (of_prompts[number] + draw.normal(0, 0.3, 4)).tolist() for number in range(200)}
+    last = {number: (of_prompts[number] + 0.5 + draw.normal(0, 0.3, 4)).tolist() for number in range(200)}
+    best = {number: [9.0] for number in range(3)}
+    found = held_out.judged([first, best, last], seed=1)
+    assert found == held_out.judged([first, best, last], seed=1)
+    means = [np.mean(list(of.values())) for of in (first, last)]
+    assert (found.first, found.last) == (pytest.approx(means[0]), pytest.approx(means[1]))
+    assert (found.best_round, found.best) == (2, 9.0)
+    change, low, high = found.change
+    assert change == pytest.approx(means[1] - means[0])
+    differences = np.array([np.mean(last[number]) - np.mean(first[number]) for number in range(200)])
+    error = 1.96 * differences.std() / 200**0.5
+    assert (low, high) == (pytest.approx(change - error, abs=0.01), pytest.approx(change + error, abs=0.01))
+    wins = [(ours > theirs) + (ours == theirs) / 2 for n in first for ours in last[n] for theirs in first[n]]
+    assert found.wins == pytest.approx(np.mean(wins))
+    others = {number + 500: scores for number, scores in last.items()}
+    _, wide_low, wide_high = held_out.judged([first, others], seed=1).change  # other prompts: their spread counts
+    assert wide_low < 0 < wide_high
+    assert held_out.judged([first, others], seed=1).wins is None
+    assert held_out.judged([first], seed=1) is None
+    told = held_out.sentence({"judged": found._asdict()})
+    assert told.startswith(f"the samples of round 3 have a mean score of {found.last:.3g} by the judge")
+    assert told.endswith("the best round is 2 (9)")
+
+
 def entries(shares: list[float], name: str = "eval_rewards/auc") -> list[dict]:
     found = []
     for number, share in enumerate(shares):
@@ -119,6 +217,11 @@ def test_the_sentence_compares_the_saved_model_with_the_start():
     told = held_out.sentence(metrics)
     assert "the chosen answer scores above the rejected one in 55 % of pairs" in told
     assert told.endswith("the interval holds the value before, so these data show no difference")
+    entry = {"step": 2, "eval_loss": 1.25, "eval_mean_token_accuracy": 0.5}
+    metrics = {"evaluations": [entry | {"step": 0}, entry], "model": {"step": 2}, "config": {"loss_type": "nll"}}
+    assert "the loss is 1.250 nats per token, 1.250 before training" in held_out.sentence(metrics)
+    metrics["config"]["loss_type"] = "dft"
+    assert "the loss is 1.250, 1.250 before training" in held_out.sentence(metrics)
     for nothing in ({}, {"evaluations": []}, {"evaluations": entries([0.5])}):
         assert held_out.sentence(nothing) is None
 

@@ -17,7 +17,7 @@ from command_runs import read_metrics, refusal
 from tiny_training import model, tokenizer
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from kto_fused.commands import cli
+from kto_fused.commands import cli, report
 from kto_fused.trainers import FusedTrainer, judges
 from kto_fused.trainers.configs import FusedDPOConfig
 
@@ -98,6 +98,19 @@ def test_a_command_writes_model_metrics_curves_and_samples(files, capsys, comman
     assert len(lines) == metrics["rounds"][1]["samples"]
     mean = sum(-len(line["completion"].split()) for line in lines) / len(lines)
     assert metrics["rounds"][1]["score"] == pytest.approx(mean)
+    (told,) = (line for line in printed.splitlines() if line.startswith("the samples of round 2 have a mean score of"))
+    scores = [metrics["rounds"][number]["score"] for number in (1, 0)]
+    assert f"{scores[0]:.3g} by the judge, those of round 1, before training, {scores[1]:.3g}: " in told
+    kind = "an adapter of" if "--lora_rank" in flags else "a model with all its weights"
+    assert f"{folder} holds {kind}" in printed
+    assert "of round 2, the last one." in printed
+    assert "The best samples by the judge" in printed
+    card, page = (folder / "README.md").read_text(), (folder / "report.html").read_text()
+    assert told[1:] in card
+    assert "| prompts | kto.jsonl | " in card
+    assert str(files) not in card
+    assert len(metrics["samples"]["rows"]) >= 3
+    assert all(report.text_of(row["after"]) in page for row in metrics["samples"]["rows"])
     if "--lora_rank" in flags:
         assert (folder / "adapter_config.json").is_file()
         return

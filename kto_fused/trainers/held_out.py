@@ -1,15 +1,16 @@
 """The answer to "did it work?" from held-out data: how often the better answer has the higher reward, and before."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
+from .. import huggingface
 from ..metrics import auc
 
 if TYPE_CHECKING:
-    from ..trainers import FusedTrainer
-    from ..trainers.base import Rewards
+    from .base import FusedTrainer, Rewards
 
 COMPARISONS = "eval_comparisons"  # in an evaluation's log entry: the share, and the ends of its interval
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -48,11 +49,59 @@ def _drawn_share(liked: np.ndarray, disliked: np.ndarray, draw: np.random.Genera
     return wins.mean() / (2 * len(others))
 
 
+class Judged(NamedTuple):
+    """The judge's scores of the first and the last round of a loop, whose samples are those of each round's start."""
+
+    rounds: int
+    first: float  # mean score of the round's samples
+    last: float
+    change: list[float]  # last - first, and the ends of its bootstrap interval
+    wins: float | None  # share of comparisons of a prompt's samples that the last round wins; None: no common prompt
+    best_round: int
+    best: float
+
+
+def judged(rounds: list[dict[int, list[float]]], seed: int) -> Judged | None:
+    """Return what the scores of the rounds' samples say, given by prompt; None of fewer than two rounds.
+
+    The interval covers 95 %. It is that of a mean over prompts drawn anew: the same ones in both rounds if both have
+    the same prompts.
+    """
+    if len(rounds) < 2:
+        return None
+    means = [float(np.mean([score for scores in of.values() for score in scores])) for of in rounds]
+    first, last = rounds[0], rounds[-1]
+    draw, replicates = np.random.default_rng(seed), 1000
+    of_first, of_last = (np.array([np.mean(of[number]) for number in sorted(of)]) for of in (first, last))
+
+    def drawn(values: np.ndarray) -> np.ndarray:
+        return np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(replicates)])
+
+    changes = drawn(of_last - of_first) if first.keys() == last.keys() else drawn(of_last) - drawn(of_first)
+    signs = [np.sign(np.subtract.outer(last[number], first[number])) for number in first.keys() & last.keys()]
+    wins = float((1 + np.concatenate([sign.ravel() for sign in signs]).mean()) / 2) if signs else None
+    best = int(np.argmax(means))
+    change = [means[-1] - means[0], *map(float, np.percentile(changes, INTERVAL))]
+    return Judged(len(rounds), means[0], means[-1], change, wins, best + 1, means[best])
+
+
+def _sentence_of_rounds(found: Judged) -> str:
+    change, low, high = found.change
+    text = f"the samples of round {found.rounds} have a mean score of {found.last:.3g} by the judge, those of round 1, "
+    text += f"before training, {found.first:.3g}: {change:+.3g} (95 % interval {low:+.3g} to {high:+.3g})"
+    if found.wins is not None:
+        text += f"; they win {100 * found.wins:.0f} % of comparisons with samples of round 1 on the same prompt"
+    text += f"; the best round is {found.best_round} ({found.best:.3g})"
+    return text + ("; the interval holds 0, so these rounds show no difference" if low <= 0 <= high else "")
+
+
 def sentence(metrics: dict[str, Any]) -> str | None:
     """Return one sentence on the held-out data: the values of the saved model, and those before the first step.
 
-    None without an evaluation that has something to say.
+    Of rounds, it is about the judge's scores. None without an evaluation that has something to say.
     """
+    if metrics.get("judged"):
+        return _sentence_of_rounds(Judged(**metrics["judged"]))
     evaluations = metrics.get("evaluations") or []
     step = metrics.get("model", {}).get("step")
     now = next(
@@ -79,7 +128,8 @@ def sentence(metrics: dict[str, Any]) -> str | None:
                 text += "; the interval holds the value before, so these data show no difference"
         return text
     if "eval_mean_token_accuracy" in now and not any(name.startswith("eval_rewards") for name in now):
-        text = f"held-out{at}: the loss is {now['eval_loss']:.3f} nats per token"
+        is_nll = metrics.get("config", {}).get("loss_type") == "nll"  # another loss is not measured in nats
+        text = f"held-out{at}: the loss is {now['eval_loss']:.3f}{' nats per token' * is_nll}"
         text += f", {before['eval_loss']:.3f} before training" if before else ""
         text += f"; the most likely token is right for {100 * now['eval_mean_token_accuracy']:.0f} % of tokens"
         return text + (f", {100 * before['eval_mean_token_accuracy']:.0f} % before" if before else "")
@@ -92,13 +142,12 @@ def sentence(metrics: dict[str, Any]) -> str | None:
 def saved_model(trainer: "FusedTrainer") -> dict[str, Any]:
     """Return what the output folder's model is: its kind, base and step, and which evaluation was the best."""
     args, state, model = trainer.args, trainer.state, trainer.unwrapped(trainer.model)
-    configs = getattr(model, "peft_config", None)
     best = state.best_model_checkpoint
     is_best = bool(args.load_best_model_at_end and best)
     found = {
         "folder": args.output_dir,
-        "kind": "whole weights" if configs is None else "adapter",
-        "base": None if configs is None else next(iter(configs.values())).base_model_name_or_path,
+        **_kind_of(model),
+        "trainer": type(trainer).__name__,
         "scores": type(trainer).__name__ == "FusedRewardTrainer",
         "step": int(best.rpartition("-")[2]) if is_best else state.global_step,
         "is_best": is_best,
@@ -114,11 +163,37 @@ def saved_model(trainer: "FusedTrainer") -> dict[str, Any]:
     return found
 
 
+def _kind_of(model: nn.Module) -> dict[str, Any]:
+    configs = getattr(model, "peft_config", None)
+    config = None if configs is None else next(iter(configs.values()))
+    return kind_of(config, getattr(getattr(huggingface.unwrap(model), "config", None), "_name_or_path", None))
+
+
+def kind_of(config: Any, start: str | None) -> dict[str, Any]:
+    """Return what a model's weights are, the model that they were made from, and an adapter's settings.
+
+    Args:
+        config: the adapter's, as PEFT holds it; None: all weights are trained.
+        start: the name or path of the model that the run began with; None or empty if it has none.
+    """
+    if config is None:
+        return {"kind": "whole weights", "base": None, "start": start or None}
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora")
+    adapter = {"type": str(getattr(config.peft_type, "value", config.peft_type))}
+    adapter |= {name: getattr(config, name) for name in names if getattr(config, name, None)}
+    adapter |= {name: sorted(value) for name, value in adapter.items() if isinstance(value, (set, list))}
+    base = config.base_model_name_or_path or start or None
+    return {"kind": "adapter", "base": base, "start": base, "adapter": adapter}
+
+
 def model_lines(model: dict[str, Any]) -> list[str]:
     """Return sentences on the saved model: what it is, of which step, and where the best checkpoint is."""
     kind = f"an adapter of {model['base']}" if model["kind"] == "adapter" else "a model with all its weights"
-    of = f"of step {model['step']}, the {'best' if model['is_best'] else 'last'} one"
+    unit = "round" if "round" in model else "step"
+    of = f"of {unit} {model[unit]}, the {'best' if model.get('is_best') else 'last'} one"
     lines = [f"{model['folder']} holds {kind}, {of}."]
+    if model.get("best_samples"):
+        lines.append(model["best_samples"])
     best = model.get("best")
     if best is not None:
         text = (
