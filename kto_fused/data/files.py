@@ -20,17 +20,18 @@ from functools import partial
 from glob import has_magic, iglob
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-import datasets
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import xxhash
-from datasets import Dataset, DatasetDict
 
 from .form import MARGIN, MAX_RECORD, UNSUPPORTED, WEIGHT, DataError, has_content, names, short
 from .form import unsupported as unsupported_field
+
+if TYPE_CHECKING:  # datasets takes seconds to import, and most files are read without it
+    from datasets import Dataset
 
 ROWS_AT_A_TIME = 1000
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -48,7 +49,7 @@ def kind_of(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def found(one: str | os.PathLike) -> list[Path | Dataset]:
+def found(one: str | os.PathLike) -> "list[Path | Dataset]":
     """Return the files of a path, of all files below a folder or of a pattern, in the order of their names.
 
     A folder that ``Dataset.save_to_disk`` wrote, and a data set's name with a split (``owner/name:train``), give a
@@ -91,17 +92,21 @@ def _of_known_type(path: Path) -> Path:
     raise DataError(f"{expected}, {got}: {advice}")
 
 
-def _saved(folder: Path) -> Dataset:
+def _saved(folder: Path) -> "Dataset":
+    import datasets
+
     try:
         saved = datasets.load_from_disk(str(folder))
     except UNREADABLE as error:
         raise DataError(f"{folder}: cannot be read: {error}") from error
-    if isinstance(saved, DatasetDict):
+    if isinstance(saved, datasets.DatasetDict):
         raise DataError(f"{folder}: holds the splits {list(saved)}: name the folder of one, such as {folder / 'train'}")
     return saved
 
 
-def _named(name: str) -> Dataset:
+def _named(name: str) -> "Dataset":
+    import datasets
+
     path, *configuration, split = name.split(":") if "[" not in name else _parts_of_slice(name)
     try:
         return datasets.load_dataset(path, *configuration, split=split)
@@ -419,6 +424,8 @@ def _cell(name: str, text: str, where: str, wanted: Wanted) -> Any:
 
 def _table_records(path: Path, file: BinaryIO, wanted: Wanted) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the records of a Parquet file, or of an Arrow file of either kind (stream, file)."""
+    from datasets import Dataset
+
     if kind_of(path) == ".parquet":
         table = pq.ParquetFile(file)
         schema, batches = table.schema_arrow, lambda columns, size: table.iter_batches(size, columns=columns)

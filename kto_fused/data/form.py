@@ -8,9 +8,10 @@ what was expected, and often what to do.
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from datasets import Features, Value
+if TYPE_CHECKING:
+    from datasets import Features
 
 UNPAIRED, PAIRED = ("prompt", "completion", "label"), ("prompt", "chosen", "rejected")
 COMPLETION, TEXT, MESSAGES = ("prompt", "completion"), ("text",), ("messages",)
@@ -43,7 +44,7 @@ UNSUPPORTED = ("images", "image", "audio", "audios", "video", "videos", "tools",
 # million tokens: far more than any model reads, while JSON and tokenizers still take it in a second or two.
 MAX_RECORD = 16 * 2**20
 ASSISTANT = ("assistant", "model")  # the roles whose messages are trained; Gemma's templates say "model"
-MESSAGE = {"role": Value("string"), "content": Value("string")}
+MESSAGE = ("role", "content")
 # other names of the fields in public data sets
 ALIASES = {
     "prompt": ("instruction", "question", "query", "input"),
@@ -72,9 +73,11 @@ class Form(NamedTuple):
         return f"{kind} {'conversations' if self.conversational else 'texts'}{added}"
 
     @property
-    def features(self) -> Features:
+    def features(self) -> "Features":
         """The columns' types in a ``Dataset``."""
-        text = [MESSAGE] if self.conversational else Value("string")
+        from datasets import Features, Value
+
+        text = [dict.fromkeys(MESSAGE, Value("string"))] if self.conversational else Value("string")
         others = {"label": Value("bool"), WEIGHT: Value("float64"), MARGIN: Value("float64")}
         return Features({field: others.get(field, text) for field in self.fields})
 
@@ -190,7 +193,7 @@ def form_messages(value: Any, here: str) -> list[dict[str, str]]:
     messages = []
     for number, message in enumerate(value):
         one = f"{here}, message {number}"
-        if not isinstance(message, dict) or not MESSAGE.keys() <= message.keys():
+        if not isinstance(message, dict) or not message.keys() >= {*MESSAGE}:
             raise DataError(f"{one}: expected a role and a content, got {short(message)}")
         # keys with None are no fault: a column of Arrow gives every message the keys that any message has
         if lost := [key for key, held in message.items() if key not in MESSAGE and held is not None]:
