@@ -8,9 +8,11 @@ Every record is checked while it is tokenized. A record that would teach nothing
 what deserves a warning is a finding of ``FOUND``. Both are columns of the rows.
 """
 
+import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -125,6 +127,8 @@ def token_rows(
     nothing = [None] * len(rows)
     labels, weights, margins = (batch.get(field, nothing) for field in NO_TEXTS)
     special = special_tokens(tokenizer)
+    # a few different tokens end nearly all completions, and decoding one takes longer than all other checks of it
+    is_white = functools.cache(lambda token: not tokenizer.decode([token]).strip(WHITE))
     made = {column: [] for column in columns}
     with Renderer(tokenizer, name) as render:
         if isinstance(batch["prompt"][0], str):
@@ -141,7 +145,7 @@ def token_rows(
                 start = _common_prefix(prompt, tuple(answer.ids for answer in group))
                 if start < len(prompt) and not isinstance(messages, str):
                     _check_template(tokenizer, render, messages, prompt, start, row, name)
-                example = _example(prompt, dict(zip(sides, group, strict=True)), start, max_length, special, tokenizer)
+                example = _example(prompt, dict(zip(sides, group, strict=True)), start, max_length, special, is_white)
                 if why_same and "dropped" not in example:
                     example = {"dropped": why_same}
                 if sides == ["completion"] and its_label is None and example.get("length") == 1:
@@ -206,7 +210,7 @@ def _example(
     start: int,
     max_length: int | None,
     special: SpecialTokens,
-    tokenizer,
+    is_white: Callable[[int], bool],
 ) -> dict[str, Any]:
     """Return the columns of one row.
 
@@ -215,6 +219,7 @@ def _example(
     Args:
         answers: by side.
         start: the number of tokens before the completions.
+        is_white: whether a token is only white space.
     """
     example, found, truncated = {"prompt_ids": prompt[:start]}, set(), False
     for side, answer in answers.items():
@@ -229,7 +234,7 @@ def _example(
         truncated |= is_cut
         found |= answer.found
         if not is_cut:
-            last, before = _last_words(ids[start:], tokenizer)
+            last, before = _last_words(ids[start:], is_white)
             if answer.has_end is False or last not in special.ends:
                 found.add("no_end")
             elif last == before:
@@ -251,12 +256,12 @@ def _example(
     }
 
 
-def _last_words(ids: list[int], tokenizer) -> tuple[int | None, int | None]:
+def _last_words(ids: list[int], is_white: Callable[[int], bool]) -> tuple[int | None, int | None]:
     """Return the last token that is more than white space, and the one before it.
 
     A template may write white space after the end of a turn.
     """
-    words = (token for token in reversed(ids) if tokenizer.decode([token]).strip(WHITE))
+    words = (token for token in reversed(ids) if not is_white(token))
     last, before = [*islice(words, 2), None, None][:2]
     return last, before
 
@@ -265,7 +270,7 @@ def _key(*lists: list[int] | list[bool]) -> int:
     """Return an int64 that is equal for equal lists."""
     digest = hashlib.blake2b(digest_size=8)
     for values in lists:
-        digest.update(len(values).to_bytes(8, "big") + np.array(values, np.int32).tobytes())
+        digest.update(len(values).to_bytes(8, "big") + array("i", values).tobytes())
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
