@@ -158,8 +158,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     make_tokenizer(settings.folder / "tokenizer")
     table = [
-        "| records | run | tokens each | CPU s | CPU ms a record | wall s | own MiB | with mapped files, MiB | file MiB "
-        "| cache MiB |",
+        "| records | run | tokens each | CPU s | CPU ms a record | wall s | own MiB | with mapped files, MiB "
+        "| file MiB | cache MiB |",
         "|" + "---:|" * 10,
     ]
     print("\n".join(table))

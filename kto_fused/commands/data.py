@@ -129,6 +129,9 @@ def _describe(records: "Dataset") -> None:
     if "label" in records.column_names:
         count = Counter(label for batch in records.select_columns("label").iter(10_000) for label in batch["label"])
         print(f"Labels: {count[True]} liked, {count[False]} not liked ({count[True] / len(records):.0%} liked)")
+    if "tools" in records.column_names:
+        number = sum(bool(text) for batch in records.select_columns("tools").iter(10_000) for text in batch["tools"])
+        print(f"Tools: {number} records have some")
     copies, prompts = _counts(record_keys(records)), _counts(prompt_keys(records, 0))
     print(f"Duplicates: {len(records) - len(copies)} records repeat an earlier one")
     print(f"Prompts: {len(prompts)} different ones; the most frequent one is in {prompts.max()} records")

@@ -27,7 +27,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import xxhash
 
-from .form import MARGIN, MAX_RECORD, UNSUPPORTED, WEIGHT, DataError, has_content, names, short
+from .form import MARGIN, MAX_RECORD, TOOLS, UNSUPPORTED, WEIGHT, DataError, has_content, names, short, without_nulls
 from .form import unsupported as unsupported_field
 
 if TYPE_CHECKING:  # datasets takes seconds to import, and most files are read without it
@@ -131,6 +131,7 @@ class Wanted(NamedTuple):
     of: Callable[[list[str]], list[str]] = list
     numbers: frozenset[str] = frozenset((WEIGHT, MARGIN))  # columns of a CSV file that hold numbers
     has_label: Callable[[list[str]], str | None] = lambda columns: None  # the column that holds the label
+    tools: str = TOOLS  # the column that holds tools
 
 
 EVERYTHING = Wanted()
@@ -411,7 +412,7 @@ def _cell(name: str, text: str, where: str, wanted: Wanted) -> Any:
     if name in wanted.numbers:
         with suppress(ValueError):
             return float(text)
-    if text[:2] == "[{":
+    if text[:2] == "[{" and name != wanted.tools:
         with suppress(ValueError, RecursionError):
             return json.loads(text)
         if "'role'" in text or "'from'" in text:
@@ -443,6 +444,8 @@ def _table_records(path: Path, file: BinaryIO, wanted: Wanted) -> Iterator[tuple
         for record in Dataset(part, fingerprint="batch"):  # it decodes types that datasets stores as others
             if classes is not None:
                 record[label] = class_name(record[label], classes)
+            if wanted.tools in record:
+                record[wanted.tools] = without_nulls(record[wanted.tools])
             yield f"{path}, row {row}", record
             row += 1
 

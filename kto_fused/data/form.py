@@ -5,6 +5,7 @@ record, and ``checked_record`` holds every record to it. Each error says where t
 what was expected, and often what to do.
 """
 
+import json
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -37,9 +38,12 @@ EXPECTED = {
 # the scores of a pair should be.
 WEIGHT, MARGIN = "weight", "margin"
 NUMBERS = {PREFERENCES: (WEIGHT,), DEMONSTRATIONS: (), COMPARISONS: (WEIGHT, MARGIN)}
-NO_TEXTS = ("label", WEIGHT, MARGIN)
+# The functions that the model may call, which a chat template writes into the prompt. A checked record keeps them as
+# JSON text, "" if there are none.
+TOOLS = "tools"
+NO_TEXTS = ("label", WEIGHT, MARGIN, TOOLS)
 # fields that a model or a chat template would get too: without them the rest of the record means something else
-UNSUPPORTED = ("images", "image", "audio", "audios", "video", "videos", "tools", "chat_template_kwargs")
+UNSUPPORTED = ("images", "image", "audio", "audios", "video", "videos", "chat_template_kwargs")
 # The bytes of a line of JSON, and the characters of a record of a table, that one record may have. It is some four
 # million tokens: far more than any model reads, while JSON and tokenizers still take it in a second or two.
 MAX_RECORD = 16 * 2**20
@@ -62,14 +66,14 @@ class DataError(ValueError):
 class Form(NamedTuple):
     """The properties that all records of a dataset share."""
 
-    fields: tuple[str, ...]  # a key of KINDS, perhaps with some of NUMBERS
+    fields: tuple[str, ...]  # a key of KINDS, perhaps with some of NUMBERS and TOOLS
     conversational: bool
     forms: Forms = PREFERENCES  # those among which this one was found
 
     def __str__(self) -> str:
-        numbers = [field for field in self.fields if field in (WEIGHT, MARGIN)]
-        kind = KINDS[self.fields[: len(self.fields) - len(numbers)]]
-        added = f" with {' and '.join(numbers)}" if numbers else ""
+        optional = [field for field in self.fields if field in (WEIGHT, MARGIN, TOOLS)]
+        kind = KINDS[self.fields[: len(self.fields) - len(optional)]]
+        added = f" with {' and '.join(optional)}" if optional else ""
         return f"{kind} {'conversations' if self.conversational else 'texts'}{added}"
 
     @property
@@ -78,7 +82,7 @@ class Form(NamedTuple):
         from datasets import Features, Value
 
         text = [dict.fromkeys(MESSAGE, Value("string"))] if self.conversational else Value("string")
-        others = {"label": Value("bool"), WEIGHT: Value("float64"), MARGIN: Value("float64")}
+        others = {"label": Value("bool"), WEIGHT: Value("float64"), MARGIN: Value("float64"), TOOLS: Value("string")}
         return Features({field: others.get(field, text) for field in self.fields})
 
 
@@ -105,9 +109,11 @@ def form_of(record: Any, where: str, forms: Forms = PREFERENCES) -> Form:
             f"{where}, field 'label': expected none, because supervised fine-tuning trains on every completion alike: "
             "keep the records whose completions are good, and take the field out"
         )
-    numbers = tuple(field for field in NUMBERS[forms] if field in record)
+    optional = tuple(field for field in (*NUMBERS[forms], TOOLS) if field in record)
+    if fields == TEXT:  # has no prompt for tools
+        optional = ()
     is_conversation = fields == MESSAGES or (fields != TEXT and isinstance(record["prompt"], list))
-    return Form(fields + numbers, is_conversation, forms)
+    return Form(fields + optional, is_conversation, forms)
 
 
 def _renaming(columns: Iterable[str], forms: Forms) -> str:
@@ -135,6 +141,17 @@ def checked_record(record: Any, form: Form, where: str) -> dict[str, Any]:
             holds something.
     """
     own = form_of(record, where, form.forms)
+    if TOOLS not in form.fields:
+        if has_content(record.get(TOOLS)):
+            is_whole = form.fields == TEXT
+            reason = (
+                "a whole text has no prompt to write them into" if is_whole else "the first record has no such field"
+            )
+            advice = "put them into the text" if is_whole else "give it to every record, with null where there is none"
+            raise DataError(f"{where}, field {TOOLS!r}: holds {short(record[TOOLS])}, but {reason}: {advice}")
+        own = own._replace(fields=tuple(field for field in own.fields if field != TOOLS))
+    elif TOOLS not in own.fields:
+        own = own._replace(fields=(*own.fields, TOOLS))
     if own != form:
         raise DataError(f"{where}: holds {own}, expected {form} as in the first record")
     for field in UNSUPPORTED:
@@ -142,7 +159,10 @@ def checked_record(record: Any, form: Form, where: str) -> dict[str, Any]:
             raise DataError(f"{where}, {unsupported(field)}")
     checked: dict[str, Any] = {}
     for field in form.fields:
-        value, here = record[field], f"{where}, field {field!r}"
+        value, here = record.get(field), f"{where}, field {field!r}"
+        if field == TOOLS:
+            checked[field] = form_tools(value, here)
+            continue
         if field == "label":
             if not isinstance(value, int) or value not in (0, 1):  # a bool is an int
                 raise DataError(f"{here}: expected true, false, 1 or 0, got {short(value)}")
@@ -156,7 +176,7 @@ def checked_record(record: Any, form: Form, where: str) -> dict[str, Any]:
                 raise DataError(f"{here}: expected {expected}, got {short(value)}")
             checked[field] = float(value)
             continue
-        is_whole = form.fields in (TEXT, MESSAGES)
+        is_whole = form.fields[:1] in (TEXT, MESSAGES)
         if not is_whole and isinstance(value, (str, list)) and isinstance(value, list) != form.conversational:
             raise DataError(_mixed(value, form, field, here))
         checked[field] = form_messages(value, here) if form.conversational else form_text(value, here)
@@ -210,6 +230,44 @@ def form_text(value: Any, here: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{here}: expected text, got half a surrogate pair in {short(value)}") from error
     return value
+
+
+def form_tools(value: Any, here: str) -> str:
+    """Return a list of tools, which may be given as JSON text, as JSON text; "" if there are none.
+
+    >>> from kto_fused.data.form import form_tools
+    >>> form_tools([{"type": "function", "function": {"name": "now"}}], "line 1")
+    '[{"type": "function", "function": {"name": "now"}}]'
+    >>> form_tools("[]", "line 1")
+    ''
+    """
+    tools, expected = (
+        value,
+        "expected a list of tools, each an object with a JSON schema, or the JSON text of such a list",
+    )
+    if isinstance(value, str) and value:
+        try:
+            tools = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{here}: {expected}, got {short(value)}: {error}") from error
+    if not has_content(tools):
+        return ""
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and tool for tool in tools):
+        raise DataError(f"{here}: {expected}, got {short(tools)}")
+    try:
+        return form_text(json.dumps(tools, ensure_ascii=False), here)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{here}: {expected}, got {short(tools)}: {error}") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """Return lists and objects without the keys that hold null.
+
+    A column of Arrow gives every object the keys that any object has.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(held) for key, held in value.items() if held is not None}
+    return [without_nulls(held) for held in value] if isinstance(value, list) else value
 
 
 def characters(record: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from .form import (
     KINDS,
     MARGIN,
     PAIRED,
+    TOOLS,
     UNPAIRED,
     UNSUPPORTED,
     WEIGHT,
@@ -29,7 +30,7 @@ from .form import (
 CHATS = ("auto", "always", "never")
 # the columns that layouts read
 FIELDS = dict.fromkeys(field for fields in KINDS for field in fields)
-COLUMNS = (*FIELDS, WEIGHT, MARGIN, "conversations", "kto_tag", "system")
+COLUMNS = (*FIELDS, WEIGHT, MARGIN, "conversations", "kto_tag", "system", TOOLS)
 # ShareGPT's names of the roles
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 HUMAN, ASSISTANTS = "\n\nHuman:", "\n\nAssistant:"  # begin the turns of the helpful/harmless sets
@@ -114,6 +115,11 @@ def number_columns(given: Reading) -> frozenset[str]:
     """Return the columns of a text table that hold numbers."""
     sources = dict(given.columns)
     return frozenset(sources.get(field, field) for field in (WEIGHT, MARGIN))
+
+
+def tools_column(given: Reading) -> str:
+    """Return the name of the column that holds tools, if there is one."""
+    return dict(given.columns).get(TOOLS, TOOLS)
 
 
 def renamed(record: Any, given: Reading, where: str) -> Any:
@@ -202,7 +208,7 @@ def find(record: Any, forms: Forms) -> Layout:
     layout = _find(record, forms)
     if isinstance(record, Mapping) and "system" in record and layout.columns:
         name, columns = f"{layout.name}, with a system column", (*layout.columns, "system")
-        return Layout(name, columns, partial(_with_system, layout.convert))
+        return Layout(name, columns, partial(with_system, layout.convert))
     return layout
 
 
@@ -335,7 +341,7 @@ def _prompt_repeated(record: dict[str, Any], where: str) -> dict[str, Any]:
     return made
 
 
-def _with_system(convert: Callable, record: dict[str, Any], where: str) -> dict[str, Any]:
+def with_system(convert: Callable, record: dict[str, Any], where: str) -> dict[str, Any]:
     """Put the text of the column ``system`` before the conversation; a prompt in text becomes a user's message."""
     made = convert(_without(record, "system"), where)
     text, here = record.get("system"), f"{where}, field 'system'"

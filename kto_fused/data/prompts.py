@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from . import files
-from .form import DataError, form_messages, form_text, short
+from .form import TOOLS, UNSUPPORTED, DataError, form_messages, form_text, has_content, short, unsupported
+from .layouts import with_system
 from .rendering import Renderer
 from .token_rows import encoded_conversations, encoded_texts, special_tokens
 
@@ -35,11 +36,14 @@ class Prompt(NamedTuple):
 def read_prompts(paths: list[str], *, needs_answers: bool) -> list[dict[str, Any]]:
     """Return the records' prompts, and their answers if these are needed, as ``{"prompt", "answer"}``.
 
+    A column ``system`` becomes the system message, and makes a message of a prompt in text.
+
     Without answers each prompt is kept once. With them an undesirable completion (``label`` false) and a pair's
     rejected completion are left out. A log entry says how many records are left out, and why.
 
     Raises:
-        DataError: a file cannot be read, or a record has no prompt, or lacks an answer that is needed.
+        DataError: a file cannot be read, or a record has no prompt, lacks an answer that is needed, or has something
+            that generation does not take, such as tools or images.
     """
     found, left_out, seen = [], 0, set()
     for name, source in ((str(path), source) for path in paths for source in files.found(path)):
@@ -80,6 +84,11 @@ def _checked(record: Any, needs_answers: bool, where: str) -> dict[str, Any]:
     if not isinstance(record, dict) or "prompt" not in record:
         came = sorted(record) if isinstance(record, dict) else short(record)
         raise DataError(f"{where}: expected a record with a prompt, got {came}")
+    for field in (TOOLS, *UNSUPPORTED):  # tools too: judges would not see them
+        if has_content(record.get(field)):
+            raise DataError(f"{where}, {unsupported(field)}")
+    if "system" in record:
+        record = with_system(lambda record, where: record, record, where)
     prompt, here = record["prompt"], f"{where}, field 'prompt'"
     is_text = isinstance(prompt, str)
     prompt = form_text(prompt, here) if is_text else form_messages(prompt, here)

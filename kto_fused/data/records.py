@@ -27,6 +27,7 @@ from .form import (
     ASSISTANT,
     MAX_RECORD,
     PREFERENCES,
+    TOOLS,
     UNSUPPORTED,
     DataError,
     Form,
@@ -36,6 +37,7 @@ from .form import (
     form_of,
     names,
     short,
+    without_nulls,
 )
 from .layouts import (
     LabelError,
@@ -48,6 +50,7 @@ from .layouts import (
     label_column,
     number_columns,
     renamed,
+    tools_column,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,11 +83,12 @@ def load(source: Source, forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS
         forms: the fields that a record may have, one of the constants of ``form``. Preferences: ``prompt``,
             ``completion``, ``label``, or ``prompt``, ``chosen``, ``rejected``. Demonstrations: ``prompt``,
             ``completion``, or ``text``, or ``messages``. Comparisons: ``prompt``, ``chosen``, ``rejected``. Preferences
-            and comparisons may have a ``weight``, comparisons also a ``margin``.
+            and comparisons may have a ``weight``, comparisons also a ``margin``, and all but texts ``tools``.
         reading: names of columns and words of labels, made by ``layouts.reading``.
 
     Returns:
-        A dataset with the fields of one of the forms. A label is a bool, a weight or margin a float64.
+        A dataset with the fields of one of the forms. A label is a bool, a weight or margin a float64; tools are JSON
+        text, "" if there are none.
 
     Raises:
         DataError: a source cannot be read, or a record has not the form that ``kto_fused.data`` describes.
@@ -235,7 +239,10 @@ def _other_source(source: Any) -> str:
 
 def _wanted(reading: Reading) -> files.Wanted:
     return files.Wanted(
-        partial(columns_read, given=reading), number_columns(reading), partial(label_column, given=reading)
+        partial(columns_read, given=reading),
+        number_columns(reading),
+        partial(label_column, given=reading),
+        tools_column(reading),
     )
 
 
@@ -314,7 +321,7 @@ class _Converted:
     def note(self, columns: Iterable[str]) -> None:
         """Remember which columns are not used."""
         sources = {column: field for field, column in self.reading.columns}
-        read = {*self.layout.columns, *self.form.fields, *UNSUPPORTED}
+        read = {*self.layout.columns, *self.form.fields, *UNSUPPORTED, TOOLS}
         replaced = {field for field, column in self.reading.columns if field != column}
         for name in columns:
             if sources.get(name, name) not in read or (name in replaced and name not in sources):
@@ -431,12 +438,14 @@ def _dataset_records(dataset: Dataset, name: str, reading: Reading) -> Iterator[
     label = label_column(dataset.column_names, reading)
     feature = dataset.features[label] if label is not None else None
     classes = feature.names if isinstance(feature, ClassLabel) else None
-    row = 0
+    tools, row = tools_column(reading), 0
     for batch in dataset.iter(ROWS_AT_A_TIME):
         for values in zip(*batch.values(), strict=True):
             record = dict(zip(batch, values, strict=True))
             if classes is not None:
                 record[label] = files.class_name(record[label], classes)
+            if tools in record:
+                record[tools] = without_nulls(record[tools])
             yield f"{name}, row {row}", record
             row += 1
 

@@ -6,6 +6,7 @@ forked process, which is killed when it exceeds a limit. The training process go
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -60,29 +61,37 @@ class Renderer:
     def __exit__(self, *_) -> None:
         self._stop()
 
-    def __call__(self, row: int, messages: list[dict[str, str]], **options: bool) -> Rendered:
+    def __call__(self, row: int, messages: list[dict[str, str]], tools: str = "", **options: bool) -> Rendered:
         """Return the rendered messages of record ``row``.
 
         Args:
             row: the record's number, for messages.
             messages: the conversation.
+            tools: the tools that the template writes, as JSON; "" for none.
             options: ``add_generation_prompt``: also write what asks for an answer. ``find_generated``: also return the
                 ``{% generation %}`` blocks.
 
         Raises:
             DataError: the template fails or exceeds a limit. The message names the row.
         """
-        return self.all([row], [messages], **options)[0]
+        return self.all([row], [messages], [tools], **options)[0]
 
-    def all(self, rows: list[int], conversations: list[list[dict[str, str]]], **options: bool) -> list[Rendered]:
+    def all(
+        self,
+        rows: list[int],
+        conversations: list[list[dict[str, str]]],
+        tools: list[str] | None = None,
+        **options: bool,
+    ) -> list[Rendered]:
         """Return the rendered conversations of several records, as a call for each of them would.
 
         Several records are sent to the process at once: taking turns at each record, the two processes would wait
         longer for each other than a rendering takes.
         """
-        rendered = []
+        rendered, tools = [], tools or [""] * len(conversations)
         for start, stop in _parts(conversations):
-            for row, outcome in zip(rows[start:stop], self._outcomes(conversations[start:stop], options), strict=True):
+            outcomes = self._outcomes(conversations[start:stop], tools[start:stop], options)
+            for row, outcome in zip(rows[start:stop], outcomes, strict=True):
                 if isinstance(outcome, str):
                     self._stop()  # the process may still have results to send
                     raise DataError(f"{self.name} data, row {row}: the chat template does not render it: {outcome}")
@@ -90,16 +99,16 @@ class Renderer:
         return rendered
 
     def _outcomes(
-        self, conversations: list[list[dict[str, str]]], options: dict[str, bool]
+        self, conversations: list[list[dict[str, str]]], tools: list[str], options: dict[str, bool]
     ) -> Iterator[Rendered | str]:
         """Yield the renderings of the conversations. A string says why there is none; it is the last item."""
         if not hasattr(os, "fork"):
-            yield from (_render(self.tokenizer, messages, **options) for messages in conversations)
+            yield from (_render(self.tokenizer, *one, **options) for one in zip(conversations, tools, strict=True))
             return
         if self._process is None:
             self._start()
         try:
-            self._connection.send((conversations, options))
+            self._connection.send((conversations, tools, options))
             for _ in conversations:
                 if not self._connection.poll(RENDER_SECONDS):
                     yield f"it did not end within {RENDER_SECONDS} seconds"
@@ -149,10 +158,10 @@ def _serve(connection, tokenizer: PreTrainedTokenizerBase) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _limit_memory()
     while True:
-        conversations, options = connection.recv()
-        for messages in conversations:
+        conversations, tools, options = connection.recv()
+        for one in zip(conversations, tools, strict=True):
             signal.alarm(2 * max(1, int(RENDER_SECONDS)))  # ends this process after the training process was killed
-            connection.send(_render(tokenizer, messages, **options))
+            connection.send(_render(tokenizer, *one, **options))
         signal.alarm(0)
 
 
@@ -173,21 +182,26 @@ def _limit_memory() -> None:
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, str]],
+    tools: str,
     add_generation_prompt: bool = False,
     find_generated: bool = False,
 ) -> Rendered | str:
     """Return the rendering, or a string that says why there is none."""
+    given = json.loads(tools) if tools else None
     try:
         if find_generated:
             texts, generated = render_jinja_template(
                 [messages],
-                chat_template=tokenizer.get_chat_template(),
+                tools=given,
+                chat_template=tokenizer.get_chat_template(tools=given),
                 return_assistant_tokens_mask=True,
                 **tokenizer.special_tokens_map,
             )
             rendered = Rendered(texts[0], generated[0])
         else:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            text = tokenizer.apply_chat_template(
+                messages, tools=given, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
             rendered = Rendered(text, [])
     except MemoryError:
         return f"it needs more than {RENDER_BYTES / 2**30:g} GiB of memory"

@@ -10,6 +10,7 @@ what deserves a warning is a finding of ``FOUND``. Both are columns of the rows.
 
 import functools
 import hashlib
+import json
 import re
 from array import array
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .form import ASSISTANT, MARGIN, NO_TEXTS, WEIGHT, DataError
+from .form import ASSISTANT, MARGIN, NO_TEXTS, TOOLS, WEIGHT, DataError
 from .rendering import GENERATION, Renderer
 
 # How many tokens of a prompt's messages may change once an answer follows: one or two, if the tokenizer merges across
@@ -125,7 +126,8 @@ def token_rows(
     fields = [field for field in batch if field not in ("prompt", *NO_TEXTS)]
     is_split = len(fields) > len(sides)
     nothing = [None] * len(rows)
-    labels, weights, margins = (batch.get(field, nothing) for field in NO_TEXTS)
+    labels, weights, margins = (batch.get(field, nothing) for field in ("label", WEIGHT, MARGIN))
+    tools = batch.get(TOOLS, [""] * len(rows))
     special = special_tokens(tokenizer)
     # a few different tokens end nearly all completions, and decoding one takes longer than all other checks of it
     is_white = functools.cache(lambda token: not tokenizer.decode([token]).strip(WHITE))
@@ -134,17 +136,17 @@ def token_rows(
         if isinstance(batch["prompt"][0], str):
             encoded = encoded_texts(batch, fields, tokenizer)
         else:
-            encoded = encoded_conversations(batch, fields, rows, tokenizer, special, render)
+            encoded = encoded_conversations(batch, fields, rows, tokenizer, special, render, tools)
         texts = zip(batch["prompt"], *(batch[field] for field in fields), strict=True)
-        records = zip(rows, batch["prompt"], texts, labels, weights, margins, encoded, strict=True)
-        for row, messages, record, label, weight, margin, (prompt, answers) in records:
+        records = zip(rows, batch["prompt"], tools, texts, labels, weights, margins, encoded, strict=True)
+        for row, messages, its_tools, record, label, weight, margin, (prompt, answers) in records:
             has_template_tokens = special.template is not None and _holds(special.template, record)
             why_same = _why_same(answers, max_length) if len(answers) == 2 else ""
             groups = [(answers[:1], True), (answers[1:], False)] if is_split else [(answers, label)]
             for group, its_label in groups:
                 start = _common_prefix(prompt, tuple(answer.ids for answer in group))
                 if start < len(prompt) and not isinstance(messages, str):
-                    _check_template(tokenizer, render, messages, prompt, start, row, name)
+                    _check_template(tokenizer, render, messages, its_tools, prompt, start, row, name)
                 example = _example(prompt, dict(zip(sides, group, strict=True)), start, max_length, special, is_white)
                 if why_same and "dropped" not in example:
                     example = {"dropped": why_same}
@@ -175,7 +177,8 @@ def _with_prompts(batch: dict) -> dict:
         for messages in batch["messages"]
     ]
     split = [(messages[:start], messages[start:]) for messages, start in zip(batch["messages"], starts, strict=True)]
-    return {"prompt": [prompt for prompt, _ in split], "completion": [answer for _, answer in split]}
+    made = {"prompt": [prompt for prompt, _ in split], "completion": [answer for _, answer in split]}
+    return made | ({TOOLS: batch[TOOLS]} if TOOLS in batch else {})
 
 
 def _as_messages(field: str, texts: list[str]) -> list[list[dict[str, str]]]:
@@ -326,25 +329,53 @@ class Conversation(NamedTuple):
     row: int
     prompt: list[dict[str, str]]
     answer: list[dict[str, str]]
+    tools: str
     asked: str  # the rendered prompt, with what asks for an answer
     text: str  # the rendered prompt and answer
     ids: list[int]  # the tokens of ``text``
 
 
 def encoded_conversations(
-    batch: dict, fields: list[str], rows: list[int], tokenizer, special: SpecialTokens, render: Renderer
+    batch: dict,
+    fields: list[str],
+    rows: list[int],
+    tokenizer,
+    special: SpecialTokens,
+    render: Renderer,
+    tools: list[str] | None = None,
 ) -> Iterator[Encoded]:
-    """Yield the tokens of each record as its chat template writes it."""
-    prompts = batch["prompt"]
-    asked = [one.text for one in render.all(rows, prompts, add_generation_prompt=True)]
+    """Yield the tokens of each record as its chat template writes it.
+
+    Raises:
+        DataError: a record has ``tools`` (JSON text) that the template does not write into the prompt.
+    """
+    prompts, tools = batch["prompt"], tools or [""] * len(rows)
+    asked = [one.text for one in render.all(rows, prompts, tools, add_generation_prompt=True)]
+    _check_tools(rows, prompts, tools, asked, render)
     asked_ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
     sides = []
     for field in fields:
-        texts = [one.text for one in render.all(rows, list(map(list.__add__, prompts, batch[field])))]
+        texts = [one.text for one in render.all(rows, list(map(list.__add__, prompts, batch[field])), tools)]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        conversations = map(Conversation, rows, prompts, batch[field], asked, texts, ids)
+        conversations = map(Conversation, rows, prompts, batch[field], tools, asked, texts, ids)
         sides.append([_conversation_answer(one, tokenizer, special, render) for one in conversations])
     yield from map(Encoded, asked_ids, map(list, zip(*sides, strict=True)) if fields else [[]] * len(prompts))
+
+
+def _check_tools(rows: list[int], prompts: list, tools: list[str], asked: list[str], render: Renderer) -> None:
+    """Raise ``DataError`` if a prompt with tools is rendered as one without them."""
+    having = [number for number, text in enumerate(tools) if text]
+    if not having:
+        return
+    of_these = [[values[number] for number in having] for values in (rows, prompts)]
+    without = render.all(*of_these, add_generation_prompt=True)
+    for number, one in zip(having, without, strict=True):
+        if one.text == asked[number]:
+            raise DataError(
+                f"{render.name} data, row {rows[number]}, field {TOOLS!r}: the chat template writes the same text with "
+                "and without the tools, so the model would not see them: take out the records that need tools, or use "
+                "a tokenizer whose template takes them"
+            )
 
 
 def _conversation_answer(conversation: Conversation, tokenizer, special: SpecialTokens, render: Renderer) -> Answer:
@@ -414,12 +445,13 @@ def _assistant_spans(conversation: Conversation, tokenizer, render: Renderer) ->
     comparing the rendered conversation with renderings of its first messages.
     """
     row, prompt, answer, text = conversation.row, conversation.prompt, conversation.answer, conversation.text
+    tools = conversation.tools
     where = f"{render.name} data, row {row}: the answer has several messages, of which only the assistant's are trained"
     instead = "give each answer as one message, with what came before it in the prompt"
     if not tokenizer.is_fast:
         raise DataError(f"{where}, and finding their tokens needs a tokenizer with a Rust backend: {instead}")
-    if GENERATION.search(tokenizer.get_chat_template()):
-        if spans := render(row, prompt + answer, find_generated=True).generated:
+    if GENERATION.search(tokenizer.get_chat_template(tools=json.loads(tools) if tools else None)):
+        if spans := render(row, prompt + answer, tools, find_generated=True).generated:
             return spans
         raise DataError(f"{where}, but the chat template's {{% generation %}} blocks hold none of its text: {instead}")
     spans = []
@@ -427,9 +459,9 @@ def _assistant_spans(conversation: Conversation, tokenizer, render: Renderer) ->
         if message["role"] not in ASSISTANT:
             continue
         before = prompt + answer[:number]
-        is_found = number == 0 or text.startswith(render(row, before).text)
-        start = _common_prefix(render(row, before, add_generation_prompt=True).text, (text,))
-        until = render(row, [*before, message]).text
+        is_found = number == 0 or text.startswith(render(row, before, tools).text)
+        start = _common_prefix(render(row, before, tools, add_generation_prompt=True).text, (text,))
+        until = render(row, [*before, message], tools).text
         end = len(until)
         if not text.startswith(until):
             # the template writes a last message differently (Qwen3 adds an empty thought): look for the rest of it
@@ -448,14 +480,14 @@ def _assistant_spans(conversation: Conversation, tokenizer, render: Renderer) ->
 
 
 def _check_template(
-    tokenizer, render: Renderer, messages: list, prompt: list[int], start: int, row: int, name: str
+    tokenizer, render: Renderer, messages: list, tools: str, prompt: list[int], start: int, row: int, name: str
 ) -> None:
     """Raise ``DataError`` if more than ``MERGED`` tokens of the prompt's messages lie after ``start``.
 
     There the completions start, so the template renders the messages differently once an answer follows. The text that
     asks for an answer belongs to no message, and may change.
     """
-    alone = tokenizer(render(row, messages).text, add_special_tokens=False)["input_ids"]
+    alone = tokenizer(render(row, messages, tools).text, add_special_tokens=False)["input_ids"]
     if _common_prefix(alone, (prompt,)) - start <= MERGED:
         return
     tail = tokenizer.decode(prompt[start:])

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import checks
 from . import cache
 from .collators import IGNORE_INDEX
-from .form import COMPARISONS, DEMONSTRATIONS, MARGIN, NO_TEXTS, PAIRED, PREFERENCES, WEIGHT, DataError, Forms
+from .form import COMPARISONS, DEMONSTRATIONS, MARGIN, NO_TEXTS, PAIRED, PREFERENCES, TOOLS, WEIGHT, DataError, Forms
 from .layouts import Reading
 from .packing import pack
 from .partners import mismatched_partners
@@ -116,7 +116,8 @@ def prepare_unpaired(
         if the records have it; a pair's two examples both have the pair's.
 
     Raises:
-        DataError: the data are bad, a chat template is missing, fails or exceeds a limit of ``Renderer``, the
+        DataError: the data are bad, a chat template is missing, fails, exceeds a limit of ``Renderer`` or takes no
+            tools though a record has some, the
             assistant's tokens of an answer cannot be told from the rest, no example is left, or none has a label that
             is needed.
         TypeError, ValueError: ``max_length`` is neither None nor an integer of at least 1; ``tokenizer`` is not a
@@ -243,6 +244,11 @@ def _tokenized(
     as_chat = _is_put_into_template(records, is_text, tokenizer, reading.chat, name)
     if not is_text and not tokenizer.chat_template:
         raise DataError(f"{name} data: holds conversations, but the tokenizer has no chat template to render them with")
+    if TOOLS in records.column_names and is_text and not as_chat and any(column_of(records, TOOLS)):
+        raise DataError(
+            f"{name} data: has tools, which a chat template writes, but plain text is trained without one: make "
+            "conversations of the records, with chat='always' (--chat always) for example"
+        )
     answers = [field for field in records.column_names if field not in ("prompt", *NO_TEXTS)]
     has_masks = not is_text and any(column_of(records, answer, pc.list_value_length).max() > 1 for answer in answers)
     columns = {"prompt_ids": TOKENS} | {f"{side}_ids": TOKENS for side in sides}

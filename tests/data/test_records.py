@@ -86,7 +86,7 @@ def test_rows_of_a_shuffled_dataset_are_checked_in_its_order():
         load(dataset)
 
 
-UNSUPPORTED = ["tools", "chat_template_kwargs", "image", "images", "audio", "audios", "video", "videos"]
+UNSUPPORTED = ["chat_template_kwargs", "image", "images", "audio", "audios", "video", "videos"]
 
 
 @pytest.mark.parametrize("kind", ["dataset", "jsonl", "parquet"])
