@@ -45,8 +45,15 @@ COLOURS = {
 # The contenders that the bars compare with. The plain reference is written to be read, not to be fast.
 PEERS = ("TRL", "Liger", "cut-cross-entropy", "eager", "torch.compile")
 FLOOR = "GEMMs alone"
-# the losses whose names are not their capital letters
-LOSS_NAMES = {"nll": "SFT", "ppo-clipped": "PPO,\na quarter clipped"}
+# the losses and methods whose names are not their capital letters
+LOSS_NAMES = {
+    "nll": "SFT",
+    "ppo-clipped": "PPO,\na quarter clipped",
+    "simpo": "SimPO",
+    "dft": "SFT, dft",
+    "reward": "reward model",
+    "online-dpo": "online DPO",
+}
 
 
 class Measured(NamedTuple):
@@ -147,12 +154,15 @@ def losses(rows: list[dict]) -> list[Picture]:
     bars = []
     for row in rows:
         if row["size"] == size:
-            loss = row["case"].split()[0]
-            name = LOSS_NAMES.get(loss, loss.upper())
+            name = loss_name(row["case"].split()[0])
             bars.append(Measured(row["contender"], name, row["seq_len"], row["ms"], row["peak_mib"]))
     head, dtype = size.rsplit(" ", 1)
     title = f"Losses from hidden states, head trained ({head})"
     return [Picture("-losses", title, dtype, [], "", 1, bars, baseline=FLOOR)]
+
+
+def loss_name(loss: str) -> str:
+    return LOSS_NAMES.get(loss, loss.upper())
 
 
 def from_logits(rows: list[dict]) -> list[Picture]:
@@ -186,7 +196,7 @@ def training(rows: list[dict]) -> list[Picture]:
     """Bars for each loss and architecture."""
     bars = []
     for row in rows:
-        model = f"{row['loss'].upper()}\n{row['size'].split(',')[0]}"
+        model = f"{loss_name(row['loss'])}\n{row['size'].split(',')[0]}"
         bars.append(Measured(row["contender"], model, 0, row["ms"], row["peak_mib"]))
     sizes = "; ".join(dict.fromkeys(row["size"] for row in rows))
     return [Picture("", f"A whole training step: {sizes}", "float32 weights", [], "", 1, bars)]

@@ -21,12 +21,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=KINDS, help="measure this part only; without it all parts")
-    parser.add_argument("--cases", nargs="+", help="with --only hidden: measure these cases only, as 'orpo trained'")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        help="measure these cases only: with --only hidden as 'orpo trained'; with --only training "
+        f"{', '.join(report_training.CASES)}, which join the other cases' results in --out",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    if arguments.cases and (arguments.only != "hidden" or arguments.out == RESULTS):
-        parser.error(f"--cases measures a part of --only hidden: name both, and an --out other than {RESULTS}")
+    if arguments.cases and arguments.only not in ("hidden", "training"):
+        parser.error("--cases measures a part of --only hidden or --only training: name one of them")
+    if arguments.cases and arguments.only == "hidden" and arguments.out == RESULTS:
+        parser.error(f"--only hidden with --cases needs an --out other than {RESULTS}")
+    if arguments.only == "training" and (unknown := set(arguments.cases or ()) - set(report_training.CASES)):
+        parser.error(f"--cases {' '.join(sorted(unknown))}: expected some of {', '.join(report_training.CASES)}")
     for kind in [arguments.only] if arguments.only else KINDS:
         module = KINDS[kind]
         plan = module.PLANS[device.type]
