@@ -1,10 +1,16 @@
-"""Time a whole KTO or DPO training step of a small model: `pytest benchmarks/`."""
+"""Time a whole KTO or DPO training step of a small model: `pytest benchmarks/`.
+
+With every method, a step of each contender on the same batch has the same loss and gradient.
+"""
+
+import json
 
 import pytest
 import report_training
 import torch
 from conftest import DEVICE
-from contenders_training import CONTENDERS, make_problem
+from contenders_training import ARCHITECTURES, CONTENDERS, METHODS, contenders_of, make_problem
+from transformers import LlamaConfig
 
 from kto_fused.measure import synchronize
 
@@ -34,6 +40,60 @@ def test_each_contender_gets_its_own_copy_of_equal_weights():
     for weights in zip(*(x.parameters() for x in (problem.model, problem.ref_model, other.model)), strict=True):
         assert len({weight.data_ptr() for weight in weights}) == 3
         assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
+TINY = LlamaConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_contenders_compute_the_same_loss_and_gradient(method, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
+    # KTO's mismatched pairs are drawn at random; of two prompts there is one way to draw them
+    problem = make_problem(method, "tiny", 2 if method == "kto" else 4, 16, torch.device("cpu"))
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # other weights of the reference, and log-probabilities that differ
+        for model in filter(None, (problem.model, problem.ref_model)):
+            for weight in model.parameters():
+                weight.add_(0.1 * torch.randn(weight.shape, generator=random))
+    expected = None
+    for name, contender in contenders_of(method).items():
+        training = contender(problem.with_own_models())
+        loss = training.step()
+        grads = {key: weight.grad for key, weight in training.model.named_parameters()}
+        if expected is None:
+            expected = loss, grads
+            assert min(grad.abs().max() for grad in grads.values()) > 1e-6
+        torch.testing.assert_close(loss, expected[0], rtol=2e-6, atol=2e-6, msg=name)
+        for key, grad in expected[1].items():
+            torch.testing.assert_close(grads[key], grad, rtol=0, atol=1e-5 * grad.abs().max().item(), msg=name)
+
+
+def test_the_results_of_some_cases_join_the_others(tmp_path):
+    plan = report_training.PLANS["cpu"]
+    report = report_training.new_report(torch.device("cpu"), plan.rounds) | {
+        "settling": plan.settling,
+        "longest": [{"loss": "kto"}],
+        "longest_tried": plan.longest,
+        "budget_mib": plan.budget / 2**20,
+    }
+    rows = [{"loss": "kto"}, {"loss": "sft"}]
+    left_out = [{"case": report_training.title(case, plan.sizes[0])} for case in ("kto", "sft")]
+    path = tmp_path / "cpu-training.json"
+    path.write_text(json.dumps({**report, "rows": rows, "left_out": left_out, "date": "2000-01-01"}))
+    joined = report_training.joined(dict(report), plan.of_cases(["sft"]), tmp_path)
+    assert (joined["rows"], joined["left_out"], joined["longest"]) == (rows[:1], left_out[:1], report["longest"])
+    assert joined["date"] == f"2000-01-01 to {report['date']}"
+    assert report_training.joined(dict(report), plan, tmp_path) == report  # of all cases: nothing is kept
+    path.write_text(json.dumps({**report, "torch": "1.0"}))
+    with pytest.raises(ValueError, match=r"has torch '1.0', and this run .* measure all cases anew"):
+        report_training.joined(dict(report), plan.of_cases(["sft"]), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -223,18 +223,32 @@ def long_sequences_on_a_cpu() -> list[str]:
     return lines
 
 
-def training_steps_on_a_cpu() -> list[str]:
-    report = results("cpu-training.json")
-    steps, longest = ({(row["loss"], row["contender"]): row for row in report[kind]} for kind in ("rows", "longest"))
-    lines = ["| | KTO, ms / peak MiB | longest, tokens | DPO, ms / peak MiB | longest, tokens |"]
-    for name in dict.fromkeys(contender for _, contender in steps):
-        cells = []
-        for loss in ("kto", "dpo"):
-            step, seq_len = steps[loss, name], longest[loss, name]["seq_len"]
-            cells.append(f"{step['ms']:.0f} / {step['peak_mib']:.0f}")
-            cells.append(f">= {seq_len}" if seq_len == report["longest_tried"] else str(seq_len))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+METHOD_NAMES = {"simpo": "SimPO", "dft": "SFT, dft", "reward": "reward model", "online-dpo": "online DPO"}
+
+
+def by_method(head: str, cells: dict[tuple[str, str], str]) -> list[str]:
+    """A line per method, a column per contender."""
+    contenders = list(dict.fromkeys(contender for _, contender in cells))
+    lines = [f"| {head} | {' | '.join(contenders)} |"]
+    for method in dict.fromkeys(method for method, _ in cells):
+        found = (cells.get((method, contender), "-") for contender in contenders)
+        lines.append(f"| {METHOD_NAMES.get(method, method.upper())} | {' | '.join(found)} |")
     return lines
+
+
+def training_steps_on_a_cpu() -> list[str]:
+    rows = results("cpu-training.json")["rows"]
+    cells = {(row["loss"], row["contender"]): f"{row['ms']:.0f} / {row['peak_mib']:.0f}" for row in rows}
+    return by_method("ms / peak MiB", cells)
+
+
+def longest_sequences_on_a_cpu() -> list[str]:
+    report = results("cpu-training.json")
+    cells = {}
+    for row in report["longest"]:
+        bound = "at least " if row["seq_len"] == report["longest_tried"] else ""
+        cells[row["loss"], row["contender"]] = f"{bound}{row['seq_len']}"
+    return by_method("longest, tokens", cells)
 
 
 def from_logits_on_a_gpu() -> list[str]:
@@ -346,6 +360,7 @@ TABLES = [
     losses_from_hidden_states_on_a_cpu,
     long_sequences_on_a_cpu,
     training_steps_on_a_cpu,
+    longest_sequences_on_a_cpu,
     from_logits_on_a_gpu,
     from_hidden_states_in_turns_on_a_gpu,
     from_hidden_states_on_a_gpu,
@@ -356,7 +371,7 @@ TABLES = [
 @pytest.mark.parametrize("table", TABLES)
 def test_the_tables_are_the_measured_ones(table):
     header, *rows = table()
-    assert len(rows) >= 3
+    assert len(rows) >= 2
     assert table_of(MEASUREMENTS, header) == rows
 
 
