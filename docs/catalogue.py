@@ -24,7 +24,7 @@ TRL_TRAINERS = {
     "`CPOConfig`": ("cpo",),
     "`ORPOConfig`": ("orpo",),
     "`SFTConfig(loss_type=...)`": ("nll", "dft"),
-    "`GRPOConfig(loss_type=...)`": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
+    "`GRPOConfig(loss_type=...)`": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"),
     '`GRPOConfig(importance_sampling_level="sequence")`': ("gspo",),
 }
 

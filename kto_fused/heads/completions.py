@@ -2,7 +2,8 @@
 ``heads.pairs``.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -158,9 +159,35 @@ class BCO(_LabelledCompletion):
         return {"delta": delta}
 
 
+@dataclass(frozen=True)
+class _SequenceRatio(Head):
+    """A policy-gradient loss with one importance ratio per sequence, averaged as ``heads.tokens`` averages tokens."""
+
+    normalizer: str = "sequences"
+    max_tokens: int = 0
+    on_policy: bool = field(default=False, kw_only=True)
+
+    group: ClassVar[int | None] = 1
+    needs_reference: ClassVar[bool] = False
+    summed_tensors: ClassVar[tuple[str, ...]] = ("old_logps",)
+
+    def __post_init__(self) -> None:
+        check_normalizer(self.normalizer, self.max_tokens)
+        checks.flag("on_policy", self.on_policy)
+
+    def _weights(self, counts, batch_counts, num_items):
+        """The factors of sequences whose n tokens have one loss each, alike; the mean over the batch is normalised."""
+        if self.normalizer == "sequences":
+            return (counts > 0).double()
+        if self.normalizer == "constant":
+            return counts.double() / self.max_tokens
+        total = batch_counts.sum().clamp(min=1) if num_items is None else num_items
+        return counts.double() * len(batch_counts) / total
+
+
 @register("gspo")
 @dataclass(frozen=True)
-class GSPO(Head):
+class GSPO(_SequenceRatio):
     """GSPO (Zheng et al. 2025, arXiv 2507.18071), which clips a sequence's importance ratio rho = exp((L - Lold) / n):
     -min(rho A, clip(rho, 1 - low, 1 + high) A).
 
@@ -179,32 +206,15 @@ class GSPO(Head):
     The KL divergence to a reference model is a loss of tokens, ``kl``, which a ``Mix`` adds.
     """
 
-    normalizer: str = "sequences"
-    max_tokens: int = 0
     clip: float | tuple[float, float] = (3e-4, 4e-4)
     delta: float = 0.0
-    on_policy: bool = False
-
-    group: ClassVar[int | None] = 1
-    needs_reference: ClassVar[bool] = False
-    summed_tensors: ClassVar[tuple[str, ...]] = ("old_logps",)
 
     def __post_init__(self) -> None:
-        check_normalizer(self.normalizer, self.max_tokens)
+        super().__post_init__()
         check_clip(self.clip, self.delta)
-        checks.flag("on_policy", self.on_policy)
 
     def _ratios(self, logps, counts, old_logps):
         return torch.exp(log_ratios(logps, old_logps, self.on_policy) / counts.clamp(min=1))
-
-    def _weights(self, counts, batch_counts, num_items):
-        """The factors of the sequences' losses, whose mean over the batch is the normalised loss."""
-        if self.normalizer == "sequences":
-            return (counts > 0).double()
-        if self.normalizer == "constant":
-            return counts.double() / self.max_tokens
-        total = batch_counts.sum().clamp(min=1) if num_items is None else num_items
-        return counts.double() * len(batch_counts) / total
 
     def losses(self, logps, counts, ref_logps, *, advantages, old_logps=None, num_items=None, batch_counts):
         weights = self._weights(counts, batch_counts, num_items)
@@ -213,3 +223,42 @@ class GSPO(Head):
 
     def report(self, logps, counts, ref_logps, *, advantages, old_logps=None, num_items=None):
         return {"ratios": self._ratios(logps, counts, old_logps)}
+
+
+@register("vespo")
+@dataclass(frozen=True)
+class VESPO(_SequenceRatio):
+    """VESPO (Shen et al. 2026, arXiv 2602.10693): -sg(phi) A L, with phi = W^k exp(lambda (1 - W)) of the importance
+    ratio W = exp(L - Lold) of the whole sequence, where sg has no gradient.
+
+    ``k_pos`` and ``lambda_pos`` are k and lambda of sequences with A >= 0, ``k_neg`` and ``lambda_neg`` of the others.
+    log W is held within [log 1e-8, 20], as in the authors' code.
+
+    Tensors and ``on_policy`` are those of ``gspo``. The loss is the sum of -sg(phi) A l over the sequence's tokens, and
+    ``normalizer`` is that of a loss of tokens; TRL's is ``"items"``.
+    """
+
+    normalizer: str = "tokens"
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("k_pos", 0), ("lambda_pos", 1e-4), ("k_neg", 0), ("lambda_neg", 1e-4)):
+            checks.number(name, getattr(self, name), at_least=least)
+
+    def _phi(self, logps, advantages, old_logps):
+        log_ratio = log_ratios(logps, old_logps, self.on_policy).detach().clamp(math.log(1e-8), 20.0)
+        is_gain = advantages >= 0
+        k = torch.where(is_gain, self.k_pos, self.k_neg)
+        rate = torch.where(is_gain, self.lambda_pos, self.lambda_neg)
+        return torch.exp(k * log_ratio - rate * torch.expm1(log_ratio))
+
+    def losses(self, logps, counts, ref_logps, *, advantages, old_logps=None, num_items=None, batch_counts):
+        weights = self._weights(counts, batch_counts, num_items) / counts.clamp(min=1)
+        return weighted(-self._phi(logps, advantages, old_logps) * advantages * logps, weights)
+
+    def report(self, logps, counts, ref_logps, *, advantages, old_logps=None, num_items=None):
+        return {"phi": self._phi(logps, advantages, old_logps)}

@@ -224,3 +224,28 @@ class CISPO(_PolicyGradient):
         ratio = self._ratios(logps, old_logps)
         weights = ratio.detach().clamp(max=self.clip_high)
         return self._with_kl(-weights * advantages * logps, logps, ratio, ref_token_logps)
+
+
+@register("sapo")
+@dataclass(frozen=True)
+class SAPO(_PolicyGradient):
+    """SAPO (Gao et al. 2025, arXiv 2511.20347), PPO's loss with a soft gate in place of the clip:
+    -(4 / tau) sigma(tau (rho - 1)) A, with tau = ``tau_pos`` where A > 0 and ``tau_neg`` elsewhere.
+
+    Its derivative by rho is -A at rho = 1, and falls towards 0 on both sides.
+    """
+
+    normalizer: str = "sequences"
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number("tau_pos", self.tau_pos, above=0)
+        checks.number("tau_neg", self.tau_neg, above=0)
+
+    def losses(self, logps, counts, ref_logps, *, advantages, old_logps=None, ref_token_logps=None):
+        ratio = self._ratios(logps, old_logps)
+        taus = torch.where(advantages > 0, self.tau_pos, self.tau_neg).to(ratio.dtype)
+        gates = torch.sigmoid(taus * (ratio - 1)) * 4 / taus
+        return self._with_kl(-gates * advantages, logps, ratio, ref_token_logps)

@@ -105,14 +105,14 @@ def fuse(trainer: Trainer) -> Trainer:
       (2 instead of 3 with a frozen head) and waits for the device once for all logged values. That holds for every
       ``loss_type`` of KTO, DPO and the experimental CPO, for the experimental ORPO, for DPO's weighted lists,
       f-divergences, ``ld_alpha`` and ``use_weighting``, and for GRPO's ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``,
-      ``luspo`` and ``cispo``. CPO and ORPO compute logits for the tokens of their loss alone. GRPO's tokens without a
+      ``luspo``, ``cispo``, ``sapo`` and ``vespo``. CPO and ORPO compute logits for the tokens of their loss alone. GRPO's tokens without a
       gradient (clipped ratios, advantages of 0) take part in 1 GEMM only, and its old and reference log-probabilities
       come from this package too.
     - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: a setting that no loss
       of this package takes, such as a negative weight or a ``label_smoothing`` of 0.5; a subclass with a loss of its
       own; ``ipo`` and ``sigmoid_norm`` for a batch with an empty prompt, and for every batch if the reference
-      log-probabilities are precomputed; GRPO's ``sapo`` and ``vespo``, ``importance_sampling_level="sequence"`` with
-      ``beta`` or ``cispo``, ``top_entropy_quantile`` and ``off_policy_mask_threshold``.
+      log-probabilities are precomputed; GRPO's ``importance_sampling_level="sequence"`` with ``beta``, ``cispo`` or
+      ``sapo``, ``vespo`` with ``beta``, ``top_entropy_quantile`` and ``off_policy_mask_threshold``.
     - TRL before 1.15 computes logits, not log-probabilities. Of its trainers, ``fuse`` takes over whole losses only,
       and leaves to TRL ``use_liger_kernel`` and load-balancing losses, before 1.14 also precomputed references, and
       in 1.9 f-divergences and ``luspo``.
@@ -145,6 +145,8 @@ def fuse(trainer: Trainer) -> Trainer:
       the sequence out of the loss, but its gradient is NaN.
     - If several tokens share the highest logit, each of them counts as right for ``mean_token_accuracy``. In TRL only
       the first does.
+    - GRPO's ``vespo`` holds the log-ratio of a sequence within its bounds, as TRL does, but not the log-ratio of a
+      single token within [-20, 20].
     - A CPO or ORPO batch without a chosen completion token has a loss; TRL's is NaN.
     - Frozen weights of an adapter stay frozen. TRL's reference pass unfreezes them, and from the second step on their
       gradients count towards the norm that clips the gradient.

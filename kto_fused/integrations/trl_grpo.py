@@ -5,6 +5,7 @@ package too (``trl_model.py``). The call returns each token's log-probability an
 the clip ratios, the KL divergence and the entropy are logged as TRL logs them.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..huggingface.forward import FusedCall
 # losses of TRL that clip PPO's ratio, by what the tokens' sum is divided by, see ``heads.tokens.NORMALIZERS``
 CLIPPED = {"grpo": "sequences", "bnpo": "tokens", "dr_grpo": "constant", "luspo": "constant", "dapo": "items"}
 # losses of TRL that divide by the number of tokens of all ranks and accumulated batches
-PER_ITEM = ("dapo", "cispo")
+PER_ITEM = ("dapo", "cispo", "vespo")
 
 
 # ---- Which loss it is ----------------------------------------------------------------------------------------------
@@ -36,6 +37,14 @@ def grpo_head(trainer: Trainer, on_policy: bool) -> heads.Head:
     of_kl = {"kl_beta": trainer.beta, "kl_ratio": args.use_bias_correction_kl}
     if loss_type == "cispo" and level == "token":
         return heads.make("cispo", clip_high=trainer.epsilon_high, on_policy=on_policy, **of_kl)
+    if loss_type == "sapo" and level == "token":
+        taus = {"tau_pos": args.sapo_temperature_pos, "tau_neg": args.sapo_temperature_neg}
+        return heads.make("sapo", on_policy=on_policy, **taus, **of_kl)
+    if loss_type == "vespo" and trainer.beta == 0:
+        fields = {name: getattr(args, f"vespo_{name}") for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")}
+        return heads.make("vespo", normalizer="items", on_policy=on_policy, **fields)
+    if loss_type == "vespo":
+        raise ValueError(f"beta={trainer.beta} adds losses of tokens to loss_type='vespo'")
     if loss_type not in CLIPPED:
         raise ValueError(
             f"loss_type={loss_type!r} with importance_sampling_level={level!r} is not one of {list(CLIPPED)}"
@@ -78,9 +87,14 @@ def why_trl_keeps_grpo(trainer: Trainer) -> str | None:
 
 def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """Replace ``GRPOTrainer._compute_loss``."""
-    is_of_sequences = self.importance_sampling_level == "sequence"
+    is_vespo = self.loss_type == "vespo"
+    is_of_sequences = is_vespo or self.importance_sampling_level == "sequence"
     advantages, old_logps = inputs["advantages"], inputs.get("old_per_token_logps")
-    if why_trl_keeps_grpo_loss(self) is not None or (is_of_sequences and advantages.ndim == 2):
+    correction = inputs.get("importance_sampling_ratio")  # of vLLM's log-probabilities, with which old ones come
+    is_unknown = (is_of_sequences and advantages.ndim == 2) or (
+        is_vespo and correction is not None and old_logps is None
+    )
+    if is_unknown or why_trl_keeps_grpo_loss(self) is not None:
         return type(self)._compute_loss(self, model, inputs)  # a setting that changed since fuse, or a subclass's batch
     prompt_ids, completion_ids = inputs["prompt_ids"], inputs["completion_ids"]
     completion_mask, num_prompt = inputs["completion_mask"], prompt_ids.shape[1]
@@ -89,9 +103,9 @@ def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.
         advantages = advantages[:, None]
 
     weighted_advantages = advantages.expand(mask.shape)
-    if self.use_vllm and self.vllm_importance_sampling_correction:
+    if self.use_vllm and self.vllm_importance_sampling_correction and not is_vespo:
         # a factor >= 0 of a token's loss without its KL term is a factor of the advantage
-        weighted_advantages = weighted_advantages * inputs["importance_sampling_ratio"]
+        weighted_advantages = weighted_advantages * correction
     tensors = {"advantages": weighted_advantages}
     if old_logps is not None:
         tensors["old_logps"] = old_logps
@@ -99,7 +113,12 @@ def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.
         tensors["ref_token_logps"] = inputs["ref_per_token_logps"]
     # entry t belongs to the token at t: the prompt's entries are not read
     tensors = {name: F.pad(values, (num_prompt, 0)) for name, values in tensors.items()}
-    if is_of_sequences:
+    if is_vespo:
+        tensors["advantages"] = advantages[:, 0]
+        if correction is not None:  # a factor of the sequence's importance ratio
+            log_correction = correction.log().clamp(math.log(1e-8), 20.0).sum(-1)
+            tensors["old_logps"] = (old_logps * mask).sum(1) - log_correction
+    elif is_of_sequences:
         tensors["advantages"] = (weighted_advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
     is_training = self.model.training
     steps = self.current_gradient_accumulation_steps if is_training else 1.0  # an evaluation accumulates nothing
@@ -126,8 +145,8 @@ def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.
     loss, *values = outcome.results(gradient_path)
     if is_of_sequences:
         (metrics,) = values
-        ratios, entropy = metrics.reported["ratios"][:, None], metrics.entropy * metrics.token_counts
-        kl = None
+        (ratios,) = metrics.reported.values()
+        ratios, entropy, kl = ratios[:, None], metrics.entropy * metrics.token_counts, None
     else:
         logps, metrics = values
         predicting = slice(num_prompt - 1, -1)  # the positions that predict the completion's tokens
@@ -138,7 +157,7 @@ def grpo_loss(self: Trainer, model: nn.Module, inputs: dict[str, Any]) -> torch.
         loss = loss / steps
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * outcome.aux_loss / steps
-    _log(self, mask, entropy, kl, _clipped(self, ratios, advantages), outcome.aux_loss)
+    _log(self, mask, entropy, kl, _measured(self, ratios, advantages), outcome.aux_loss)
     return loss
 
 
@@ -179,9 +198,15 @@ def _kl(trainer: Trainer, logps: torch.Tensor, inputs: dict[str, Any], ratios: t
     return estimates * ratios if trainer.args.use_bias_correction_kl else estimates
 
 
-def _clipped(trainer: Trainer, ratios: torch.Tensor, advantages: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return by name which importance ratios are clipped: [B, T] of tokens, or [B, 1] of sequences."""
+def _measured(trainer: Trainer, ratios: torch.Tensor, advantages: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return by name which importance ratios are clipped: [B, T] of tokens, or [B, 1] of sequences. For ``vespo``,
+    whose ``ratios`` are its weights phi, return these.
+    """
     low, high = trainer.epsilon_low, trainer.epsilon_high
+    if trainer.loss_type == "vespo":
+        return {"vespo/phi_seq_mean": ratios}
+    if trainer.loss_type == "sapo":
+        return {}
     if trainer.loss_type == "cispo":
         return {"cispo_clip_ratio": (ratios > high) & (advantages > 0)}
     if trainer.args.delta is not None:
@@ -197,7 +222,7 @@ def _log(
     mask: torch.Tensor,
     entropy: torch.Tensor,
     kl: torch.Tensor | None,
-    clipped: dict[str, torch.Tensor],
+    measured: dict[str, torch.Tensor],
     aux_loss: torch.Tensor | None,
 ) -> None:
     """Append to ``trainer._metrics`` the values that TRL appends, with one wait for the device.
@@ -208,17 +233,17 @@ def _log(
     sums = {} if kl is None else {"kl": ((kl * mask).sum(), num_tokens)}
     sums["entropy"] = entropy.sum(), num_tokens
     shares = {}
-    for name, is_clipped in clipped.items():
-        if is_clipped.shape[1] == 1:  # of sequences
-            sums[name] = is_clipped.sum(), torch.tensor(len(is_clipped), device=mask.device)
-            shares[name] = is_clipped[:, 0].double()
+    for name, values in measured.items():
+        if values.shape[1] == 1:  # of sequences
+            sums[name] = values.sum(), torch.tensor(len(values), device=mask.device)
+            shares[name] = values[:, 0].double()
         else:
-            sums[name] = (is_clipped * mask).sum(), num_tokens
-            shares[name] = (is_clipped * mask).sum(1).double() / mask.sum(1)
+            sums[name] = (values * mask).sum(), num_tokens
+            shares[name] = (values * mask).sum(1).double() / mask.sum(1)
     local = torch.stack([torch.stack([total.double(), count.double()]) for total, count in sums.values()])
     totals, counts = accelerator.reduce(local, reduction="sum").unbind(1)
     found = dict(zip(sums, totals / counts.clamp(min=1), strict=True))
-    if trainer.loss_type != "cispo":  # a sequence without tokens has no share
+    if "clip_ratio/low_mean" in shares:  # a sequence without tokens has no share
         both = torch.stack([shares["clip_ratio/low_mean"], shares["clip_ratio/high_mean"]], 1)
         lows, highs = accelerator.gather(both).unbind(1)
         extremes = lows.nan_to_num(torch.inf).min(), highs.nan_to_num(-torch.inf).max()

@@ -37,7 +37,7 @@ from .round_settings import LoopSettings
 from .rounds import Loop, Scored, TakesTokens, TokenValues, TrainingData
 
 GAE, GROUP = ADVANTAGES = ("gae", "group")
-LOSSES = ("ppo", "grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+LOSSES = ("ppo", "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 BACKBONE = "backbone"
 CRITIC = "critic.safetensors"  # beside the policy in a checkpoint
 TOKEN_COLUMNS = ("old_logps", "advantages", "returns", "values", "ref_token_logps")  # one entry per completion token

@@ -201,7 +201,11 @@ def test_a_compiled_token_loss_is_the_eager_one():
         torch.testing.assert_close(gradients(compiled, function), gradients(step, function))
 
 
-@pytest.mark.parametrize("name", ["ppo", "cispo"])
+def soft_gate(ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    return torch.where(advantages > 0, 4 / (1 + torch.exp(1 - ratio)), 4 / 1.05 / (1 + torch.exp(1.05 * (1 - ratio))))
+
+
+@pytest.mark.parametrize("name", ["ppo", "cispo", "sapo"])
 def test_on_policy_and_with_a_weighted_kl_a_loss_is_the_one_by_hand(name):
     case = make(torch.float64, "cpu")
     inputs, advantages = (case["hidden"], case["weight"], case["labels"]), case["advantages"]
@@ -210,7 +214,7 @@ def test_on_policy_and_with_a_weighted_kl_a_loss_is_the_one_by_hand(name):
     loss, _ = fused_linear_loss(head, *inputs, advantages=advantages, ref_token_logps=ref)
     logps = reference.linear_token_logps(*inputs)[:, :-1]
     ratio, d = torch.exp(logps - logps.detach()), ref[:, 1:] - logps
-    gained = {"ppo": ratio, "cispo": logps}[name] * advantages[:, 1:]
+    gained = {"ppo": ratio, "cispo": logps, "sapo": soft_gate(ratio, advantages[:, 1:])}[name] * advantages[:, 1:]
     expected = (-gained + 0.3 * ratio * (d.exp() - d - 1)).mean()
     torch.testing.assert_close(loss, expected)
     for grads in zip(*(torch.autograd.grad(value, inputs[:2]) for value in (loss, expected)), strict=True):

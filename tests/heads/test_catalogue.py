@@ -150,6 +150,22 @@ def gspo(weight, delta=math.inf):
     return of_batch
 
 
+def vespo(weight):
+    """VESPO; ``weight`` of a sequence's length, the batch's tokens and number of sequences."""
+
+    def of_batch(logps, counts, ref_logps, old_logps, advantages, **numbers):
+        losses = []
+        for policy, old, n, advantage in zip(logps, old_logps, counts, advantages, strict=True):
+            k, rate = (1.5, 2.5) if advantage >= 0 else (3.0, 2.0)
+            ratio = exp(policy - old)
+            phi = ratio**k * exp(rate * (1 - ratio))
+            factor = weight(n, numbers.get("num_items", sum(counts)), len(counts)) / n
+            losses.append(-factor * phi * advantage * policy)
+        return losses
+
+    return of_batch
+
+
 CLIP = {"clip": (0.3, 0.2)}
 CLASSES = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
 SMOOTH = {"beta": 0.3, "label_smoothing": 0.1}
@@ -281,7 +297,15 @@ FORMULAS = {
     "gspo, tokens": ("gspo", {**CLIP, "normalizer": "tokens"}, gspo(lambda n, tokens, size: n * size / tokens)),
     "gspo, items": ("gspo", {**CLIP, "normalizer": "items"}, gspo(lambda n, tokens, size: n * size / tokens)),
     "gspo, constant": ("gspo", {**CLIP, "normalizer": "constant", "max_tokens": 7}, gspo(lambda n, *_: n / 7)),
+    "vespo": ("vespo", {"k_pos": 1.5, "lambda_pos": 2.5}, vespo(lambda n, tokens, size: n * size / tokens)),
+    "vespo, items": (
+        "vespo",
+        {"k_pos": 1.5, "lambda_pos": 2.5, "normalizer": "items"},
+        vespo(lambda n, tokens, size: n * size / tokens),
+    ),
 }
+# formulas with a part that has no gradient: KTO's reference point, VESPO's phi
+DETACHED = ("kto", "vespo", "vespo, items")
 # losses of token log-probabilities have tests of their own
 SEQUENCE_LOSSES = [name for name in heads.names() if heads.protocol._CLASSES[name].level == "sequence"]
 OURS = [name for name in SEQUENCE_LOSSES if heads.protocol._CLASSES[name].__module__.startswith("kto_fused.")]
@@ -338,8 +362,8 @@ def test_a_loss_is_its_formula(case):
 
     at = given["logps"].tolist()
     assert total.item() == pytest.approx(value(at), rel=1e-12)
-    if case == "kto":
-        return  # its formula here moves the reference point too, through which no gradient passes
+    if case in DETACHED:
+        return  # no gradient passes through a part that differences of the formula here move too
     step = 1e-5
     for i, grad in enumerate(logps.grad.tolist()):
         above, below = ([x + (i == j) * shift for j, x in enumerate(at)] for shift in (step, -step))
@@ -357,8 +381,7 @@ def test_no_gradient_passes_through_the_batchs_mean_log_ratio():
     torch.testing.assert_close(*grads)
 
 
-# finite differences of KTO around the batch's mean would move the mean too
-@pytest.mark.parametrize("case", [case for case in FORMULAS if case != "kto"])
+@pytest.mark.parametrize("case", [case for case in FORMULAS if case not in DETACHED])
 def test_gradients_agree_with_finite_differences(case):
     name, fields, _ = FORMULAS[case]
     given, head = inputs(seed=1), heads.make(name, **fields)
@@ -512,7 +535,7 @@ def test_no_loss_of_trl_is_missing():
     assert of_cpo == theirs["CPO"]
     missing = set().union(*theirs.values(), {"cpo", "orpo"}) - {*heads.names(), *of_cpo}
     page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
-    assert missing == {"sapo", "vespo", "luspo"}
+    assert missing == {"luspo"}
     assert all(f"`{name}`" in page for name in missing)
     for name, trainer in re.findall(r"^\| `(\w+)` \|.*\| (?:`(\w+)Config.*`|-) \|$", page, re.MULTILINE):
         has = {kind for kind, losses in theirs.items() if name in losses}
@@ -778,7 +801,14 @@ def trl_grpo_loss(case: dict[str, torch.Tensor], loss_type: str, level: str, **o
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=False),
         accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, **vars(ONE_PROCESS)),
-        args=SimpleNamespace(delta=options.get("delta"), use_bias_correction_kl=False),
+        args=SimpleNamespace(
+            delta=options.get("delta"),
+            use_bias_correction_kl=False,
+            sapo_temperature_pos=options.get("tau_pos"),
+            sapo_temperature_neg=options.get("tau_neg"),
+            **{f"vespo_{name}": options.get(name) for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")},
+        ),
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         importance_sampling_level=level,
         loss_type=loss_type,
         beta=options.get("kl_beta", 0.0),
@@ -809,6 +839,8 @@ TRL_GRPO = [
     ("sequence", "grpo", {"delta": 1.5}),
     *(("token", loss_type, {"kl_beta": 0.1}) for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")),
     ("token", "grpo", {"delta": 1.1}),
+    ("token", "sapo", {"kl_beta": 0.1, "tau_pos": 1.5, "tau_neg": 0.7}),
+    ("token", "vespo", {"k_pos": 1.5, "lambda_pos": 2.5, "k_neg": 2.0, "lambda_neg": 0.5}),
 ]
 
 
@@ -825,11 +857,11 @@ def test_a_policy_gradient_is_trls(level, loss_type, options):
             kl = heads.make("kl", **{"normalizer": "sequences", **normalizer})
             head = heads.Mix((1.0, head), (options["kl_beta"], kl))
     else:
-        clip = {"clip_high": 0.2} if loss_type == "cispo" else CLIP
+        fields = {"cispo": {"clip_high": 0.2}, "sapo": {}, "vespo": {"normalizer": "items"}}.get(loss_type, CLIP)
         length = {"max_tokens": 7} if loss_type == "dr_grpo" else {}
-        head = heads.make(loss_type, **clip, **length, **options)
+        head = heads.make(loss_type, **fields, **length, **options)
     tensors |= {"ref_token_logps": case["ref"]} if "kl_beta" in options else {}
-    tensors |= {"num_items": torch.tensor(29.0)} if loss_type in ("dapo", "cispo") else {}
+    tensors |= {"num_items": torch.tensor(29.0)} if loss_type in ("dapo", "cispo", "vespo") else {}
     losses = (
         fused_loss(head, case["logits"], case["labels"], **tensors)[0],
         trl_grpo_loss(case, loss_type, level, **options),
@@ -1022,7 +1054,9 @@ def test_gradients_from_hidden_states_agree_with_finite_differences(name):
         )
 
 
-@pytest.mark.parametrize("name", ["sigmoid_norm", "orpo", "cpo", "sft", "bco", "gspo", "apo_zero_unpaired", "aot"])
+@pytest.mark.parametrize(
+    "name", ["sigmoid_norm", "orpo", "cpo", "sft", "bco", "gspo", "vespo", "apo_zero_unpaired", "aot"]
+)
 def test_a_batch_in_chunks_takes_three_gemms_unless_a_loss_reads_all_of_it(poisoned_memory, name):
     """Four sequences of 8 tokens each; a chunk holds one pair."""
     torch.use_deterministic_algorithms(False)  # poisoned memory is filled by operators

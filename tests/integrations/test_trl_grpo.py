@@ -27,7 +27,7 @@ B, PROMPT, COMPLETION = 4, 3, 6
 
 
 def generated(
-    trainer, is_old: bool = True, has_tools: bool = False, of_tokens: bool = False
+    trainer, is_old: bool = True, has_tools: bool = False, of_tokens: bool = False, is_corrected: bool = True
 ) -> dict[str, torch.Tensor]:
     """Return a batch as TRL's generation makes it: prompts padded on the left, one completion without a token.
 
@@ -51,7 +51,7 @@ def generated(
         "advantages": torch.randn(B, *([COMPLETION] if of_tokens else []), generator=random),
         "num_items_in_batch": torch.tensor(31),
         "ref_per_token_logps": ref_logps,
-        "importance_sampling_ratio": torch.rand(B, COMPLETION, generator=random),
+        **({"importance_sampling_ratio": torch.rand(B, COMPLETION, generator=random) + 0.5} if is_corrected else {}),
         **({"old_per_token_logps": old_logps} if is_old else {}),
         **({"tool_mask": tool_mask} if has_tools else {}),
     }
@@ -84,6 +84,10 @@ OF_TOKENS = {
     "two-sided and tools": ({"beta": 0.1, "epsilon_high": 0.5, "delta": 1.8}, {"has_tools": True}),
     "advantages of tokens": ({"beta": 0.2, "use_bias_correction_kl": False}, {"of_tokens": True}),
 }
+OF_VESPO = {
+    "sequences and tools": ({"vespo_lambda_pos": 0.1, "vespo_k_neg": 1.5}, {"has_tools": True}),
+    "on-policy": ({}, {"is_old": False, "is_corrected": False}),
+}
 OF_SEQUENCES = {
     "sequences": ({**SEQUENCE, "epsilon": 0.01, "delta": 1.1}, {"has_tools": True}),
     "sequences on-policy": (SEQUENCE, {"is_old": False}),
@@ -95,7 +99,7 @@ LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", *(["luspo"] if VERSION >= (1, 10) e
     ("loss_type", "settings", "batch"),
     [
         pytest.param(loss_type, *case, id=f"{loss_type}, {name}")
-        for losses, cases in (([*LOSSES, "cispo"], OF_TOKENS), (LOSSES, OF_SEQUENCES))
+        for losses, cases in (([*LOSSES, "cispo", "sapo"], OF_TOKENS), (LOSSES, OF_SEQUENCES), (["vespo"], OF_VESPO))
         for loss_type in losses
         for name, case in cases.items()
     ],
@@ -108,8 +112,10 @@ def test_losses_gradients_and_logs_are_trls(tmp_path, loss_type, settings, batch
     calls.update(dict.fromkeys(calls, 0))
     assert_same(fused, own, inputs)
     only(calls, fused_linear_loss=1, own=1)
-    if "old_per_token_logps" in inputs and loss_type != "cispo":
+    if "old_per_token_logps" in inputs and loss_type not in ("cispo", "sapo", "vespo"):
         assert 0 < fused._metrics["train"]["clip_ratio/region_mean"][-1] < 1
+    if "importance_sampling_ratio" not in inputs:
+        return
     # vLLM's correction multiplies a token's loss, but not its KL term
     for trainer in (own, fused):
         trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
@@ -125,8 +131,8 @@ def test_losses_gradients_and_logs_are_trls(tmp_path, loss_type, settings, batch
 @pytest.mark.parametrize(
     "settings",
     [
-        {"loss_type": "sapo"},
-        {"loss_type": "vespo"},
+        {"loss_type": "sapo", **SEQUENCE},
+        {"loss_type": "vespo", "beta": 0.1},
         {"loss_type": "cispo", **SEQUENCE},
         {"beta": 0.1, **SEQUENCE},
         {"top_entropy_quantile": 0.5},

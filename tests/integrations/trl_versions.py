@@ -33,7 +33,7 @@ SETTINGS = {
         {"precompute_ref_log_probs": True},
     ],
     "GRPO": [
-        *({"loss_type": loss} for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")),
+        *({"loss_type": loss} for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")),
         {"beta": 0.1},
         {"delta": 1.5},
         {"importance_sampling_level": "sequence"},
