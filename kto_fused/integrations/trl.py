@@ -105,9 +105,9 @@ def fuse(trainer: Trainer) -> Trainer:
       (2 instead of 3 with a frozen head) and waits for the device once for all logged values. That holds for every
       ``loss_type`` of KTO, DPO and the experimental CPO, for the experimental ORPO, for DPO's weighted lists,
       f-divergences, ``ld_alpha`` and ``use_weighting``, and for GRPO's ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``,
-      ``luspo``, ``cispo``, ``sapo`` and ``vespo``. CPO and ORPO compute logits for the tokens of their loss alone. GRPO's tokens without a
-      gradient (clipped ratios, advantages of 0) take part in 1 GEMM only, and its old and reference log-probabilities
-      come from this package too.
+      ``luspo``, ``cispo``, ``sapo`` and ``vespo``. CPO and ORPO compute logits for the tokens of their loss alone.
+      GRPO's tokens without a gradient (clipped ratios, advantages of 0) take part in 1 GEMM only, and its old and
+      reference log-probabilities come from this package too.
     - TRL computes the loss from this package's log-probabilities, with 4 GEMMs, in these cases: a setting that no loss
       of this package takes, such as a negative weight or a ``label_smoothing`` of 0.5; a subclass with a loss of its
       own; ``ipo`` and ``sigmoid_norm`` for a batch with an empty prompt, and for every batch if the reference
