@@ -69,6 +69,7 @@ STATE_OF_TRAINING = (
 )
 
 
+ON_THE_CARD = ("rounds", "prompts", "samples", "max_new_tokens", "temperature", "max_kl")
 SAMPLES_SHOWN = 3  # prompts whose samples the report shows
 RECIPES = {"dpo": FusedDPOConfig, "kto": FusedKTOConfig}
 
@@ -290,6 +291,7 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, A
         "device": str(loop.config.device),
         "backend": backends.resolve(loop.config.backend, loop.config.device),
         "seconds": sum(entry["sampling_seconds"] + entry["training_seconds"] for entry in rounds),
+        "memory": train.peak_memory(loop.config.device),
         "rounds": [{name: value for name, value in entry.items() if name != "log"} for entry in rounds],
         "steps": steps,
         "data": {"prompts": {"examples": len(loop.data), "truncated": 0, "dropped": loop.left_out}},
@@ -301,7 +303,12 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, A
         if found is not None:
             metrics["judged"] = found._asdict()
             metrics["model"]["best_samples"] = _best_samples(loop, rounds, found)
-    options = cards.options_of(loop.config) | {"max_length": loop.max_length, "processes": loop.config.world_size}
+    options = {name: value for name in ON_THE_CARD if (value := getattr(loop.settings, name)) is not None}
+    if loop.settings.judge is not None:
+        is_command = len(loop.settings.judge.split()) > 1  # which may hold paths and keys
+        options["judge"] = "a command" if is_command else cards.name_of(loop.settings.judge)
+    options |= {"samples": loop.samples, **cards.options_of(loop.config), "max_length": loop.max_length}
+    options["processes"] = loop.config.world_size
     checkpoint = loop.output / rounds[-1]["checkpoint"]
     with results.draft_of(loop.output) as draft:
         for path in checkpoint.iterdir():
@@ -362,7 +369,7 @@ def _samples(loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
 def _text_of(line: dict[str, Any] | None) -> str:
     if line is None:
         return "(not a prompt of this round)"
-    score = "" if line["score"] is None else f"\n(score {line['score']:.3g})"
+    score = "" if line["score"] is None else f"\n(score {line['score'] + 0:.3g})"  # + 0: -0.0 becomes 0
     return line["completion"] + samples.CUT * line["is_cut"] + score
 
 

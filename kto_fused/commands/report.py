@@ -119,6 +119,11 @@ def _panel(runs: dict[str, dict[str, Any]], title: str, names: dict[str, str], u
             draw_evaluations(axes, evaluations, name, of_evaluation, color=color, alpha=0.8)
     if not axes.lines:
         return None
+    if is_one and unit == "step":  # a round has data, and often a reference, of its own
+        steps = next(iter(runs.values())).get(key, [])
+        for before, after in itertools.pairwise(steps):
+            if before.get("round") != after.get("round"):
+                axes.axvline((before["step"] + after["step"]) / 2, color="#bbb", linewidth=0.8, zorder=0)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(unit, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -172,6 +177,7 @@ def page(title: str, parts: list[str]) -> str:
 def curves(runs: dict[str, dict[str, Any]]) -> str:
     pictures = "\n".join(f'<img src="{picture}" alt="curve">' for picture in figures(runs))
     note = "Dots on dashed lines: evaluations. A cross: the mean of a last log of fewer steps than the others."
+    note += " Grey lines: where rounds begin." if any(run.get("rounds") for run in runs.values()) else ""
     return f'<h2>Curves</h2>\n<div class="curves">{pictures}</div><p><small>{note}</small></p>'
 
 
@@ -194,7 +200,11 @@ def _data(data: dict[str, dict[str, Any]]) -> str:
 
 def _costs(metrics: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     steps = metrics["steps"][-1]["step"] if metrics.get("steps") else 0
-    if "seconds" in metrics:
+    if metrics.get("rounds"):
+        for part in ("sampling", "training"):
+            seconds = sum(entry[f"{part}_seconds"] for entry in metrics["rounds"])
+            yield f"seconds of {part}, all rounds", f"{seconds:.1f}"
+    elif "seconds" in metrics:
         yield "seconds of training, with evaluations and saving", f"{metrics['seconds']:.1f}"
         if steps:
             yield "seconds per step", f"{metrics['seconds'] / steps:.3f}"

@@ -112,7 +112,7 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
 
 def _opening(model: dict[str, Any], losses: list[str]) -> str:
     kind = "An adapter of" if model["kind"] == "adapter" else "All weights of"
-    start = "a model that was made in memory" if model["start"] is None else f"`{_name(model['start'])}`"
+    start = "a model that was made in memory" if model["start"] is None else f"`{name_of(model['start'])}`"
     unit = "round" if "round" in model else "step"
     ended = f"{unit} {model[unit]}" + (", the best one by evaluation" if model.get("is_best") else "")
     text = f"{kind} {start}, trained by `{model['trainer']}` of kto-fused with the loss {' + '.join(losses)}, {ended}."
@@ -125,7 +125,7 @@ def _data(facts: dict[str, Any]) -> list[str]:
     settings, rows = facts.get("settings", {}), []
     for name, count in facts.get("data", {}).items():
         given = settings.get("data" if name.startswith("train") else "eval_data") or settings.get("data")
-        named = ", ".join(map(_name, given)) if given else "-"
+        named = ", ".join(map(name_of, given)) if given else "-"
         rows.append((name, named, count["examples"], count["truncated"], count["dropped"]))
     if not rows:
         return []
@@ -176,7 +176,7 @@ def _is_local(name: str) -> bool:
     return os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~"))
 
 
-def _name(name: str) -> str:
+def name_of(name: str) -> str:
     """Return a file's or folder's name without the folders around it; an id of the Hub whole."""
     is_file = _is_local(name) or name.count("/") > 1 or any(one in name for one in "*?\\=")
     return Path(name).name if is_file else name
