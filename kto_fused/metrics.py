@@ -16,8 +16,8 @@ class LossMetrics:
 
     - ``logps``, ``ref_logps``: log-probabilities in nats; sums over completion tokens, or means with
       ``average_log_prob``
-    - ``rewards``: beta times their difference. ``simpo`` has no reference and defines its reward by the
-      length-averaged log-probability: beta ``logps`` / ``token_counts`` for sums
+    - ``rewards``: beta times their difference. ``simpo`` and ``orpo`` have no reference and compare length-averaged
+      log-probabilities, so their rewards are beta ``logps`` / ``token_counts`` for sums
     - ``desirable``: KTO's argument; None for pairs, whose first half is chosen and whose second half is rejected
     - ``is_paired``: whether sequences without ``desirable`` are such pairs; True unless the loss reads single sequences
     - ``reported``: what else the loss reports, by name: tensors of one dimension or none

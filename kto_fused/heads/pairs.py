@@ -484,6 +484,9 @@ class CPO(Head):
             losses = smoothed_log_loss(self.beta * u, self.label_smoothing)
         return losses + self.cpo_alpha * chosen_nll(logps, batch_counts) if self.cpo_alpha else losses
 
+    def report(self, logps, counts, ref_logps, **tensors):
+        return {"rewards": self.beta * (length_averaged(logps, counts) if self.loss_type == "ipo" else logps)}
+
 
 def log1mexp(values: torch.Tensor) -> torch.Tensor:
     """log(1 - exp(a)) for a < 0, without cancellation on either side of a = -log 2."""
@@ -522,6 +525,9 @@ class OddsRatio(Head):
     def losses(self, logps, counts, ref_logps):
         return odds_ratio_loss(*length_averaged(logps, counts).chunk(2))
 
+    def report(self, logps, counts, ref_logps):
+        return {"rewards": length_averaged(logps, counts)}
+
 
 @register("orpo")
 @dataclass(frozen=True)
@@ -557,3 +563,6 @@ class ORPO(Head):
         if self.beta == 0:  # the odds' loss may be infinite
             return nll
         return nll + self.beta * odds_ratio_loss(*length_averaged(logps, counts).chunk(2))
+
+    def report(self, logps, counts, ref_logps, **tensors):
+        return {"rewards": self.beta * length_averaged(logps, counts)}  # as the odds do, and TRL's rewards
