@@ -10,6 +10,7 @@ import importlib.util
 import json
 import pkgutil
 import re
+import shlex
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
@@ -148,10 +149,16 @@ def test_the_readmes_table_has_the_public_names_and_no_others():
     assert sorted(names) == sorted([*kto_fused.__all__, *of_huggingface])
 
 
+def docs_script(name: str):
+    """The module of a script in docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def test_the_catalogue_is_the_registrys():
-    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "docs" / "catalogue.py")
-    catalogue = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(catalogue)
+    catalogue = docs_script("catalogue")
     page = catalogue.PAGE.read_text(encoding="utf-8")
     assert catalogue.with_table(page) == page, "run python docs/catalogue.py"
     listed = {name for losses in catalogue.TRL_TRAINERS.values() for name in losses}
@@ -162,6 +169,71 @@ def test_the_readme_lists_the_loss_types():
     kto, dpo = re.search(r"- KTO `loss_type`: (.*?)\. DPO: (.*?)\. `help", README, re.DOTALL).groups()
     assert tuple(re.findall(r"`(\w+)`", kto)) == preference.KTO_LOSS_TYPES
     assert tuple(re.findall(r"`(\w+)`", dpo)) == preference.DPO_LOSS_TYPES
+
+
+# ---- the methods ----------------------------------------------------------------------------------------------------
+
+NO_METHODS = ("Files to try them on", "Rounds of generation", "Measured on the toy files")
+METHODS = {
+    section.partition("\n")[0]: section
+    for section in PAGES["methods.md"].split("\n## ")[1:]
+    if section.partition("\n")[0] not in NO_METHODS
+}
+OTHER_PROGRAMS = {"--enable-lora", "--run"}  # flags of vLLM and of method_curves.py
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_formula_source_use_data_command_and_curves(method):
+    section = METHODS[method]
+    assert "- **Formula**: [" in section or "\n```\n" in section
+    assert re.search(r"- \*\*Sources?\*\*:[^*]*\(https://arxiv\.org/abs/", section)
+    for part in ("When", "Data", "Command"):
+        assert f"- **{part}**: " in section
+    (command,) = re.findall(r"```bash\nkto-fused [^`]*--output_dir runs/([\w-]+)\n```", section)
+    (picture,) = re.findall(r"!\[.+\]\((.+)\)", section)
+    assert picture == f"curves/{command}.png"
+    content = (ROOT / "docs" / picture).read_bytes()
+    assert int.from_bytes(content[16:20], "big") == 700  # pixels of width, by the header of a PNG
+    assert len(content) < 45_000
+
+
+def test_the_measured_methods_are_the_pages():
+    curves = docs_script("method_curves")
+    page = PAGES["methods.md"]
+    results = json.loads(curves.RESULTS.read_text(encoding="utf-8"))
+    assert curves.commands(page).keys() == curves.METHODS.keys() == results["methods"].keys()
+    assert len(curves.METHODS) == len(METHODS)
+    assert curves.with_table(page, results) == page, "run python docs/method_curves.py"
+
+
+def test_the_pages_commands_and_flags_are_the_programs(capsys):
+    for package in ("accelerate", "datasets"):
+        pytest.importorskip(package, reason=f"kto-fused train needs {package}")
+    from kto_fused.commands import cli, loops, train
+
+    parsed = 0
+    for block in re.findall(r"```bash\n(.*?)```", "\n".join([README, *PAGES.values()]), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            command, *arguments = [*shlex.split(line, comments=True), "", ""][1:]
+            arguments = [one for one in arguments if one]
+            if not line.startswith("kto-fused ") or "my_losses:MyLoss" in arguments or "--help" in arguments:
+                continue
+            if command == "train" or command in loops.LOOPS:
+                train.parse(arguments) if command == "train" else loops.parse(command, arguments)
+                parsed += 1
+    assert parsed > len(METHODS)
+    for arguments in (
+        *(["train", "--loss", name] for name in train.CONFIGS),
+        *([name] for name in loops.LOOPS),
+        ["online", "--loss", "kto"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, "--help"])
+    known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
+    inline = " ".join(re.findall(r"`([^`\n]+)`", PAGES["methods.md"]))
+    named = set(re.findall(r"--[a-z][\w-]*", inline))
+    assert len(named) > 20
+    assert named - known <= OTHER_PROGRAMS
 
 
 # ---- tables of measurements; the functions return the header first --------------------------------------------------
