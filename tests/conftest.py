@@ -81,18 +81,19 @@ def pytest_runtest_makereport():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every kill, corruption and fuzzed case; CI runs a slice")
+    parser.addoption("--real-model", action="store_true", help="download a model of 93 MB and train it, in minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: repeats other tests on another path; runs only with --full")
+    config.addinivalue_line("markers", "real_model: downloads and trains a real model; runs only with --real-model")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
+    not_wanted = [name for name in ("full", "real_model") if not config.getoption(name)]
+    left_out = [item for item in items if any(map(item.get_closest_marker, not_wanted))]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
