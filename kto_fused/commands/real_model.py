@@ -128,6 +128,9 @@ def convert(file: Path, folder: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
+        for name in ("bos", "eos", "pad"):  # before transformers 5.23 the tokenizer takes the first one for the end
+            token_id = getattr(model.config, f"{name}_token_id")
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
     return folder
