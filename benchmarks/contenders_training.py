@@ -57,6 +57,16 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
         num_key_value_heads=4,
         max_position_embeddings=32768,
     ),
+    "SmolLM2-135M": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
     "Qwen2.5-0.5B": Qwen2Config(
         vocab_size=151936,
         hidden_size=896,

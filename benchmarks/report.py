@@ -1,20 +1,27 @@
 """Measure every contender side by side on this machine: `python benchmarks/report.py`.
 
-The report has three parts: losses from logits (`<device>`), losses from hidden states (`<device>-hidden`) and whole
-training steps (`<device>-training`). Each part writes to `benchmarks/results/`: a `.json` file with every number, an
-`.md` file with the tables, and pictures of time and memory.
+The report has four parts: losses from logits (`<device>`), losses from hidden states (`<device>-hidden`), whole
+training steps (`<device>-training`) and steps that train adapters (`<device>-adapters`). Each part writes to
+`benchmarks/results/`: a `.json` file with every number, an `.md` file with the tables, and all but the last part
+pictures of time and memory.
 """
 
 import argparse
 from pathlib import Path
 
+import report_adapters
 import report_from_hidden
 import report_from_logits
 import report_training
 import torch
 
 RESULTS = Path(__file__).with_name("results")
-KINDS = {"logits": report_from_logits, "hidden": report_from_hidden, "training": report_training}
+KINDS = {
+    "logits": report_from_logits,
+    "hidden": report_from_hidden,
+    "training": report_training,
+    "adapters": report_adapters,
+}
 
 
 def main() -> None:

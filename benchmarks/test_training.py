@@ -6,6 +6,7 @@ With every method, a step of each contender on the same batch has the same loss 
 import json
 
 import pytest
+import report_adapters
 import report_training
 import torch
 from conftest import DEVICE
@@ -94,6 +95,17 @@ def test_the_results_of_some_cases_join_the_others(tmp_path):
     path.write_text(json.dumps({**report, "torch": "1.0"}))
     with pytest.raises(ValueError, match=r"has torch '1.0', and this run .* measure all cases anew"):
         report_training.joined(dict(report), plan.of_cases(["sft"]), tmp_path)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's memory is not the process's resident memory")
+def test_the_resident_memory_of_steps_that_train_adapters_is_measured():
+    plan = report_adapters.Plan("Llama 20M", sequences=2, seq_len=64)
+    assert not plan.problem(False, DEVICE).model.is_gradient_checkpointing
+    resident = report_adapters.resident_mib("kto-fused trainer", plan, checkpointing=True)
+    assert 0 < resident < 1024
+    row = report_adapters.Row("kto-fused trainer", True, 1.0, 2.0, resident)
+    report = report_training.new_report(DEVICE, 1) | {"plan": vars(plan), "rows": [vars(row)]}
+    assert f"| kto-fused trainer | 1 | 2 | {resident:.0f} |" in report_adapters.tables(report)
 
 
 @pytest.mark.parametrize(
