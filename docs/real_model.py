@@ -1,0 +1,73 @@
+"""Writes finished runs into `real-model.md`: `python docs/real_model.py kto=runs/real dpo=runs/real-dpo`.
+
+Each run's part of the page gets its sentence on held-out data, its time, and its answers before and after training. The
+curves of `kto` become the page's picture. A run that is not named keeps its part.
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from kto_fused.trainers import held_out
+
+PAGE = Path(__file__).with_name("real-model.md")
+PICTURE = PAGE.with_suffix(".png")
+LONGEST = 420  # characters of an answer
+
+
+def part(metrics: dict) -> str:
+    told = held_out.sentence(metrics)
+    steps, evaluations = metrics["steps"], metrics["evaluations"]
+    first, last = evaluations[0], evaluations[-1]
+    lines = [f"**{told[0].upper()}{told[1:]}.**" if told else "", ""]
+    lines += ["| held-out data | before the first step | after the last one |", "|---|---:|---:|"]
+    better, worse = ("liked", "disliked") if "eval_rewards/auc" in last else ("chosen", "rejected")
+    names = {"loss": "loss", "rewards/chosen": f"mean reward, {better}", "rewards/rejected": f"mean reward, {worse}"}
+    names |= {"rewards/accuracies": "accuracy of the rewards", "rewards/auc": "AUC of the rewards by label"}
+    names |= {"mean_token_accuracy": "tokens predicted as most likely"}
+    for name, title in names.items():
+        if f"eval_{name}" in last:
+            was, now = (round(each[f"eval_{name}"], 3) + 0.0 for each in (first, last))  # + 0.0: no -0
+            lines.append(f"| {title} | {was:.3f} | {now:.3f} |")
+    lines += ["", f"{steps[-1]['step']} steps, in {metrics['seconds']:.0f} seconds with the evaluations.", ""]
+    if metrics.get("samples"):
+        lines += ["| question | before | after |", "|---|---|---|"]
+        lines += [
+            f"| {cell(question(row['prompt']))} | {cell(row['before'])} | {cell(row['after'])} |"
+            for row in metrics["samples"]["rows"]
+        ]
+        lines += ["", f"{metrics['samples']['caption']}; long answers are shortened here ([...]).", ""]
+    return "\n".join(lines)
+
+
+def question(prompt: str) -> str:
+    """The user's message of a prompt in the model's chat template."""
+    return re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", prompt, re.DOTALL)[-1]
+
+
+def cell(text: str) -> str:
+    text = text.strip().removesuffix("[...]").strip() if len(text) > LONGEST else text.strip()
+    text = f"{text[:LONGEST].rsplit(' ', 1)[0]} [...]" if len(text) > LONGEST else text
+    text = (
+        re.sub(r"```\w*", "", text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*")
+    )
+    return re.sub(r"\s*\n\s*", "<br>", text.strip())
+
+
+def main(arguments: list[str]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for argument in arguments:
+        name, _, folder = argument.partition("=")
+        start, end = f"<!-- {name}: written by real_model.py -->\n", f"<!-- end of {name} -->"
+        before, rest = page.split(start)
+        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+        page = before + start + part(metrics) + end + rest.split(end)[1]
+        if name == "kto":
+            shutil.copyfile(Path(folder) / "curves.png", PICTURE)
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
