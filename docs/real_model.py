@@ -1,7 +1,7 @@
 """Writes finished runs into `real-model.md`: `python docs/real_model.py kto=runs/real dpo=runs/real-dpo`.
 
-Each run's part of the page gets its sentence on held-out data, its time, and its answers before and after training. The
-curves of `kto` become the page's picture. A run that is not named keeps its part.
+Each run's part of the page gets its sentence on held-out data, its curves, its time, and its answers before and after
+training. A run that is not named keeps its part.
 """
 
 import json
@@ -13,11 +13,14 @@ from pathlib import Path
 from kto_fused.trainers import held_out
 
 PAGE = Path(__file__).with_name("real-model.md")
-PICTURE = PAGE.with_suffix(".png")
 LONGEST = 420  # characters of an answer
 
 
-def part(metrics: dict) -> str:
+def picture_of(name: str) -> Path:
+    return PAGE.with_name(f"real-model-{name}.png")
+
+
+def part(name: str, metrics: dict) -> str:
     told = held_out.sentence(metrics)
     steps, evaluations = metrics["steps"], metrics["evaluations"]
     first, last = evaluations[0], evaluations[-1]
@@ -27,11 +30,12 @@ def part(metrics: dict) -> str:
     names = {"loss": "loss", "rewards/chosen": f"mean reward, {better}", "rewards/rejected": f"mean reward, {worse}"}
     names |= {"rewards/accuracies": "accuracy of the rewards", "rewards/auc": "AUC of the rewards by label"}
     names |= {"mean_token_accuracy": "tokens predicted as most likely"}
-    for name, title in names.items():
-        if f"eval_{name}" in last:
-            was, now = (round(each[f"eval_{name}"], 3) + 0.0 for each in (first, last))  # + 0.0: no -0
+    for key, title in names.items():
+        if f"eval_{key}" in last:
+            was, now = (round(each[f"eval_{key}"], 3) + 0.0 for each in (first, last))  # + 0.0: no -0
             lines.append(f"| {title} | {was:.3f} | {now:.3f} |")
     lines += ["", f"{steps[-1]['step']} steps, in {metrics['seconds']:.0f} seconds with the evaluations.", ""]
+    lines += [f"![Loss and rewards by step; dots are evaluations]({picture_of(name).name})", ""]
     if metrics.get("samples"):
         lines += ["| question | before | after |", "|---|---|---|"]
         lines += [
@@ -63,9 +67,8 @@ def main(arguments: list[str]) -> None:
         start, end = f"<!-- {name}: written by real_model.py -->\n", f"<!-- end of {name} -->"
         before, rest = page.split(start)
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-        page = before + start + part(metrics) + end + rest.split(end)[1]
-        if name == "kto":
-            shutil.copyfile(Path(folder) / "curves.png", PICTURE)
+        page = before + start + part(name, metrics) + end + rest.split(end)[1]
+        shutil.copyfile(Path(folder) / "curves.png", picture_of(name))
     PAGE.write_text(page, encoding="utf-8")
 
 
