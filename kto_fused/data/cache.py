@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 8  # part of every key: raise it when the same input gives other rows
+CACHE_FORMAT = 9  # part of every key: raise it when the same input gives other rows
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"  # ends the name of a folder that is being written
 # A folder that nothing touched for this long has no writer any more. A live writer touches its files every 1000 rows,

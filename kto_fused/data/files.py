@@ -37,6 +37,11 @@ ROWS_AT_A_TIME = 1000
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 EXPECTED = "expected a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, also with .gz"
 COMPRESSED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"PK\3\4": ".zip", b"(\xb5/\xfd": ".zst"}
+EXCEL = "in Excel, save the table as 'CSV UTF-8'"
+OTHER_TYPES = {
+    ".txt": "name it .csv or .tsv if it is a table, and .jsonl if each line is a record in JSON",
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), EXCEL),
+}
 ONE_LINE = "write each record on one line (for example with jq -c . data.json > data.jsonl), or all in one array"
 UNREADABLE = (OSError, EOFError, ValueError, pa.ArrowException, NotImplementedError, RecursionError)
 NAMED = re.compile(r"[\w.-]+(/[\w.-]+)*:([\w.-]+:)?[\w.-]+(\[[\d:%-]*\])?")  # name:split or name:configuration:split
@@ -88,7 +93,7 @@ def _of_known_type(path: Path) -> Path:
     elif not path.suffix and not path.exists():
         advice = f"there is no such file; of a data set of the Hub the split is named too, as in {path}:train"
     else:
-        advice = "write one record per line as JSON"
+        advice = OTHER_TYPES.get(path.suffix, "write one record per line as JSON")
     raise DataError(f"{expected}, {got}: {advice}")
 
 
@@ -180,6 +185,11 @@ def check_unchanged(path: Path, before: str, now: str) -> None:
         raise DataError(f"{path}: changed while it was read: start again when nothing writes to it any more")
 
 
+def is_text_table(path: Path) -> bool:
+    """Return whether a file is a table in which every cell is text."""
+    return kind_of(path) in (".csv", ".tsv")
+
+
 def _is_json_lines(path: Path) -> bool:
     if kind_of(path) not in (".jsonl", ".json"):
         return False
@@ -213,7 +223,7 @@ def raw_records(
             yield from _array_records(path, file)
         else:
             yield from _json_lines(path, file, xxhash.xxh3_128() if content is None else content, problem)
-    elif kind in (".csv", ".tsv"):
+    elif is_text_table(path):
         yield from _csv_records(path, file, wanted)
     else:
         yield from _table_records(path, file, wanted)
@@ -378,13 +388,36 @@ def _csv_records(path: Path, file: BinaryIO, wanted: Wanted) -> Iterator[tuple[s
     header = file.readline(MAX_RECORD)
     file.seek(0)
     if other := _other_format(header):
-        raise DataError(f"{path}: expected text with columns, got {other}")
-    delimiter = "\t" if kind_of(path) == ".tsv" else ";" if b";" in header and b"," not in header else ","
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    read = pyarrow.csv.ReadOptions(block_size=2 * MAX_RECORD, use_threads=False)
+        raise DataError(f"{path}: expected text with columns, got {other}; {EXCEL}")
     if not header.strip():
         raise DataError(f"{path}: holds no records")
-    columns = _header(file, delimiter)
+    try:
+        columns, delimiter = _header(path, file)
+        yield from _rows(path, file, wanted, columns, delimiter)
+    except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+        if isinstance(error, pa.ArrowInvalid) and "UTF8" not in str(error):
+            raise
+        raise DataError(
+            f"{path}: expected text in UTF-8, got another encoding ({error}): {EXCEL}, or convert the file (for "
+            "example with iconv -f CP1252 -t UTF-8)"
+        ) from error
+
+
+def _header(path: Path, file: BinaryIO) -> tuple[list[str], str]:
+    """Return the columns' names, and what separates them: the one of comma, semicolon and tab that gives most names."""
+    found = []
+    for delimiter in "\t" if kind_of(path) == ".tsv" else ",;\t":
+        file.seek(0)  # a quoted name may hold line breaks
+        lines = (line.decode("utf-8-sig") for line in iter(partial(file.readline, MAX_RECORD), b""))
+        found.append((next(csv.reader(lines, delimiter=delimiter)), delimiter))
+    return max(found, key=lambda one: len(one[0]))
+
+
+def _rows(
+    path: Path, file: BinaryIO, wanted: Wanted, columns: list[str], delimiter: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    read = pyarrow.csv.ReadOptions(block_size=2 * MAX_RECORD, use_threads=False)
     check_columns(columns, str(path))
     chosen = wanted.of(columns)
     convert = pyarrow.csv.ConvertOptions(
@@ -398,13 +431,6 @@ def _csv_records(path: Path, file: BinaryIO, wanted: Wanted) -> Iterator[tuple[s
                 where = f"{path}, row {row}"
                 yield where, {name: _cell(name, text, where, wanted) for name, text in record.items()}
                 row += 1
-
-
-def _header(file: BinaryIO, delimiter: str) -> list[str]:
-    """Return the columns' names; a quoted name may hold line breaks."""
-    file.seek(0)
-    lines = (line.decode("utf-8-sig") for line in iter(partial(file.readline, MAX_RECORD), b""))
-    return next(csv.reader(lines, delimiter=delimiter))
 
 
 def _cell(name: str, text: str, where: str, wanted: Wanted) -> Any:

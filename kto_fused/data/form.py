@@ -130,7 +130,8 @@ def _renaming(columns: Iterable[str], forms: Forms) -> str:
         return ": give the answers to learn as 'completion'" if "chosen" in columns else ""
     if "messages" in columns:
         return ": give the last message of 'messages' as 'completion' and those before it as 'prompt'"
-    return ""
+    missing = " ".join(f"{field}=COLUMN" for field in forms[0] if field not in columns)
+    return f": if other columns hold them, name these with --columns {missing}"
 
 
 def checked_record(record: Any, form: Form, where: str) -> dict[str, Any]:

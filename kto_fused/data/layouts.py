@@ -6,6 +6,7 @@ text is put into the chat template.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -23,6 +24,7 @@ from .form import (
     WEIGHT,
     DataError,
     Forms,
+    form_of,
     names,
     short,
 )
@@ -102,6 +104,13 @@ def columns_read(columns: list[str], given: Reading) -> list[str]:
     return [name for name in columns if name in sources or name in COLUMNS] or columns[:1]
 
 
+def check_columns_suffice(columns: list[str], forms: Forms, given: Reading, where: str) -> None:
+    """Raise ``DataError`` with the names of all of a table's columns if they hold none of ``forms`` and no layout."""
+    named = renamed(dict.fromkeys(columns), given, where)
+    if not (named.keys() >= {"chosen", "rejected"} or named.keys() & {"conversations", "messages"}):
+        form_of(named, where, forms)
+
+
 def label_column(columns: list[str], given: Reading) -> str | None:
     """Return the column of a table that holds the labels; None if it holds pairs."""
     sources = dict(given.columns)
@@ -169,8 +178,15 @@ class Labels:
             self.known = {word(text): True for text in given.label_true}
             self.known |= {word(text): False for text in given.label_false}
         self.negative: set[str] = set()
+        self.seen: Counter = Counter()
+
+    def count(self, value: Any) -> None:
+        """Remember a label for a message."""
+        if len(self.seen) < 1000:
+            self.seen[value if isinstance(value, (bool, int, float, str, type(None))) else short(value)] += 1
 
     def __call__(self, value: Any, where: str) -> bool:
+        self.count(value)
         text = word(value) if isinstance(value, (bool, int, float, str)) else ""
         if text not in self.known:
             expected = f"one of {list(self.known)}" if self.is_given else "true, false, 1 or 0"
@@ -184,11 +200,12 @@ class Labels:
 
 def label_advice(found: Mapping[Any, int]) -> str:
     """Return the end of a ``LabelError``: the values that the data hold, and the flags to use."""
-    listed = ", ".join(f"{value!r} ({number} times)" for value, number in list(found.items())[:20])
+    ordered = sorted(found.items(), key=lambda pair: word(pair[0]))
+    listed = ", ".join(f"{value!r} ({number} times)" for value, number in ordered[:20])
     more = f" and {len(found) - 20} more" if len(found) > 20 else ""
     return (
-        f"; the labels from there on are {listed}{more}: say which of them mean liked and not liked with --label_true "
-        "and --label_false (label_true and label_false in Python)"
+        f"; the data's labels are {listed}{more}: say which of them mean liked and not liked with --label_true and "
+        "--label_false (label_true and label_false in Python), and take out the records that are neither"
     )
 
 

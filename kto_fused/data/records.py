@@ -8,7 +8,6 @@ form already is checked in place.
 import functools
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -44,6 +43,7 @@ from .layouts import (
     Labels,
     Layout,
     Reading,
+    check_columns_suffice,
     columns_read,
     find,
     label_advice,
@@ -51,6 +51,7 @@ from .layouts import (
     number_columns,
     renamed,
     tools_column,
+    word,
 )
 
 logger = logging.getLogger(__name__)
@@ -171,13 +172,14 @@ def bad_records(paths: list[str], forms: Forms = PREFERENCES, reading: Reading =
     for path in paths:
         for one in files.found(path):
             if isinstance(one, Dataset):
-                yield from _errors_of(_dataset_records(one, str(path), reading), str(path), forms, reading)
+                errors = _errors_of(_dataset_records(one, str(path), reading), str(path), _Converted(forms, reading))
+                yield from errors
                 continue
             found: list[DataError] = []
             try:
                 with files.opened(one, None) as file:
-                    records = files.raw_records(one, file, _wanted(reading), problem=found.append)
-                    for error in _errors_of(records, str(one), forms, reading):
+                    records = files.raw_records(one, file, _wanted(one, forms, reading), problem=found.append)
+                    for error in _errors_of(records, str(one), _Converted(forms, reading, files.is_text_table(one))):
                         yield from found
                         found.clear()
                         yield error
@@ -197,13 +199,12 @@ def layouts_of(paths: list[str], forms: Forms = PREFERENCES, reading: Reading = 
                 first = next(_dataset_records(one, str(path), reading))
             else:
                 with files.opened(one, None) as file:
-                    first = next(files.raw_records(one, file, _wanted(reading)))
+                    first = next(files.raw_records(one, file, _wanted(one, forms, reading)))
             named[find(renamed(first[1], reading, first[0]), forms).name] = None
     return list(named)
 
 
-def _errors_of(records: Iterator, where: str, forms: Forms, reading: Reading) -> Iterator[DataError]:
-    converted = _Converted(forms, reading)
+def _errors_of(records: Iterator, where: str, converted: "_Converted") -> Iterator[DataError]:
     is_empty = True
     for here, record in records:
         is_empty = False
@@ -237,9 +238,13 @@ def _other_source(source: Any) -> str:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _wanted(reading: Reading) -> files.Wanted:
+def _wanted(path: Path, forms: Forms, reading: Reading) -> files.Wanted:
+    def chosen(columns: list[str]) -> list[str]:
+        check_columns_suffice(columns, forms, reading, f"{path}, row 0")
+        return columns_read(columns, reading)
+
     return files.Wanted(
-        partial(columns_read, given=reading),
+        chosen,
         number_columns(reading),
         partial(label_column, given=reading),
         tools_column(reading),
@@ -261,6 +266,7 @@ def _read(path: Path, forms: Forms, reading: Reading) -> Dataset:
         raise DataError(f"{path}: cannot be read: {reason}") from error
     _say_layout(str(path), content, notes["layout"], reading)
     _warn_of_ignored(str(path), content, tuple(notes["ignored"]))
+    _warn_of_left_out(str(path), content, reading, _left_out(notes["left_out"]))
     return records
 
 
@@ -271,16 +277,17 @@ def _write_file(folder: Path, *, path: Path, content: str, forms: Forms, reading
     """
     now, in_place = xxhash.xxh3_128(), files.is_json_lines(path)
     columns: list[str] = []
+    wanted = _wanted(path, forms, reading)
 
     def chosen(found: list[str]) -> list[str]:
         columns.extend(found)
-        return columns_read(found, reading)
+        return wanted.of(found)
 
-    wanted = _wanted(reading)._replace(of=chosen)
     with files.opened(path, content, folder) as file:
         try:
-            records = files.raw_records(path, file, wanted, now)
-            notes = _write_records(folder, records, str(path), forms, reading, columns)
+            records = files.raw_records(path, file, wanted._replace(of=chosen), now)
+            converted = _Converted(forms, reading, files.is_text_table(path))
+            notes = _write_records(folder, records, str(path), converted, columns)
         except DataError:
             if in_place:
                 while chunk := file.read(2**20):
@@ -293,17 +300,26 @@ def _write_file(folder: Path, *, path: Path, content: str, forms: Forms, reading
 
 
 class _Converted:
-    """Brings raw records of one source to one form, that of the first one, and checks them."""
+    """Brings raw records of one source to one form, that of the first one, and checks them.
 
-    def __init__(self, forms: Forms, reading: Reading):
+    A row of a table in text has no other way to hold nothing than an empty cell. Where the answer or the label is
+    empty, the result is None, and ``left_out`` counts the row.
+    """
+
+    def __init__(self, forms: Forms, reading: Reading, is_text_table: bool = False):
         self.forms, self.reading, self.labels = forms, reading, Labels(reading)
+        self.is_text_table = is_text_table
+        self.left_out: dict[str, list] = {}  # by field: the number of rows, and where the first one stands
         self.layout: Layout | None = None
         self.form: Form | None = None
         self.ignored: dict[str, None] = {}  # a set that keeps the order
 
-    def __call__(self, record: Any, where: str) -> dict[str, Any]:
+    def __call__(self, record: Any, where: str) -> dict[str, Any] | None:
         named = renamed(record, self.reading, where)
         layout = self.layout or find(named, self.forms)
+        if self.is_text_table and (field := self._empty_field(named, layout)) is not None:
+            self.left_out.setdefault(field, [0, where.rpartition(", ")[2]])[0] += 1
+            return None
         if isinstance(named, Mapping) and named.get("system") and "system" not in layout.columns:
             raise DataError(
                 f"{where}, field 'system': holds {short(named['system'])}, but the first record has no such column: "
@@ -317,6 +333,14 @@ class _Converted:
         self.layout, self.form = layout, form
         self.note(record)
         return checked
+
+    def _empty_field(self, named: Mapping[str, Any], layout: Layout) -> str | None:
+        """Return the first field but the prompt whose cell is empty, unless this is the name of a label."""
+        for field in layout.columns:
+            is_named = field in ("label", "kto_tag") and "" in self.labels.known
+            if field not in ("prompt", "system") and not is_named and not word(named.get(field, "-")):
+                return field
+        return None
 
     def note(self, columns: Iterable[str]) -> None:
         """Remember which columns are not used."""
@@ -332,8 +356,7 @@ def _write_records(
     folder: Path,
     records: Iterator[tuple[str, Any]],
     where: str,
-    forms: Forms,
-    reading: Reading,
+    converted: _Converted,
     columns: list[str],
 ) -> dict[str, Any]:
     """Check the records of the source ``where`` and write them to ``folder`` as Arrow.
@@ -343,41 +366,46 @@ def _write_records(
         columns: all columns of a table, also those that are not read.
 
     Returns:
-        The notes of the cache: the layout, and the names of the columns that were ignored in any record.
+        The notes of the cache: the layout, the names of the columns that were ignored in any record, and the rows that
+        were left out.
     """
     first = next(records, None)
     if first is None:
         raise DataError(f"{where}: holds no records")
-    converted, records = _Converted(forms, reading), chain([first], records)
+    records = chain([first], records)
     progress = tqdm(records, desc=f"Reading {os.path.basename(where)}", unit=" records", delay=5, disable=None)
 
     def checked() -> Iterator[dict[str, Any]]:
         for here, record in progress:
             try:
-                yield converted(record, here)
+                made = converted(record, here)
             except LabelError as error:
-                raise DataError(f"{error}{label_advice(_labels_from(record, records, reading, converted))}") from error
+                _count_labels(records, converted)
+                raise DataError(f"{error}{label_advice(converted.labels.seen)}") from error
+            if made is not None:
+                yield made
 
     rows = checked()
     batch = _next_rows(rows)
+    if not batch:
+        raise DataError(f"{where}: holds no records: {_left_out(converted.left_out)}")
     schema = converted.form.features.arrow_schema
     with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while batch:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
             batch = _next_rows(rows)
     converted.note(columns)
-    return {"ignored": list(converted.ignored), "layout": converted.layout.name}
+    return {"ignored": list(converted.ignored), "layout": converted.layout.name, "left_out": converted.left_out}
 
 
-def _labels_from(record: Any, records: Iterator, reading: Reading, converted: _Converted) -> Counter:
-    """Return how often each label occurs in ``record`` and those that are left, for a message."""
-    found: Counter = Counter()
-    for _, one in chain([("", record)], records):
-        if isinstance(one, Mapping) and len(found) < 1000:
-            named = {field: one.get(column) for field, column in reading.columns} | dict(one)
+def _count_labels(records: Iterator, converted: _Converted) -> None:
+    """Count the labels of the records that are left, for a message."""
+    for _, one in records:
+        if isinstance(one, Mapping):
+            named = {field: one.get(column) for field, column in converted.reading.columns} | dict(one)
             label = named.get("label", named.get("kto_tag"))
-            found[label if isinstance(label, (bool, int, float, str, type(None))) else short(label)] += 1
-    return found
+            if not (converted.is_text_table and label == ""):
+                converted.labels.count(label)
 
 
 def _next_rows(records: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -403,6 +431,7 @@ def _checked_dataset(dataset: Dataset, name: str, forms: Forms, reading: Reading
     dataset = _stamped(dataset.with_format(None))
     columns = dataset.column_names
     files.check_columns(dataset.data.schema.names, name)
+    check_columns_suffice(columns, forms, reading, f"{name}, row 0")
     found = [field for field in columns if field in UNSUPPORTED]
     if found:  # in Arrow's format, in which images are not decoded
         files.check_unsupported(dataset.select_columns(found).with_format("arrow").iter(100), name)
@@ -431,7 +460,7 @@ def _checked_dataset(dataset: Dataset, name: str, forms: Forms, reading: Reading
 
 def _write_dataset(folder: Path, *, dataset: Dataset, name: str, columns: list[str], forms: Forms, reading: Reading):
     records = _dataset_records(dataset, name, reading)
-    return _write_records(folder, records, name, forms, reading, columns)
+    return _write_records(folder, records, name, _Converted(forms, reading), columns)
 
 
 def _dataset_records(dataset: Dataset, name: str, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -475,6 +504,21 @@ def _say_layout(where: str, content: str, layout: str, reading: Reading) -> None
 def _warn_of_ignored(where: str, content: str, columns: tuple[str, ...]) -> None:
     if columns:
         logger.warning(_ignored_sentence(where, columns))
+
+
+@functools.cache
+def _warn_of_left_out(where: str, content: str, reading: Reading, left_out: str) -> None:
+    if left_out:
+        logger.warning(f"{where}: {left_out}.")
+
+
+def _left_out(found: Mapping[str, list]) -> str:
+    """Return which rows of a table in text are left out; "" if there are none."""
+    listed = ", ".join(f"{field!r} in {count} (first: {first})" for field, (count, first) in found.items())
+    number = sum(count for count, _ in found.values())
+    return (
+        f"{number} row{'s are' if number > 1 else ' is'} left out, because a cell is empty: {listed}" if found else ""
+    )
 
 
 def _ignored_sentence(where: str, columns: Iterable[str]) -> str:

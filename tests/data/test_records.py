@@ -418,12 +418,13 @@ def test_a_completion_that_repeats_the_prompt_is_refused(role):
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "cannot be read: .*No such file"),
-        ("data.csv", b"prompt\n", "holds no records"),
+        ("data.csv", b"prompt,completion,label\n", "holds no records"),
         ("data.csv", b"prompt,label\na,1\n", "row 0, field 'completion': missing"),
         ("data.csv", b"prompt,completion,label\na,1\n", "cannot be read: .*Expected 3 columns, got 2"),
         ("data.csv", "prompt".encode("utf-16"), "expected text with columns, got text in UTF-16"),
         ("data.tsv", b"prompt\tprompt\tlabel\na\tb\t1\n", "more than one column of the name"),
-        ("data.txt", b"", r"expected a \.jsonl, .* file, also with \.gz, got '\.txt'"),
+        ("data.txt", b"", r"expected a \.jsonl, .* file, also with \.gz, got '\.txt': name it \.csv or \.tsv"),
+        ("data.xlsx", b"PK", r"got '\.xlsx': in Excel, save the table as 'CSV UTF-8'"),
         ("data.gz", b"", r"got '\.gz': name the type before \.gz"),
         ("data.jsonl.gz", b"\x1f\x8b", "cannot be read: "),
         ("trl-lib/kto", None, "got 'no file type': .*the split is named too, as in .*trl-lib/kto:train"),
@@ -524,6 +525,47 @@ def test_a_semicolon_separates_columns_where_there_is_no_comma_and_json_cells_ar
         load(tmp_path / "repr.csv")
 
 
+def test_rows_of_a_text_table_without_an_answer_or_a_label_are_left_out_and_counted(tmp_path, caplog):
+    path = tmp_path / "thumbs.csv"
+    path.write_bytes('\ufeffprompt;completion;label\r\n;;\r\na;b;1\r\n\r\na;;0\r\nc;"d\r\ne"; \r\n;f;0\r\n'.encode())
+    for _ in range(2):  # from the file, and from the cache
+        caplog.clear()
+        records._warn_of_left_out.cache_clear()
+        assert load(path).to_list() == [
+            {"prompt": "a", "completion": "b", "label": True},
+            {"prompt": "", "completion": "f", "label": False},
+        ]
+        assert f"{path}: 3 rows are left out, because a cell is empty: 'completion' in 2 (first: row 0)" in caplog.text
+        assert ", 'label' in 1 (first: row 3)." in caplog.text
+    assert list(records.bad_records([str(path)])) == []
+    blank_is_bad = reading(label_true=["1", "0"], label_false=[""])
+    path.write_text("prompt,completion,label\na,b,1\na,c,\n")
+    assert load(path, reading=blank_is_bad)["label"][:] == [True, False]
+    path.write_text("prompt,completion,label\na,b,\n")
+    with pytest.raises(DataError, match=r"thumbs\.csv: holds no records: 1 row is left out, .* 'label' in 1"):
+        load(path)
+
+
+def test_a_table_from_excel_is_read_or_the_error_says_how_to_save_it(tmp_path):
+    rows = [{"prompt": "größer, als 5 €?", "completion": 'so\r\n"ja"; oder', "label": flag} for flag in (True, False)]
+    text = "prompt;completion;label\r\n" + "".join(
+        '"{prompt}";"{}";{label}\r\n'.format(row["completion"].replace('"', '""'), **row) for row in rows
+    )
+    path = tmp_path / "data.csv"
+    for separator, encoding in ((";", "utf-8-sig"), ("\t", "utf-8")):
+        path.write_bytes(text.replace(";", separator).replace(f"{separator} oder", "; oder").encode(encoding))
+        assert load(path).to_list() == rows
+    for content in (text.encode("cp1252"), text.replace("label", "größe", 1).encode("cp1252")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"UTF-8, got another encoding .* 'CSV UTF-8', or .* iconv -f CP1252"):
+            load(path)
+    path.write_text("Frage;Daumen;Zeit\nx;1;2\n")
+    with pytest.raises(
+        DataError, match=r"got \['Frage', 'Daumen', 'Zeit'\]: .*--columns prompt=COLUMN completion=COLUMN"
+    ):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
@@ -544,7 +586,7 @@ def test_labels_are_read_as_people_write_them(tmp_path, labels, words):
 
 def test_other_labels_are_listed_with_the_flag_to_use(tmp_path):
     table = [TABLE[0] | {"label": label} for label in (True, "good", "bad", "good", None)]
-    message = r"line 2, field 'label': .* got str 'good'; .*'good' \(2 times\), 'bad' \(1 times\), None .*--label_true"
+    message = r"line 2, .* got str 'good'; .* 'bad' \(1 times\), 'good' \(2 times\), None .* True .*--label_true"
     with pytest.raises(DataError, match=message):
         load(write(tmp_path / "data.jsonl", table))
     with pytest.raises(DataError, match=r"line 2, .*expected either 0 or -1 for not liked, got both"):
