@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kto_fused.commands import report
+from kto_fused.trainers.held_out import COMPARISONS
 
 HERE = Path(__file__).parent
 PAGE, RESULTS, CURVES = HERE / "methods.md", HERE / "results" / "methods.json", HERE / "curves"
@@ -40,6 +42,7 @@ class Panel(NamedTuple):
     title: str  # with the unit
     names: dict[str, str]
     unit: str = "step"  # or "round"
+    evaluation: str = ""  # the logged name of the held-out data's values, where they are shown
 
 
 class Method(NamedTuple):
@@ -53,40 +56,43 @@ class Method(NamedTuple):
 
 
 def loss_of(unit: str) -> Panel:
-    return Panel(f"loss, {unit}", {"loss": ""})
+    return Panel(f"loss, {unit}", {"loss": ""}, evaluation="eval_loss")
 
 
-ACCURACY = "rewards/accuracies"
+ACCURACY, AUC, TOKENS = "rewards/accuracies", "rewards/auc", "mean_token_accuracy"
 RANKED = "held-out pairs whose chosen answer has the higher reward"
-RANKS = Panel("pairs with the chosen reward higher, share", {ACCURACY: ""})
+RANKS = Panel("pairs with the chosen reward higher, share", {ACCURACY: ""}, evaluation=COMPARISONS)
 SCORE = Panel("judge's score", {"score": "mean of the samples", "best_score": "best of each prompt"}, "round")
 MEAN_SCORE = "judge's mean score of the samples"
 METHODS = {  # by the last part of --output_dir
     "sft": Method(
         "SFT",
-        (loss_of("nats per token"), Panel("tokens predicted as most likely, share", {"mean_token_accuracy": ""})),
+        (
+            loss_of("nats per token"),
+            Panel("tokens predicted as most likely, share", {TOKENS: ""}, evaluation=f"eval_{TOKENS}"),
+        ),
         "evaluations",
         "eval_loss",
         "held-out loss, nats per token",
     ),
     "reward": Method(
         "Reward model",
-        (loss_of("nats"), Panel("pairs with the chosen score higher, share", {ACCURACY: ""})),
+        (loss_of("nats"), Panel("pairs with the chosen score higher, share", {ACCURACY: ""}, evaluation=COMPARISONS)),
         "evaluations",
-        f"eval_{ACCURACY}",
+        COMPARISONS,
         "held-out pairs whose chosen answer has the higher score",
     ),
     "kto": Method(
         "KTO",
-        (loss_of("weighted share"), Panel("AUC of the rewards by label", {"rewards/auc": ""})),
+        (loss_of("weighted share"), Panel("AUC of the rewards by label", {AUC: ""}, evaluation=f"eval_{AUC}")),
         "evaluations",
-        "eval_rewards/auc",
+        f"eval_{AUC}",
         "held-out comparisons in which the liked answer has the higher reward",
     ),
-    "dpo": Method("DPO", (loss_of("nats"), RANKS), "evaluations", f"eval_{ACCURACY}", RANKED),
-    "orpo": Method("ORPO", (loss_of("nats"), RANKS), "evaluations", f"eval_{ACCURACY}", RANKED),
-    "ipo": Method("IPO", (loss_of("squared nats per token"), RANKS), "evaluations", f"eval_{ACCURACY}", RANKED),
-    "simpo": Method("SimPO", (loss_of("nats"), RANKS), "evaluations", f"eval_{ACCURACY}", RANKED),
+    "dpo": Method("DPO", (loss_of("nats"), RANKS), "evaluations", COMPARISONS, RANKED),
+    "orpo": Method("ORPO", (loss_of("nats"), RANKS), "evaluations", COMPARISONS, RANKED),
+    "ipo": Method("IPO", (loss_of("squared nats per token"), RANKS), "evaluations", COMPARISONS, RANKED),
+    "simpo": Method("SimPO", (loss_of("nats"), RANKS), "evaluations", COMPARISONS, RANKED),
     "objectives": Method(
         "Several objectives",
         (
@@ -97,7 +103,7 @@ METHODS = {  # by the last part of --output_dir
             ),
         ),
         "evaluations",
-        f"eval_{ACCURACY}",
+        COMPARISONS,
         f"{RANKED} (earnest)",
     ),
     "spin": Method(
@@ -140,20 +146,19 @@ def commands(page: str) -> dict[str, list[str]]:
     return found
 
 
-def run(folder: Path, names: list[str]) -> dict[str, Any]:
-    """Run the commands of these methods in ``folder``. Returns each one's seconds and the numbers of its picture."""
+def run(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run the commands of these methods in ``folder``. Yields each one's seconds and the numbers of its picture."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "toy").exists():
         timed([sys.executable, str(HERE.resolve() / "toy_files.py")], folder, folder / "toy_files.log")
-    of_page, found = commands(PAGE.read_text(encoding="utf-8")), {}
+    of_page = commands(PAGE.read_text(encoding="utf-8"))
     for name in names:
         shutil.rmtree(folder / "runs" / name, ignore_errors=True)
         words = [sys.executable, "-m", "kto_fused", *of_page[name][1:]]
         wall, cpu = timed(words, folder, folder / f"{name}.log")
         print(f"{name:12} {wall:6.1f} s, {cpu:6.1f} s of CPU", flush=True)
         metrics = json.loads((folder / "runs" / name / "metrics.json").read_text(encoding="utf-8"))
-        found[name] = {"wall_seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), **drawn(name, metrics)}
-    return found
+        yield name, {"wall_seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), **drawn(name, metrics)}
 
 
 def timed(words: list[str], folder: Path, log: Path) -> tuple[float, float]:
@@ -173,16 +178,15 @@ def drawn(name: str, metrics: dict[str, Any]) -> dict[str, list[dict[str, float]
     """Return the numbers of a run's metrics that its picture and its row of the table show, to five digits."""
     method = METHODS[name]
     shown = {one for panel in method.panels for one in panel.names} | {method.told}
-    kept = {"step", "round"} | shown | {f"eval_{one}" for one in shown}
+    kept = {"step", "round"} | shown | {panel.evaluation for panel in method.panels}
+
+    def rounded(value: Any) -> float:
+        if isinstance(value, list):  # a share and its interval
+            value = value[0]
+        return value if isinstance(value, int) else float(f"{value:.5g}")
+
     return {
-        key: [
-            {
-                one: value if isinstance(value, int) else float(f"{value:.5g}")
-                for one, value in entry.items()
-                if one in kept
-            }
-            for entry in metrics[key]
-        ]
+        key: [{one: rounded(value) for one, value in entry.items() if one in kept} for entry in metrics[key]]
         for key in ("steps", "evaluations", "rounds")
         if metrics.get(key)
     }
@@ -197,12 +201,12 @@ def draw(name: str, numbers: dict[str, Any]) -> None:
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, 2), METHODS[name].panels, strict=True):
         entries = numbers["rounds" if panel.unit == "round" else "steps"]
-        evaluations = [] if panel.unit == "round" else numbers.get("evaluations", [])
+        evaluations = numbers.get("evaluations", []) if panel.evaluation else []
         for color, (one, label) in zip(report.COLORS, panel.names.items(), strict=False):
-            has_evaluations = bool(report.points(evaluations, f"eval_{one}"))
-            label = label or ("training" if has_evaluations else "")
+            label = label or ("training" if evaluations else "")
             report.draw_curve(axes, entries, one, label, unit=panel.unit, color=color)
-            report.draw_evaluations(axes, evaluations, one, "held-out", color=report.COLORS[1])
+        of_evaluation = panel.evaluation.removeprefix("eval_")
+        report.draw_evaluations(axes, evaluations, of_evaluation, "held-out", color=report.COLORS[1])
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel(panel.unit, fontsize=9)
         axes.tick_params(labelsize=8)
@@ -248,8 +252,9 @@ def main() -> None:
         import torch
 
         results |= {"machine": machine(), "torch": torch.__version__}
-        results["methods"] |= run(options.run, options.methods or list(METHODS))
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        for name, numbers in run(options.run, options.methods or list(METHODS)):
+            results["methods"][name] = numbers
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for name in METHODS:
         draw(name, results["methods"][name])
     page = PAGE.read_text(encoding="utf-8")
