@@ -10,7 +10,11 @@ from .errors import CommandError, check_names
 TRAINING = ("accelerate", "datasets", "filelock", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
 INSTALL = "in a clone of kto-fused, run pip install -c constraints.txt '.[train]'"
 COMMANDS = {
-    "train": "train a model with KTO, DPO or supervised fine-tuning, or a reward model, on files of records",
+    "train": "train a model with the loss of --loss on files of records",
+    "kto": "train a model with KTO or another loss of single completions, on feedback",
+    "dpo": "train a model with DPO or another loss of pairs",
+    "sft": "train a model with supervised fine-tuning, on demonstrations",
+    "reward": "train a reward model, on pairs",
     "spin": "train a model in rounds of self-play against its own samples (SPIN)",
     "online": "train a model in rounds on its own samples, which a judge scores (online DPO, KTO and their relatives)",
     "ppo": "train a model in rounds on its own samples by policy gradients (PPO, GRPO and its relatives)",
@@ -23,9 +27,10 @@ COMMANDS = {
     "sequences that fit a GPU",
     "env": "print versions, devices, and the backend that each device gets",
 }
+RECIPES = ("kto", "dpo", "sft", "reward")
 LOOPS = ("spin", "online", "ppo")
 PACKAGES = {
-    **dict.fromkeys(("train", *LOOPS, "demo", "data"), TRAINING),
+    **dict.fromkeys(("train", *RECIPES, *LOOPS, "demo", "data"), TRAINING),
     "estimate": ("transformers", "yaml"),
     "compare": ("matplotlib",),
     "merge": ("transformers", "peft"),
@@ -50,13 +55,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done, even if stdout was lost meanwhile (``train`` and ``demo`` continue and write their results). 2: an error,
+    0: done, even if stdout was lost meanwhile (commands that train continue and write their results). 2: an error,
     printed as one sentence on stderr, or a lost stdout of a command that only prints. 130: Ctrl-C. 143: SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    only_prints = arguments[:1] not in (["train"], ["demo"], *([loop] for loop in LOOPS)) or bool(
-        {"-h", "--help"} & set(arguments)
-    )
+    writes = bool(arguments) and arguments[0] in ("train", *RECIPES, *LOOPS, "demo")
+    only_prints = not writes or bool({"-h", "--help"} & set(arguments))
     with process.lasting_streams(None if only_prints else CONTINUES) as stdout, process.orderly_end():
         code = _main(arguments)
         stdout.flush()
@@ -90,6 +94,8 @@ def description(command: str) -> str:
 
 
 def run(command: str, arguments: list[str]) -> int:
+    if command in RECIPES:
+        return importlib.import_module(".train", __package__).main(arguments, command)
     if command in LOOPS:
         return importlib.import_module(".loops", __package__).main(command, arguments)
     if command != "env":

@@ -26,6 +26,13 @@ from .failures import SETUP_ERRORS, user_errors
 from .settings_file import read_settings
 
 NULL = "null"
+# names that other trainers' commands have for flags of this one
+ALIASES = {
+    "model_name_or_path": "model",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -210,16 +217,17 @@ def _null_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 class FirstLook(typing.NamedTuple):
     """What a command reads of its arguments before it knows all flags."""
 
-    loss: str | None  # of the flag
+    loss: str | None  # of the flag, else of the settings file
     path: str | None  # of the settings file
     settings: dict[str, Any]  # the settings file's names and values
+    arguments: list[str]  # with the flags' own names in place of aliases
 
 
 def first_look(command: str, arguments: list[str]) -> FirstLook:
-    """Read ``--loss`` and the settings file of ``--config``.
+    """Read ``--loss`` and the settings file of ``--config``, and replace the aliases of flags.
 
     Raises:
-        CommandError: several settings files are given, or the file cannot be read.
+        CommandError: several settings files are given, the file cannot be read, or a flag is given by two names.
     """
     parser = FlagParser([], command, add_help=False)
     parser.add_argument("--config", action="append", default=[])
@@ -228,4 +236,35 @@ def first_look(command: str, arguments: list[str]) -> FirstLook:
     if len(found.config) > 1:
         raise CommandError(f"--config is given {len(found.config)} times, but a run reads one settings file")
     path = next(iter(found.config), None)
-    return FirstLook(found.loss, path, read_settings(path) if path else {})
+    settings = read_settings(path) if path else {}
+    given: dict[str, str] = {}
+    settings = {_own_name(str(name), given, f"{path}: "): value for name, value in settings.items()}
+    loss = found.loss or settings.get("loss")
+    return FirstLook(loss, path, settings, without_aliases(arguments))
+
+
+def without_aliases(arguments: list[str]) -> list[str]:
+    """Return the arguments with the flags' own names in place of aliases.
+
+    Raises:
+        CommandError: a flag is given by two names.
+    """
+    given: dict[str, str] = {}
+    plain = []
+    for text in arguments:
+        flag, equals, value = text.partition("=")
+        if flag.startswith("--"):
+            name = flag[2:].replace("-", "_")
+            own = _own_name(name, given, "--")
+            text = text if own == name else f"--{own}{equals}{value}"
+        plain.append(text)
+    return plain
+
+
+def _own_name(name: str, given: dict[str, str], prefix: str) -> str:
+    """Return the name that an alias stands for; ``given`` keeps the name by which each setting was given first."""
+    own = ALIASES.get(name, name)
+    other = given.setdefault(own, name)
+    if other != name:
+        raise CommandError(f"{prefix}{other} and {prefix}{name} are two names of one setting: give one of them")
+    return own

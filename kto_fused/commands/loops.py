@@ -18,12 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from .. import heads
 from ..data.form import DataError
 from ..data.prompts import read_prompts
 from ..engines import backends
-from ..heads.protocol import class_of
-from ..trainers import FusedTrainer, cards, checkpoints, folder_lock, held_out, losses
+from ..trainers import FusedTrainer, cards, checkpoints, folder_lock, held_out
 from ..trainers.configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig
 from ..trainers.generation import GenerationError
 from ..trainers.judges import JudgeError
@@ -35,7 +33,7 @@ from . import own_loss, progress, report, results, resuming, samples, train
 from .cli import description
 from .errors import CommandError, check_names
 from .failures import check_writable, setup_errors, user_errors
-from .flags import FlagParser, first_look
+from .flags import ALIASES, FlagParser, first_look
 
 LOOPS = {"spin": SPINLoop, "online": OnlineLoop, "ppo": PPOLoop}
 # options of the trainers that mean nothing in rounds: evaluations, and what the loop decides itself
@@ -99,19 +97,16 @@ def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPrefer
     Raises:
         CommandError: a flag or setting is unknown, has a wrong value, or contradicts another one.
     """
-    given_loss, path, file = first_look(command, arguments)  # the loss decides which flags there are
-    recipe, name, own = "dpo", None, None
-    if command == "online":
-        recipe, name, own = _loss_of(given_loss or file.get("loss") or "dpo")
-    taken = RECIPES[recipe].taken_names | {one.name for one in fields(OnlineSettings)} | {"config", "help"}
+    look = first_look(command, arguments)
+    loss = (look.loss or "dpo") if command == "online" else "dpo"
+    choice = own_loss.choose(loss, RECIPES)  # the loss decides which flags there are
+    recipe, _, own = choice
+    taken = RECIPES[recipe].taken_names | {one.name for one in fields(OnlineSettings)} | {"config", "help", *ALIASES}
     parser = _flags_of(command, recipe, own, taken)
-    values = parser.values([*parser.arguments_from(file, path), *arguments])
+    values = parser.values([*parser.arguments_from(look.settings, look.path), *look.arguments])
+    choice.settle(values, loss)
     if own is not None:
         made = own.make({flag: values.pop(flag) for flag in own.flag_names(taken)}, taken)
-    if name is not None:
-        if values["loss_type"] not in (None, [name]):
-            raise CommandError(f"--loss {name} and --loss_type {' '.join(values['loss_type'])} name two losses")
-        values["loss_type"] = name
     for option in ("output_dir", "report_to"):  # to transformers, None would mean another folder and an error
         if values[option] is None:
             values[option] = parser.get_default(option)
@@ -125,19 +120,6 @@ def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPrefer
     if command != "spin" and settings.judge is None:
         raise CommandError(f"--judge must be given: kto-fused {command} learns from its scores")
     return settings, config
-
-
-def _loss_of(text: str) -> tuple[str, str | None, own_loss.OwnLoss | None]:
-    """Return what ``--loss`` names: the recipe, and perhaps the loss's registered name, or a loss of the user's own."""
-    if text in RECIPES:
-        return text, None, None
-    if text in heads.names():
-        kind = class_of(text)
-        if losses.trains_pairs(kind) or losses.trains_completions(kind):
-            return "dpo" if losses.trains_pairs(kind) else "kto", text, None
-        raise CommandError(f"--loss {text} is a loss of single tokens: kto-fused ppo trains those (--loss_type {text})")
-    own = own_loss.find(text, RECIPES)
-    return own.recipe, None, own
 
 
 def _flags_of(command: str, recipe: str, own: own_loss.OwnLoss | None, taken: frozenset[str]) -> FlagParser:

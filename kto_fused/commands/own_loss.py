@@ -1,4 +1,7 @@
-"""``--loss module:Name``: a loss of the user's own, from a module in the current folder or an installed one."""
+"""``--loss``: a recipe, a registered loss by its name, or a loss of the user's own as ``module:Name``.
+
+A loss of the user's own comes from a module in the current folder or an installed one.
+"""
 
 import dataclasses
 import importlib
@@ -10,6 +13,8 @@ from typing import Any, NamedTuple, get_type_hints
 from .. import heads
 from ..heads.protocol import Head, class_of
 from ..trainers import losses
+from ..trainers.configs import FusedRewardConfig
+from ..trainers.ppo import FusedPPOConfig
 from .errors import CommandError, sentence
 from .failures import SETUP_ERRORS, user_errors
 
@@ -55,6 +60,62 @@ class OwnLoss(NamedTuple):
             return self.found(**given)
 
 
+class Choice(NamedTuple):
+    """The recipe that ``--loss`` chooses, and the loss if it named one: a registered name, or the user's own."""
+
+    recipe: str
+    loss_type: str | None = None
+    own: OwnLoss | None = None
+
+    def settle(self, values: dict[str, Any], text: str) -> None:
+        """Put the name of a registered loss into the values of the flags.
+
+        Raises:
+            CommandError: ``--loss_type`` names other losses.
+        """
+        if self.loss_type is None:
+            return
+        given = values["loss_type"]
+        if given not in (None, self.loss_type, [self.loss_type]):
+            given = " ".join(given) if isinstance(given, list) else given
+            raise CommandError(f"--loss {text} and --loss_type {given} name different losses: give one of the two")
+        values["loss_type"] = self.loss_type
+
+
+def recipe_of(name: str) -> str | None:
+    """Return the recipe that trains a registered loss, ``"ppo"`` for the losses of ``kto-fused ppo``, or None."""
+    if name in FusedRewardConfig.loss_names:
+        return "reward"
+    if name in FusedPPOConfig.loss_names:
+        return "ppo"
+    kinds = {"dpo": losses.trains_pairs, "kto": losses.trains_completions, "sft": losses.trains_tokens}
+    return next((recipe for recipe, is_trained in kinds.items() if is_trained(class_of(name))), None)
+
+
+def choose(text: str, recipes: Iterable[str]) -> Choice:
+    """Return what ``--loss`` names.
+
+    Raises:
+        CommandError: it is no recipe and no loss, or a loss that none of the ``recipes`` trains.
+    """
+    if text in recipes:
+        return Choice(text)
+    if text not in (*heads.names(), *FusedRewardConfig.loss_names):
+        own = find(text, recipes)
+        return Choice(own.recipe, own=own)
+    recipe = recipe_of(text)
+    if recipe in recipes:
+        return Choice(recipe, text)
+    if recipe is None:
+        needed = ", ".join(class_of(text).required_tensors())
+        raise CommandError(
+            f"--loss {text} is trained by no command, because it needs {needed} for each token or sequence: call it in "
+            f"a loop of your own, as heads.make({text!r})"
+        )
+    trains = f"ppo --loss_type {text}" if recipe == "ppo" else f"{recipe} --loss {text}"
+    raise CommandError(f"--loss {text} is trained by another command: kto-fused {trains}")
+
+
 def find(text: str, recipes: Iterable[str]) -> OwnLoss:
     """Return what ``--loss module:Name`` names.
 
@@ -63,13 +124,9 @@ def find(text: str, recipes: Iterable[str]) -> OwnLoss:
     """
     module_name, _, name = text.partition(":")
     if not (module_name and name):
-        if text in heads.names():
-            kinds = {"dpo": losses.trains_pairs, "kto": losses.trains_completions, "sft": losses.trains_tokens}
-            recipe = next((name for name, is_trained in kinds.items() if is_trained(class_of(text))), None)
-            if recipe is not None:
-                raise CommandError(f"--loss {text} is not a recipe: give --loss {recipe} --loss_type {text}")
         raise CommandError(
-            f"--loss {text} is unknown: choose one of {', '.join(recipes)}, or a loss of your own as module:Name"
+            f"--loss {text} is unknown: choose one of {', '.join(recipes)}, the name of a loss (such as simpo), or a "
+            "loss of your own as module:Name"
         )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # behind installed packages, so that no file here takes the place of one

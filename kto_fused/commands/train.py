@@ -56,7 +56,7 @@ from . import own_loss, progress, results, resuming, samples
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable, setup_errors, user_errors
-from .flags import FlagParser, first_look
+from .flags import ALIASES, FlagParser, first_look
 
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig, "sft": FusedSFTConfig, "reward": FusedRewardConfig}
 TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer, "sft": FusedSFTTrainer, "reward": FusedRewardTrainer}
@@ -124,8 +124,9 @@ class TrainSettings:
         metadata={
             "help": "kto: losses of single completions, also of pairs, both of whose answers are feedback; dpo: losses "
             "of pairs; sft: losses of single tokens, on demonstrations; reward: a reward model, on pairs, with a score "
-            "in the place of the LM head. --loss_type names the loss. module:Name: a loss of your own, from a module "
-            "in the current folder or an installed one; its fields are flags"
+            "in the place of the LM head. Or the name of a loss, such as simpo or orpo, which --loss_type names too. "
+            "module:Name: a loss of your own, from a module in the current folder or an installed one; its fields are "
+            "flags"
         },
     )
     ref_model: str | None = field(
@@ -184,8 +185,9 @@ class TrainSettings:
         samples.check(self)
 
 
-def main(arguments: list[str]) -> int:
-    return run(*parse(arguments))
+def main(arguments: list[str], recipe: str | None = None) -> int:
+    """Train with the losses of a recipe, or where ``--loss`` alone decides (``kto-fused train``) of any one."""
+    return run(*parse(arguments, recipe))
 
 
 def run(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
@@ -250,19 +252,25 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
 # ---- options ------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
+def parse(arguments: list[str], recipe: str | None = None) -> tuple[TrainSettings, FusedPreferenceConfig]:
     """Return the options from flags and from the file of ``--config``. A flag overrides the file.
+
+    ``recipe`` is the command's, None for ``kto-fused train``.
 
     Raises:
         CommandError: a flag or setting is unknown, has a wrong value, or contradicts another one.
     """
-    given_loss, path, file = first_look("train", arguments)  # the loss decides which flags there are
-    loss = given_loss or file.get("loss") or "kto"
-    own = None if loss in CONFIGS else own_loss.find(loss, CONFIGS)
-    recipe = loss if own is None else own.recipe
+    look = first_look(recipe or "train", arguments)
+    loss = look.loss or recipe or "kto"
+    choice = own_loss.choose(loss, CONFIGS)  # the loss decides which flags there are
+    if recipe not in (None, choice.recipe):
+        raise CommandError(f"--loss {loss} is trained by another command: kto-fused {choice.recipe} --loss {loss}")
+    command, (recipe, _, own) = recipe or "train", choice
     taken = taken_names(recipe)
-    parser = flags_of(recipe, own)
-    values = parser.values([*parser.arguments_from(file, path), *arguments])
+    parser = flags_of(recipe, own, command)
+    parser.set_defaults(output_dir=f"runs/{loss.replace(':', '.')}", loss=loss)
+    values = parser.values([*parser.arguments_from(look.settings, look.path), *look.arguments])
+    choice.settle(values, loss)
     if own is not None:
         made = own.make({name: values.pop(name) for name in own.flag_names(taken)}, taken)
     for name in ("output_dir", "report_to"):  # to transformers, None would mean another folder and an error
@@ -292,7 +300,7 @@ def parse(arguments: list[str]) -> tuple[TrainSettings, FusedPreferenceConfig]:
     return settings, config
 
 
-def flags_of(loss: str, own: own_loss.OwnLoss | None = None) -> FlagParser:
+def flags_of(loss: str, own: own_loss.OwnLoss | None = None, command: str = "train") -> FlagParser:
     """Return the parser for the flags of a recipe, which suggests ``--loss`` for a flag of another recipe.
 
     With a loss of the user's ``own``, the fields of that loss are flags in place of those of the built-in ones.
@@ -301,7 +309,7 @@ def flags_of(loss: str, own: own_loss.OwnLoss | None = None) -> FlagParser:
     of_losses = () if own is None else ("loss_type", "loss_weights", *CONFIGS[loss].loss_options)
     parser = FlagParser(
         [TrainSettings, CONFIGS[loss]],
-        "train",
+        command,
         usage="%(prog)s --model MODEL --data FILE [FILE ...] [FLAGS]",  # all flags would take three pages
         description=DESCRIPTION,
         left_out=(*LEFT_OUT, *of_losses),
@@ -313,11 +321,7 @@ def flags_of(loss: str, own: own_loss.OwnLoss | None = None) -> FlagParser:
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="YAML file of settings, named like the flags; flags override it"
     )
-    parser.set_defaults(
-        output_dir=f"runs/{loss if own is None else own.text.replace(':', '.')}",
-        logging_first_step=True,
-        save_total_limit=1,
-    )
+    parser.set_defaults(output_dir=f"runs/{loss}", logging_first_step=True, save_total_limit=1)
     # parse() derives them from other flags
     parser.set_defaults(bf16=None, eval_strategy=None, save_strategy=None, save_steps=None, eval_on_start=None)
     return parser
@@ -325,7 +329,8 @@ def flags_of(loss: str, own: own_loss.OwnLoss | None = None) -> FlagParser:
 
 def taken_names(recipe: str) -> frozenset[str]:
     """Return the names that the fields of a loss cannot have as flags, because other flags have them."""
-    return CONFIGS[recipe].taken_names | {field.name for field in fields(TrainSettings)} | {"config", "help"}
+    others = {field.name for field in fields(TrainSettings)} | {"config", "help", *ALIASES}
+    return CONFIGS[recipe].taken_names | others
 
 
 def is_evaluated(values: dict[str, Any]) -> bool:

@@ -16,10 +16,12 @@ for package in ("datasets", "accelerate", "matplotlib"):
 
 from command_runs import command, losses
 
-from kto_fused.commands import cli, train
+from kto_fused import heads
+from kto_fused.commands import cli, own_loss, train
 from kto_fused.commands.errors import CommandError
-from kto_fused.commands.flags import FlagParser
+from kto_fused.commands.flags import ALIASES, FlagParser
 from kto_fused.commands.settings_file import read_settings
+from kto_fused.trainers import FusedPPOConfig, LoopSettings
 
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 
@@ -35,6 +37,68 @@ def test_every_field_is_a_flag_but_those_that_would_change_nothing():
             field.name for field in fields(train.TrainSettings) if field.init
         }
         assert (settings.loss, type(config)) == (loss, kind)
+
+
+GIVEN = ["--model", "m", "--data", "d", "--use_cpu"]
+
+
+@pytest.mark.parametrize("name", [*heads.names(), "bradley_terry"])
+def test_every_registered_loss_is_trained_by_its_name_or_refused_with_the_command_that_trains_it(name):
+    recipe = own_loss.recipe_of(name)
+    if recipe in (None, "ppo"):
+        where = "in a loop of your own" if recipe is None else f"kto-fused ppo --loss_type {name}"
+        with pytest.raises(CommandError, match=f"--loss {name} is trained by .*{where}"):
+            train.parse([*GIVEN, "--loss", name])
+        return
+    settings, config = train.parse([*GIVEN, "--loss", name])
+    if name not in train.CONFIGS:
+        assert (config.loss_type, config.output_dir) == (name, f"runs/{name}")
+        assert options_from([*GIVEN, "--loss", name], recipe) == [vars(settings), config.to_dict()]
+        other = next((other for other in train.CONFIGS[recipe].loss_names if other != name), "other")
+        with pytest.raises(CommandError, match=r"name different losses|invalid choice"):
+            train.parse([*GIVEN, "--loss", name, "--loss_type", other])
+    assert type(config) is train.CONFIGS[name if name in train.CONFIGS else recipe]
+
+
+def test_a_command_trains_the_losses_of_its_recipe_alone():
+    for recipe, kind in train.CONFIGS.items():
+        settings, config = train.parse(GIVEN, recipe)
+        assert (settings.loss, type(config), config.output_dir) == (recipe, kind, f"runs/{recipe}")
+    with pytest.raises(CommandError, match="--loss simpo is trained by another command: kto-fused dpo --loss simpo"):
+        train.parse([*GIVEN, "--loss", "simpo"], "kto")
+
+
+def test_aliases_are_names_of_the_same_flags():
+    aliases = [
+        "--model_name_or_path",
+        "m",
+        "--data",
+        "d",
+        "--use_cpu",
+        "--lr=0.5",
+        "--batch-size",
+        "3",
+        "--epochs",
+        "2",
+    ]
+    plain = [*GIVEN, "--learning_rate=0.5", "--per_device_train_batch_size", "3", "--num_train_epochs", "2"]
+    assert options_from(aliases) == options_from(plain)
+    Path("file.yaml").write_text("model_name_or_path: m\ndata: d\nuse_cpu: true\nlr: 0.5\nbatch_size: 3\nepochs: 2\n")
+    assert options_from(["--config", "file.yaml"]) == options_from(plain)
+    assert train.parse(["--config", "file.yaml", "--lr", "0.25"])[1].learning_rate == 0.25
+    with pytest.raises(CommandError, match=r"^--lr and --learning_rate are two names of one setting: give one of them"):
+        train.parse([*GIVEN, "--lr", "1", "--learning-rate", "1"])
+    Path("file.yaml").write_text("epochs: 2\nnum_train_epochs: 2\n")
+    with pytest.raises(CommandError, match=r"^file.yaml: epochs and file.yaml: num_train_epochs are two names"):
+        train.parse(["--config", "file.yaml"])
+
+
+def test_no_option_has_the_name_of_an_alias():
+    for kind in (train.TrainSettings, LoopSettings, FusedPPOConfig, *train.CONFIGS.values()):
+        assert not {*ALIASES} & {field.name for field in fields(kind)}
+        assert {*ALIASES.values()} <= {
+            field.name for field in (*fields(train.TrainSettings), *fields(train.FusedKTOConfig))
+        }
 
 
 def test_defaults_train_at_once():
@@ -104,8 +168,8 @@ FLAGS = [
 ]
 
 
-def options_from(arguments: list[str]) -> list[dict]:
-    settings, config = train.parse(arguments)
+def options_from(arguments: list[str], recipe: str | None = None) -> list[dict]:
+    settings, config = train.parse(arguments, recipe)
     return [vars(settings), config.to_dict()]
 
 
