@@ -16,7 +16,7 @@ setup(
     # kernels/ holds Triton alone and installs inside the package: a top-level `kernels` is somebody else's
     packages=["kto_fused", *(f"kto_fused.{room}" for room in ROOMS)],
     package_dir={"kto_fused": "kto_fused", "kto_fused.kernels": "kernels"},
-    package_data={"kto_fused": ["py.typed", "data/*.jsonl"]},
+    package_data={"kto_fused": ["py.typed", "commands/*.json", "data/*.jsonl"]},
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",

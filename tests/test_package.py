@@ -42,7 +42,9 @@ def test_the_wheel_holds_kernels_inside_the_package_alone(wheel):
     expected = {f"kto_fused/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     package = ROOT / "kto_fused"
     expected |= {f"kto_fused/{path.relative_to(package)}" for path in package.rglob("*.py")}
-    assert names == expected | {"kto_fused/py.typed", "kto_fused/data/feedback.jsonl"}
+    assert names == expected | {
+        f"kto_fused/{name}" for name in ("py.typed", "data/feedback.jsonl", "commands/flags.json")
+    }
 
 
 def test_an_installed_wheel_imports_its_own_kernels(wheel, tmp_path):
@@ -72,9 +74,14 @@ def test_the_readme_names_the_least_versions():
     assert needs in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_importing_the_package_does_not_import_triton_or_transformers(tmp_path):
-    code = "import sys, kto_fused; print([m for m in ('triton', 'transformers', 'matplotlib') if m in sys.modules])"
-    assert python(code, cwd=tmp_path) == "[]"
+def test_importing_the_package_imports_no_torch_and_its_public_names_neither_triton_nor_transformers(tmp_path):
+    code = (
+        "import sys, kto_fused; print('torch' in sys.modules)\n"
+        "print([name for name in (*kto_fused.__all__, 'engines') if not hasattr(kto_fused, name)])\n"
+        "print(hasattr(kto_fused, 'nothing'), {*kto_fused.__all__} - {*dir(kto_fused)})\n"
+        "print([m for m in ('triton', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    assert python(code, cwd=tmp_path).splitlines() == ["False", "[]", "False set()", "[]"]
 
 
 @pytest.mark.parametrize(

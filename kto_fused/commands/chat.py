@@ -2,14 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from typing import TYPE_CHECKING, Any
 
 from .cli import INSTALL, description
+from .early import check_model
 from .errors import CommandError, check_names, sentence
 from .failures import setup_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPT = "> "
 
@@ -30,6 +31,8 @@ def main(arguments: list[str]) -> int:
         raise CommandError("--max_new_tokens must be at least 1, and --temperature at least 0")
     names = [options.model] if options.compare is None else [options.model, options.compare]
     check_names(*names)
+    for flag, name in zip(("model", "compare"), names, strict=False):
+        check_model(flag, name)
     with setup_errors():
         speakers = {name: Speaker(name, options) for name in names}
     while line := read_line():
@@ -56,6 +59,9 @@ class Speaker:
 
     def answer(self, line: str) -> str:
         """Stream the model's answer to stdout, and return it."""
+        import torch
+        from transformers import TextStreamer
+
         tokenizer, model = self.tokenizer, self.model
         if tokenizer.chat_template is None:
             inputs = tokenizer(line, return_tensors="pt")
@@ -82,8 +88,11 @@ class Speaker:
         return text
 
 
-def load(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load(name: str) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
     """Return the tokenizer and the causal language model of a folder or an id, on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     kind = AutoModelForCausalLM
     if (Path(name) / "adapter_config.json").is_file():
         try:

@@ -2,9 +2,10 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 
-from . import process
+from . import early, process
 from .errors import CommandError, check_names
 
 TRAINING = ("accelerate", "datasets", "filelock", "matplotlib", "safetensors", "tqdm", "transformers", "xxhash", "yaml")
@@ -27,10 +28,12 @@ COMMANDS = {
     "sequences that fit a GPU",
     "env": "print versions, devices, and the backend that each device gets",
 }
-RECIPES = ("kto", "dpo", "sft", "reward")
 LOOPS = ("spin", "online", "ppo")
+TRAINS = ("train", *early.RECIPES, *LOOPS, "demo")
+HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 PACKAGES = {
-    **dict.fromkeys(("train", *RECIPES, *LOOPS, "demo", "data"), TRAINING),
+    **dict.fromkeys((*TRAINS, "data"), TRAINING),
     "estimate": ("transformers", "yaml"),
     "compare": ("matplotlib",),
     "merge": ("transformers", "peft"),
@@ -44,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="kto-fused",
         description="Fused KTO and DPO losses for PyTorch.",
-        epilog="kto-fused COMMAND --help lists the flags of a command.",
+        epilog="kto-fused COMMAND --help lists the flags of a command that most runs need, --help-all all of them.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, does in COMMANDS.items():
@@ -59,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     printed as one sentence on stderr, or a lost stdout of a command that only prints. 130: Ctrl-C. 143: SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    writes = bool(arguments) and arguments[0] in ("train", *RECIPES, *LOOPS, "demo")
-    only_prints = not writes or bool({"-h", "--help"} & set(arguments))
+    let_threads_sleep()
+    only_prints = arguments[:1] not in [[name] for name in TRAINS] or bool((HELP | HELP_ALL) & set(arguments))
     with process.lasting_streams(None if only_prints else CONTINUES) as stdout, process.orderly_end():
         code = _main(arguments)
         stdout.flush()
@@ -75,7 +78,7 @@ def _main(arguments: list[str]) -> int:
         if missing:
             raise CommandError(f"these packages are not installed: {', '.join(missing)}; {INSTALL}")
         check_names(*arguments)
-        return run(command, arguments[1:])
+        return run(command, arguments[1:]) if answered(command, arguments[1:]) is None else 0
     except (Exception, KeyboardInterrupt) as error:
         process.remove_temporary_files()
         stop = process.stopped_by(error)
@@ -87,6 +90,28 @@ def _main(arguments: list[str]) -> int:
         return 2 if stop is None else 143 if is_terminated else 130
 
 
+def let_threads_sleep() -> None:
+    """Let the threads that PyTorch's OpenMP keeps for a CPU sleep while they wait, unless the user has chosen.
+
+    By default they spin for milliseconds, which stops whatever shares the cores with them: another run, or their own
+    main thread. OpenMP reads the variable when PyTorch is imported.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def answered(command: str, arguments: list[str]) -> str | None:
+    """Print the help of a command with many flags, if it is asked for, and return it; check the arguments otherwise."""
+    if command not in (*TRAINS, "estimate") or HELP_ALL & set(arguments):
+        return None
+    if HELP & set(arguments):
+        text = early.help_text(command, arguments, description(command))
+        if text is not None:
+            print(text, end="")
+        return text
+    return early.check(command, arguments)
+
+
 def description(command: str) -> str:
     """Return what a command does, as a sentence."""
     does = COMMANDS[command]
@@ -94,13 +119,12 @@ def description(command: str) -> str:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    if command in RECIPES:
+    arguments = ["--help" if text in HELP_ALL else text for text in arguments]
+    if command in early.RECIPES:
         return importlib.import_module(".train", __package__).main(arguments, command)
     if command in LOOPS:
         return importlib.import_module(".loops", __package__).main(command, arguments)
     if command != "env":
         return importlib.import_module(f".{command}", __package__).main(arguments)
-    from . import environment
-
     argparse.ArgumentParser(prog="kto-fused env", description=description("env")).parse_args(arguments)
-    return environment.run()
+    return importlib.import_module(".environment", __package__).run()

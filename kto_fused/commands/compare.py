@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..trainers import held_out
-from . import report
 from .cli import description
 from .errors import CommandError
 from .failures import check_writable, user_errors
@@ -20,6 +18,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     runs = {name: read(Path(run)) for name, run in zip(_names(options.runs), options.runs, strict=True)}
     check_writable(Path(options.out).parent)
+    from ..trainers import held_out  # here: it imports PyTorch and the trainers
+    from . import report
+
     names = list(dict.fromkeys(name for run in runs.values() for name in _last_values(run)))
     width = max(10, *map(len, runs)) + 2
     print(" " * 28 + "".join(f"{name:>{width}}" for name in runs))

@@ -25,6 +25,8 @@ VARIABLES = {
     "PYTORCH_ALLOC_CONF": "how PyTorch allocates GPU memory",
     "PYTORCH_CUDA_ALLOC_CONF": "older name of PYTORCH_ALLOC_CONF",
     "OMP_NUM_THREADS": "number of threads that PyTorch uses on a CPU",
+    "OMP_WAIT_POLICY": "passive: waiting threads sleep, which kto-fused chooses if neither it nor the next is set",
+    "GOMP_SPINCOUNT": "how long a waiting thread spins before it sleeps",
     "HF_HOME": "folder of downloaded models and data",
     "HF_HUB_OFFLINE": "1: use only models and data that are on disk",
 }

@@ -2,12 +2,11 @@
 
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from .errors import CommandError, sentence
 
@@ -29,8 +28,12 @@ def user_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, *kinds) as error:
-        if isinstance(error, torch.OutOfMemoryError) and not prefix:
+    except Exception as error:
+        # before anything has imported PyTorch there is no such error
+        is_out_of_memory = "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
+        if not (is_out_of_memory or isinstance(error, kinds)):
+            raise
+        if is_out_of_memory and not prefix:
             raise CommandError(OUT_OF_GPU_MEMORY) from error
         raise CommandError(prefix + sentence(error)) from error
 

@@ -30,10 +30,11 @@ from ..trainers.ppo import FusedPPOConfig, PPOLoop
 from ..trainers.round_settings import LoopSettings
 from ..trainers.rounds import STATE, Loop, RoundError, read_samples
 from . import own_loss, progress, report, results, resuming, samples, train
+from .arguments import ALIASES, first_look
 from .cli import description
 from .errors import CommandError, check_names
 from .failures import check_writable, setup_errors, user_errors
-from .flags import ALIASES, FlagParser, first_look
+from .flags import FlagParser
 
 LOOPS = {"spin": SPINLoop, "online": OnlineLoop, "ppo": PPOLoop}
 # options of the trainers that mean nothing in rounds: evaluations, and what the loop decides itself
@@ -102,7 +103,7 @@ def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPrefer
     choice = own_loss.choose(loss, RECIPES)  # the loss decides which flags there are
     recipe, _, own = choice
     taken = RECIPES[recipe].taken_names | {one.name for one in fields(OnlineSettings)} | {"config", "help", *ALIASES}
-    parser = _flags_of(command, recipe, own, taken)
+    parser = flags_of(command, recipe, own, taken)
     values = parser.values([*parser.arguments_from(look.settings, look.path), *look.arguments])
     choice.settle(values, loss)
     if own is not None:
@@ -122,7 +123,10 @@ def parse(command: str, arguments: list[str]) -> tuple[LoopSettings, FusedPrefer
     return settings, config
 
 
-def _flags_of(command: str, recipe: str, own: own_loss.OwnLoss | None, taken: frozenset[str]) -> FlagParser:
+def flags_of(
+    command: str, recipe: str, own: own_loss.OwnLoss | None = None, taken: frozenset[str] = frozenset()
+) -> FlagParser:
+    """Return the parser for the flags of a loop; ``taken`` are names that fields of one's ``own`` loss cannot have."""
     kinds = {
         "spin": [LoopSettings, FusedDPOConfig],
         "online": [OnlineSettings, RECIPES[recipe]],

@@ -4,9 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
-
 from .cli import description
 from .errors import CommandError, check_names
 from .failures import check_writable, setup_errors, user_errors
@@ -25,6 +22,9 @@ def main(arguments: list[str]) -> int:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CommandError(f"--to {target} exists and is no empty folder: choose another one")
     check_writable(target)
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification  # here: it takes seconds
+    from transformers import AutoTokenizer
+
     with user_errors(OSError, ValueError, prefix=f"{path} cannot be read: "):
         config = json.loads(path.read_text(encoding="utf-8"))
     is_reward = config.get("task_type") == "SEQ_CLS"

@@ -15,6 +15,7 @@ from ..heads.protocol import Head, class_of
 from ..trainers import losses
 from ..trainers.configs import FusedRewardConfig
 from ..trainers.ppo import FusedPPOConfig
+from .arguments import recipe_of
 from .errors import CommandError, sentence
 from .failures import SETUP_ERRORS, user_errors
 
@@ -82,14 +83,18 @@ class Choice(NamedTuple):
         values["loss_type"] = self.loss_type
 
 
-def recipe_of(name: str) -> str | None:
-    """Return the recipe that trains a registered loss, ``"ppo"`` for the losses of ``kto-fused ppo``, or None."""
-    if name in FusedRewardConfig.loss_names:
-        return "reward"
-    if name in FusedPPOConfig.loss_names:
-        return "ppo"
+def known(names: Iterable[str]) -> dict[str, Any]:
+    """Return the recipes of registered losses and of the reward model's, in the form that ``recipe_of`` takes.
+
+    The recipe is ``"ppo"`` for the losses of ``kto-fused ppo``, and None where no command trains the loss.
+    """
+    recipes: dict[str, str | None] = {}
     kinds = {"dpo": losses.trains_pairs, "kto": losses.trains_completions, "sft": losses.trains_tokens}
-    return next((recipe for recipe, is_trained in kinds.items() if is_trained(class_of(name))), None)
+    for name in names:
+        found = (recipe for recipe, is_trained in kinds.items() if is_trained(class_of(name)))
+        recipes[name] = "ppo" if name in FusedPPOConfig.loss_names else next(found, None)
+    needs = {name: list(class_of(name).required_tensors()) for name, recipe in recipes.items() if recipe is None}
+    return {"losses": recipes | dict.fromkeys(FusedRewardConfig.loss_names, "reward"), "needs": needs}
 
 
 def choose(text: str, recipes: Iterable[str]) -> Choice:
@@ -100,23 +105,13 @@ def choose(text: str, recipes: Iterable[str]) -> Choice:
     """
     if text in recipes:
         return Choice(text)
-    if text not in (*heads.names(), *FusedRewardConfig.loss_names):
-        own = find(text, recipes)
+    if ":" in text:
+        own = find(text)
         return Choice(own.recipe, own=own)
-    recipe = recipe_of(text)
-    if recipe in recipes:
-        return Choice(recipe, text)
-    if recipe is None:
-        needed = ", ".join(class_of(text).required_tensors())
-        raise CommandError(
-            f"--loss {text} is trained by no command, because it needs {needed} for each token or sequence: call it in "
-            f"a loop of your own, as heads.make({text!r})"
-        )
-    trains = f"ppo --loss_type {text}" if recipe == "ppo" else f"{recipe} --loss {text}"
-    raise CommandError(f"--loss {text} is trained by another command: kto-fused {trains}")
+    return Choice(recipe_of(text, recipes, known(heads.names())), text)
 
 
-def find(text: str, recipes: Iterable[str]) -> OwnLoss:
+def find(text: str) -> OwnLoss:
     """Return what ``--loss module:Name`` names.
 
     Raises:
@@ -124,10 +119,7 @@ def find(text: str, recipes: Iterable[str]) -> OwnLoss:
     """
     module_name, _, name = text.partition(":")
     if not (module_name and name):
-        raise CommandError(
-            f"--loss {text} is unknown: choose one of {', '.join(recipes)}, the name of a loss (such as simpo), or a "
-            "loss of your own as module:Name"
-        )
+        raise CommandError(f"--loss {text}: expected a loss of your own as module:Name")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # behind installed packages, so that no file here takes the place of one
     try:

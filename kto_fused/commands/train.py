@@ -53,10 +53,11 @@ from ..trainers.configs import (
 from ..trainers.reward import ScoreMetrics
 from ..trainers.supervised import TokenLossMetrics
 from . import own_loss, progress, results, resuming, samples
+from .arguments import ALIASES, first_look, trained_elsewhere
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable, setup_errors, user_errors
-from .flags import ALIASES, FlagParser, first_look
+from .flags import FlagParser
 
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig, "sft": FusedSFTConfig, "reward": FusedRewardConfig}
 TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer, "sft": FusedSFTTrainer, "reward": FusedRewardTrainer}
@@ -264,7 +265,7 @@ def parse(arguments: list[str], recipe: str | None = None) -> tuple[TrainSetting
     loss = look.loss or recipe or "kto"
     choice = own_loss.choose(loss, CONFIGS)  # the loss decides which flags there are
     if recipe not in (None, choice.recipe):
-        raise CommandError(f"--loss {loss} is trained by another command: kto-fused {choice.recipe} --loss {loss}")
+        raise trained_elsewhere(loss, choice.recipe)
     command, (recipe, _, own) = recipe or "train", choice
     taken = taken_names(recipe)
     parser = flags_of(recipe, own, command)

@@ -9,9 +9,9 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,6 +190,30 @@ def bad_records(paths: list[str], forms: Forms = PREFERENCES, reading: Reading =
             yield from found
 
 
+def check_first(paths: list[str], forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS, at_most: int = 100) -> None:
+    """Check the first ``at_most`` records of each file.
+
+    Raises:
+        DataError: a file cannot be read, or one of these records has not the form that ``kto_fused.data`` describes.
+    """
+    for path in paths:
+        for one in files.found(path):
+            if isinstance(one, Dataset):
+                continue  # reading it is quick, and ``load`` checks it
+            with _read_errors(one), files.opened(one, None) as file:
+                records = files.raw_records(one, file, _wanted(reading))
+                converted, is_empty = _Converted(forms, reading), True
+                for where, record in islice(records, at_most):
+                    is_empty = False
+                    try:
+                        converted(record, where)
+                    except LabelError as error:
+                        labels = _labels_from(record, records, reading, converted)
+                        raise DataError(f"{error}{label_advice(labels)}") from error
+                if is_empty:
+                    raise DataError(f"{one}: holds no records")
+
+
 def layouts_of(paths: list[str], forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS) -> list[str]:
     """Return the names of the layouts of files, by their first records."""
     named: dict[str, None] = {}
@@ -251,19 +275,26 @@ def _wanted(path: Path, forms: Forms, reading: Reading) -> files.Wanted:
     )
 
 
-def _read(path: Path, forms: Forms, reading: Reading) -> Dataset:
-    """Return the checked records of a file, from the cache if the file was read before."""
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Raise a ``DataError`` in place of the errors of a file that cannot be read."""
     try:
-        content = cache.checksum(path)
-        write = partial(_write_file, path=path, content=content, forms=forms, reading=reading)
-        key = cache.digest(files.kind_of(path), path.suffix == ".gz", content, forms, reading[:-1])
-        records, notes = cache.stored(key, write, str(path))
+        yield
     except DataError:
         raise
     except files.UNREADABLE as error:
         is_ours = isinstance(error, OSError) and error.filename is None  # then its number adds nothing to its text
         reason = (is_ours and error.strerror) or error or type(error).__name__
         raise DataError(f"{path}: cannot be read: {reason}") from error
+
+
+def _read(path: Path, forms: Forms, reading: Reading) -> Dataset:
+    """Return the checked records of a file, from the cache if the file was read before."""
+    with _read_errors(path):
+        content = cache.checksum(path)
+        write = partial(_write_file, path=path, content=content, forms=forms, reading=reading)
+        key = cache.digest(files.kind_of(path), path.suffix == ".gz", content, forms, reading[:-1])
+        records, notes = cache.stored(key, write, str(path))
     _say_layout(str(path), content, notes["layout"], reading)
     _warn_of_ignored(str(path), content, tuple(notes["ignored"]))
     _warn_of_left_out(str(path), content, reading, _left_out(notes["left_out"]))

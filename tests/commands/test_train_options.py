@@ -18,8 +18,9 @@ from command_runs import command, losses
 
 from kto_fused import heads
 from kto_fused.commands import cli, own_loss, train
+from kto_fused.commands.arguments import ALIASES
 from kto_fused.commands.errors import CommandError
-from kto_fused.commands.flags import ALIASES, FlagParser
+from kto_fused.commands.flags import FlagParser
 from kto_fused.commands.settings_file import read_settings
 from kto_fused.trainers import FusedPPOConfig, LoopSettings
 

@@ -1,0 +1,141 @@
+"""What a command checks before anything heavy is imported: flags, settings files, paths, first records, packages.
+
+PyTorch, transformers and the trainers take about ten seconds of a CPU to import. Errors that need none of them are
+found here. The command checks all of it again, and more, once they are imported.
+"""
+
+import importlib.util
+import re
+from glob import has_magic
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import flag_table, overview
+from .arguments import FirstLook, first_look, recipe_of, trained_elsewhere
+from .errors import CommandError, check_names, sentence
+from .failures import check_writable
+
+RECIPES = ("kto", "dpo", "sft", "reward")
+# the packages of the values of --report_to, one of which must be installed; transformers adds others now and then
+REPORTS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{name: (name,) for name in ("wandb", "mlflow", "trackio", "clearml", "codecarbon", "dvclive", "swanlab")},
+    "comet_ml": ("comet_ml",),
+    "neptune": ("neptune",),
+    "azure_ml": ("azureml",),
+}
+FIRST_RECORDS = 100  # of each file
+PATHS = ("model", "data", "eval_data", "ref_model", "report_to")  # flags that every recipe has
+
+
+class Look(NamedTuple):
+    """What is known of a command's arguments before its configuration is imported."""
+
+    first: FirstLook
+    key: str | None  # of the command's flags in the table; None where a loss of the user's own has flags too
+
+
+def look_at(command: str, arguments: list[str]) -> Look:
+    """Read ``--loss`` and the file of ``--config``.
+
+    Raises:
+        CommandError: the file cannot be read, a flag is given by two names, or no command trains the loss.
+    """
+    if command in ("demo", "estimate"):
+        return Look(FirstLook(None, None, {}, arguments), command)
+    first = first_look(command, arguments)
+    if command in ("spin", "ppo"):
+        return Look(first, command)
+    recipes = ("dpo", "kto") if command == "online" else RECIPES
+    loss = first.loss or (command if command in RECIPES else recipes[0])
+    if ":" in loss:
+        return Look(first, None)
+    recipe = loss if loss in recipes else recipe_of(loss, recipes, flag_table.table())
+    if command in RECIPES and recipe != command:
+        raise trained_elsewhere(loss, recipe)
+    return Look(first, f"online {recipe}" if command == "online" else recipe)
+
+
+def help_text(command: str, arguments: list[str], description: str) -> str | None:
+    """Return the text of ``--help``, or None where a loss of the user's own has flags too."""
+    key = look_at(command, [text for text in arguments if text not in ("-h", "--help")]).key
+    return None if key is None else overview.text(key, command, description)
+
+
+def check(command: str, arguments: list[str]) -> None:
+    """Check the arguments of a command whose flags the table lists.
+
+    Raises:
+        CommandError: a flag, a setting, a path or one of the first records is wrong, or a package is missing.
+    """
+    first, key = look_at(command, arguments)
+    parser = flag_table.TableParser(key or "kto", command, PATHS if key is None else None)
+    written = {name: value for name, value in first.settings.items() if key is not None or name in PATHS}
+    values = parser.values([*parser.arguments_from(written, first.path), *first.arguments], strict=key is not None)
+    check_reports(values.get("report_to"))
+    if command == "estimate":
+        return
+    for flag in ("model", "ref_model"):
+        if values.get(flag) is not None:
+            check_model(flag, values[flag])
+    if command == "demo":
+        return
+    files = [named(text) for text in values["data"]] + (values.get("eval_data") or [])
+    for flag, paths in (("data", values["data"]), ("eval_data", values.get("eval_data") or ())):
+        for text in paths:
+            if not is_there(named(text)):
+                raise CommandError(f"--{flag} {text}: no such file or folder")
+    if key is None:
+        return
+    check_names(values["output_dir"], values["model"], *files)
+    check_writable(values["output_dir"])
+    if command in (*RECIPES, "train"):
+        check_records(files, values, key)
+
+
+def check_reports(names: Any) -> None:
+    for name in names if isinstance(names, list) else [names]:
+        packages = REPORTS.get(name, ())
+        if packages and not any(map(importlib.util.find_spec, packages)):
+            extra = ": in a clone of kto-fused, run pip install -c constraints.txt '.[train,tensorboard]'"
+            raise CommandError(
+                f"--report_to {name} needs the package {' or '.join(packages)}, which is not installed"
+                + (extra if name == "tensorboard" else f": run pip install {packages[0]}")
+            )
+
+
+def check_model(flag: str, name: str) -> None:
+    """Check what needs no library of a model's folder or id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        has_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+        if not has_model and not any(path.glob("*.gguf")):
+            raise CommandError(f"--{flag} {name} cannot be loaded: the folder holds no config.json")
+    elif path.exists():
+        raise CommandError(f"--{flag} {name} cannot be loaded: it is a file, not a model's folder")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):  # an id of the Hub has one slash
+        raise CommandError(f"--{flag} {name} cannot be loaded: there is no such folder, and it is no id of the Hub")
+
+
+def named(text: str) -> str:
+    """Return the path of a file that ``--data`` may give with the name of an objective, as NAME=FILE."""
+    name, equals, path = text.partition("=")
+    return path if equals and re.fullmatch(r"\w+", name) and not Path(text).exists() else text
+
+
+def is_there(name: str) -> bool:
+    """Whether a path, a pattern or a name of the Hub with its split may hold data."""
+    return Path(name).exists() or has_magic(name) or ":" in name
+
+
+def check_records(files: list[str], values: dict[str, Any], recipe: str) -> None:
+    """Check the first records of each file that is on disk."""
+    from ..data import form, layouts, records  # they import datasets, which the training needs too
+
+    forms = {"sft": form.DEMONSTRATIONS, "reward": form.COMPARISONS}.get(recipe, form.PREFERENCES)
+    try:
+        reading = layouts.reading(values["columns"], values["label_true"], values["label_false"], values["chat"])
+        on_disk = [name for name in files if Path(name).exists() or has_magic(name)]
+        records.check_first(on_disk, forms, reading, FIRST_RECORDS)
+    except (ValueError, OSError) as error:  # DataError is a ValueError
+        raise CommandError(sentence(error)) from error
