@@ -37,6 +37,8 @@ setup(
             "xxhash",
         ],
         "real": ["gguf>=0.10"],  # the model of kto-fused demo --real
+        "4bit": ["bitsandbytes>=0.46"],
+        "tensorboard": ["tensorboard"],
         "deepspeed": ["deepspeed>=0.19"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "bench": ["matplotlib", "trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],

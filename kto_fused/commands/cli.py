@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     let_threads_sleep()
     only_prints = arguments[:1] not in [[name] for name in TRAINS] or bool((HELP | HELP_ALL) & set(arguments))
-    with process.lasting_streams(None if only_prints else CONTINUES) as stdout, process.orderly_end():
+    streams = process.lasting_streams(None if only_prints else CONTINUES)
+    with streams as stdout, process.orderly_end(), process.without_meaningless_warnings():
         code = _main(arguments)
         stdout.flush()
         is_lost = stdout.loss is not None and not isinstance(stdout.loss, BrokenPipeError)

@@ -73,6 +73,11 @@ def check(command: str, arguments: list[str]) -> None:
     written = {name: value for name, value in first.settings.items() if key is not None or name in PATHS}
     values = parser.values([*parser.arguments_from(written, first.path), *first.arguments], strict=key is not None)
     check_reports(values.get("report_to"))
+    if values.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise CommandError(
+            "--load_in_4bit needs the package bitsandbytes, which is not installed: in a clone of kto-fused, run pip "
+            "install -c constraints.txt '.[train,4bit]'"
+        )
     if command == "estimate":
         return
     for flag in ("model", "ref_model"):

@@ -28,7 +28,7 @@ GROUPS = {
         "precompute_ref_batch_size",
         "ref_cache_dir",
     ),
-    "adapters": ("lora_rank", "lora_alpha", "lora_target_modules", "load_in_4bit"),
+    "adapters and quantised weights": ("lora_rank", "lora_alpha", "lora_target_modules", "load_in_4bit"),
     "memory and speed": ("loss_from", "chunk_bytes", "backend", "packing", "pad_to_multiple_of", "disable_dropout"),
     "training": (),  # COMMON
     "saving and resuming": ("resume_anyway", "config"),

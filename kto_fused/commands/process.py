@@ -5,11 +5,13 @@ after an error. ``cli`` switches all of this on; nothing here is active in a pro
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -125,6 +127,34 @@ def lasting_streams(continues: str | None) -> Iterator[LastingStream]:
         stdout.finish()
         stderr.finish()
         sys.stdout, sys.stderr = before
+
+
+# ---- warnings -----------------------------------------------------------------------------------------------------
+
+# warnings of libraries about their own later versions or optional parts, of which a user can change nothing
+MEANINGLESS = (
+    (UserWarning, "'pin_memory' argument is set as true but no accelerator is found"),
+    (FutureWarning, "`(is_)?gradient_checkpointing` is deprecated"),
+)
+MEANINGLESS_LOG = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(MEANINGLESS_LOG[1])
+
+
+@contextmanager
+def without_meaningless_warnings() -> Iterator[None]:
+    """Keep the warnings of ``MEANINGLESS`` and ``MEANINGLESS_LOG`` from the terminal."""
+    logger = logging.getLogger(MEANINGLESS_LOG[0])
+    logger.addFilter(_says_something)
+    with warnings.catch_warnings():
+        for kind, text in MEANINGLESS:
+            warnings.filterwarnings("ignore", text, kind)
+        try:
+            yield
+        finally:
+            logger.removeFilter(_says_something)
 
 
 # ---- signals and workers ------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ trains, and ``results`` writes what it leaves behind.
 
 import functools
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -166,9 +166,20 @@ class TrainSettings:
     sample_temperature: float | None = field(
         default=None, metadata={"help": "temperature of these answers; if not given 0, the most likely tokens"}
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "keep the model's linear layers in 4 bits (nf4 of the package bitsandbytes), which compute in "
+            "bfloat16; the LM head and --ref_model are not quantised. Needs --lora_rank"
+        },
+    )
     own_loss: Any = field(default=None, init=False)  # the loss of ``--loss module:Name``
 
     def __post_init__(self):
+        if self.load_in_4bit and not self.lora_rank:
+            raise ValueError(
+                "load_in_4bit needs an adapter, because weights of 4 bits are not trained: set lora_rank too"
+            )
         if self.dtype is None:
             self.dtype = "auto" if self.lora_rank else "float32"
         if self.eval_fraction is not None:
@@ -403,7 +414,7 @@ def make_trainer(settings: TrainSettings, config: FusedPreferenceConfig) -> Fuse
     set_seed(config.seed)  # for weights that the checkpoint lacks
     options = settings.dtype, config.trust_remote_code
     is_reward = recipe == "reward"
-    tokenizer, model = load(settings.model, *options, scores=is_reward)
+    tokenizer, model = load(settings.model, *options, scores=is_reward, in_4bit=settings.load_in_4bit)
     ref_model = load(settings.ref_model, *options, "ref_model")[1] if settings.ref_model else None
     return TRAINERS[recipe](
         model,
@@ -450,9 +461,17 @@ def training_data(data: list[str], weights: dict[str, float] | None) -> list[str
 
 
 def load(
-    name: str, dtype: str, trust_remote_code: bool = False, flag: str = "model", *, scores: bool = False
+    name: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    flag: str = "model",
+    *,
+    scores: bool = False,
+    in_4bit: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Return the tokenizer and the model of a folder or a Hub id; with ``scores`` a reward model.
+
+    ``in_4bit`` quantises its linear layers to nf4 by bitsandbytes, but for the head.
 
     ``flag`` is the flag that named it, for errors.
 
@@ -469,10 +488,18 @@ def load(
     try:
         load_part(AutoConfig)  # first, because its errors are the clearest
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "scores": scores}
+        if in_4bit:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
+                llm_int8_skip_modules=["score"] if scores else None,  # None keeps the LM head out
+            )
         return load_part(AutoTokenizer), model_files.load_model(name, **options)
     except Exception as error:  # files that others wrote can fail in any way
         damage = model_files.damaged_file(name)  # a file that was downloaded just now may be damaged
-        raise CommandError(f"--{flag} {name} cannot be loaded: {damage or sentence(error)}") from error
+        how = " with --load_in_4bit, by the package bitsandbytes" * (in_4bit and damage is None)
+        raise CommandError(f"--{flag} {name} cannot be loaded{how}: {damage or sentence(error)}") from error
 
 
 def lora(settings: TrainSettings, is_reward: bool = False) -> Any:
@@ -541,9 +568,16 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the most memory that this process has held so far, in MiB."""
-    # Linux counts the resident set in KiB, macOS in bytes
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    found = {"peak memory of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if sys.platform == "win32":
+        import psutil  # accelerate needs it too
+
+        peak = psutil.Process().memory_info().peak_wset
+    else:
+        import resource  # Windows does not have it
+
+        # Linux counts the resident set in KiB, macOS in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    found = {"peak memory of the process": peak / 2**20}
     if device.type == "cuda":
         found["peak memory of the GPU"] = torch.cuda.max_memory_allocated(device) / 2**20
     return found

@@ -123,6 +123,7 @@ def test_with_another_version_of_transformers_its_flags_are_read_from_its_source
         (["--data", "a=b.jsonl"], "--data a=b.jsonl: no such file or folder"),
         (["--loss", "no_such:Loss", "--data", "none.csv"], "--data none.csv: no such file or folder"),
         (["--data", "words.csv"], "the labels from there on are 'up' (1 times), 'down' (1 times): say which"),
+        (["--load_in_4bit"], "load_in_4bit needs an adapter, because weights of 4 bits are not trained: set lora_rank"),
         (["--bf16", "maybe"], "argument --bf16: expected true or false, got 'maybe'"),
     ],
 )
@@ -130,6 +131,15 @@ def test_an_early_error_says_what_to_do(files, capsys, flags, message):
     Path("broken.jsonl").write_text("{")
     Path("words.csv").write_text("prompt,completion,label\na,b,up\na,b,down\n")
     assert message in refusal(capsys, command(files, "kto", *flags))
+
+
+def test_4_bits_without_bitsandbytes_name_the_package_and_its_extra(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    message = refusal(capsys, command(files, "kto", "--load_in_4bit", "--lora_rank", "2"))
+    assert message.endswith(
+        "needs the package bitsandbytes, which is not installed: in a clone of kto-fused, run pip "
+        "install -c constraints.txt '.[train,4bit]'"
+    )
 
 
 def test_only_the_first_records_are_checked_early(files):

@@ -181,7 +181,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(files, monkeypatch, capsys)
         ("ppo", ["--temperature", "0"], "--temperature must be more than 0 for ppo"),
         ("ppo", ["--value_model", "nowhere/at-all"], "value_model nowhere/at-all cannot be loaded: "),
         ("spin", ["--data", "prompts.jsonl"], "prompts.jsonl, line 1: expected an answer beside the prompt"),
-        ("spin", ["--data", "none.jsonl"], "none.jsonl: cannot be read: No such file or directory"),
+        ("spin", ["--data", "none.jsonl"], "--data none.jsonl: no such file or folder"),
         (
             "spin",
             ["--threshold", "1"],
@@ -208,8 +208,7 @@ def test_a_loop_without_a_judge_is_refused_before_anything_heavy_is_done(files, 
 
 def test_help_names_every_flag_of_the_loops(capsys):
     for command in ("spin", "online", "ppo"):
-        with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
+        assert cli.main([command, "--help"]) == 0
         text = capsys.readouterr().out
         for flag in ("data", "rounds", "max_steps", "samples", "max_new_tokens", "temperature", "generator", "judge"):
             assert f"--{flag} " in text

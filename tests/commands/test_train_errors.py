@@ -158,8 +158,8 @@ def test_a_path_that_cannot_be_written_is_named(capsys, files):
 
 
 def test_an_optimizer_that_is_not_installed(capsys, files):
-    arguments = command(files, "kto", "--optim", "adamw_bnb_8bit", "--output_dir", "out")
-    assert "bitsandbytes" in refusal(capsys, arguments)
+    arguments = command(files, "kto", "--optim", "adalomo", "--output_dir", "out")
+    assert "lomo-optim" in refusal(capsys, arguments)
 
 
 def test_too_little_memory_names_flags_that_exist():

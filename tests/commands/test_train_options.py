@@ -45,7 +45,7 @@ GIVEN = ["--model", "m", "--data", "d", "--use_cpu"]
 
 @pytest.mark.parametrize("name", [*heads.names(), "bradley_terry"])
 def test_every_registered_loss_is_trained_by_its_name_or_refused_with_the_command_that_trains_it(name):
-    recipe = own_loss.recipe_of(name)
+    recipe = own_loss.known(heads.names())["losses"][name]
     if recipe in (None, "ppo"):
         where = "in a loop of your own" if recipe is None else f"kto-fused ppo --loss_type {name}"
         with pytest.raises(CommandError, match=f"--loss {name} is trained by .*{where}"):
