@@ -201,15 +201,15 @@ def check_first(paths: list[str], forms: Forms = PREFERENCES, reading: Reading =
             if isinstance(one, Dataset):
                 continue  # reading it is quick, and ``load`` checks it
             with _read_errors(one), files.opened(one, None) as file:
-                records = files.raw_records(one, file, _wanted(reading))
-                converted, is_empty = _Converted(forms, reading), True
+                records = files.raw_records(one, file, _wanted(one, forms, reading))
+                converted, is_empty = _Converted(forms, reading, files.is_text_table(one)), True
                 for where, record in islice(records, at_most):
                     is_empty = False
                     try:
                         converted(record, where)
                     except LabelError as error:
-                        labels = _labels_from(record, records, reading, converted)
-                        raise DataError(f"{error}{label_advice(labels)}") from error
+                        _count_labels(records, converted)
+                        raise DataError(f"{error}{label_advice(converted.labels.seen)}") from error
                 if is_empty:
                     raise DataError(f"{one}: holds no records")
 
