@@ -97,7 +97,7 @@ def test_a_pages_code_runs(users_folder, name):
 def test_the_json_records_of_the_data_page_are_read(tmp_path):
     preference_data = pytest.importorskip("kto_fused.preference_data", reason="reading records needs datasets")
     records = re.findall(r"```json\n(.*?)```", PAGES["data.md"], re.DOTALL)
-    assert len(records) == 11
+    assert len(records) == 12
     for number, record in enumerate(records):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(record)
