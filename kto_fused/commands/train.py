@@ -302,11 +302,11 @@ def parse(arguments: list[str], recipe: str | None = None) -> tuple[TrainSetting
         values["eval_on_start"] = values["eval_strategy"] != "no"
     if values["bf16"] is None:
         values["bf16"] = not (values["fp16"] or values["use_cpu"]) and computes_in_bfloat16()
-    settings, config = parser.build(values)
-    if settings.sample_prompts and recipe == "reward":
+    if values["sample_prompts"] and recipe == "reward":
         raise CommandError("--sample_prompts has no meaning for a reward model, which scores answers and writes none")
-    if settings.sample_prompts and (config.fsdp or config.deepspeed):
+    if values["sample_prompts"] and (values["fsdp"] or values["deepspeed"]):
         raise CommandError(f"--{samples.NO_SHARDS}")
+    settings, config = parser.build(values)
     if own is not None:
         settings.own_loss = made
     return settings, config
