@@ -17,6 +17,7 @@ from types import MethodType
 from typing import NamedTuple
 
 import trl
+from packaging.version import Version
 from transformers import Trainer
 
 from .. import huggingface
@@ -208,10 +209,10 @@ def fuse(trainer: Trainer) -> Trainer:
 
 def _trl_version() -> tuple[int, int]:
     """Return TRL's version, (major, minor), if this module knows it."""
-    major, minor = trl.__version__.split(".")[:2]
-    version = int(major), int(minor)
+    found = Version(trl.__version__)
+    version = found.major, found.minor
     if version not in TRL_VERSIONS:
-        first, last = (".".join(map(str, known)) for known in (TRL_VERSIONS[0], TRL_VERSIONS[-1]))
+        first, last = (".".join(map(str, each)) for each in (TRL_VERSIONS[0], TRL_VERSIONS[-1]))
         raise ImportError(
             f"kto_fused.integrations.trl knows TRL {first} to {last}, found TRL {trl.__version__}: "
             f"pip install 'trl=={last}.*'"
