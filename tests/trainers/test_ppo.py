@@ -92,6 +92,9 @@ class PlainPPO:
                 low, high = args.clip if isinstance(args.clip, (list, tuple)) else (args.clip, args.clip)
                 if args.loss_type == "cispo":
                     loss = -ratio.detach().clamp(max=5.0) * advantage * now[t]
+                elif args.loss_type == "sapo":
+                    tau = args.tau_pos if advantage > 0 else args.tau_neg
+                    loss = -4 / tau / (1 + (tau * (1 - ratio)).exp()) * advantage
                 else:
                     loss = -min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
                     clipped += int((advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low))
@@ -103,6 +106,7 @@ class PlainPPO:
                     bounded = values[t].clamp(old_values[t] - args.value_clip, old_values[t] + args.value_clip)
                     loss = loss + args.value_coef * max(error, (bounded - self.returns[row][t]) ** 2)
                 weight = {"grpo": 1 / (count * len(rows)), "dr_grpo": 1 / (len(rows) * (args.max_tokens or 1))}
+                weight["sapo"] = weight["grpo"]
                 total = total + loss * weight.get(args.loss_type, 1 / tokens)
         return total, clipped / tokens
 
@@ -136,8 +140,9 @@ GROUP = {"advantage": "group", "beta": 0.3, "samples": 4, "prompts": 2}
         {**GROUP, "loss_type": "dr_grpo", "max_tokens": 7, "scale_by_std": False},
         {**GROUP, "loss_type": "dapo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         {**GROUP, "loss_type": "cispo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {**GROUP, "loss_type": "sapo", "tau_neg": 1.5},
     ],
-    ids=["gae", "accumulated", "grpo", "dr_grpo", "dapo", "cispo"],
+    ids=["gae", "accumulated", "grpo", "dr_grpo", "dapo", "cispo", "sapo"],
 )
 def test_a_round_is_its_plain_twin(tmp_path, options):
     options = {**OPTIONS, "rounds": 1, "num_train_epochs": 4, **options}
@@ -151,14 +156,15 @@ def test_a_round_is_its_plain_twin(tmp_path, options):
         losses = plain.run(batch=4)
         log = rounds[number - 1]["log"]
         assert [step["loss"] for step in log] == pytest.approx([loss for loss, _ in losses], abs=5e-5)
-        if loop.config.loss_type != "cispo":
+        is_clipped = loop.config.loss_type not in ("cispo", "sapo")
+        if is_clipped:
             assert [step["clip_fraction"] for step in log] == pytest.approx([clipped for _, clipped in losses])
         assert_same_weights(folder, plain.policy, tolerance=5e-5)
         if is_gae:
             state = load_file(folder / "critic.safetensors")
             torch.testing.assert_close(state["linear.weight"].double(), plain.head.weight.data, rtol=0, atol=5e-5)
             assert rounds[number - 1]["kl_reference"] == pytest.approx(plain.kl.item(), abs=1e-4)
-        assert any(clipped for _, clipped in losses) or loop.config.loss_type == "cispo", "nothing was clipped"
+        assert any(clipped for _, clipped in losses) or not is_clipped, "nothing was clipped"
 
 
 def test_a_value_model_of_its_own_is_trained_with_the_policy(tmp_path):
