@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 
 from kto_fused.trainers.configs import FusedDPOConfig, FusedKTOConfig
 from kto_fused.trainers.online import OnlineLoop, SPINLoop
-from kto_fused.trainers.ppo import FusedPPOConfig, PPOLoop
+from kto_fused.trainers.ppo import PPOLoop
+from kto_fused.trainers.ppo_config import FusedPPOConfig
 from kto_fused.trainers.round_settings import LoopSettings
 from kto_fused.trainers.rounds import Loop, read_samples
 

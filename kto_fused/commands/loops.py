@@ -26,7 +26,8 @@ from ..trainers.configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceCo
 from ..trainers.generation import GenerationError
 from ..trainers.judges import JudgeError
 from ..trainers.online import OnlineLoop, SPINLoop
-from ..trainers.ppo import FusedPPOConfig, PPOLoop
+from ..trainers.ppo import PPOLoop
+from ..trainers.ppo_config import FusedPPOConfig
 from ..trainers.round_settings import LoopSettings
 from ..trainers.rounds import STATE, Loop, RoundError, read_samples
 from . import own_loss, progress, report, results, resuming, samples, train

@@ -6,7 +6,8 @@ One each for KTO, DPO, supervised fine-tuning and reward models, and loops that 
 from .base import FusedTrainer
 from .configs import FusedDPOConfig, FusedKTOConfig, FusedPreferenceConfig, FusedRewardConfig, FusedSFTConfig
 from .online import OnlineLoop, SPINLoop
-from .ppo import FusedPPOConfig, FusedPPOTrainer, PPOLoop
+from .ppo import FusedPPOTrainer, PPOLoop
+from .ppo_config import FusedPPOConfig
 from .recipes import FusedDPOTrainer, FusedKTOTrainer
 from .resuming import holds_model_alone
 from .reward import FusedRewardTrainer

@@ -197,8 +197,7 @@ class FusedTrainer(ResumableTrainer):
             if args.should_log:
                 self._say_how_the_loss_is_computed()
             if self.needs_reference and args.should_log:
-                before = " Its log-probabilities are computed before training." * args.precompute_ref_log_probs
-                logger.info(f"The reference is {self._reference.description}.{before}")
+                self._say_what_the_reference_is()
             if args.precompute_ref_log_probs:
                 precompute(self, self._reference)
 
@@ -222,6 +221,10 @@ class FusedTrainer(ResumableTrainer):
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference's log-probabilities."""
         return losses.needs_reference(self.loss)
+
+    def _say_what_the_reference_is(self) -> None:
+        before = " Its log-probabilities are computed before training." * self.args.precompute_ref_log_probs
+        logger.info(f"The reference is {self._reference.description}.{before}")
 
     def _say_how_the_loss_is_computed(self) -> None:
         """Log what a loss does not say by itself: 4 GEMMs, and a mean over the tokens of single batches."""

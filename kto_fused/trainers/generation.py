@@ -6,6 +6,7 @@ prompts change nothing but the rounding of the logits.
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import urllib.error
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -30,7 +30,7 @@ from transformers import (
 from .. import huggingface
 from ..data.prompts import Prompt
 from ..huggingface.inspect import evaluating
-from . import models
+from . import checkpoints, models, ranks
 
 ADAPTER_FILE = "adapter_config.json"
 IN_FLIGHT = 32  # requests that a server answers at a time
@@ -118,14 +118,16 @@ class ModelGenerator:
         args = self.args
         wanted = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples)]
         mine = sorted(wanted[args.process_index :: args.world_size], key=lambda one: len(one[0].ids))
-        policy.to(args.device)
-        found = []
-        with evaluating(policy), plain_generation(policy), autocast(args), models.keeping_random_state():
-            for start in range(0, len(mine), sampling.batch_size):
-                found += self._batch(policy, mine[start : start + sampling.batch_size], sampling)
-        if args.world_size > 1:
-            found = gather_object(found)
-        return sorted(map(Sample._make, found), key=lambda one: (one.prompt, one.sample))
+
+        def drawn() -> list[Sample]:
+            policy.to(args.device)
+            found = []
+            with evaluating(policy), plain_generation(policy), autocast(args), models.keeping_random_state():
+                for start in range(0, len(mine), sampling.batch_size):
+                    found += self._batch(policy, mine[start : start + sampling.batch_size], sampling)
+            return found
+
+        return sorted(ranks.shared(args, drawn), key=lambda one: (one.prompt, one.sample))
 
     def _batch(self, policy: torch.nn.Module, batch: list[tuple[Prompt, int]], sampling: Sampling) -> Iterator[Sample]:
         device, ends, pad = self.args.device, sampling.ends, models.pad_token_id(self.tokenizer)
@@ -184,21 +186,21 @@ class ServerGenerator:
     again may give other tokens. How it gets a round's weights:
 
     - ``reload_command``: a command line that is run before a round's first request, with ``{folder}`` replaced by the
-      checkpoint. The server must serve these weights when the command ends. This works with any server.
+      checkpoint, in the first round by ``model``. The server must serve these weights when the command ends. This works
+      with any server.
     - without it, an adapter alone can be handed over, by vLLM's ``POST /v1/load_lora_adapter`` (a server started with
-      ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``). It has no such documented address for whole
-      models.
+      ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``), under a name that holds the checkpoint's
+      checksum. The server must serve ``model`` when the run starts.
 
-    The server must be able to read the checkpoint's folder, and must serve ``--model`` when the run starts.
+    The server must be able to read the checkpoint's folder. The environment variable ``VLLM_API_KEY`` is sent as its
+    key, if it is set. The first process alone asks the server.
     """
 
-    def __init__(
-        self, address: str, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, reload_command: str | None
-    ):
-        self.address, self.tokenizer, self.args = address.rstrip("/").removesuffix("/v1"), tokenizer, args
+    def __init__(self, address: str, model: str, args: TrainingArguments, reload_command: str | None):
+        self.address, self.model, self.args = address.rstrip("/").removesuffix("/v1"), model, args
         self.reload_command = reload_command
-        self._loaded: str | None = None  # the checkpoint that the server serves; None: the model it was started with
-        self._name: str | None = None  # of the model in requests
+        self._loaded: str | None = None  # the weights that the server was seen to serve or told to load
+        self._name = ""  # of these weights in requests
 
     def __call__(
         self, policy: torch.nn.Module, checkpoint: str | None, prompts: list[Prompt], sampling: Sampling
@@ -206,45 +208,56 @@ class ServerGenerator:
         """Return the samples of all prompts, in order, from the weights in ``checkpoint`` (None: the start's).
 
         Raises:
-            GenerationError: the server cannot be reached, refuses a request, or answers without token ids.
+            GenerationError: the server cannot be reached, refuses a request, or answers without token ids; on all
+                processes.
         """
-        found: list[Any] = []
-        if self.args.process_index == 0:
+        wanted = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples)]
+
+        def drawn() -> list[Sample]:
             self._hand_over(checkpoint)
-            wanted = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples)]
             with ThreadPoolExecutor(IN_FLIGHT) as pool:
-                found = list(pool.map(lambda one: self._sample(*one, sampling), wanted))
-        if self.args.world_size > 1:
-            found = gather_object(found)
-        return [Sample._make(one) for one in found]
+                return list(pool.map(lambda one: self._sample(*one, sampling), wanted))
+
+        return ranks.on_first(self.args, drawn)
 
     def _hand_over(self, checkpoint: str | None) -> None:
-        if self._name is None:
-            served = self._ask("/v1/models").get("data")
-            if not served:
-                raise GenerationError(f"--generator {self.address} serves no model")
-            self._name = served[0]["id"]
-        if checkpoint == self._loaded:
+        wanted = checkpoint or self.model
+        if wanted == self._loaded:
             return
         if self.reload_command is not None:
-            command = [part.replace("{folder}", str(checkpoint)) for part in shlex.split(self.reload_command)]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True)
-            except OSError as error:
-                raise GenerationError(f"--reload_command {command[0]} cannot be run: {error.strerror}") from error
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["it printed no reason"])[-1]
-                raise GenerationError(f"--reload_command ended with code {done.returncode}: {reason}")
+            self._reload(wanted)
+            self._name = self._served()[0]
+        elif checkpoint is None:
+            self._name = self._served()[0]
         elif (Path(checkpoint) / ADAPTER_FILE).is_file():
-            name = "-".join(Path(checkpoint).resolve().parts[-2:])
-            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(Path(checkpoint).resolve())})
-            self._name = name
+            folder = Path(checkpoint).resolve()
+            # another run's adapter of this round, or this one's before it was resumed, may be there already
+            self._name = "-".join((*folder.parts[-2:], checkpoints.read_manifest(folder)["xxh3_128"][:12]))
+            if self._name not in self._served():
+                self._ask("/v1/load_lora_adapter", {"lora_name": self._name, "lora_path": str(folder)})
         else:
             raise GenerationError(
                 f"--generator {self.address} cannot be told to serve {checkpoint}: give --reload_command, or train an "
                 "adapter (--lora_rank)"
             )
-        self._loaded = checkpoint
+        self._loaded = wanted
+
+    def _served(self) -> list[str]:
+        """Return the names of what the server serves, its own model first."""
+        served = self._ask("/v1/models").get("data")
+        if not served:
+            raise GenerationError(f"--generator {self.address} serves no model")
+        return [model["id"] for model in served]
+
+    def _reload(self, folder: str) -> None:
+        command = [part.replace("{folder}", folder) for part in shlex.split(self.reload_command)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise GenerationError(f"--reload_command {command[0]} cannot be run: {error.strerror}") from error
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["it printed no reason"])[-1]
+            raise GenerationError(f"--reload_command ended with code {done.returncode}: {reason}")
 
     def _sample(self, prompt: Prompt, sample: int, sampling: Sampling) -> Sample:
         ends = sampling.ends
@@ -256,6 +269,7 @@ class ServerGenerator:
             "seed": seed_of(sampling, prompt.number, sample),
             "top_p": 1.0,
             "top_k": -1,
+            "min_p": 0.0,
             "repetition_penalty": 1.0,
             "stop_token_ids": list(ends),
             "return_token_ids": True,
@@ -267,9 +281,14 @@ class ServerGenerator:
                 f"--generator {self.address} answers without token_ids: expected a server that knows "
                 "return_token_ids, such as vLLM 0.10.2 or later"
             )
-        is_cut = choice.get("finish_reason") == "length"
+        if (reason := choice.get("finish_reason")) not in ("stop", "length"):
+            raise GenerationError(
+                f"--generator {self.address} ended a sample of prompt {prompt.number} by {reason!r}: expected 'stop' "
+                "or 'length'"
+            )
+        is_cut, end = reason == "length", choice.get("stop_reason")  # vLLM's: the end token, unless it is the model's
         if not is_cut and ends and (not ids or ids[-1] not in ends):  # some servers leave the end token out
-            ids = [*ids, ends[0]]
+            ids = [*ids, end if end in ends else ends[0]]
         if not ids:
             raise GenerationError(f"--generator {self.address} generated no token for prompt {prompt.number}")
         return Sample(prompt.number, sample, ids, is_cut)
@@ -277,6 +296,8 @@ class ServerGenerator:
     def _ask(self, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
         data = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        if key := os.environ.get("VLLM_API_KEY"):
+            request.add_header("Authorization", f"Bearer {key}")
         where = f"--generator {self.address}{path}"
         try:
             with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:

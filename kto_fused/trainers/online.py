@@ -42,6 +42,11 @@ class SPINLoop(Loop):
     default_samples = 1
     keeps_optimizer = False  # each round has another reference, and so another objective
 
+    def __init__(self, settings: LoopSettings, config: FusedPreferenceConfig, **arguments: Any):
+        if settings.threshold != "mean":
+            raise ValueError(f"threshold={settings.threshold} has no meaning for SPIN: the data's answers are chosen")
+        super().__init__(settings, config, **arguments)
+
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
         pairs, equal, cut = [], 0, 0
         for one in samples:
@@ -66,6 +71,15 @@ class SPINLoop(Loop):
                 f"{self.max_length} tokens with the prompt."
             )
         return TrainingData(paired(pairs), {"equal": equal, "cut_answers": cut})
+
+    def takes_ref_model(self) -> bool:
+        return False
+
+    def why_no_ref_model(self) -> str:
+        return "SPIN's reference is the model that a round begins with"
+
+    def reference_text(self) -> str | None:
+        return "the model that a round begins with" if losses.needs_reference(self.loss) else None
 
     def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
         return SampledDPOTrainer(policy, loss=self._given_loss, **arguments)

@@ -2,195 +2,39 @@
 
 ``PPOLoop`` samples, asks the judge, and makes of the scores one advantage per token: generalised advantage estimates
 from a value model, or scores relative to those of the prompt's other samples. ``FusedPPOTrainer`` trains policy and
-value model on them, on minibatches, by the token-level losses of ``heads.tokens``.
+value model on them, on minibatches, by the token-level losses of ``heads.tokens`` or by ``gspo``.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForTokenClassification, PretrainedConfig
 
-from .. import checks, huggingface
+from .. import huggingface
 from ..advantages import gae
 from ..data.collators import IGNORE_INDEX, UnpairedCollator
 from ..data.tokens import TOKENS
-from ..functional import fused_linear_loss, linear_token_logps
-from ..heads.protocol import Head
+from ..functional import fused_linear_loss, fused_loss, linear_token_logps, token_logps
+from ..heads.protocol import Head, Mix
 from ..heads.reward import value_loss
-from ..huggingface import files
-from ..huggingface.inspect import check_is_causal
-from ..huggingface.padding import without_padding_mask
-from . import losses, models
-from .base import FusedTrainer
-from .configs import FusedPreferenceConfig
+from . import losses
+from .base import Functions, FusedTrainer
+from .ppo_config import BACKBONE, GROUP, FusedPPOConfig
 from .round_settings import LoopSettings
-from .rounds import Loop, Scored, TakesTokens, TokenValues, TrainingData
+from .rounds import Loop, Scored, TakesTokens, TrainingData
+from .token_values import Row, TokenValues
+from .value_models import CRITIC, critic_of, value_config
 
-GAE, GROUP = ADVANTAGES = ("gae", "group")
-LOSSES = ("ppo", "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
-BACKBONE = "backbone"
-CRITIC = "critic.safetensors"  # beside the policy in a checkpoint
 TOKEN_COLUMNS = ("old_logps", "advantages", "returns", "values", "ref_token_logps")  # one entry per completion token
-
-
-def _option(default: Any, text: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": text, **metadata})
-
-
-@dataclass
-@losses.with_loss_options(LOSSES, left_out=("normalizer", "kl_beta"))
-class FusedPPOConfig(FusedPreferenceConfig):
-    """Options of ``FusedPPOTrainer`` and ``PPOLoop``.
-
-    >>> FusedPPOConfig(output_dir="out", use_cpu=True, advantage="group").loss_type
-    'grpo'
-    """
-
-    default_loss: ClassVar[str] = "ppo"
-
-    beta: float = _option(
-        0.05,
-        "Coefficient of the KL divergence to the reference model, >= 0: in the tokens' rewards with advantage='gae', "
-        "in the loss with 'group'.",
-    )
-    num_train_epochs: float = _option(4.0, "Passes over a round's samples, in minibatches of the batch size.")
-    advantage: str = _option(
-        GAE,
-        "'gae': generalised advantage estimates from a value model; 'group': the score relative to the scores of the "
-        "prompt's other samples, as GRPO does.",
-        choices=list(ADVANTAGES),
-    )
-    loss_type: str | None = _option(
-        None, "Loss of a token; ppo if not given, grpo with advantage='group'.", choices=list(LOSSES)
-    )
-    gamma: float = _option(1.0, "Discount of later tokens' rewards, in [0, 1]; for 'gae'.")
-    lam: float = _option(0.95, "GAE's lambda, in [0, 1]; for 'gae'.")
-    whiten: bool = _option(True, "Shift and scale a round's advantages to mean 0 and variance 1; for 'gae'.")
-    scale_by_std: bool = _option(True, "Divide by the standard deviation of a prompt's scores; for 'group'.")
-    value_model: str = _option(
-        BACKBONE,
-        "Value model: 'backbone' for a linear head on the policy's hidden states, or the folder or id of a model of "
-        "its own; for 'gae'.",
-    )
-    value_coef: float = _option(0.1, "Weight of the value model's loss, >= 0; for 'gae'.")
-    value_clip: float | None = _option(0.2, "How far values may move before their gradient is cut off; None: no clip.")
-    kl_target: float | None = _option(
-        None, "Adapt beta towards this KL divergence to the reference, in nats per sample; None: keep beta. For 'gae'."
-    )
-    kl_horizon: int = _option(
-        10_000, "Samples after which an adapted beta may have changed by a fifth, the most that a round changes it."
-    )
-    sampling_temperature: float = _option(1.0, "Temperature of the samples, at which their probabilities are compared.")
-
-    average_log_prob = False
-
-    def __post_init__(self):
-        if self.loss_type is None:
-            self.loss_type = "grpo" if self.advantage == GROUP else "ppo"
-        super().__post_init__()
-        checks.number("beta", self.beta, at_least=0)
-        checks.number("value_coef", self.value_coef, at_least=0)
-        checks.number("sampling_temperature", self.sampling_temperature, above=0)
-        checks.integer("kl_horizon", self.kl_horizon, at_least=1)
-        if self.kl_target is not None and not self.beta:
-            raise ValueError(f"kl_target={self.kl_target} adapts beta, which stays 0 once it is 0: set beta above 0")
-        for name in ("value_clip", "kl_target"):
-            if getattr(self, name) is not None:
-                checks.number(name, getattr(self, name), above=0)
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.loss_from != "hidden":
-            raise ValueError("loss_from='logits' is not supported here: the value head reads hidden states")
-        # an option, the value that does nothing, and the advantage that it belongs to
-        for name, default, advantage in (
-            ("value_model", BACKBONE, GAE),
-            ("kl_target", None, GAE),
-            ("gamma", 1.0, GAE),
-            ("lam", 0.95, GAE),
-            ("whiten", True, GAE),
-            ("value_coef", 0.1, GAE),
-            ("value_clip", 0.2, GAE),
-            ("scale_by_std", True, GROUP),
-        ):
-            if getattr(self, name) != default and self.advantage != advantage:
-                raise ValueError(f"{name}={getattr(self, name)!r} has no meaning without advantage={advantage!r}")
-
-    def _fields_of(self, name: str) -> dict[str, Any]:
-        return super()._fields_of(name) | {"kl_beta": self.beta if self.advantage == GROUP else 0.0}
-
-
-# ---- value models -------------------------------------------------------------------------------------------------
-
-
-class ValueHead(nn.Module):
-    """A linear head on the policy's hidden states, which starts at the value 0."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the value of the state after each position, [B, T] float32."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.float()).squeeze(-1)
-
-
-class ValueModel(nn.Module):
-    """A model of its own with one output per position."""
-
-    def __init__(self, name: str, args: FusedPPOConfig):
-        super().__init__()
-        with models.keeping_random_state():
-            torch.manual_seed(args.seed)  # for the head, which most checkpoints lack
-            options = {"trust_remote_code": args.trust_remote_code}
-            config = _value_config(args)
-            self.model = files.load_pretrained(AutoModelForTokenClassification, name, config=config, **options)
-            check_is_causal(self.model)  # a value must not know the tokens after it
-        self.model.float()
-        models.disable_dropout(self.model)
-
-    def forward(self, hidden: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the value of the state after each position, [B, T] float32."""
-        return self.model(**inputs).logits[..., 0].float()
-
-
-def _value_config(args: FusedPPOConfig) -> PretrainedConfig:
-    """Return the configuration of a value model of its own.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    name, options = args.value_model, {"trust_remote_code": args.trust_remote_code, "num_labels": 1}
-    try:
-        return files.load_pretrained(AutoConfig, name, **options)
-    except Exception as error:  # files that others wrote can fail in any way
-        raise ValueError(f"value_model {name} cannot be loaded: {files.damaged_file(name) or error}") from error
-
-
-def critic_of(policy: nn.Module, args: FusedPPOConfig, checkpoint: str | None) -> nn.Module | None:
-    """Return the value model, with a checkpoint's weights if there is one; None where no value is needed."""
-    if args.advantage == GROUP:
-        return None
-    if args.value_model == BACKBONE:
-        critic: nn.Module = ValueHead(huggingface.unwrap(policy).config.get_text_config().hidden_size)
-    else:
-        critic = ValueModel(args.value_model, args)
-    if checkpoint is not None:
-        critic.load_state_dict(load_file(Path(checkpoint) / CRITIC))
-    return critic.to(args.device)
 
 
 # ---- a minibatch --------------------------------------------------------------------------------------------------
@@ -217,15 +61,47 @@ class Measures(NamedTuple):
     totals: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def ppo_loss(
-    *,
-    head: Head,
+def loss_from_hidden(
     hidden: torch.Tensor,
     lm_head_weight: torch.Tensor,
-    lm_head_bias: torch.Tensor | None,
+    *,
+    values_of: Callable[[torch.Tensor | None], torch.Tensor] | None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, Measures]:
+    """Return ``ppo_loss`` of hidden states. ``values_of`` is the value model on the batch."""
+    source = {"hidden": hidden, "lm_head_weight": lm_head_weight}
+    values = None if values_of is None else values_of(hidden)
+    return ppo_loss(fused_linear_loss, linear_token_logps, source, values, **arguments)
+
+
+def loss_from_logits(
+    logits: torch.Tensor,
+    *,
+    values_of: Callable[[torch.Tensor | None], torch.Tensor] | None,
+    inplace_backward: bool,
+    **arguments: Any,
+) -> tuple[torch.Tensor, Measures]:
+    """Return ``ppo_loss`` of logits, which its backward may overwrite."""
+    values = None if values_of is None else values_of(None)
+
+    def loss_of(head: Head, policy_logits: torch.Tensor, **options: Any) -> Any:
+        return fused_loss(head, policy_logits, inplace_backward=inplace_backward, **options)
+
+    def logps_of(policy_logits: torch.Tensor, **options: Any) -> torch.Tensor:
+        return token_logps(policy_logits, **options)
+
+    return ppo_loss(loss_of, logps_of, {"policy_logits": logits}, values, **arguments)
+
+
+def ppo_loss(
+    loss_of: Callable[..., Any],
+    logps_of: Callable[..., torch.Tensor],
+    source: dict[str, torch.Tensor],
+    values: torch.Tensor | None,
+    *,
+    head: Head,
+    labels: torch.Tensor,
     batch: dict[str, torch.Tensor],
-    inputs: dict[str, torch.Tensor],
-    critic: nn.Module | None,
     args: FusedPPOConfig,
     measures_ratios: bool,
     **options: Any,
@@ -234,66 +110,80 @@ def ppo_loss(
 
     loss = sum_t w_t [loss_t + value_coef (V_t - R_t)^2] / n, the squared error clipped as ``value_loss`` does. For a
     loss that averages over tokens w_t = 1 and n is their number; over sequences w_t = 1 / (the sequence's tokens), for
-    a constant w_t = 1 / ``max_tokens``, and n is the number of sequences.
+    a constant w_t = 1 / ``max_tokens``, and n is the number of sequences. ``gspo`` is the mean over the sequences.
 
-    ``measures_ratios`` also measures the clip fraction and the KL divergence to the policy that sampled: one more visit
-    to the LM head, without a gradient.
+    Args:
+        loss_of, logps_of: ``fused_linear_loss`` and ``linear_token_logps``, or their twins from logits.
+        source: the hidden states and the LM head, or the logits, by the names of these functions' arguments.
+        values: [B, T] of the state after each position; None without a value model.
+        measures_ratios: whether to measure the clip fraction and the KL divergence to the policy that sampled too: one
+            more visit to the LM head, without a gradient.
     """
-    labels = batch["labels"]
     mask = labels != IGNORE_INDEX
     counts = mask.sum(1)
-    weights = token_weights(head, counts)
-    norm = normalizer(head, labels)
-    tensors = {name: batch[name] for name in ("old_logps", "advantages", "ref_token_logps") if name in batch}
-    if not getattr(head, "kl_beta", 0.0):
-        tensors.pop("ref_token_logps", None)
-    if head.normalizer == "items":
-        tensors["num_items"] = counts.sum()
-    options |= {"lm_head_bias": lm_head_bias, "temperature": args.sampling_temperature}
-    policy_loss, metrics = fused_linear_loss(
-        head, hidden, lm_head_weight, labels, reduction="sum", weights=weights, **tensors, **options
-    )
-    tokens = counts.sum()
-    loss = policy_loss / norm
-    totals = {
-        "policy_loss": (policy_loss.detach().double(), norm.double()),
-        "entropy": ((metrics.entropy.double() * counts).sum(), tokens.double()),
-    }
-    if critic is not None:
+    tokens, norm = counts.sum(), normalizer(head, labels)
+    options |= source | {"labels": labels, "temperature": args.sampling_temperature}
+    totals = {}
+    if measures_ratios:
+        with torch.no_grad():
+            totals |= ratio_totals(head, logps_of(**options), labels, batch)
+    tensors = {name: batch[name] for name in ("old_logps", "advantages") if name in batch}
+    if isinstance(head, Mix) or getattr(head, "kl_beta", 0.0):
+        tensors["ref_token_logps"] = batch["ref_token_logps"]
+    if losses.parts(head)[0].level == "sequence":
+        tensors["advantages"] = of_sequences(batch["advantages"], mask)
+        loss, metrics = loss_of(head, **tensors, **options)
+    else:
+        weights = token_weights(head, counts)
+        if head.normalizer == "items":
+            tensors["num_items"] = tokens
+        total, metrics = loss_of(head, reduction="sum", weights=weights, **tensors, **options)
+        loss = total / norm
+    totals["policy_loss"] = loss.detach().double() * norm, norm.double()
+    totals["entropy"] = (metrics.entropy.double() * counts).sum(), tokens.double()
+    if values is not None:
         shifted = mask[:, 1:]
         returns, old_values = batch["returns"][:, 1:], batch["values"][:, 1:]
-        values = critic(hidden, inputs)[:, :-1]
+        values = values[:, :-1]
         clipping = {} if args.value_clip is None else {"old_values": old_values, "clip": args.value_clip}
         errors = value_loss(values, returns, mask=shifted, reduction="none", **clipping)
         of_values = (errors * weights[:, None]).sum() / norm
         loss = loss + args.value_coef * of_values
         plain = ((values.detach() - returns).double() ** 2)[shifted].sum()
         totals["value_error"] = plain, tokens.double()
-    if measures_ratios:
-        totals |= _ratios(head, hidden, lm_head_weight, labels, batch, options)
     totals["loss"] = (loss.detach().double() * norm, norm.double())
     return loss, Measures(totals)
 
 
-@torch.no_grad()
-def _ratios(head: Head, hidden, lm_head_weight, labels, batch, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the share of tokens whose gradient is clipped away, and the KL divergence to the policy that sampled.
+def ratio_totals(head: Head, logps: torch.Tensor, labels: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict:
+    """Return the share of ratios whose gradient is clipped away, and the KL divergence to the policy that sampled.
 
-    The divergence is the mean over the tokens of exp(d) - 1 - d, d = l - lold.
+    The ratios are those of the tokens, for ``gspo`` those of the sequences. The divergence is the mean over the tokens
+    of exp(d) - 1 - d, d = l - lold.
+
+    Args:
+        logps: [B, T] of the tokens ``labels[:, t + 1]``.
     """
-    logps = linear_token_logps(hidden, lm_head_weight, labels, **options)[:, :-1]
     mask = labels[:, 1:] != IGNORE_INDEX
-    d = (logps - batch["old_logps"][:, 1:])[mask].double()
-    advantages, ratio = batch["advantages"][:, 1:][mask], d.exp()
-    tokens = mask.sum().double()
+    every = (logps[:, :-1] - batch["old_logps"][:, 1:]).double().where(mask, 0.0)
+    d, advantages, tokens = every[mask], batch["advantages"][:, 1:][mask], mask.sum().double()
     totals = {"approx_kl": ((torch.expm1(d) - d).sum(), tokens)}
-    if hasattr(head, "clip"):  # cispo clips a weight, which has no gradient
-        low, high = head.clip if isinstance(head.clip, tuple) else (head.clip, head.clip)
-        bound = head.delta or math.inf
-        above = torch.where(advantages > 0, min(1 + high, bound), max(1 + high, bound))
-        is_clipped = (advantages != 0) & ((ratio > above) | ((advantages < 0) & (ratio < 1 - low)))
-        totals["clip_fraction"] = is_clipped.double().sum(), tokens
-    return totals
+    main = losses.parts(head)[0]
+    if not hasattr(main, "clip"):  # cispo clips a weight, which has no gradient
+        return totals
+    if main.level == "sequence":
+        d, advantages = every.sum(1) / mask.sum(1).clamp(min=1), of_sequences(batch["advantages"][:, 1:], mask)
+    ratio, count = d.exp(), torch.tensor(float(len(d)), dtype=torch.float64, device=d.device)
+    low, high = main.clip if isinstance(main.clip, tuple) else (main.clip, main.clip)
+    bound = main.delta or math.inf
+    above = torch.where(advantages > 0, min(1 + high, bound), max(1 + high, bound))
+    is_clipped = (advantages != 0) & ((ratio > above) | ((advantages < 0) & (ratio < 1 - low)))
+    return totals | {"clip_fraction": (is_clipped.double().sum(), count)}
+
+
+def of_sequences(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the one advantage that all tokens of a sequence share, [B], of [B, T]."""
+    return advantages.gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
 
 
 def token_weights(head: Head, counts: torch.Tensor) -> torch.Tensor:
@@ -306,7 +196,7 @@ def token_weights(head: Head, counts: torch.Tensor) -> torch.Tensor:
 
 def normalizer(head: Head, labels: torch.Tensor) -> torch.Tensor:
     """Return what ``ppo_loss`` divides by: the number of a batch's completion tokens, or of its sequences."""
-    if head.normalizer in ("tokens", "items"):
+    if losses.parts(head)[0].normalizer in ("tokens", "items"):
         return (labels != IGNORE_INDEX).sum().clamp(min=1)
     return torch.tensor(len(labels), device=labels.device)
 
@@ -329,6 +219,7 @@ class FusedPPOTrainer(TakesTokens, FusedTrainer):
     optional_columns = ()
     ref_columns = ()
     tensors = ("old_logps", "advantages", "ref_token_logps")
+    loss_functions = Functions(loss_from_hidden, loss_from_logits)
 
     def __init__(self, model: nn.Module, *arguments: Any, critic: nn.Module | None = None, **named_arguments: Any):
         super().__init__(model, *arguments, **named_arguments)
@@ -337,6 +228,9 @@ class FusedPPOTrainer(TakesTokens, FusedTrainer):
         if critic is not None:
             self._inner.critic = critic
         self.columns = tuple(name for name in type(self).columns if name in self.train_dataset.column_names)
+
+    def _say_how_the_loss_is_computed(self) -> None:
+        pass  # it is registered, and its mean is that of all batches of a step
 
     @property
     def critic(self) -> nn.Module | None:
@@ -353,18 +247,15 @@ class FusedPPOTrainer(TakesTokens, FusedTrainer):
         args, step = self.args, self.state.global_step + 1
         every = max(1, int(self.state.logging_steps or 1))
         model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        loss, measures = huggingface.apply(
-            ppo_loss,
+        loss, measures = self._apply(
+            self.loss_functions,
             model,
-            without_padding_mask(model, model_inputs, self.accelerator.mixed_precision),
+            inputs,
             head=self.loss,
             batch=inputs,
-            inputs=model_inputs,
-            critic=self.critic,
+            values_of=None if self.critic is None else partial(self.critic, inputs=model_inputs),
             args=args,
             measures_ratios=step % every == 0 or step in (1, self.state.max_steps),
-            backend=args.backend,
-            chunk_bytes=args.chunk_bytes,
         )
         self._train_totals.add(measures.totals)
         self._num_tokens += inputs["attention_mask"].sum()
@@ -427,20 +318,26 @@ class PPOLoop(Loop):
                 f"{settings.temperature}"
             )
         if arguments.get("loss") is not None:
-            raise ValueError("loss is given, and PPOLoop trains the token-level losses that config.loss_type names")
+            raise ValueError("loss is given, and PPOLoop trains the losses that config.loss_type names")
         if settings.threshold != "mean":
             raise ValueError("threshold has no meaning here: the scores themselves are the rewards")
         if config.value_model != BACKBONE:
-            _value_config(config)  # before the first round's samples are drawn
+            value_config(config)  # before the first round's samples are drawn
         self.least_samples = 2 if config.advantage == GROUP else 1
         super().__init__(settings, config, **arguments)
         if config.value_model != BACKBONE:
-            known, needed = _value_config(config).get_text_config().vocab_size, len(self.tokenizer)
+            known, needed = value_config(config).get_text_config().vocab_size, len(self.tokenizer)
             if known < needed:
                 raise ValueError(
                     f"value_model {config.value_model} has embeddings of {known} tokens, and the policy's tokenizer "
                     f"has {needed}: expected a model with the policy's tokenizer"
                 )
+
+    def takes_ref_model(self) -> bool:
+        return self.config.beta > 0
+
+    def why_no_ref_model(self) -> str:
+        return "beta=0 leaves the KL divergence to it out"
 
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
         args = self.config
@@ -453,7 +350,7 @@ class PPOLoop(Loop):
         }
         found: dict[str, Any] = {}
         scores = np.array([one.score for one in samples])
-        if args.beta or args.kl_target is not None:
+        if args.beta:
             ref_logps = [one.logps for one in self._reference_values(policy, rows)]
             kls = [sum(one.logps) - sum(ref) for one, ref in zip(samples, ref_logps, strict=True)]
             found["kl_reference"] = float(np.mean(kls))
@@ -484,7 +381,7 @@ class PPOLoop(Loop):
         self,
         number: int,
         policy: nn.Module,
-        rows: list[tuple[list[int], list[int]]],
+        rows: list[Row],
         samples: list[Scored],
         ref_logps: list[list[float]],
         columns: dict[str, list],
@@ -527,7 +424,7 @@ class PPOLoop(Loop):
         error = min(max(before["kl_reference"] / self.config.kl_target - 1, -0.2), 0.2)
         return before["beta"] * (1 + error * min(before["samples"] / self.config.kl_horizon, 1.0))
 
-    def _reference_values(self, policy: nn.Module, rows: list[tuple[list[int], list[int]]]) -> list[TokenValues]:
+    def _reference_values(self, policy: nn.Module, rows: list[Row]) -> list[TokenValues]:
         reference = self.reference()
         if reference is not None:
             return self.token_values(reference, rows)

@@ -44,7 +44,8 @@ class LoopSettings:
     )
     reload_command: str | None = _option(
         None,
-        "command that makes the server of --generator serve the weights in {folder}; an adapter needs none with vLLM",
+        "command that makes the server of --generator serve the weights in {folder}: --model, then each round's "
+        "checkpoint; an adapter needs none with vLLM",
     )
     threshold: str = _option(
         "mean",

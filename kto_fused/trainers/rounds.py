@@ -25,25 +25,21 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from .. import huggingface, log
-from ..data.collators import UnpairedCollator
+from .. import log
 from ..data.prompts import Prompt, read_prompts, tokenized_prompts
 from ..data.tokens import Prepared
-from ..functional import linear_token_logps, token_logps
 from ..huggingface import files
-from ..huggingface.inspect import evaluating
-from ..huggingface.padding import without_padding_mask
-from . import checkpoints, fingerprints, folder_lock, losses, models, runs
+from . import checkpoints, fingerprints, folder_lock, losses, models, ranks, runs
 from .base import FusedTrainer
 from .configs import FusedPreferenceConfig
-from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, autocast, decoded, end_tokens
+from .generation import ModelGenerator, Sample, Sampling, ServerGenerator, decoded, end_tokens
 from .judges import Judge, function_judge, judge_of, scored
 from .round_settings import LoopSettings
+from .token_values import Row, TokenValues, token_values
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +117,8 @@ class Loop:
             raise ValueError(f"samples must be at least {self.least_samples} to compare them, got {self.samples}")
         if settings.lora_rank and peft_config is None:
             raise ValueError(f"lora_rank={settings.lora_rank} is an option of the command: pass peft_config instead")
+        if settings.ref_model is not None and not self.takes_ref_model():
+            raise ValueError(f"ref_model={settings.ref_model} is given, but {self.why_no_ref_model()}: leave it out")
         if config.fsdp or config.deepspeed:
             raise ValueError("rounds of generation under FSDP or DeepSpeed are not supported: use one process per GPU")
         if records is None:
@@ -142,7 +140,7 @@ class Loop:
         if settings.generator is None:
             self.generate: Any = ModelGenerator(self.tokenizer, config)
         else:
-            self.generate = ServerGenerator(settings.generator, self.tokenizer, config, settings.reload_command)
+            self.generate = ServerGenerator(settings.generator, settings.model, config, settings.reload_command)
         self.state: dict[str, Any] = {"settings": self._described(records), "rounds": []}
 
     def _judge_of(self, function: Callable[[Any, list[str]], Any] | None) -> Judge | None:
@@ -157,7 +155,7 @@ class Loop:
             return None
         loaded: list[Judge] = []  # on the first process alone, which asks it
         batch_size = settings.generation_batch_size
-        self._on_main(lambda: loaded.append(judge_of(settings.judge, self.config, batch_size=batch_size)))
+        ranks.on_first(self.config, lambda: loaded.append(judge_of(settings.judge, self.config, batch_size=batch_size)))
         return loaded[0] if loaded else _of_the_first_process
 
     # ---- what a subclass says ----
@@ -174,6 +172,14 @@ class Loop:
         """Return the round's trainer of ``policy``; ``arguments`` are ``args``, ``train_dataset`` and more."""
         raise NotImplementedError
 
+    def takes_ref_model(self) -> bool:
+        """Whether the rounds compare the policy with one reference, which ``settings.ref_model`` may name."""
+        return losses.needs_reference(self.loss)
+
+    def why_no_ref_model(self) -> str:
+        """Return why there is no such reference."""
+        return f"{losses.describe(self.loss)} has no reference"
+
     # ---- the run ----
 
     def run(self) -> list[dict[str, Any]]:
@@ -186,6 +192,8 @@ class Loop:
         """
         with folder_lock.only_run_in(self.config):
             self.state["rounds"] = rounds = self._resumed_rounds()
+            if self.config.should_log and (text := self.reference_text()):
+                logger.info(f"The reference is {text}.")
             self._save_state()
             for number in range(1, self.settings.rounds + 1):
                 if number > len(rounds):
@@ -207,7 +215,7 @@ class Loop:
             samples = self._sampled(number, policy, before)
             entry |= self._described_samples(number, samples)
             data = self.training_data(number, policy, samples)
-            self._on_main(lambda: self._write(folder, samples, data.dataset))
+            ranks.on_first(self.config, lambda: self._write(folder, samples, data.dataset))
             entry |= data.found | {"examples": len(data.dataset), "sampling_seconds": time.perf_counter() - started}
             self._save_state()
         config = copy.copy(self.config)
@@ -237,7 +245,7 @@ class Loop:
             "checkpoint": f"{folder.name}/{result.folder.name}",
         }
         self._save_state()
-        self._on_main(lambda: self._remove_old(number))
+        ranks.on_first(self.config, lambda: self._remove_old(number))
         trainer.accelerator.free_memory()
         return True
 
@@ -298,7 +306,7 @@ class Loop:
     def _judged(self, prompts: list[Any], texts: list[str]) -> list[float | None]:
         """Return the judge's scores, given on the first process."""
         groups = [texts[start : start + self.samples] for start in range(0, len(texts), self.samples)]
-        scores = self._on_main(lambda: scored(self.judge, prompts, groups))
+        scores = ranks.on_first(self.config, lambda: scored(self.judge, prompts, groups))
         return [score for of_prompt in scores for score in of_prompt]
 
     def _described_samples(self, number: int, samples: list[Scored]) -> dict[str, Any]:
@@ -331,29 +339,10 @@ class Loop:
         ]
         return sum(wins) / len(wins) if wins else None
 
-    def token_values(
-        self, policy: nn.Module, rows: list[tuple[list[int], list[int]]], critic: nn.Module | None = None
-    ) -> "list[TokenValues]":
-        """Return the log-probabilities and values of the rows' completion tokens; ranks share the rows."""
-        args = self.config
-        collate = UnpairedCollator(models.pad_token_id(self.tokenizer), args.pad_to_multiple_of)
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
-        mine = order[args.process_index :: args.world_size]
-        policy.to(args.device)
-        found = []
-        with evaluating(policy), autocast(args):
-            for start in range(0, len(mine), args.per_device_train_batch_size):
-                numbers = mine[start : start + args.per_device_train_batch_size]
-                batch = collate(
-                    [{"prompt_ids": rows[row][0], "completion_ids": rows[row][1], "label": True} for row in numbers]
-                )
-                values = values_of_batch(policy, batch, args, self.settings.temperature or 1.0, critic)
-                for row, of_row in zip(numbers, values.transpose(0, 1).tolist(), strict=True):
-                    first, count = len(rows[row][0]) - 1, len(rows[row][1])
-                    found.append((row, TokenValues(*(of_token[first : first + count] for of_token in of_row))))
-        if args.world_size > 1:
-            found = gather_object(found)
-        return [TokenValues(*values) for _, values in sorted(found)]
+    def token_values(self, policy: nn.Module, rows: list[Row], critic: nn.Module | None = None) -> list[TokenValues]:
+        """Return the log-probabilities and values of the rows' completion tokens, at the sampling temperature."""
+        pad, temperature = models.pad_token_id(self.tokenizer), self.settings.temperature or 1.0
+        return token_values(policy, rows, self.config, pad_token_id=pad, temperature=temperature, critic=critic)
 
     def _moved(self, number: int, policy: nn.Module) -> float:
         """Return an estimate of KL(policy before the round || policy after it), in nats per sample, by its samples."""
@@ -386,6 +375,16 @@ class Loop:
         if self.settings.ref_model is None and self.peft_config is not None:
             return None
         return self._load(self.settings.ref_model or self.settings.model)
+
+    def reference_text(self) -> str | None:
+        """Return what the rounds compare the policy with, for the log; None if they need no reference."""
+        if not self.takes_ref_model():
+            return None
+        if self.settings.ref_model is not None:
+            return f"{self.settings.ref_model} (ref_model), in every round"
+        if self.peft_config is not None:
+            return "the model with its adapters off, in every round"
+        return f"the model that the run began with ({self.settings.model}), in every round"
 
     # ---- files ----
 
@@ -427,7 +426,7 @@ class Loop:
             draft.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
             os.replace(draft, self.output / STATE)
 
-        self._on_main(save)
+        ranks.on_first(self.config, save)
 
     def _write(self, folder: Path, samples: list[Scored], dataset: Dataset) -> None:
         """Write the samples and the training data of a round; what a killed run left there goes."""
@@ -454,21 +453,6 @@ class Loop:
             for found in checkpoints.found_in(self.output / f"round-{entry['round']}"):
                 checkpoints.remove(found.folder)
 
-    def _on_main(self, work: Callable[[], Any]) -> Any:
-        """Do ``work`` on the first process, and return its result, or raise its error, on all of them."""
-        if self.config.world_size == 1:
-            return work()
-        outcome: list[Any] = [None, None]
-        if self.config.process_index == 0:
-            try:
-                outcome = [work(), None]
-            except Exception as error:
-                outcome = [None, error]
-        result, error = broadcast_object_list(outcome)
-        if error is not None:
-            raise error
-        return result
-
 
 def _of_the_first_process(prompts: list[Any], completions: list[list[str]]) -> list[Any]:
     raise RuntimeError("only the first process has the judge")
@@ -480,39 +464,6 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-class TokenValues(NamedTuple):
-    """What the policy, and a value model, say of a completion's tokens, one entry each."""
-
-    logps: list[float]  # in nats
-    values: list[float] | None = None  # of the state before the token; None without a value model
-
-
-def values_of_batch(
-    policy: nn.Module,
-    batch: dict[str, torch.Tensor],
-    args: FusedPreferenceConfig,
-    temperature: float,
-    critic: nn.Module | None = None,
-) -> torch.Tensor:
-    """Return the log-probabilities, and with a ``critic`` the values, of a batch's labels: [1 or 2, B, T].
-
-    Entry t belongs to ``labels[:, t + 1]``, and its value is that of the state before this token.
-    """
-    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    options = {"labels": batch["labels"], "backend": args.backend, "temperature": temperature}
-    if args.loss_from == "logits":
-        return huggingface.apply_to_logits(token_logps, policy, inputs, **options)[None]
-    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-
-    def function(*, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        logps = linear_token_logps(hidden, **arguments)
-        return logps[None] if critic is None else torch.stack([logps, critic(hidden, inputs).to(logps.dtype)])
-
-    unmasked = without_padding_mask(policy, inputs, mixed)
-    return huggingface.apply(function, policy, unmasked, chunk_bytes=args.chunk_bytes, **options)
-
-
 # ---- parts of a round's trainer -----------------------------------------------------------------------------------
 
 
@@ -521,6 +472,9 @@ class TakesTokens:
 
     def _tokenize(self, source: Dataset, args: FusedPreferenceConfig, name: str) -> Prepared:
         return Prepared(source, 0, 0, {}, {})
+
+    def _say_what_the_reference_is(self) -> None:
+        pass  # the loop says it once, for all rounds
 
 
 class _EndOfRound(TrainerCallback):

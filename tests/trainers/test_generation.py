@@ -104,6 +104,7 @@ class StandIn(ThreadingHTTPServer):
                 logits_processor=LogitsProcessorList([noise]),
             )[0, ids.shape[1] :].tolist()
         is_cut = generated[-1] not in request["stop_token_ids"]
+        assert request["min_p"] == 0, "the server would take the model's own"
         choice = {"text": "", "token_ids": generated, "finish_reason": "length" if is_cut else "stop"}
         return {"choices": [{**choice, **self.answers}]}
 
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self.answer({"data": [{"id": "the-model"}]})
+        self.answer({"data": [{"id": "the-model"}, *({"id": name} for name, _ in self.server.adapters)]})
 
     def do_POST(self):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -131,6 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/load_lora_adapter":
             from peft import PeftModel
 
+            if content["lora_name"] in (name for name, _ in server.adapters):
+                return self.answer({"error": "has already been loaded"}, 400)
             server.adapters.append((content["lora_name"], content["lora_path"]))
             server.policy = PeftModel.from_pretrained(model(max_position_embeddings=64), content["lora_path"])
             self.answer("Success: the adapter was added")
@@ -146,8 +149,15 @@ def test_a_server_gives_the_samples_of_the_model_and_follows_its_adapter(tmp_pat
         "dpo", tmp_path / "there", peft_config=config, rounds=2, max_steps=2, generator=f"{server.address}/v1"
     )
     there.run()
+    settings = {"peft_config": config, "max_steps": 2, "generator": server.address}
+    make_loop("dpo", tmp_path / "there", rounds=3, **settings).run()
+    # as if it were resumed before the samples of its last round
+    (tmp_path / "there" / "run.json").write_text(json.dumps({**there.state, "rounds": there.state["rounds"][:2]}))
+    make_loop("dpo", tmp_path / "there", rounds=3, **settings).run()
+    make_loop("dpo", tmp_path / "other", rounds=2, seed=1, **settings).run()  # has a round-1/checkpoint-2 of its own
     server.shutdown()
-    assert [name for name, _ in server.adapters] == ["round-1-checkpoint-2"]
+    names = [name.rpartition("-")[0] for name, _ in server.adapters]
+    assert names == ["round-1-checkpoint-2", "round-2-checkpoint-2", "round-1-checkpoint-2"]
     for number in (1, 2):
         lines = [read_samples(tmp_path / name / f"round-{number}") for name in ("here", "there")]
         assert [line["ids"] for line in lines[0]] == [line["ids"] for line in lines[1]]
@@ -156,23 +166,26 @@ def test_a_server_gives_the_samples_of_the_model_and_follows_its_adapter(tmp_pat
 def test_a_reload_command_gets_the_checkpoint_and_its_failure_is_told(tmp_path):
     args, server = FusedDPOConfig(output_dir=str(tmp_path), use_cpu=True), StandIn(model(max_position_embeddings=64))
     note = [sys.executable, "-c", f'\'import sys; open(r"{tmp_path}/told", "a").write(sys.argv[1])\'', "{folder}"]
-    generator = ServerGenerator(server.address, tokenizer(), args, " ".join(note))
+    generator = ServerGenerator(server.address, "start", args, " ".join(note))
     policy = server.policy
     first = generator(policy, None, PROMPTS, SAMPLING)
     assert first == sample(tmp_path, policy)
     for _ in range(2):
         generator(policy, "a/checkpoint-3", PROMPTS[:1], SAMPLING)
-    assert (tmp_path / "told").read_text() == "a/checkpoint-3", "told once for each checkpoint"
+    assert (tmp_path / "told").read_text() == "starta/checkpoint-3", "told once for each checkpoint"
     generator.reload_command = f"{sys.executable} -c 'raise SystemExit(\"no room\")' {{folder}}"
     with pytest.raises(GenerationError, match="--reload_command ended with code 1: no room"):
         generator(policy, "b", PROMPTS[:1], SAMPLING)
     generator.reload_command = None
     with pytest.raises(GenerationError, match="cannot be told to serve b: give --reload_command, or train an adapter"):
         generator(policy, "b", PROMPTS[:1], SAMPLING)
+    server.answers["finish_reason"] = "abort"
+    with pytest.raises(GenerationError, match="ended a sample of prompt 0 by 'abort': expected 'stop' or 'length'"):
+        generator(policy, "a/checkpoint-3", PROMPTS[:1], SAMPLING)
     server.answers["token_ids"] = None
     with pytest.raises(GenerationError, match="answers without token_ids"):
         generator(policy, "a/checkpoint-3", PROMPTS[:1], SAMPLING)
     server.shutdown()
     server.server_close()
     with pytest.raises(GenerationError, match="cannot be reached"):
-        ServerGenerator(server.address, tokenizer(), args, None)(policy, None, PROMPTS[:1], SAMPLING)
+        ServerGenerator(server.address, "start", args, None)(policy, None, PROMPTS[:1], SAMPLING)

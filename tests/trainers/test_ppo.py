@@ -14,7 +14,8 @@ from transformers import LlamaForTokenClassification
 from kto_fused.functional import linear_token_logps
 from kto_fused.heads.protocol import class_of
 from kto_fused.heads.tokens import clipped_losses
-from kto_fused.trainers.ppo import FusedPPOConfig, _ratios
+from kto_fused.trainers.ppo import ratio_totals
+from kto_fused.trainers.ppo_config import FusedPPOConfig
 from kto_fused.trainers.rounds import RoundError, read_samples
 
 pytestmark = pytest.mark.usefixtures("own_cache", "small_machine")
@@ -84,13 +85,19 @@ class PlainPPO:
 
     def loss(self, rows):
         args, total, clipped, tokens = self.args, 0, 0, sum(len(self.rows[row][1]) for row in rows)
+        low, high = args.clip if isinstance(args.clip, (list, tuple)) else (args.clip, args.clip)
         for row in rows:
             now, values = self.logps_and_values(*self.rows[row])
             old_values, count = self.old[row][1], len(now)
+            if args.loss_type == "gspo":
+                ratio, advantage = ((now - self.old[row][0]).sum() / count).exp(), self.advantages[row][0]
+                total = total - min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage) / len(rows)
+                clipped += int((advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low))
             for t in range(count):
                 ratio, advantage = (now[t] - self.old[row][0][t]).exp(), self.advantages[row][t]
-                low, high = args.clip if isinstance(args.clip, (list, tuple)) else (args.clip, args.clip)
-                if args.loss_type == "cispo":
+                if args.loss_type == "gspo":
+                    loss = torch.zeros((), dtype=torch.float64)
+                elif args.loss_type == "cispo":
                     loss = -ratio.detach().clamp(max=5.0) * advantage * now[t]
                 elif args.loss_type == "sapo":
                     tau = args.tau_pos if advantage > 0 else args.tau_neg
@@ -105,10 +112,15 @@ class PlainPPO:
                     error = (values[t] - self.returns[row][t]) ** 2
                     bounded = values[t].clamp(old_values[t] - args.value_clip, old_values[t] + args.value_clip)
                     loss = loss + args.value_coef * max(error, (bounded - self.returns[row][t]) ** 2)
-                weight = {"grpo": 1 / (count * len(rows)), "dr_grpo": 1 / (len(rows) * (args.max_tokens or 1))}
-                weight["sapo"] = weight["grpo"]
+                of_sequences = 1 / (count * len(rows))
+                weight = {
+                    "grpo": of_sequences,
+                    "gspo": of_sequences,
+                    "sapo": of_sequences,
+                    "dr_grpo": 1 / (len(rows) * (args.max_tokens or 1)),
+                }
                 total = total + loss * weight.get(args.loss_type, 1 / tokens)
-        return total, clipped / tokens
+        return total, clipped / (len(rows) if args.loss_type == "gspo" else tokens)
 
     def run(self, batch):
         """Train as the trainer does, in order; return each step's loss and clip fraction."""
@@ -141,8 +153,11 @@ GROUP = {"advantage": "group", "beta": 0.3, "samples": 4, "prompts": 2}
         {**GROUP, "loss_type": "dapo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         {**GROUP, "loss_type": "cispo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
         {**GROUP, "loss_type": "sapo", "tau_neg": 1.5},
+        {**GROUP, "loss_type": "gspo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {**GROUP, "loss_type": "gspo", "beta": 0.0, "clip": [0.01, 0.02], "loss_from": "logits"},
+        {**GROUP, "loss_from": "logits"},
     ],
-    ids=["gae", "accumulated", "grpo", "dr_grpo", "dapo", "cispo", "sapo"],
+    ids=["gae", "accumulated", "grpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_logits", "grpo_logits"],
 )
 def test_a_round_is_its_plain_twin(tmp_path, options):
     options = {**OPTIONS, "rounds": 1, "num_train_epochs": 4, **options}
@@ -173,7 +188,8 @@ def test_a_value_model_of_its_own_is_trained_with_the_policy(tmp_path):
     config.num_labels = 1
     critic = LlamaForTokenClassification(config)
     critic.save_pretrained(tmp_path / "critic")
-    loop = make_loop("ppo", tmp_path / "ppo", **OPTIONS, rounds=1, value_model=str(tmp_path / "critic"))
+    options = {**OPTIONS, "rounds": 1, "value_model": str(tmp_path / "critic"), "loss_from": "logits"}
+    loop = make_loop("ppo", tmp_path / "ppo", **options)
     (entry,) = loop.run()
     plain = PlainPPO(loop, 1, critic=copy.deepcopy(critic).double().eval())
     losses = plain.run(batch=4)
@@ -222,7 +238,7 @@ def test_the_clip_fraction_counts_the_tokens_without_a_gradient(delta):
     head = class_of("ppo")(clip=(0.2, 0.3), delta=delta)
     logps = torch.nn.functional.pad(linear_token_logps(hidden, weight, labels)[:, :-1], (1, 0))
     batch = {"old_logps": logps + 0.4 * torch.randn(2, 40), "advantages": torch.randn(2, 40)}
-    clip_fraction, tokens = _ratios(head, hidden, weight, labels, batch, {})["clip_fraction"]
+    clip_fraction, tokens = ratio_totals(head, logps.roll(-1, 1), labels, batch)["clip_fraction"]
     ratios = (logps - batch["old_logps"])[:, 1:].exp().double().requires_grad_()
     clipped_losses(ratios, batch["advantages"][:, 1:].double(), head.clip, delta).sum().backward()
     assert 0 < clip_fraction == (ratios.grad == 0).sum()
@@ -244,7 +260,9 @@ def test_a_value_model_of_another_vocabulary_is_refused(tmp_path):
         ({"scale_by_std": False}, "scale_by_std=False has no meaning without advantage='group'"),
         ({"max_tokens": 5}, "max_tokens=5 with normalizer='tokens'"),
         ({"lam": 1.5}, r"lam must lie in \[0, 1\], got 1.5"),
-        ({"loss_from": "logits"}, "loss_from='logits' is not supported here"),
+        ({"loss_from": "logits"}, "loss_from='logits' with value_model='backbone': the value head reads hidden states"),
+        ({"loss_type": "gspo"}, "loss_type='gspo' reads one advantage per sample.*set advantage='group'"),
+        ({"loss_type": "gspo", "advantage": "group", "max_tokens": 5}, "max_tokens=5 with normalizer='sequences'"),
         ({"clip": -1.0}, "clip must"),
         ({"value_clip": math.nan}, "value_clip must be"),
         ({"beta": 0.0, "kl_target": 1.0}, "kl_target=1.0 adapts beta, which stays 0 once it is 0"),

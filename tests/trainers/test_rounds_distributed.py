@@ -25,3 +25,13 @@ def test_two_processes_sample_and_train_as_one(on_one, on_two, kind):
     assert two["samples"] == one["samples"]
     assert two["kl"] == pytest.approx(one["kl"], abs=1e-4)
     assert_same_run(two, one, tolerance=5e-5)
+
+
+def test_where_one_process_fails_both_end_with_its_sentence(on_two):
+    first, second = on_two["failures"]
+    assert first == second
+    assert first == [
+        "JudgeError: the judge failed: ZeroDivisionError: no time",
+        "GenerationError: --generator http://127.0.0.1:9/v1/models cannot be reached: [Errno 111] Connection refused",
+        "MemoryError: no room",
+    ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from loop_cases import make_loop, outcome
 from safetensors.torch import load_file
 from tiny_training import run_cases
@@ -45,8 +46,37 @@ def rounds(kind: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def failures(folder: Path) -> list[list[str]]:
+    """Return what each process says where one alone fails: it asks the judge or the server, or draws its samples."""
+
+    def broken_judge(prompts, completions):
+        raise ZeroDivisionError("no time")
+
+    def broken_batch(policy, batch, sampling):
+        if PartialState().process_index == PROCESSES - 1:
+            raise MemoryError("no room")
+        return drawn(policy, batch, sampling)
+
+    said = []
+    for kind, options in (
+        ("judge", {"judged": broken_judge}),
+        ("server", {"generator": "http://127.0.0.1:9"}),
+        ("samples", {}),
+    ):
+        with PartialState(cpu=True).main_process_first():
+            loop = make_loop("dpo", folder / kind, ddp_backend="gloo" if PROCESSES > 1 else None, **options)
+        if kind == "samples":
+            drawn, loop.generate._batch = loop.generate._batch, broken_batch
+        try:
+            loop.run()
+            said.append("nothing")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return gather_object([said])
+
+
 def cases() -> dict[str, Any]:
-    return {kind: lambda folder, kind=kind: rounds(kind, folder) for kind in OPTIONS}
+    return {"failures": failures} | {kind: lambda folder, kind=kind: rounds(kind, folder) for kind in OPTIONS}
 
 
 if __name__ == "__main__":
