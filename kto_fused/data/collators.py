@@ -153,13 +153,13 @@ class CompletionCollator(_Padding):
 
     Returns:
         A call on a list of examples pads them on the right. It returns a dictionary of ``input_ids``,
-        ``attention_mask`` and ``labels`` [B, T] int64. Prompts, padding and tokens that ``completion_mask`` leaves out
-        have the label -100.
+        ``attention_mask`` and ``labels`` [B, T] int64, and ``weights`` [B] float64 if they have ``weight``. Prompts,
+        padding and tokens that ``completion_mask`` leaves out have the label -100.
 
         A call on a list of packs joins them to one row of N tokens. The dictionary then holds ``input_ids``,
         ``attention_mask`` (0 for padding), ``labels`` and ``position_ids`` [1, N] int64, and ``cu_seqlens`` int32, the
-        offsets of the sequences. Padding is one more sequence. The positions of every sequence begin at 0, by which a
-        model's attention tells the sequences apart.
+        offsets of the sequences; also their ``weights``, float64, if the packs have them. Padding is one more sequence.
+        The positions of every sequence begin at 0, by which a model's attention tells the sequences apart.
 
     >>> from kto_fused.preference_data import CompletionCollator
     >>> collator = CompletionCollator(pad_token_id=0)
@@ -173,17 +173,26 @@ class CompletionCollator(_Padding):
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns = {column: [example[column] for example in examples] for column in examples[0]}
         if "lengths" in columns:
-            return self._join(*(list(chain(*columns[name])) for name in ("input_ids", "labels", "lengths")))
-        return self._pad(columns["prompt_ids"], columns["completion_ids"], columns.get("completion_mask"))
+            names = [name for name in ("input_ids", "labels", "lengths", "weights") if name in columns]
+            return self._join(**{name: list(chain(*columns[name])) for name in names})
+        batch = self._pad(columns["prompt_ids"], columns["completion_ids"], columns.get("completion_mask"))
+        if "weight" in columns:
+            batch["weights"] = torch.tensor(columns["weight"], dtype=torch.float64)
+        return batch
 
-    def _join(self, tokens: list[int], labels: list[int], lengths: list[int]) -> dict[str, torch.Tensor]:
-        rest = -len(tokens) % (self.pad_to_multiple_of or 1)
-        mask = [1] * len(tokens) + [0] * rest
+    def _join(
+        self, input_ids: list[int], labels: list[int], lengths: list[int], weights: list[float] | None = None
+    ) -> dict[str, torch.Tensor]:
+        rest = -len(input_ids) % (self.pad_to_multiple_of or 1)
+        mask = [1] * len(input_ids) + [0] * rest
         lengths = torch.tensor(lengths + [rest] * (rest > 0))
         ends = lengths.cumsum(0)
         positions = torch.arange(len(mask)) - (ends - lengths).repeat_interleave(lengths)
-        return {
-            "input_ids": torch.tensor([tokens + [self.pad_token_id] * rest]),
+        of_sequences = {}
+        if weights is not None:
+            of_sequences["weights"] = torch.tensor(weights + [1.0] * (rest > 0), dtype=torch.float64)
+        return of_sequences | {
+            "input_ids": torch.tensor([input_ids + [self.pad_token_id] * rest]),
             "attention_mask": torch.tensor([mask]),
             "labels": torch.tensor([labels + [IGNORE_INDEX] * rest]),
             "position_ids": positions[None],

@@ -37,7 +37,7 @@ EXPECTED = {
 # Fields with a number that all records have, or none: a weight multiplies the record's loss, a margin is how far apart
 # the scores of a pair should be.
 WEIGHT, MARGIN = "weight", "margin"
-NUMBERS = {PREFERENCES: (WEIGHT,), DEMONSTRATIONS: (), COMPARISONS: (WEIGHT, MARGIN)}
+NUMBERS = {PREFERENCES: (WEIGHT,), DEMONSTRATIONS: (WEIGHT,), COMPARISONS: (WEIGHT, MARGIN)}
 # The functions that the model may call, which a chat template writes into the prompt. A checked record keeps them as
 # JSON text, "" if there are none.
 TOOLS = "tools"
@@ -111,7 +111,7 @@ def form_of(record: Any, where: str, forms: Forms = PREFERENCES) -> Form:
         )
     optional = tuple(field for field in (*NUMBERS[forms], TOOLS) if field in record)
     if fields == TEXT:  # has no prompt for tools
-        optional = ()
+        optional = tuple(field for field in optional if field != TOOLS)
     is_conversation = fields == MESSAGES or (fields != TEXT and isinstance(record["prompt"], list))
     return Form(fields + optional, is_conversation, forms)
 

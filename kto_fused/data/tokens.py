@@ -190,7 +190,7 @@ def prepare_completions(
     whole; or ``messages``, a conversation in which all of the assistant's messages are trained.
 
     Returns:
-        A dataset of ``prompt_ids``, ``completion_ids`` and ``length``, and ``completion_mask`` as in
+        A dataset of ``prompt_ids``, ``completion_ids`` and ``length``, and ``completion_mask`` and ``weight`` as in
         ``prepare_unpaired``. A text is a completion; its prompt holds no more than a beginning-of-text token.
 
     Raises:
@@ -207,15 +207,19 @@ def pack_completions(dataset: Dataset, max_length: int, *, num_proc: int | None 
 
     Returns:
         A dataset of ``input_ids`` and ``labels`` (-100 where a token is not trained) of the examples one after the
-        other, ``lengths``, their numbers of tokens, and ``length``, the sum of these.
+        other, ``lengths``, their numbers of tokens, and ``length``, the sum of these; ``weights``, if the examples have
+        a ``weight``.
     """
     packs = pack(column_of(dataset, "length"), max_length)
+    features = {"input_ids": TOKENS, "labels": TOKENS, "lengths": TOKENS, "length": Value("int32")}
+    if WEIGHT in dataset.column_names:
+        features["weights"] = List(Value("float64"))
     return cache.mapped(
         Dataset.from_dict({"rows": packs}, Features({"rows": List(Value("int64"))})),
         partial(_pack_row, tokens=dataset),
         source=dataset,
         remove_columns=["rows"],
-        features=Features({"input_ids": TOKENS, "labels": TOKENS, "lengths": TOKENS, "length": Value("int32")}),
+        features=Features(features),
         num_proc=num_proc,
         desc=f"Packing {name} data",
         key=cache.digest("packs", dataset._fingerprint, max_length),
@@ -383,7 +387,8 @@ def _pack_row(row: dict, *, tokens: Dataset) -> dict[str, Any]:
         ids += prompt + completion
         trained = [token if is_trained else IGNORE_INDEX for token, is_trained in zip(completion, mask, strict=True)]
         labels += [IGNORE_INDEX, *([IGNORE_INDEX] * len(prompt) + trained)[1:]]
-    return {"input_ids": ids, "labels": labels, "lengths": examples["length"], "length": len(ids)}
+    weights = {"weights": examples[WEIGHT]} if WEIGHT in examples else {}
+    return weights | {"input_ids": ids, "labels": labels, "lengths": examples["length"], "length": len(ids)}
 
 
 def column_of(dataset: Dataset, column: str, values=lambda array: array) -> np.ndarray:

@@ -37,6 +37,9 @@ class FusedSFTTrainer(FusedTrainer):
     - ``text``: all of it is trained
     - ``messages``: all messages of the assistant are trained
 
+    A record may have a ``weight`` >= 0, which multiplies the losses of its tokens. The mean divides by the number of
+    trained tokens, so a weight of 2 doubles the record's gradient.
+
     With ``args.packing`` a row of a training batch holds several examples, which do not see each other. A model whose
     attention would let them is refused. Evaluation data are not packed.
 
@@ -55,7 +58,7 @@ class FusedSFTTrainer(FusedTrainer):
     forms = DEMONSTRATIONS
     tensors = ()
     columns = ("prompt_ids", "completion_ids", "length")
-    optional_columns = ("completion_mask", "input_ids", "labels", "lengths")  # the last three of packs
+    optional_columns = ("completion_mask", "weight", "input_ids", "labels", "lengths", "weights")  # the last 4 of packs
     ref_columns = ()
 
     def __init__(self, *arguments: Any, **named_arguments: Any):
@@ -113,11 +116,15 @@ class FusedSFTTrainer(FusedTrainer):
     def _loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], reduction: str = "mean"
     ) -> tuple[torch.Tensor, LossMetrics]:
-        loss, metrics = self._apply_loss(model, inputs, reduction=reduction)
+        tensors = {"weights": inputs["weights"]} if "weights" in inputs else {}
+        loss, metrics = self._apply_loss(model, inputs, reduction=reduction, **tensors)
         return loss, TokenLossMetrics(**{each.name: getattr(metrics, each.name) for each in fields(metrics)})
 
     def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LossMetrics]:
-        return self._apply(Functions(_losses_from_hidden, _losses_from_logits), model, inputs, head=self.loss)
+        values, metrics = self._apply(
+            Functions(_losses_from_hidden, _losses_from_logits), model, inputs, head=self.loss
+        )
+        return values * inputs.get("weights", 1.0), metrics
 
     def _loss_weights(self, metrics: LossMetrics) -> torch.Tensor:
         return metrics.token_counts

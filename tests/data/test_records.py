@@ -228,8 +228,8 @@ def test_null_keys_of_messages_are_dropped():
 OTHER_FORMS = {
     "completions": (DEMONSTRATIONS, COMPLETIONS),
     "completion conversations": (DEMONSTRATIONS, [conversation(record) for record in COMPLETIONS]),
-    "texts": (DEMONSTRATIONS, TEXTS),
-    "messages": (DEMONSTRATIONS, MESSAGES),
+    "texts": (DEMONSTRATIONS, [record | {"weight": 0.5} for record in TEXTS]),
+    "messages": (DEMONSTRATIONS, [record | {"weight": 2.0} for record in MESSAGES]),
     "pairs": (COMPARISONS, PAIRED),
     "margins": (COMPARISONS, WITH_MARGINS),
 }

@@ -106,6 +106,37 @@ def test_packed_rows_train_as_padded_ones_where_one_batch_holds_all(tmp_path):
     assert_near(history(runs[True]), history(runs[False]))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2, "packing": True, "max_length": 32, "pad_to_multiple_of": 16},
+        {"per_device_train_batch_size": 6, "loss_from": "logits"},
+    ],
+    ids=["padded", "packed", "logits"],
+)
+def test_a_weight_multiplies_the_losses_of_the_records_tokens(tmp_path, settings):
+    """loss = sum_s w_s sum_t -l_t / (number of all tokens), in training and in evaluation."""
+    factors = [0.0, 2.0, 0.5, 1.0, 3.0, 0.25]
+    weighted = data("sft", 6).add_column("weight", factors)
+    trainer = make_trainer("sft", tmp_path, train=weighted, evaluation=weighted, max_grad_norm=0.0, **settings)
+    twin = copy.deepcopy(trainer.model).double().eval()
+    total, count = 0, 0
+    for record, factor in zip(weighted, factors, strict=True):
+        prompt, answer = (tokenizer()(record[side])["input_ids"] for side in ("prompt", "completion"))
+        ids = torch.tensor([prompt + answer + [tokenizer().eos_token_id]])
+        logps = twin(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        total = total - factor * logps.gather(1, ids[0, len(prompt) :, None]).sum()
+        count += len(answer) + 1
+    loss = total / count
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), abs=2e-5)
+    trainer.train()
+    assert history(trainer)[-1]["loss"] == pytest.approx(loss.item(), abs=2e-5)
+    grads = torch.autograd.grad(loss, list(twin.parameters()))
+    for (name, parameter), grad in zip(twin.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(weights(trainer)[name].double(), parameter - 0.5 * grad, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_model_that_mixes_packed_sequences_is_refused(tmp_path, attention):
     make_trainer("sft", tmp_path, policy=model(attn_implementation=attention), packing=True, max_length=32)
