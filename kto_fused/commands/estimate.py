@@ -11,7 +11,7 @@ counted. The memory of the rest of the step is an estimate (``StepMemory``).
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -34,6 +34,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMMON_GPUS_GIB = (24.0, 48.0, 80.0, 141.0)
 RESERVED_BYTES = GIB  # for the driver's context, libraries' workspaces and gaps between tensors
 STEP = 64  # the search for the longest sequence tries multiples of it
+REWARD = "reward"
+LOSSES = {"kto": "kto", "dpo": "sigmoid", "sft": "nll"}  # by recipe, the loss if --loss_type is not given
 UNLIMITED = 2**22  # the longest sequence that is tried for a model that sets no limit itself
 
 
@@ -42,10 +44,14 @@ class EstimateSettings:
     """The flags of ``kto-fused estimate``."""
 
     model: str = field(metadata={"help": "a Hugging Face model: a folder with its config.json, or its id on the Hub"})
-    batch: int = field(default=8, metadata={"help": "sequences per step; pairs per step for --loss dpo"})
+    batch: int = field(default=8, metadata={"help": "sequences per step; pairs per step for losses of pairs"})
     seq: int = field(default=2048, metadata={"help": "positions per sequence, prompt and padding included"})
-    loss: Literal["kto", "dpo"] = field(
-        default="kto", metadata={"help": "kto: a loss of single completions; dpo: a loss of pairs"}
+    loss: str = field(
+        default="kto",
+        metadata={
+            "help": "kto: a loss of single completions; dpo: a loss of pairs; sft: a loss of single tokens; reward: a "
+            "reward model's; module:Name: a loss of your own, with its default fields"
+        },
     )
     dtype: Literal["bf16", "fp16", "fp32"] = field(
         default="bf16",
@@ -75,8 +81,8 @@ class EstimateSettings:
     loss_type: str | None = field(
         default=None,
         metadata={
-            "help": "the loss, named as in kto-fused train: some have no reference model, or no mismatched pairs; kto "
-            "or sigmoid if not given"
+            "help": "the loss, named as in kto-fused train: some have no reference model, or no mismatched pairs; kto, "
+            "sigmoid or nll if not given"
         },
     )
 
@@ -92,6 +98,12 @@ class ModelFacts(NamedTuple):
     inner_size: int  # width of a layer's MLP, or of all experts that process one token
     num_layers: int
     max_length: int | None
+    is_head_tied: bool  # to the embedding
+
+    def with_score(self) -> "ModelFacts":
+        """Return the facts of the reward model that is made of the model."""
+        head = 0 if self.is_head_tied else self.vocab_size * self.hidden_size
+        return self._replace(num_parameters=self.num_parameters - head + self.hidden_size, vocab_size=1)
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,10 @@ class LossShape:
     is_paired: bool = False
     has_reference: bool = True
     has_mismatched: bool = True  # whether z0 comes from mismatched pairs, which a loss of pairs never has
+    reads_tokens: bool = False  # whether each token has a loss of its own
+    reads_batch: bool = False  # whether all sequences share one loss
+    is_late: bool = False  # whether the loss is computed once all log-probabilities are known: it is not registered
+    is_reward: bool = False  # whether a score of one number takes the LM head's place; then vocab_size is 1
 
     @property
     def num_tokens(self) -> int:
@@ -229,6 +245,8 @@ def estimate(settings: EstimateSettings) -> Estimate:
     """Return the numbers that ``run`` prints. Raises what ``run`` raises."""
     check(settings)
     facts = model_facts(settings.model)
+    if settings.loss == REWARD:
+        facts = facts.with_score()
 
     def longest(loss: str, gpu_bytes: int) -> int:
         def fits(seq_len: int) -> bool:
@@ -244,6 +262,9 @@ def estimate(settings: EstimateSettings) -> Estimate:
 
 def _estimate(settings: EstimateSettings, facts: ModelFacts, seq_len: int) -> Estimate:
     shape = loss_shape(settings, facts, seq_len)
+    if shape.is_reward:
+        loss = score_loss(shape)
+        return Estimate(facts, shape, loss, loss, step_memory(facts, shape))
     backend = backends.resolve(None, torch.device("cuda"))  # the estimate is for a GPU, even on a machine without one
     fused = fused_loss(shape, settings.chunk_bytes, backend)
     return Estimate(facts, shape, plain_loss(shape), fused, step_memory(facts, shape))
@@ -255,7 +276,7 @@ def check(settings: EstimateSettings) -> None:
         value = getattr(settings, name)
         if not least <= value <= most:
             raise CommandError(f"--{name} must be a whole number from {least} to {most}, got {value}")
-    loss_of(settings)
+    loss_facts(settings)
     if settings.weights not in ("auto", "fp32", settings.dtype):
         raise CommandError(
             f"--weights must be auto, fp32 or the same as --dtype ({settings.dtype}), got {settings.weights!r}"
@@ -312,6 +333,7 @@ def model_facts(model: str) -> ModelFacts:
         inner_size=_inner_size(text),
         num_layers=num_layers,
         max_length=max_positions(config),
+        is_head_tied=skeleton.get_input_embeddings().weight is head,
     )
 
 
@@ -332,36 +354,79 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
-def loss_of(settings: EstimateSettings) -> Head:
-    """Return the loss of the settings.
+def loss_facts(settings: EstimateSettings) -> dict[str, bool]:
+    """Return the fields of ``LossShape`` that the loss of the settings decides.
 
     Raises:
-        CommandError: ``--loss_type`` names none, or one of other data than ``--loss``.
+        CommandError: ``--loss`` names no loss, or ``--loss_type`` none or one of other data than ``--loss``.
     """
-    name = settings.loss_type or {"kto": "kto", "dpo": "sigmoid"}[settings.loss]
+    if settings.loss_type is not None and (settings.loss == REWARD or ":" in settings.loss):
+        raise CommandError(f"--loss_type {settings.loss_type} has no meaning with --loss {settings.loss}")
+    if settings.loss == REWARD:
+        return {"is_paired": True, "has_reference": False, "has_mismatched": False, "is_reward": True}
+    if ":" in settings.loss:
+        return _own_loss_facts(settings.loss)
+    if settings.loss not in LOSSES:
+        raise CommandError(
+            f"--loss {settings.loss} is unknown: choose one of {', '.join(LOSSES)}, {REWARD}, or a loss of your own as "
+            "module:Name; --loss_type names any other"
+        )
+    name = settings.loss_type or LOSSES[settings.loss]
     of_data = [each for each in heads.names() if _reads(class_of(each), settings.loss)]
     if name not in of_data:
         raise CommandError(
             f"--loss_type {name} is no loss of --loss {settings.loss}: choose one of {', '.join(of_data)}"
         )
-    return heads.make(name)
+    loss = heads.make(name)
+    return {
+        "is_paired": settings.loss == "dpo",
+        "has_reference": loss.needs_reference,
+        "has_mismatched": "z0" in loss.tensor_names(),
+        "reads_tokens": loss.level == "token",
+        "reads_batch": loss.group is None,
+    }
+
+
+def _own_loss_facts(text: str) -> dict[str, bool]:
+    try:
+        from ..heads.protocol import is_registered
+        from ..trainers import losses  # here, because the rest of the estimate runs without the packages of training
+        from . import own_loss
+    except ImportError as error:
+        raise CommandError(f"--loss {text}: a loss of your own needs the packages of training: {error}") from error
+    own = own_loss.find(text, [*LOSSES, REWARD])
+    loss: Any = own.found
+    if isinstance(loss, type):
+        try:
+            loss = loss()
+        except Exception as error:  # a field without a default, or what the class itself refuses
+            raise CommandError(f"--loss {text} cannot be made of its default fields: {error}") from error
+    return {
+        "is_paired": own.recipe == "dpo",
+        "has_reference": losses.needs_reference(loss),
+        "has_mismatched": losses.takes(loss, "z0"),
+        "reads_tokens": own.recipe == "sft",
+        "reads_batch": getattr(loss, "group", None) is None,
+        "is_late": not (isinstance(loss, Head) and is_registered(loss)),
+    }
 
 
 def _reads(kind: type[Head], loss: str) -> bool:
-    """Whether a loss reads the data of ``--loss``: pairs, or single completions with labels."""
+    """Whether a loss reads the data of ``--loss``: pairs, single completions with labels, or demonstrations."""
+    if loss == "sft":
+        return kind.level == "token" and not kind.required_tensors()
     if loss == "kto":
         return kind.level == "sequence" and "desirable" in kind.tensor_names()
     return kind.level == "sequence" and not kind.required_tensors() and heads.make(kind.name).is_paired
 
 
 def loss_shape(settings: EstimateSettings, facts: ModelFacts, seq_len: int) -> LossShape:
-    loss = loss_of(settings)
-    is_trained, is_paired = settings.head == "trained", settings.loss == "dpo"
+    loss, is_trained = loss_facts(settings), settings.head == "trained"
     weights = settings.weights
     if weights == "auto":
         weights = "fp32" if is_trained else settings.dtype
     return LossShape(
-        num_sequences=settings.batch * (2 if is_paired else 1),
+        num_sequences=settings.batch * (2 if loss["is_paired"] else 1),
         seq_len=seq_len,
         tokens_per_sequence=max(1, round(settings.completion_fraction * (seq_len - 1))),
         vocab_size=facts.vocab_size,
@@ -369,9 +434,7 @@ def loss_shape(settings: EstimateSettings, facts: ModelFacts, seq_len: int) -> L
         dtype=DTYPES[settings.dtype],
         param_dtype=DTYPES[weights],
         is_head_trained=is_trained,
-        is_paired=is_paired,
-        has_reference=loss.needs_reference,
-        has_mismatched="z0" in loss.tensor_names(),
+        **loss,
     )
 
 
@@ -483,6 +546,13 @@ def fused_moments(shape: LossShape, chunk_bytes: int, backend: str) -> list[Mome
     return moments
 
 
+def score_loss(shape: LossShape) -> LossMemory:
+    """Return the memory of a reward model's loss, with kto-fused and without it: it has no vocabulary."""
+    hidden = shape.param_dtype.itemsize * shape.hidden
+    peak = Moment("in the backward of the score", {"gradient w.r.t. the hidden states [B, T, H]": hidden})
+    return LossMemory(peak, at_forward_end=0, until_backward_end=hidden)
+
+
 def _autocast_copies(shape: LossShape) -> dict[str, int]:
     if shape.dtype == shape.param_dtype:
         return {}
@@ -507,7 +577,14 @@ def _chunk(shape: LossShape, chunk_bytes: int, backend: str, has_gradient: bool 
     )
     weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=shape.param_dtype, device="meta")
     counts = [shape.tokens_per_sequence] * shape.num_sequences
-    largest = largest_chunk(counts, weight, options, group=2 if shape.is_paired else 1)
+    largest = largest_chunk(
+        counts,
+        weight,
+        options,
+        group=None if shape.reads_batch else 2 if shape.is_paired else 1,
+        reads_tokens=shape.reads_tokens,
+        is_late=shape.is_late,
+    )
     chunk = largest.chunk
     terms = {f"chunk: logits of {chunk.num_tokens} of {shape.num_tokens} tokens": chunk.spec.size(chunk.num_tokens)}
     if largest.accumulator_bytes:
@@ -566,20 +643,32 @@ def table(settings: EstimateSettings, numbers: Estimate) -> str:
     facts, shape, step = numbers.facts, numbers.shape, numbers.step
     limit = f"at most {facts.max_length} positions" if facts.max_length else "no limit on positions"
     unit = "pairs" if shape.is_paired else "sequences"
+    head = "a score of one number" if shape.is_reward else f"V = {facts.vocab_size}"
+    name = settings.loss_type or (settings.loss if ":" in settings.loss else settings.loss.upper())
     lines = [
         f"{settings.model}: {facts.kind}, {facts.num_parameters / 1e6:.1f}M parameters, {facts.num_layers} layers, "
-        f"H = {facts.hidden_size}, V = {facts.vocab_size}, {limit}",
-        f"{settings.loss_type or settings.loss.upper()}, {settings.batch} {unit} of T = {settings.seq}, "
+        f"H = {facts.hidden_size}, {head}, {limit}",
+        f"{name}, {settings.batch} {unit} of T = {settings.seq}, "
         f"{shape.tokens_per_sequence} completion tokens each, computed in {settings.dtype}, head {settings.head}, "
         f"weights in {next(name for name, dtype in DTYPES.items() if dtype == shape.param_dtype)}",
     ]
     if facts.max_length and settings.seq > facts.max_length:
         lines.append(f"T = {settings.seq} exceeds the {facts.max_length} positions that the model was made for")
-    lines += ["", "Memory of the loss (exact, except vectors of B T numbers)"]
-    for name, loss in (("plain", numbers.plain), ("fused", numbers.fused)):
-        rows = [(f"  {term}", size) for term, size in loss.peak.terms.items() if size]
-        lines += _rows([(f"{name}: peak {loss.peak.name}", loss.peak.total), *rows])
-    lines.append(f"plain needs {numbers.plain.peak.total / numbers.fused.peak.total:.1f} times the memory of fused")
+    if shape.is_reward:
+        lines += [
+            "",
+            "A reward model has a score of one number in the place of the LM head: its loss takes no logits, only "
+            f"{_size(numbers.fused.peak.total)}",
+            "for the gradient w.r.t. the hidden states, with kto-fused as without it.",
+        ]
+    else:
+        lines += ["", "Memory of the loss (exact, except vectors of B T numbers)"]
+        for name, loss in (("plain", numbers.plain), ("fused", numbers.fused)):
+            rows = [(f"  {term}", size) for term, size in loss.peak.terms.items() if size]
+            lines += _rows([(f"{name}: peak {loss.peak.name}", loss.peak.total), *rows])
+        lines.append(f"plain needs {numbers.plain.peak.total / numbers.fused.peak.total:.1f} times the memory of fused")
+    if shape.is_late:
+        lines.append("the loss is not registered (heads.register), so fused takes 4 GEMMs and not 3")
 
     width = shape.param_dtype.itemsize
     lines += [

@@ -296,14 +296,23 @@ class LargestChunk(NamedTuple):
     accumulator_bytes: int  # of the unscaled gradients of sequences that exceed a chunk
 
 
-def largest_chunk(counts: list[int], weight: torch.Tensor, options: HiddenOptions, *, group: int) -> LargestChunk:
+def largest_chunk(
+    counts: list[int],
+    weight: torch.Tensor,
+    options: HiddenOptions,
+    *,
+    group: int | None,
+    reads_tokens: bool = False,
+    is_late: bool = False,
+) -> LargestChunk:
     """Return the longest chunk, and the memory of the weight's gradient, of a reduced loss that reads ``group``
-    sequences of ``counts`` completion tokens. Of two visits, those of the second, which takes more.
+    sequences of ``counts`` completion tokens (None: all) or, with ``reads_tokens``, a token alone. Of two visits, those
+    of the second, which takes more. There are two if the loss ``is_late``: if it takes all log-probabilities at once.
     """
     room = chunk_room(weight, options)
     mode = GradientMode.OF_LOSS if any(options.needs) else GradientMode.NONE
-    plan = plan_visit(counts, room, weight, options, mode=mode, group=group)
-    if room.spec.keeps == "all" and not plan.is_loss_in_time:
+    plan = plan_visit(counts, room, weight, options, mode=mode, group=group, may_split_sequences=reads_tokens)
+    if room.spec.keeps == "all" and (is_late or not plan.is_loss_in_time):
         plan = plan_second_visit(sum(counts), weight, options)
     weight_sum = empty_weight_sum(plan, weight, options)
     chunk = make_chunk(plan, weight_sum if plan.spec.lent_bytes else None)

@@ -9,6 +9,7 @@ from devices import HAS_GPU
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     Gemma3Config,
     GPT2Config,
@@ -40,6 +41,8 @@ FROZEN = {"is_head_trained": False}
 PAIRS = {"is_paired": True}
 FREE = {"is_paired": True, "has_reference": False}
 ZERO = {"has_mismatched": False}
+TOKENS = {"has_reference": False, "has_mismatched": False, "reads_tokens": True}
+LATE = {"has_reference": False, "has_mismatched": False, "reads_batch": True, "is_late": True}
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +119,10 @@ def fused_step(shape, chunk_bytes, backend, hidden, weight, ref_hidden, ref_weig
         with torch.no_grad():
             linear_sequence_logps(kl_hidden, weight, labels, **options)
         kl_hidden = None
+    if shape.reads_tokens or shape.is_late:
+        head = "nll" if shape.reads_tokens else lambda logps, counts, ref_logps: -logps
+        loss, _ = fused_linear_loss(head, hidden, weight, labels, **options)
+        return torch.autograd.grad(loss, needed(hidden, weight))
     if not shape.has_reference:
         loss, _ = fused_linear_loss("cpo", hidden, weight, labels, **options)
         return torch.autograd.grad(loss, needed(hidden, weight))
@@ -164,6 +171,10 @@ FUSED = {
     "a large head": (LARGE_HEAD, "fp32", 20),
     "a large head, bf16": (LARGE_HEAD | PAIRS, "bf16", 36),
     "a sum beside its rounded self": (WIDE_HEAD, "bf16", 28),
+    "tokens": (TOKENS, "fp32", 9),
+    "tokens, bf16": (TOKENS, "bf16", 64),
+    "a function, one chunk": (LATE, "fp32", 64),
+    "a function, bf16": (LATE, "bf16", 18),
     "long prompts": (LONG_PROMPT, "fp32", 48),
     "long prompts, bf16, frozen": (LONG_PROMPT | FROZEN, "bf16", 48),
 }
@@ -302,6 +313,42 @@ def test_a_loss_without_a_reference_takes_no_second_model(llama):
         CommandError, match="--loss_type orpo is no loss of --loss kto: choose one of apo_zero_unpaired,"
     ):
         estimate.estimate(EstimateSettings(llama, loss_type="orpo"))
+
+
+def test_losses_of_tokens_and_of_your_own_have_their_memory(llama, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="a loss of one's own needs the packages of training")
+    (tmp_path / "loss_of_estimate.py").write_text(
+        "from dataclasses import dataclass\nfrom kto_fused import heads\n"
+        "def likelihood(logps, counts, ref_logps, desirable):\n    return -logps\n"
+        "likelihood.needs_reference = False\n"
+        "@dataclass(frozen=True)\nclass Margin(heads.Head):\n    margin: float\n    group = 2\n"
+        "    def losses(self, logps, counts, ref_logps):\n        return -logps.chunk(2)[0]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    sft = estimate.estimate(EstimateSettings(llama, loss="sft"))
+    own = estimate.estimate(EstimateSettings(llama, loss="loss_of_estimate:likelihood"))
+    assert sft.step == own.step
+    assert sft.step.reference == 0
+    assert sft.plain == own.plain
+    with pytest.raises(CommandError, match=r"loss_of_estimate:Margin cannot be made of its default fields: .*'margin'"):
+        estimate.estimate(EstimateSettings(llama, loss="loss_of_estimate:Margin"))
+    with pytest.raises(CommandError, match="--loss orpo is unknown: choose one of kto, dpo, sft, reward, or a loss of"):
+        estimate.estimate(EstimateSettings(llama, loss="orpo"))
+    with pytest.raises(CommandError, match="--loss_type nll has no meaning with --loss reward"):
+        estimate.estimate(EstimateSettings(llama, loss="reward", loss_type="nll"))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_reward_model_has_no_head(tmp_path, capsys, is_tied):
+    config = LlamaConfig(**TEXT, tie_word_embeddings=is_tied, num_labels=1)
+    config.save_pretrained(tmp_path)
+    settings = EstimateSettings(str(tmp_path), loss="reward", gpu_gib=24.0)
+    numbers = estimate.estimate(settings)
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert numbers.facts.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert numbers.plain == numbers.fused
+    estimate.run(settings)
+    assert "a score of one number in the place of the LM head" in capsys.readouterr().out
 
 
 def test_pairs_are_twice_the_sequences(llama):
