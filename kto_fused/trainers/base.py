@@ -85,13 +85,14 @@ class FusedTrainer(ResumableTrainer):
         """Return the records of ``source`` as a dataset with ``columns``."""
         raise NotImplementedError
 
-    def _check_loss(self, loss: losses.AnyLoss, args: FusedPreferenceConfig) -> None:
+    @classmethod
+    def _check_loss(cls, loss: losses.AnyLoss, args: FusedPreferenceConfig) -> None:
         """Refuse a loss that the recipe's batches do not fit, by name. A recipe adds what it asks of a loss."""
         name = losses.describe(loss)
-        if missing := [tensor for tensor in losses.required(loss) if tensor not in self.tensors]:
+        if missing := [tensor for tensor in losses.required(loss) if tensor not in cls.tensors]:
             raise ValueError(
-                f"{name} needs the tensors {missing}, and {type(self).__name__} has none of these names: it has "
-                f"{list(self.tensors)}"
+                f"{name} needs the tensors {missing}, and {cls.__name__} has none of these names: it has "
+                f"{list(cls.tensors)}"
             )
         parts = args.world_size * args.gradient_accumulation_steps
         if getattr(loss, "group", None) is None and parts > 1:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -64,6 +65,18 @@ def tokenizer_of(model: str | nn.Module, processing_class: Any, trust_remote_cod
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class must be a transformers tokenizer, got {type(processing_class).__name__}")
     return processing_class
+
+
+def config_of(option: str, name: str, trust_remote_code: bool, **changes: Any) -> PretrainedConfig:
+    """Return the configuration of a model's folder or id, which ``option`` names, with ``changes``.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return model_files.load_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code, **changes)
+    except Exception as error:  # files that others wrote can fail in any way
+        raise ValueError(f"{option} {name} cannot be loaded: {model_files.damaged_file(name) or error}") from error
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -37,6 +37,7 @@ class SPINLoop(Loop):
     the reference. A judge is not needed; with one, the win rate against the last round's samples is logged.
     """
 
+    trainer_class = SampledDPOTrainer
     needs_answers = True
     needs_judge = False
     default_samples = 1
@@ -82,7 +83,7 @@ class SPINLoop(Loop):
         return "the model that a round begins with" if losses.needs_reference(self.loss) else None
 
     def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
-        return SampledDPOTrainer(policy, loss=self._given_loss, **arguments)
+        return self.trainer_class(policy, loss=self._given_loss, **arguments)
 
 
 def paired(pairs: list[tuple[list[int], list[int], list[int]]]) -> Dataset:
@@ -114,6 +115,7 @@ class OnlineLoop(Loop):
             )
         if not settings.temperature:
             raise ValueError("temperature is 0, so all samples of a prompt would be equal: set it above 0")
+        self.trainer_class = SampledDPOTrainer if isinstance(config, FusedDPOConfig) else SampledKTOTrainer
         super().__init__(settings, config, **arguments)
 
     def training_data(self, number: int, policy: nn.Module, samples: list[Scored]) -> TrainingData:
@@ -176,13 +178,12 @@ class OnlineLoop(Loop):
         return TrainingData(dataset, found | ({"threshold": of_round} if threshold == "mean" else {}))
 
     def make_trainer(self, number: int, policy: nn.Module, **arguments: Any) -> FusedTrainer:
-        kind = SampledDPOTrainer if isinstance(self.config, FusedDPOConfig) else SampledKTOTrainer
         reference = None
         if losses.needs_reference(self.loss):
             reference = self.reference()
             if reference is None:
                 arguments["args"].reference = BASE
-        return kind(policy, reference, loss=self._given_loss, **arguments)
+        return self.trainer_class(policy, reference, loss=self._given_loss, **arguments)
 
 
 def _score(one: Scored) -> float:

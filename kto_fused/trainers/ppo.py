@@ -5,6 +5,7 @@ from a value model, or scores relative to those of the prompt's other samples. `
 value model on them, on minibatches, by the token-level losses of ``heads.tokens`` or by ``gspo``.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from .round_settings import LoopSettings
 from .rounds import Loop, Scored, TakesTokens, TrainingData
 from .token_values import Row, TokenValues
 from .value_models import CRITIC, critic_of, value_config
+
+logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("old_logps", "advantages", "returns", "values", "ref_token_logps")  # one entry per completion token
 
@@ -309,6 +312,7 @@ class PPOLoop(Loop):
     all its tokens is S minus the mean score of the prompt's samples (over their standard deviation).
     """
 
+    trainer_class = FusedPPOTrainer
     config: FusedPPOConfig
 
     def __init__(self, settings: LoopSettings, config: FusedPPOConfig, **arguments: Any):
@@ -402,6 +406,11 @@ class PPOLoop(Loop):
         advantages, returns = gae(
             rewards, values, gamma=args.gamma, lam=args.lam, cu_seqlens=offsets, backend=args.backend
         )
+        if len({one.score for one in samples}) == 1:
+            logger.warning(
+                f"Round {number}: all samples have the score {samples[0].score:g}, from which a policy learns nothing: "
+                "only the KL divergence tells them apart."
+            )
         explained = 1 - (returns - values).var() / returns.var()
         found = {"beta": beta, "return": returns.mean().item(), "explained_variance": explained.item()}
         if not math.isfinite(found["explained_variance"]):

@@ -133,7 +133,8 @@ class FusedKTOTrainer(FusedTrainer):
         super().__init__(*arguments, **named_arguments)
         self._reward_shift = RewardShift(self.args.reward_shift_decay, self.args.device)
 
-    def _check_loss(self, loss: losses.AnyLoss, args: FusedKTOConfig) -> None:
+    @classmethod
+    def _check_loss(cls, loss: losses.AnyLoss, args: FusedKTOConfig) -> None:
         name = losses.describe(loss)
         if losses.level(loss) != "sequence" or getattr(loss, "is_paired", False):
             kind = "pairs (FusedDPOTrainer)" if getattr(loss, "is_paired", False) else "single tokens"
@@ -321,7 +322,8 @@ class FusedDPOTrainer(FusedTrainer):
     optional_columns = ("chosen_mask", "rejected_mask", "weight", "objective")
     ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
-    def _check_loss(self, loss: losses.AnyLoss, args: FusedDPOConfig) -> None:
+    @classmethod
+    def _check_loss(cls, loss: losses.AnyLoss, args: FusedDPOConfig) -> None:
         level, group = losses.level(loss), getattr(loss, "group", None)
         if level == "token" or group == 1:
             kind = "single tokens" if level == "token" else "single completions (FusedKTOTrainer)"

@@ -74,7 +74,8 @@ class FusedRewardTrainer(FusedTrainer):
     def _given_loss(loss: Any) -> losses.AnyLoss:
         raise TypeError(f"FusedRewardTrainer takes no loss, got {loss!r}: its loss is Bradley-Terry")
 
-    def _check_loss(self, loss: BradleyTerry, args: FusedRewardConfig) -> None:
+    @classmethod
+    def _check_loss(cls, loss: BradleyTerry, args: FusedRewardConfig) -> None:
         pass  # it is always the same
 
     def _say_how_the_loss_is_computed(self) -> None:

@@ -86,6 +86,7 @@ class Loop:
         ValueError: an option that cannot be used, by name; ``DataError`` for a record, ``JudgeError`` for a judge.
     """
 
+    trainer_class: type[FusedTrainer]
     needs_answers: ClassVar[bool] = False
     needs_judge: ClassVar[bool] = True
     default_samples: ClassVar[int] = 4
@@ -117,8 +118,13 @@ class Loop:
             raise ValueError(f"samples must be at least {self.least_samples} to compare them, got {self.samples}")
         if settings.lora_rank and peft_config is None:
             raise ValueError(f"lora_rank={settings.lora_rank} is an option of the command: pass peft_config instead")
-        if settings.ref_model is not None and not self.takes_ref_model():
-            raise ValueError(f"ref_model={settings.ref_model} is given, but {self.why_no_ref_model()}: leave it out")
+        # what a round's trainer would refuse is refused before the first round's samples are drawn
+        self.trainer_class._check_loss(self.loss, config)
+        if settings.ref_model is not None:
+            if not self.takes_ref_model():
+                why = self.why_no_ref_model()
+                raise ValueError(f"ref_model={settings.ref_model} is given, but {why}: leave it out")
+            models.config_of("ref_model", settings.ref_model, config.trust_remote_code)
         if config.fsdp or config.deepspeed:
             raise ValueError("rounds of generation under FSDP or DeepSpeed are not supported: use one process per GPU")
         if records is None:
@@ -233,7 +239,7 @@ class Loop:
         if trainer.state.global_step < trainer.state.max_steps:
             return False  # Ctrl-C ended it, with a checkpoint
         kl = self._moved(number, trainer.model)
-        if not kl <= self.settings.max_kl:
+        if not abs(kl) <= self.settings.max_kl:
             self._diverged(
                 number, f"it moved the policy by a KL divergence of {kl:.4g} nats, max_kl is {self.settings.max_kl:g}"
             )
@@ -345,7 +351,11 @@ class Loop:
         return token_values(policy, rows, self.config, pad_token_id=pad, temperature=temperature, critic=critic)
 
     def _moved(self, number: int, policy: nn.Module) -> float:
-        """Return an estimate of KL(policy before the round || policy after it), in nats per sample, by its samples."""
+        """Return an estimate of KL(policy before the round || policy after it), in nats per sample, by its samples.
+
+        It is the mean of log p_before - log p_after. A divergence is never below 0; an estimate far below it says that
+        the policy has learnt these samples by heart.
+        """
         lines = read_samples(self.output / f"round-{number}")
         rows = [(self._by_number[line["prompt_number"]].ids, line["ids"]) for line in lines]
         after = self.token_values(policy, rows)

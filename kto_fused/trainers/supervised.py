@@ -73,7 +73,8 @@ class FusedSFTTrainer(FusedTrainer):
         with models.keeping_random_state():
             check_keeps_packed_apart(huggingface.unwrap(self.model))
 
-    def _check_loss(self, loss: losses.AnyLoss, args: FusedSFTConfig) -> None:
+    @classmethod
+    def _check_loss(cls, loss: losses.AnyLoss, args: FusedSFTConfig) -> None:
         name = losses.describe(loss)
         if not isinstance(loss, Head) or isinstance(loss, Mix) or loss.level != "token":
             raise ValueError(

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForTokenClassification, PretrainedConfig
+from transformers import AutoModelForTokenClassification, PretrainedConfig
 
 from .. import huggingface
 from ..huggingface import files
@@ -56,11 +56,7 @@ def value_config(args: FusedPPOConfig) -> PretrainedConfig:
     Raises:
         ValueError: it cannot be loaded.
     """
-    name, options = args.value_model, {"trust_remote_code": args.trust_remote_code, "num_labels": 1}
-    try:
-        return files.load_pretrained(AutoConfig, name, **options)
-    except Exception as error:  # files that others wrote can fail in any way
-        raise ValueError(f"value_model {name} cannot be loaded: {files.damaged_file(name) or error}") from error
+    return models.config_of("value_model", args.value_model, args.trust_remote_code, num_labels=1)
 
 
 def critic_of(policy: nn.Module, args: FusedPPOConfig, checkpoint: str | None) -> nn.Module | None:
