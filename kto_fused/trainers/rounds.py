@@ -126,7 +126,10 @@ class Loop:
                 raise ValueError(f"ref_model={settings.ref_model} is given, but {why}: leave it out")
             models.config_of("ref_model", settings.ref_model, config.trust_remote_code)
         if config.fsdp or config.deepspeed:
-            raise ValueError("rounds of generation under FSDP or DeepSpeed are not supported: use one process per GPU")
+            raise ValueError(
+                "rounds of generation under FSDP or DeepSpeed are not supported, because each process generates with a "
+                "whole model: start one process per GPU without them (torchrun), with lora_rank for a larger model"
+            )
         if records is None:
             records = read_prompts(settings.data, needs_answers=self.needs_answers)
         self.judge = self._judge_of(judge)

@@ -141,7 +141,7 @@ def test_answers_that_are_cut_are_told(tmp_path, caplog):
     assert max(len(row["prompt_ids"] + row["chosen_ids"]) for row in data) == 10
 
 
-@pytest.mark.parametrize("kind", ["spin", "dpo", "kto", "ppo", "lora"])
+@pytest.mark.parametrize("kind", ["spin", "kto", "ppo", "lora"])
 def test_a_run_killed_at_any_point_of_any_round_ends_as_one_that_was_not(tmp_path, monkeypatch, kind):
     """Killed while it samples, within the training, after it, and between rounds; each time started again."""
     options = {"optim": "adamw_torch", "learning_rate": 0.02, "save_strategy": "steps", "save_steps": 1}
