@@ -205,9 +205,11 @@ def _costs(metrics: dict[str, Any]) -> Iterable[tuple[str, Any]]:
             seconds = sum(entry[f"{part}_seconds"] for entry in metrics["rounds"])
             yield f"seconds of {part}, all rounds", f"{seconds:.1f}"
     elif "seconds" in metrics:
-        yield "seconds of training, with evaluations and saving", f"{metrics['seconds']:.1f}"
-        if steps:
-            yield "seconds per step", f"{metrics['seconds'] / steps:.3f}"
+        start = metrics.get("resumed_at", 0)
+        since = f", since step {start}" * bool(start)
+        yield f"seconds of training, with evaluations and saving{since}", f"{metrics['seconds']:.1f}"
+        if steps > start:
+            yield "seconds per step", f"{metrics['seconds'] / (steps - start):.3f}"
     if "samples_per_second" in metrics:
         yield "examples per second", f"{metrics['samples_per_second']:.2f}"
     for name, value in metrics.get("memory", {}).items():

@@ -552,7 +552,10 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
         )
     with training_errors(trainer, checkpoint):
         timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    history = trainer.state.log_history
+    history, state = trainer.state.log_history, trainer.state
+    resumed_at = 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+    # ``Trainer`` divides the examples of all steps by the seconds of those since the run was resumed
+    share = (state.global_step - resumed_at) / max(1, state.global_step)
     return {
         "torch": torch.__version__,
         "device": str(device),
@@ -560,7 +563,8 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
         "data": trainer.data_counts,
         "memory": peak_memory(device),
         "seconds": timing["train_runtime"],
-        "samples_per_second": timing["train_samples_per_second"],
+        "samples_per_second": timing["train_samples_per_second"] * share,
+        "resumed_at": resumed_at,
         "steps": [entry for entry in history if "loss" in entry],
         "evaluations": [entry for entry in history if "eval_loss" in entry],
     }
