@@ -21,6 +21,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerState,
     TrainingArguments,
     get_scheduler,
     set_seed,
@@ -552,10 +553,11 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
         )
     with training_errors(trainer, checkpoint):
         timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    history, state = trainer.state.log_history, trainer.state
-    resumed_at = 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+    history, resumed_at = trainer.state.log_history, 0
+    if checkpoint is not None:
+        resumed_at = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE)).global_step
     # ``Trainer`` divides the examples of all steps by the seconds of those since the run was resumed
-    share = (state.global_step - resumed_at) / max(1, state.global_step)
+    share = 1 - resumed_at / max(1, trainer.state.global_step)
     return {
         "torch": torch.__version__,
         "device": str(device),
