@@ -551,11 +551,12 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
             f"({trainer.get_num_trainable_parameters():,} trained), device {device}, backend {backend}, "
             f"mixed precision {trainer.accelerator.mixed_precision}"
         )
+    resumed_at = 0
+    if checkpoint is not None:  # which the run may remove
+        resumed_at = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE)).global_step
     with training_errors(trainer, checkpoint):
         timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    history, resumed_at = trainer.state.log_history, 0
-    if checkpoint is not None:
-        resumed_at = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE)).global_step
+    history = trainer.state.log_history
     # ``Trainer`` divides the examples of all steps by the seconds of those since the run was resumed
     share = 1 - resumed_at / max(1, trainer.state.global_step)
     return {
