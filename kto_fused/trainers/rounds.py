@@ -512,7 +512,8 @@ def _continue_optimizer(trainer: FusedTrainer, checkpoint: str) -> None:
     """Give the trainer the optimizer's state of a checkpoint; its schedule begins anew."""
     path = Path(checkpoint) / "optimizer.pt"
     rates = [group["lr"] for group in trainer.create_optimizer().param_groups]
-    trainer.optimizer.load_state_dict(torch.load(path, map_location=trainer.args.device, weights_only=True))
+    # the optimizer moves its state to the weights' device; torch.load takes no map_location like "cpu:0"
+    trainer.optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
         group.pop("initial_lr", None)

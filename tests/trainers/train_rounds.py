@@ -16,7 +16,8 @@ from kto_fused.trainers.rounds import read_samples
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 OPTIONS: dict[str, dict[str, Any]] = {
     "spin": {"batch": 6},  # all of its pairs: accelerate would fill a shorter last batch up with the first ones
-    "kto": {"samples": 3},
+    # an optimizer with a state, which the second round goes on with; epsilon keeps its steps smooth in the gradient
+    "kto": {"samples": 3, "optim": "adamw_torch", "adam_epsilon": 1.0},
     "ppo": {"samples": 2},
 }
 
