@@ -12,7 +12,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)],
     # kernels/ holds Triton alone and installs inside the package: a top-level `kernels` is somebody else's
     packages=["kto_fused", *(f"kto_fused.{room}" for room in ROOMS)],
     package_dir={"kto_fused": "kto_fused", "kto_fused.kernels": "kernels"},

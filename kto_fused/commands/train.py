@@ -496,11 +496,18 @@ def load(
                 bnb_4bit_compute_dtype=torch.bfloat16,
                 llm_int8_skip_modules=["score"] if scores else None,  # None keeps the LM head out
             )
-        return load_part(AutoTokenizer), model_files.load_model(name, **options)
+        tokenizer, model = load_part(AutoTokenizer), model_files.load_model(name, **options)
     except Exception as error:  # files that others wrote can fail in any way
         damage = model_files.damaged_file(name)  # a file that was downloaded just now may be damaged
         how = " with --load_in_4bit, by the package bitsandbytes" * (in_4bit and damage is None)
         raise CommandError(f"--{flag} {name} cannot be loaded{how}: {damage or sentence(error)}") from error
+    for path, layer in model.named_modules() if in_4bit else ():
+        if getattr(layer, "support_avx512bf16_for_cpu", False) and layer.out_features % 32:
+            raise CommandError(
+                f"--load_in_4bit: {path} of {name} has {layer.out_features} outputs, and on this CPU bitsandbytes takes "
+                "multiples of 32"
+            )
+    return tokenizer, model
 
 
 def lora(settings: TrainSettings, is_reward: bool = False) -> Any:

@@ -4,8 +4,10 @@
 
 import importlib.metadata
 import json
+import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ for package in ("datasets", "accelerate", "matplotlib"):
 
 from command_runs import command, refusal
 
-from kto_fused.commands import cli, early, environment, flag_table, overview, train
+from kto_fused.commands import cli, early, environment, flag_table, overview, process, train
 from kto_fused.commands.errors import CommandError
 
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
@@ -122,7 +124,7 @@ def test_with_another_version_of_transformers_its_flags_are_read_from_its_source
         (["--model", "broken.jsonl"], "--model broken.jsonl cannot be loaded: it is a file, not a model's folder"),
         (["--data", "a=b.jsonl"], "--data a=b.jsonl: no such file or folder"),
         (["--loss", "no_such:Loss", "--data", "none.csv"], "--data none.csv: no such file or folder"),
-        (["--data", "words.csv"], "the labels from there on are 'up' (1 times), 'down' (1 times): say which"),
+        (["--data", "words.csv"], "got str 'up'; the data's labels are 'up' (1 times), 'down' (1 times): say which"),
         (["--load_in_4bit"], "load_in_4bit needs an adapter, because weights of 4 bits are not trained: set lora_rank"),
         (["--bf16", "maybe"], "argument --bf16: expected true or false, got 'maybe'"),
     ],
@@ -145,6 +147,23 @@ def test_4_bits_without_bitsandbytes_name_the_package_and_its_extra(files, capsy
 def test_only_the_first_records_are_checked_early(files):
     Path("late.jsonl").write_text('{"prompt": "p", "completion": "c", "label": true}\n' * early.FIRST_RECORDS + "{")
     early.check("kto", command(files, "kto", "--data", "late.jsonl")[1:])
+
+
+def test_warnings_that_say_nothing_to_a_user_do_not_appear_and_others_do(recwarn, caplog):
+    logger = logging.getLogger(process.MEANINGLESS_LOG[0])
+    with process.without_meaningless_warnings():
+        text = (
+            "'pin_memory' argument is set as true but no accelerator is found, then device pinned memory won't be used."
+        )
+        warnings.warn(text, stacklevel=1)
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1
+        )
+        warnings.warn("`other` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+        logger.warning("other")
+    assert [str(warning.message)[:7] for warning in recwarn] == ["`other`"]
+    assert caplog.messages == ["other"]
 
 
 def test_waiting_threads_sleep_unless_the_user_chose(monkeypatch):
