@@ -214,12 +214,16 @@ def test_the_pages_commands_and_flags_are_the_programs(capsys):
     parsed = 0
     for block in re.findall(r"```bash\n(.*?)```", "\n".join([README, *PAGES.values()]), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            command, *arguments = [*shlex.split(line, comments=True), "", ""][1:]
-            arguments = [one for one in arguments if one]
-            if not line.startswith("kto-fused ") or "my_losses:MyLoss" in arguments or "--help" in arguments:
+            if not line.startswith("kto-fused "):
                 continue
-            if command == "train" or command in loops.LOOPS:
-                train.parse(arguments) if command == "train" else loops.parse(command, arguments)
+            command, *arguments = shlex.split(line, comments=True)[1:]
+            if "my_losses:MyLoss" in arguments or "--help" in arguments:
+                continue
+            if command == "train" or command in train.CONFIGS:
+                train.parse(arguments, None if command == "train" else command)
+                parsed += 1
+            elif command in loops.LOOPS:
+                loops.parse(command, arguments)
                 parsed += 1
     assert parsed > len(METHODS)
     for arguments in (
@@ -228,7 +232,7 @@ def test_the_pages_commands_and_flags_are_the_programs(capsys):
         ["online", "--loss", "kto"],
     ):
         with pytest.raises(SystemExit):
-            cli.main([*arguments, "--help"])
+            cli.main([*arguments, "--help-all"])
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
     inline = " ".join(re.findall(r"`([^`\n]+)`", PAGES["methods.md"]))
     named = set(re.findall(r"--[a-z][\w-]*", inline))

@@ -504,8 +504,8 @@ def load(
     for path, layer in model.named_modules() if in_4bit else ():
         if getattr(layer, "support_avx512bf16_for_cpu", False) and layer.out_features % 32:
             raise CommandError(
-                f"--load_in_4bit: {path} of {name} has {layer.out_features} outputs, and on this CPU bitsandbytes takes "
-                "multiples of 32"
+                f"--load_in_4bit: {path} of {name} has {layer.out_features} outputs, but on this CPU bitsandbytes "
+                "takes multiples of 32"
             )
     return tokenizer, model
 

@@ -78,4 +78,4 @@ def test_a_layer_that_bitsandbytes_cannot_pack_is_named(files, capsys, monkeypat
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "support_avx512bf16_for_cpu", True, raising=False)
     message = refusal(capsys, command(files, "kto", "--load_in_4bit", "--lora_rank", "2"))
     assert "q_proj of " in message
-    assert "has 16 outputs, and on this CPU bitsandbytes takes multiples of 32" in message
+    assert "has 16 outputs, but on this CPU bitsandbytes takes multiples of 32" in message

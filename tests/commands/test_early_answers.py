@@ -124,7 +124,7 @@ def test_with_another_version_of_transformers_its_flags_are_read_from_its_source
         (["--model", "broken.jsonl"], "--model broken.jsonl cannot be loaded: it is a file, not a model's folder"),
         (["--data", "a=b.jsonl"], "--data a=b.jsonl: no such file or folder"),
         (["--loss", "no_such:Loss", "--data", "none.csv"], "--data none.csv: no such file or folder"),
-        (["--data", "words.csv"], "got str 'up'; the data's labels are 'up' (1 times), 'down' (1 times): say which"),
+        (["--data", "words.csv"], "say which of them mean liked and not liked with --label_true and --label_false"),
         (["--load_in_4bit"], "load_in_4bit needs an adapter, because weights of 4 bits are not trained: set lora_rank"),
         (["--bf16", "maybe"], "argument --bf16: expected true or false, got 'maybe'"),
     ],
