@@ -111,10 +111,10 @@ def test_unsupported_fields_are_refused_unless_they_are_empty(tmp_path, kind, fi
 
 
 def test_rows_of_a_selection_are_checked_for_unsupported_fields():
-    records = [UNPAIRED[0] | {"tools": None}, UNPAIRED[1] | {"tools": {"name": "search"}}]
+    records = [UNPAIRED[0] | {"audio": None}, UNPAIRED[1] | {"audio": {"name": "search"}}]
     dataset = Dataset.from_list(records)
     for chosen, row in ((dataset, 1), (dataset.select([1, 0]), 0), (dataset.select([1, 1, 0]).select([2, 0]), 1)):
-        with pytest.raises(DataError, match=f"dataset, row {row}, field 'tools': not supported"):
+        with pytest.raises(DataError, match=f"dataset, row {row}, field 'audio': not supported"):
             load(chosen)
     assert load(dataset.select([0])).to_list() == UNPAIRED[:1]
 
