@@ -564,8 +564,6 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
     with training_errors(trainer, checkpoint):
         timing = trainer.train(resume_from_checkpoint=checkpoint).metrics
     history = trainer.state.log_history
-    # ``Trainer`` divides the examples of all steps by the seconds of those since the run was resumed
-    share = 1 - resumed_at / max(1, trainer.state.global_step)
     return {
         "torch": torch.__version__,
         "device": str(device),
@@ -573,7 +571,7 @@ def fit(trainer: FusedTrainer, checkpoint: str | None = None, every: int = 1) ->
         "data": trainer.data_counts,
         "memory": peak_memory(device),
         "seconds": timing["train_runtime"],
-        "samples_per_second": timing["train_samples_per_second"] * share,
+        "samples_per_second": timing["train_samples_per_second"],
         "resumed_at": resumed_at,
         "steps": [entry for entry in history if "loss" in entry],
         "evaluations": [entry for entry in history if "eval_loss" in entry],

@@ -78,6 +78,7 @@ def test_a_resumed_run_keeps_the_answers_of_its_first_part(files, monkeypatch, c
     assert "prompts before training" not in printed
     whole, resumed = read_metrics("whole"), read_metrics("runs/kto")
     assert resumed["samples"] == whole["samples"]
+    assert (whole["resumed_at"], resumed["resumed_at"]) == (0, 2)
     assert (
         "training data, because there are no evaluation data; tokens drawn at temperature 0.7"
         in (whole["samples"]["caption"])
