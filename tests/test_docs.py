@@ -192,7 +192,7 @@ METHODS = {
     for section in PAGES["methods.md"].split("\n## ")[1:]
     if section.partition("\n")[0] not in NO_METHODS
 }
-OTHER_PROGRAMS = {"--enable-lora", "--run"}  # flags of vLLM and of method_curves.py
+OTHER_PROGRAMS = {"--enable-lora", "--max-lora-rank", "--run"}  # flags of vLLM and of method_curves.py
 
 
 @pytest.mark.parametrize("method", METHODS)
