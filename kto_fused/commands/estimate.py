@@ -50,7 +50,8 @@ class EstimateSettings:
         default="kto",
         metadata={
             "help": "kto: a loss of single completions; dpo: a loss of pairs; sft: a loss of single tokens; reward: a "
-            "reward model's; module:Name: a loss of your own, with its default fields"
+            "reward model's; the name of any other of these losses (orpo); module:Name: a loss of your own, with its "
+            "default fields"
         },
     )
     dtype: Literal["bf16", "fp16", "fp32"] = field(
@@ -366,20 +367,20 @@ def loss_facts(settings: EstimateSettings) -> dict[str, bool]:
         return {"is_paired": True, "has_reference": False, "has_mismatched": False, "is_reward": True}
     if ":" in settings.loss:
         return _own_loss_facts(settings.loss)
-    if settings.loss not in LOSSES:
+    recipe, name = settings.loss, settings.loss_type or LOSSES.get(settings.loss)
+    if recipe not in LOSSES and recipe in heads.names() and settings.loss_type in (None, recipe):
+        name, recipe = recipe, next((each for each in LOSSES if _reads(class_of(recipe), each)), recipe)
+    if recipe not in LOSSES:
         raise CommandError(
-            f"--loss {settings.loss} is unknown: choose one of {', '.join(LOSSES)}, {REWARD}, or a loss of your own as "
-            "module:Name; --loss_type names any other"
+            f"--loss {settings.loss} is unknown: choose one of {', '.join(LOSSES)}, {REWARD}, a loss of your own as "
+            "module:Name, or a registered loss of their data"
         )
-    name = settings.loss_type or LOSSES[settings.loss]
-    of_data = [each for each in heads.names() if _reads(class_of(each), settings.loss)]
+    of_data = [each for each in heads.names() if _reads(class_of(each), recipe)]
     if name not in of_data:
-        raise CommandError(
-            f"--loss_type {name} is no loss of --loss {settings.loss}: choose one of {', '.join(of_data)}"
-        )
+        raise CommandError(f"--loss_type {name} is no loss of --loss {recipe}: choose one of {', '.join(of_data)}")
     loss = heads.make(name)
     return {
-        "is_paired": settings.loss == "dpo",
+        "is_paired": recipe == "dpo",
         "has_reference": loss.needs_reference,
         "has_mismatched": "z0" in loss.tensor_names(),
         "reads_tokens": loss.level == "token",
@@ -394,7 +395,7 @@ def _own_loss_facts(text: str) -> dict[str, bool]:
         from . import own_loss
     except ImportError as error:
         raise CommandError(f"--loss {text}: a loss of your own needs the packages of training: {error}") from error
-    own = own_loss.find(text, [*LOSSES, REWARD])
+    own = own_loss.find(text)
     loss: Any = own.found
     if isinstance(loss, type):
         try:

@@ -14,7 +14,7 @@ from .. import heads
 from ..heads.protocol import Head, class_of
 from ..trainers import losses
 from ..trainers.configs import FusedRewardConfig
-from ..trainers.ppo import FusedPPOConfig
+from ..trainers.ppo_config import FusedPPOConfig
 from .arguments import recipe_of
 from .errors import CommandError, sentence
 from .failures import SETUP_ERRORS, user_errors

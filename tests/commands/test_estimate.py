@@ -332,8 +332,13 @@ def test_losses_of_tokens_and_of_your_own_have_their_memory(llama, tmp_path, mon
     assert sft.plain == own.plain
     with pytest.raises(CommandError, match=r"loss_of_estimate:Margin cannot be made of its default fields: .*'margin'"):
         estimate.estimate(EstimateSettings(llama, loss="loss_of_estimate:Margin"))
-    with pytest.raises(CommandError, match="--loss orpo is unknown: choose one of kto, dpo, sft, reward, or a loss of"):
-        estimate.estimate(EstimateSettings(llama, loss="orpo"))
+    for name in ("ppo", "nothing"):
+        with pytest.raises(
+            CommandError, match=f"--loss {name} is unknown: choose one of kto, dpo, sft, reward, a loss"
+        ):
+            estimate.estimate(EstimateSettings(llama, loss=name))
+    orpo = estimate.estimate(EstimateSettings(llama, loss="orpo"))
+    assert orpo == estimate.estimate(EstimateSettings(llama, loss="dpo", loss_type="orpo"))
     with pytest.raises(CommandError, match="--loss_type nll has no meaning with --loss reward"):
         estimate.estimate(EstimateSettings(llama, loss="reward", loss_type="nll"))
 
