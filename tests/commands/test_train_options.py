@@ -313,10 +313,10 @@ def yaml_bomb() -> str:
 def test_a_hostile_config_is_refused_at_once(content, message, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CommandError, match=f"^--config {re.escape(str(path))} {message}: it must hold the settings"):
         read_settings(str(path))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_an_alias_in_a_config_is_replaced_by_its_value(tmp_path):
