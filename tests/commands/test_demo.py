@@ -149,8 +149,7 @@ def test_an_out_folder_that_cannot_be_written(capsys, tmp_path):
 
 
 def test_help_writes_kto_as_it_is_written(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["demo", "--help"])
+    assert cli.main(["demo", "--help"]) == 0
     assert "Train a small language model with KTO" in capsys.readouterr().out
 
 
