@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 
+from .. import log
 from . import early, process
 from .errors import CommandError, check_names
 
@@ -121,6 +122,7 @@ def description(command: str) -> str:
 
 def run(command: str, arguments: list[str]) -> int:
     arguments = ["--help" if text in HELP_ALL else text for text in arguments]
+    log.show()  # before the data are read, whose layout the log names
     if command in early.RECIPES:
         return importlib.import_module(".train", __package__).main(arguments, command)
     if command in LOOPS:

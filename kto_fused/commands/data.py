@@ -63,11 +63,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     settings = parser().parse_args(arguments)
     _check(settings)
-    from .. import log
     from ..data import form, layouts, records
 
     forms = {"sft": form.DEMONSTRATIONS, "reward": form.COMPARISONS}.get(settings.loss, form.PREFERENCES)
-    log.show()
     try:
         reading = layouts.reading(settings.columns, settings.label_true, settings.label_false, settings.chat)
         if settings.all_errors:

@@ -271,3 +271,6 @@ def test_a_table_with_other_names_trains_and_keeps_prompts_for_evaluation(files,
     assert metrics["settings"]["eval_fraction"] == 0.3
     assert metrics["config"]["columns"] == names[1:]
     assert [entry["epoch"] for entry in metrics["evaluations"]] == [0, 1, 2]
+    log = capsys.readouterr().err
+    assert "thumbs.tsv: read as prompt, completion, label; prompt is the column 'question'" in log
+    assert "prompts are kept for evaluation" in log
