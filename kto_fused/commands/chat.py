@@ -1,6 +1,7 @@
 """``kto-fused chat``: talk with a trained model on the terminal, also beside the model that it was trained from."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,16 +92,19 @@ class Speaker:
 def load(name: str) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
     """Return the tokenizer and the causal language model of a folder or an id, on the GPU if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    kind = AutoModelForCausalLM
+    from ..huggingface.files import load_model  # refuses a checkpoint without an LM head, such as a reward model's
+
+    read = partial(load_model, trust_remote_code=False)
     if (Path(name) / "adapter_config.json").is_file():
         try:
-            from peft import AutoPeftModelForCausalLM as kind
+            from peft import AutoPeftModelForCausalLM
         except ImportError as error:
             raise CommandError(f"--model {name} is an adapter, which needs the package peft: {INSTALL}") from error
+        read = AutoPeftModelForCausalLM.from_pretrained
     try:
-        model = kind.from_pretrained(name, dtype="auto")
+        model = read(name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (ValueError, OSError, RuntimeError) as error:
         raise CommandError(f"{name} cannot be loaded as a causal language model: {sentence(error)}") from error
