@@ -25,6 +25,8 @@ SHOWN = (
 )
 # nested options, and those that another row shows
 LEFT_OUT = ("accelerator_config", "fsdp_config", "parallelism_config", "deepspeed", "ref_model")
+# settings of the command that a card shows where they are given; the weights' dtype always
+OF_THE_COMMAND = ("dtype", "load_in_4bit", "ref_model", "eval_fraction")
 PACKAGES = ("kto-fused", "torch", "transformers", "datasets", "peft")
 NO_FIGURES = ("_runtime", "_per_second", "_preparation_time")
 
@@ -88,7 +90,11 @@ def card(
     parts += ["## Use\n", "```python", *held_out.loading_lines({**model, "folder": loaded}), "```\n"]
     parts += _data(facts)
     parts += _figures(facts)
-    rows = [(name, _shown(value)) for name, value in options.items()]
+    settings = facts.get("settings", {})
+    given = {name: settings[name] for name in OF_THE_COMMAND if settings.get(name)}
+    if "ref_model" in given:
+        given["ref_model"] = name_of(given["ref_model"])
+    rows = [(name, _shown(value)) for name, value in {**options, **given}.items()]
     rows += [(f"adapter: {name}", _shown(value)) for name, value in model.get("adapter", {}).items()]
     parts += ["## Settings\n", *_table(("option", "value"), rows)]
     rows = [(name, found) for name in PACKAGES if (found := _version(name)) is not None]

@@ -135,6 +135,7 @@ def test_the_card_holds_the_runs_figures_and_its_lines_load_the_model(
     first, last = (next(one for one in metrics["evaluations"] if one["step"] == each) for each in (0, step))
     assert f"| loss | {first['eval_loss']:.6g} | {last['eval_loss']:.6g} |" in card.text
     assert "| learning_rate | 0.5 |" in card.text
+    assert "| dtype | float32 |" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     exec(code, loaded := {})
     assert {"model", "tokenizer"} <= loaded.keys()
