@@ -481,7 +481,8 @@ def load(
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise CommandError(
-            f"--{flag} {name} is an adapter, not a model: merge it into its base model first (peft's merge_and_unload)"
+            f"--{flag} {name} is an adapter, not a model: merge it into its base model first (kto-fused merge "
+            f"--model {name} --to NEW_FOLDER)"
         )
     if Path(name).is_dir() and (damage := model_files.damaged_file(name)):
         raise CommandError(f"--{flag} {name} cannot be loaded: {damage}")

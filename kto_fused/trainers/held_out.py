@@ -1,5 +1,6 @@
 """The answer to "did it work?" from held-out data: how often the better answer has the higher reward, and before."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -196,10 +197,9 @@ def model_lines(model: dict[str, Any]) -> list[str]:
         lines.append(model["best_samples"])
     best = model.get("best")
     if best is not None:
-        text = (
-            f"Of {best['evaluations']} evaluations the best by {best['metric']} ({best['value']:.4f}) is that of step "
-        )
-        text += f"{best['step']}"
+        number = best["evaluations"]
+        text = f"Of {number} evaluation{'s' * (number > 1)} after the first step the best by {best['metric']} "
+        text += f"({best['value']:.4f}) is that of step {best['step']}"
         if best["step"] == model["step"]:
             lines.append(f"{text}, which is this model.")
         elif best["checkpoint"]:
@@ -220,8 +220,9 @@ def loading_lines(model: dict[str, Any]) -> list[str]:
     if package == "transformers":
         imports = [f"from transformers import {name}, AutoTokenizer"]
         more = ""
+    folder = json.dumps(model["folder"], ensure_ascii=False)  # quotes and backslashes escaped, as Python has them
     return [
         *sorted(imports),
-        f'model = {name}.from_pretrained("{model["folder"]}"{more})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{model["folder"]}")',
+        f"model = {name}.from_pretrained({folder}{more})",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})",
     ]
