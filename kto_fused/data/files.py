@@ -50,8 +50,8 @@ Problem = Callable[[DataError], None]
 
 
 def kind_of(path: Path) -> str:
-    """Return the file type of a path, such as ".csv", without a ".gz" after it."""
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    """Return the file type of a path in lower case, such as ".csv", without a ".gz" after it."""
+    return (path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix).lower()
 
 
 def found(one: str | os.PathLike) -> "list[Path | Dataset]":
@@ -93,7 +93,7 @@ def _of_known_type(path: Path) -> Path:
     elif not path.suffix and not path.exists():
         advice = f"there is no such file; of a data set of the Hub the split is named too, as in {path}:train"
     else:
-        advice = OTHER_TYPES.get(path.suffix, "write one record per line as JSON")
+        advice = OTHER_TYPES.get(path.suffix.lower(), "write one record per line as JSON")
     raise DataError(f"{expected}, {got}: {advice}")
 
 

@@ -551,7 +551,7 @@ def test_a_table_from_excel_is_read_or_the_error_says_how_to_save_it(tmp_path):
     text = "prompt;completion;label\r\n" + "".join(
         '"{prompt}";"{}";{label}\r\n'.format(row["completion"].replace('"', '""'), **row) for row in rows
     )
-    path = tmp_path / "data.csv"
+    path = tmp_path / "DATA.CSV"
     for separator, encoding in ((";", "utf-8-sig"), ("\t", "utf-8")):
         path.write_bytes(text.replace(";", separator).replace(f"{separator} oder", "; oder").encode(encoding))
         assert load(path).to_list() == rows
