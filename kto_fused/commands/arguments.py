@@ -245,5 +245,6 @@ def recipe_of(loss: str, recipes: Iterable[str], known: dict[str, Any]) -> str:
 
 
 def trained_elsewhere(loss: str, recipe: str) -> CommandError:
-    flags = f"--loss_type {loss}" if recipe == "ppo" else f"--loss {loss}"
+    of_groups = "--advantage group " * (loss != "ppo")
+    flags = f"{of_groups}--loss_type {loss}" if recipe == "ppo" else f"--loss {loss}"
     return CommandError(f"--loss {loss} is trained by another command: kto-fused {recipe} {flags}")

@@ -92,8 +92,9 @@ def check(command: str, arguments: list[str]) -> None:
                 raise CommandError(f"--{flag} {text}: no such file or folder")
     if key is None:
         return
-    check_names(values["output_dir"], values["model"], *files)
-    check_writable(values["output_dir"])
+    output_dir = parser.get_default("output_dir") if values["output_dir"] is None else values["output_dir"]
+    check_names(output_dir, values["model"], *files)
+    check_writable(output_dir)
     if command in (*RECIPES, "train"):
         check_records(files, values, key)
 

@@ -21,6 +21,8 @@ from .arguments import NULL, FlagValues, boolean, json_mapping, list_or, null_or
 FILE = Path(__file__).with_name("flags.json")
 TYPES = {"int": int, "float": float, "bool": boolean, "mapping": json_mapping, "str": str}
 NAMES = {"boolean": "bool", "JSON mapping": "mapping"}  # of types, in the table
+# fields of ``TrainingArguments`` whose defaults this package sets and whose values ``early`` reads, in any version
+KEPT = ("output_dir", "report_to")
 
 
 class TableParser(FlagValues, argparse.ArgumentParser):
@@ -70,9 +72,9 @@ def flags_of(key: str) -> list[dict[str, Any]]:
     flags = [table()["flags"][number] for number in table()["commands"][key]]
     if importlib.metadata.version("transformers") == table()["transformers"]:
         return flags
-    inherited = _fields_of_training_arguments() - set(table()["left_out"])
+    inherited = _fields_of_training_arguments() - {*table()["left_out"], *KEPT}
     return [
-        *(flag for flag in flags if not flag.get("inherited")),
+        *(flag for flag in flags if not flag.get("inherited") or flag["name"] in KEPT),
         *({"name": name, "flags": _spellings(name), "type": "str", "nargs": "*"} for name in inherited),
         *({"name": name, "flags": _spellings(f"no_{name}")} for name in inherited),
     ]
@@ -121,7 +123,7 @@ def made() -> dict[str, Any]:
         commands[key] = []
         for action in parser._actions:
             if action.dest != "help":
-                is_inherited = action.dest in inherited and len(parsers) > 2 and key not in ("demo", "estimate")
+                is_inherited = action.dest in inherited and key not in ("demo", "estimate")
                 row = json.dumps(_row(action, parser, is_inherited), sort_keys=True)
                 rows.setdefault(row, json.loads(row))
                 commands[key].append(row)
@@ -130,7 +132,7 @@ def made() -> dict[str, Any]:
         "transformers": importlib.metadata.version("transformers"),
         "left_out": sorted(train.LEFT_OUT),
         **own_loss.known([name for name in heads.names() if losses.is_ours(name)]),
-        "belongs_to": {key: parser._belongs_to for key, parser in parsers.items() if parser._belongs_to},
+        "belongs_to": {key: dict(sorted(p._belongs_to.items())) for key, p in parsers.items() if p._belongs_to},
         "commands": {key: [order[row] for row in found] for key, found in commands.items()},
         "flags": [rows[row] for row in order],
     }

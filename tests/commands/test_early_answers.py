@@ -111,7 +111,9 @@ def test_with_another_version_of_transformers_its_flags_are_read_from_its_source
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "transformers" else version(name))
     given = ["--model", "m", "--data", "d", "--max_steps", "ten", "--no_bf16", "--lr_scheduler_kwargs", "{}"]
-    assert flag_table.TableParser("kto", "kto").values(given)["max_steps"] == ["ten"]  # its type is not known
+    values = flag_table.TableParser("kto", "kto").values(given)
+    assert values["max_steps"] == ["ten"]  # its type is not known
+    assert values["output_dir"] == "runs/kto"
     for wrong in (["--lerning_rate", "1"], ["--do_train"], ["--beta", "much"]):
         with pytest.raises(CommandError):
             flag_table.TableParser("kto", "kto").values([*given, *wrong])
@@ -144,9 +146,13 @@ def test_4_bits_without_bitsandbytes_name_the_package_and_its_extra(files, capsy
     )
 
 
-def test_only_the_first_records_are_checked_early(files):
+@pytest.mark.parametrize("version", ["0.1", importlib.metadata.version("transformers")])
+def test_only_the_first_records_are_checked_early(files, monkeypatch, version):
+    known = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "transformers" else known(name))
     Path("late.jsonl").write_text('{"prompt": "p", "completion": "c", "label": true}\n' * early.FIRST_RECORDS + "{")
-    early.check("kto", command(files, "kto", "--data", "late.jsonl")[1:])
+    for flags in ([], ["--output_dir", "null"]):
+        early.check("kto", command(files, "kto", "--data", "late.jsonl", *flags)[1:])
 
 
 def test_warnings_that_say_nothing_to_a_user_do_not_appear_and_others_do(recwarn, caplog):
