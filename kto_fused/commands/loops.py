@@ -38,10 +38,11 @@ from .failures import check_writable, setup_errors, user_errors
 from .flags import FlagParser
 
 LOOPS = {"spin": SPINLoop, "online": OnlineLoop, "ppo": PPOLoop}
-# options of the trainers that mean nothing in rounds: evaluations, and what the loop decides itself
+# options of the trainers that mean nothing in rounds: evaluations, objectives, and what the loop decides itself
 LEFT_OUT = (
     *train.LEFT_OUT,
     *train.EVALUATION_FLAGS,
+    "objective_weights",
     *("per_device_eval_batch_size", "greater_is_better", "reference", "precompute_ref_log_probs", "dataset_num_proc"),
     *("precompute_ref_batch_size", "ref_cache_dir", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
     *("hub_private_repo", "hub_always_push", "hub_revision", "save_only_model", "length_column_name"),
@@ -133,7 +134,7 @@ def flags_of(
         "online": [OnlineSettings, RECIPES[recipe]],
         "ppo": [LoopSettings, FusedPPOConfig],
     }[command]
-    left_out = {*LEFT_OUT}
+    left_out = {*LEFT_OUT} if command == "spin" else {*LEFT_OUT, "label_true", "label_false"}
     left_out |= {
         "spin": {"threshold", "ref_model"},
         "ppo": {"threshold", "sampling_temperature", "loss_weights"},
@@ -148,7 +149,11 @@ def flags_of(
         usage="%(prog)s --model MODEL --data FILE [FILE ...] --judge JUDGE [FLAGS]",
         description=f"{description(command)} {DESCRIPTION}",
         left_out=left_out,
-        belongs_to={"threshold": "kto-fused online with --loss kto"},
+        belongs_to={
+            "threshold": "kto-fused online with --loss kto",
+            "objective_weights": "kto-fused train",
+            **({} if command == "spin" else dict.fromkeys(("label_true", "label_false"), "kto-fused spin and train")),
+        },
         more=None if own is None else own.flags(taken),
     )
     parser.add_argument(
@@ -203,7 +208,7 @@ def make_loop(command: str, settings: LoopSettings, config: FusedPreferenceConfi
     """Return the loop, with its model, data and judge loaded. The data are checked before the model is loaded."""
     kind = LOOPS[command]
     backends.resolve(config.backend, config.device)
-    records = read_prompts(settings.data, needs_answers=kind.needs_answers)
+    records = read_prompts(settings.data, needs_answers=kind.needs_answers, reading=config.reading)
     set_seed(config.seed)  # for weights that the checkpoint lacks
     tokenizer, model = train.load(settings.model, settings.dtype, config.trust_remote_code)
     return kind(

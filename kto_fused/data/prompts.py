@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from . import files
 from .form import TOOLS, UNSUPPORTED, DataError, form_messages, form_text, has_content, short, unsupported
-from .layouts import with_system
+from .layouts import LabelError, Labels, Reading, renamed, with_system
 from .rendering import Renderer
 from .token_rows import encoded_conversations, encoded_texts, special_tokens
 
 logger = logging.getLogger(__name__)
 
 ANSWERS = ("completion", "chosen")
+AS_IT_IS = Reading()
 Text = str | list[dict[str, str]]
 
 
@@ -33,10 +34,11 @@ class Prompt(NamedTuple):
     answer_ids: list[int]  # of prompt and answer together; empty without an answer
 
 
-def read_prompts(paths: list[str], *, needs_answers: bool) -> list[dict[str, Any]]:
+def read_prompts(paths: list[str], *, needs_answers: bool, reading: Reading = AS_IT_IS) -> list[dict[str, Any]]:
     """Return the records' prompts, and their answers if these are needed, as ``{"prompt", "answer"}``.
 
-    A column ``system`` becomes the system message, and makes a message of a prompt in text.
+    A column ``system`` becomes the system message, and makes a message of a prompt in text. ``reading`` has the names
+    of columns, the labels, and whether texts become messages.
 
     Without answers each prompt is kept once. With them an undesirable completion (``label`` false) and a pair's
     rejected completion are left out. A log entry says how many records are left out, and why.
@@ -45,10 +47,10 @@ def read_prompts(paths: list[str], *, needs_answers: bool) -> list[dict[str, Any
         DataError: a file cannot be read, or a record has no prompt, lacks an answer that is needed, or has something
             that generation does not take, such as tools or images.
     """
-    found, left_out, seen = [], 0, set()
+    found, left_out, seen, labels = [], 0, set(), Labels(reading)
     for name, source in ((str(path), source) for path in paths for source in files.found(path)):
         for where, record in _records(source, name):
-            checked = _checked(record, needs_answers, where)
+            checked = _checked(renamed(record, reading, where), needs_answers, where, labels, reading.chat)
             if found and isinstance(checked["prompt"], str) != isinstance(found[0]["prompt"], str):
                 raise DataError(f"{where}, field 'prompt': expected all prompts as text, or all as messages, got both")
             key = repr((checked["prompt"], checked["answer"]))
@@ -80,7 +82,7 @@ def _records(path: Path | Dataset, name: str) -> Any:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _checked(record: Any, needs_answers: bool, where: str) -> dict[str, Any]:
+def _checked(record: Any, needs_answers: bool, where: str, labels: Labels, chat: str) -> dict[str, Any]:
     if not isinstance(record, dict) or "prompt" not in record:
         came = sorted(record) if isinstance(record, dict) else short(record)
         raise DataError(f"{where}: expected a record with a prompt, got {came}")
@@ -89,8 +91,14 @@ def _checked(record: Any, needs_answers: bool, where: str) -> dict[str, Any]:
             raise DataError(f"{where}, {unsupported(field)}")
     if "system" in record:
         record = with_system(lambda record, where: record, record, where)
+    if chat == "always":
+        for field, role in (("prompt", "user"), *((name, "assistant") for name in ANSWERS)):
+            if isinstance(record.get(field), str) and record[field]:
+                record = record | {field: [{"role": role, "content": record[field]}]}
     prompt, here = record["prompt"], f"{where}, field 'prompt'"
     is_text = isinstance(prompt, str)
+    if chat == "never" and not is_text:
+        raise DataError(f"{here}: holds a conversation, which only a chat template renders, but chat is 'never'")
     prompt = form_text(prompt, here) if is_text else form_messages(prompt, here)
     if not prompt:
         raise DataError(f"{here}: expected text, got an empty prompt")
@@ -103,11 +111,19 @@ def _checked(record: Any, needs_answers: bool, where: str) -> dict[str, Any]:
     if isinstance(answer, str) != is_text:
         raise DataError(f"{here}: expected {'a string' if is_text else 'messages'}, as the prompt is")
     answer = form_text(answer, here) if is_text else form_messages(answer, here)
-    return {"prompt": prompt, "answer": answer, "is_desirable": record.get("label") not in (False, 0)}
+    try:
+        is_desirable = record.get("label") is None or labels(record["label"], where)
+    except LabelError as error:
+        raise DataError(f"{error}: say which labels mean liked and not, with label_true and label_false") from error
+    return {"prompt": prompt, "answer": answer, "is_desirable": is_desirable}
 
 
 def tokenized_prompts(
-    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int | None
+    records: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int | None,
+    chat: str = "auto",
 ) -> list[Prompt]:
     """Return the records of ``read_prompts`` as ``Prompt``s, without those longer than ``max_prompt_tokens``.
 
@@ -120,6 +136,11 @@ def tokenized_prompts(
     fields = ["completion"] if has_answers else []
     if not is_text and not tokenizer.chat_template:
         raise DataError("the prompts are conversations, but the tokenizer has no chat template to render them with")
+    if is_text and chat == "auto" and tokenizer.chat_template:
+        logger.info(
+            "The prompts are plain text, which the model continues as it is, although the tokenizer has a chat "
+            "template: chat='always' (--chat always) makes a user's message of each, chat='never' leaves this note out."
+        )
     with Renderer(tokenizer, "prompt") as render:
         if is_text:
             encoded = list(encoded_texts(batch, fields, tokenizer))

@@ -22,8 +22,8 @@ class LoopSettings:
     model: str = field(metadata={"help": "model to train: a folder in Hugging Face format, or a model id on the Hub"})
     data: list[str] = field(
         metadata={
-            "help": "prompts, or prompts with answers: .jsonl, .json or .parquet files of records with 'prompt', and "
-            "'completion' or 'chosen' where answers are needed"
+            "help": "prompts, or prompts with answers: files, folders, patterns or a data set of the Hub, as kto-fused "
+            "train takes them, with records that hold 'prompt', and 'completion' or 'chosen' where answers are needed"
         }
     )
     judge: str | None = _option(

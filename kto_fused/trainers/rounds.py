@@ -131,7 +131,7 @@ class Loop:
                 "whole model: start one process per GPU without them (torchrun), with lora_rank for a larger model"
             )
         if records is None:
-            records = read_prompts(settings.data, needs_answers=self.needs_answers)
+            records = read_prompts(settings.data, needs_answers=self.needs_answers, reading=config.reading)
         self.judge = self._judge_of(judge)
         self.tokenizer = models.tokenizer_of(settings.model, tokenizer, config.trust_remote_code)
         model = self._load(settings.model) if model is None else model
@@ -141,7 +141,7 @@ class Loop:
             raise ValueError(
                 f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt: max_length is {self.max_length}"
             )
-        self.data = tokenized_prompts(records, self.tokenizer, max_prompt_tokens=room)
+        self.data = tokenized_prompts(records, self.tokenizer, max_prompt_tokens=room, chat=config.chat)
         self.left_out = len(records) - len(self.data)  # prompts that leave no room
         self._by_number = {prompt.number: prompt for prompt in self.data}
         self._ends = end_tokens(model, self.tokenizer)

@@ -176,6 +176,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(files, monkeypatch, capsys)
         ("online", ["--loss", "ppo"], "--loss ppo is trained by another command: kto-fused ppo --loss_type ppo"),
         ("online", ["--loss", "orpo", "--loss_type", "ipo"], "--loss orpo and --loss_type ipo name different losses"),
         ("online", ["--loss", "orpo", "--threshold", "3"], "--threshold is not a flag here: it belongs to"),
+        ("online", ["--label_true", "up"], "--label_true is not a flag here: it belongs to kto-fused spin and train"),
+        ("spin", ["--objective_weights", "a=1"], "--objective_weights is not a flag here: it belongs to kto-fused"),
         ("online", ["--resume_from_checkpoint", "true"], "runs/online holds no run.json of a run to continue"),
         ("online", ["--generator", "http://127.0.0.1:9"], "--generator http://127.0.0.1:9/v1/models cannot be reached"),
         ("online", ["--loss", "orpo", "--ref_model", "x"], "ref_model=x is given, but ORPO(beta=0.1, nll_on='complet"),

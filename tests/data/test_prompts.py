@@ -10,6 +10,7 @@ from datasets import Dataset
 from tiny_training import tokenizer
 
 from kto_fused.data.form import DataError
+from kto_fused.data.layouts import reading
 from kto_fused.data.prompts import read_prompts, tokenized_prompts
 from kto_fused.data.tokens import prepare_paired
 
@@ -51,6 +52,21 @@ def test_feedback_and_pairs_give_their_prompts_once_and_their_good_answers(tmp_p
     assert "2 records are left out: repeated prompts" in caplog.text
     answered = read_prompts([*feedback, *pairs], needs_answers=True)
     assert [(record["prompt"], record["answer"]) for record in answered] == [("w1", " w2"), ("w6", " w7")]
+
+
+def test_columns_labels_and_chat_are_read_as_in_training(tmp_path):
+    path = tmp_path / "thumbs.csv"
+    path.write_text("question,completion,label\nw1,w2,False\nw3,w4,1\n")
+    (found,) = read_prompts([str(path)], needs_answers=True, reading=reading({"prompt": "question"}, chat="always"))
+    assert found == {"prompt": [message("user", "w3")], "answer": [message("assistant", "w4")]}
+    path.write_text("prompt,completion,label\nw1,w2,up\nw3,w4,down\n")
+    words = reading(label_true=["up"], label_false=["down"])
+    assert read_prompts([str(path)], needs_answers=True, reading=words) == [{"prompt": "w1", "answer": "w2"}]
+    with pytest.raises(DataError, match=r"row 0, field 'label': expected .*, got str 'up': say which labels"):
+        read_prompts([str(path)], needs_answers=True)
+    conversations = write(tmp_path / "conversations.jsonl", [{"prompt": [message("user", "w1")]}])
+    with pytest.raises(DataError, match=r"holds a conversation, .* but chat is 'never'"):
+        read_prompts(conversations, needs_answers=False, reading=reading(chat="never"))
 
 
 @pytest.mark.parametrize("kind", ["text", "conversation"])
