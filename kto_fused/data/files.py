@@ -394,6 +394,8 @@ def _csv_records(path: Path, file: BinaryIO, wanted: Wanted) -> Iterator[tuple[s
     try:
         columns, delimiter = _header(path, file)
         yield from _rows(path, file, wanted, columns, delimiter)
+    except csv.Error as error:
+        raise DataError(f"{path}: expected the names of the columns in the first line: {error}") from error
     except (UnicodeDecodeError, pa.ArrowInvalid) as error:
         if isinstance(error, pa.ArrowInvalid) and "UTF8" not in str(error):
             raise

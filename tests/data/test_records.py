@@ -421,6 +421,7 @@ def test_a_completion_that_repeats_the_prompt_is_refused(role):
         ("data.csv", b"prompt,completion,label\n", "holds no records"),
         ("data.csv", b"prompt,label\na,1\n", "row 0, field 'completion': missing"),
         ("data.csv", b"prompt,completion,label\na,1\n", "cannot be read: .*Expected 3 columns, got 2"),
+        ("data.csv", b"a" * 200_000, "expected the names of the columns in the first line: field larger than"),
         ("data.csv", "prompt".encode("utf-16"), "expected text with columns, got text in UTF-16"),
         ("data.tsv", b"prompt\tprompt\tlabel\na\tb\t1\n", "more than one column of the name"),
         ("data.txt", b"", r"expected a \.jsonl, .* file, also with \.gz, got '\.txt': name it \.csv or \.tsv"),
