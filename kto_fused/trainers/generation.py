@@ -5,6 +5,7 @@ prompts change nothing but the rounding of the logits.
 """
 
 import hashlib
+import http.client
 import json
 import os
 import shlex
@@ -305,7 +306,7 @@ class ServerGenerator:
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode(errors="replace").split())[:300] or error.reason
             raise GenerationError(f"{where} refuses a request ({error.code}): {reason}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # the second one: an answer that was cut off, a bad port
             raise GenerationError(f"{where} cannot be reached: {getattr(error, 'reason', error)}") from error
         try:
             answer = json.loads(text) if path != "/v1/load_lora_adapter" else {}  # its answer is a sentence

@@ -187,5 +187,6 @@ def test_a_reload_command_gets_the_checkpoint_and_its_failure_is_told(tmp_path):
         generator(policy, "a/checkpoint-3", PROMPTS[:1], SAMPLING)
     server.shutdown()
     server.server_close()
-    with pytest.raises(GenerationError, match="cannot be reached"):
-        ServerGenerator(server.address, "start", args, None)(policy, None, PROMPTS[:1], SAMPLING)
+    for address in (server.address, "http://127.0.0.1:80x"):
+        with pytest.raises(GenerationError, match="cannot be reached"):
+            ServerGenerator(address, "start", args, None)(policy, None, PROMPTS[:1], SAMPLING)
