@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from .. import huggingface
 from ..data.prompts import Prompt
 from ..huggingface.config import max_positions
+from ..trainers import ranks
 from ..trainers.generation import ModelGenerator, Sampling, decoded, end_tokens
 
 if TYPE_CHECKING:
@@ -105,20 +105,19 @@ class Sampler:
         """
         described = {**self._sampling._asdict(), "prompts": [prompt.ids for prompt in self.prompts]}
         described = json.loads(json.dumps(described))
-        path = Path(self.trainer.args.output_dir) / FILE
-        is_main, found = self.trainer.args.process_index == 0, [None]
-        if is_main and is_resumed:
-            found = [_kept(path, described)]
-        if self.trainer.args.world_size > 1:
-            broadcast_object_list(found)
-        if found[0] is not None:
-            return found[0]
+        args, path = self.trainer.args, Path(self.trainer.args.output_dir) / FILE
+        found = ranks.on_first(args, lambda: _kept(path, described)) if is_resumed else None
+        if found is not None:
+            return found
         answers = self._answers("before")
-        if is_main:
+
+        def keep() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f"{FILE}.part")
             draft.write_text(json.dumps({"sampling": described, "before": answers}) + "\n", encoding="utf-8")
             os.replace(draft, path)
+
+        ranks.on_first(args, keep)
         return answers
 
     def compared(self, before: list[str]) -> dict[str, Any]:
