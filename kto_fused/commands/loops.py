@@ -271,6 +271,8 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, A
     """Write the last round's model and its card, ``metrics.json``, ``curves.png`` and ``report.html`` into the output
     folder: all or none. Returns the contents of ``metrics.json``.
     """
+    own = getattr(loop.settings, "own_loss", None)
+    config = loop.config if own is None else loop.config.with_loss(own)
     steps = []
     for entry in rounds:
         first = steps[-1]["step"] if steps else 0
@@ -278,7 +280,7 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, A
     metrics = {
         "command": command,
         "settings": {name: value for name, value in vars(loop.settings).items() if name != "own_loss"},
-        "config": loop.config.to_dict() | {"max_length": loop.max_length},
+        "config": config.to_dict() | {"max_length": loop.max_length},
         "torch": torch.__version__,
         "device": str(loop.config.device),
         "backend": backends.resolve(loop.config.backend, loop.config.device),
@@ -299,7 +301,7 @@ def write(command: str, loop: Loop, rounds: list[dict[str, Any]]) -> dict[str, A
     if loop.settings.judge is not None:
         is_command = len(loop.settings.judge.split()) > 1  # which may hold paths and keys
         options["judge"] = "a command" if is_command else cards.name_of(loop.settings.judge)
-    options |= {"samples": loop.samples, **cards.options_of(loop.config), "max_length": loop.max_length}
+    options |= {"samples": loop.samples, **cards.options_of(config), "max_length": loop.max_length}
     options["processes"] = loop.config.world_size
     checkpoint = loop.output / rounds[-1]["checkpoint"]
     with results.draft_of(loop.output) as draft:

@@ -112,7 +112,7 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
             continue
         is_set = name not in runs.CURVE_NEUTRAL and value != runs.default_of(option)
         if name in SHOWN or is_set:
-            found[name] = value
+            found[name] = name_of(value) if isinstance(value, str) else value  # a value model's folder
     return found
 
 

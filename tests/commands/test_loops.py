@@ -108,6 +108,7 @@ def test_a_command_writes_model_metrics_curves_and_samples(files, capsys, comman
     assert told[1:] in card
     assert "| prompts | kto.jsonl | " in card
     assert str(files) not in card
+    assert ("loss Margin(margin=2.5)," in card) == ("--margin" in flags)
     assert len(metrics["samples"]["rows"]) >= 3
     assert all(report.text_of(row["after"]) in page for row in metrics["samples"]["rows"])
     if "--lora_rank" in flags:
