@@ -1,6 +1,6 @@
 """Writes finished runs into `real-model.md`: `python docs/real_model.py kto=runs/real dpo=runs/real-dpo`.
 
-Each run's part of the page gets its sentence on held-out data, its curves, its time, and its answers before and after
+Each run's part of the page gets its sentence on held-out data, its curves, and its answers before and after
 training. A run that is not named keeps its part.
 """
 
@@ -34,7 +34,8 @@ def part(name: str, metrics: dict) -> str:
         if f"eval_{key}" in last:
             was, now = (round(each[f"eval_{key}"], 3) + 0.0 for each in (first, last))  # + 0.0: no -0
             lines.append(f"| {title} | {was:.3f} | {now:.3f} |")
-    lines += ["", f"{steps[-1]['step']} steps, in {metrics['seconds']:.0f} seconds with the evaluations.", ""]
+    held = f"{metrics['data']['train']['examples']} records train, {metrics['data']['eval']['examples']} are held out"
+    lines += ["", f"{steps[-1]['step']} steps; {held}.", ""]
     lines += [f"![Loss and rewards by step; dots are evaluations]({picture_of(name).name})", ""]
     if metrics.get("samples"):
         lines += ["| question | before | after |", "|---|---|---|"]

@@ -123,7 +123,7 @@ class Settings:
 
 def main(arguments: list[str]) -> int:
     text = f"{description('demo')} With the defaults it takes up to about two minutes on two idle cores, "
-    text += "with --real about five."
+    text += "with --real about seven."
     settings = flags.parse(Settings, arguments, "demo", text)
     if settings.real:
         return run_real(settings)
