@@ -407,7 +407,7 @@ class Loop:
         described = {name: value for name, value in vars(self.settings).items() if name not in left_out}
         options = self.config.to_dict()
         for option in fields(self.config):
-            if option.name not in runs.CURVE_NEUTRAL or option.name in ("max_steps", "num_train_epochs"):
+            if option.name not in runs.CURVE_NEUTRAL or option.name in ("max_steps", "num_train_epochs", "max_length"):
                 described[option.name] = options[option.name]
         if self._given_loss is not None:
             described["loss_type"] = losses.describe(self.loss)

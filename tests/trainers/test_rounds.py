@@ -198,8 +198,8 @@ def test_a_run_with_other_settings_is_refused_and_more_rounds_go_on(tmp_path):
     longer.run()
     assert outcome(longer) == outcome_of_one_go(tmp_path)
     assert not list((tmp_path / "run" / "round-1").glob("checkpoint-*")), "only two rounds' checkpoints are kept"
-    with pytest.raises(checkpoints.CheckpointError, match=r"other settings \(temperature: 1.0 then, 0.5 now\)"):
-        make_loop("dpo", tmp_path / "run", rounds=3, max_steps=1, temperature=0.5).run()
+    with pytest.raises(checkpoints.CheckpointError, match=r"temperature: 1.0 then, .*max_length: auto then, 20 now"):
+        make_loop("dpo", tmp_path / "run", rounds=3, max_steps=1, temperature=0.5, max_length=20).run()
 
 
 def outcome_of_one_go(tmp_path):
