@@ -503,7 +503,8 @@ class _StopOnNaN(TrainerCallback):
         self.stop = stop
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs: Any) -> None:
-        for name in ("loss", "grad_norm"):
+        # with fp16, loss scaling skips a step whose scaled gradients overflow
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 self.stop(f"{name} is {logs[name]} at step {state.global_step}")
 
