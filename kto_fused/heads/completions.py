@@ -252,8 +252,8 @@ class VESPO(_SequenceRatio):
     def _phi(self, logps, advantages, old_logps):
         log_ratio = log_ratios(logps, old_logps, self.on_policy).detach().clamp(math.log(1e-8), 20.0)
         is_gain = advantages >= 0
-        k = torch.where(is_gain, self.k_pos, self.k_neg)
-        rate = torch.where(is_gain, self.lambda_pos, self.lambda_neg)
+        k = torch.where(is_gain, torch.full_like(log_ratio, self.k_pos), self.k_neg)
+        rate = torch.where(is_gain, torch.full_like(log_ratio, self.lambda_pos), self.lambda_neg)
         return torch.exp(k * log_ratio - rate * torch.expm1(log_ratio))
 
     def losses(self, logps, counts, ref_logps, *, advantages, old_logps=None, num_items=None, batch_counts):

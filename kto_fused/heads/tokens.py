@@ -246,6 +246,6 @@ class SAPO(_PolicyGradient):
 
     def losses(self, logps, counts, ref_logps, *, advantages, old_logps=None, ref_token_logps=None):
         ratio = self._ratios(logps, old_logps)
-        taus = torch.where(advantages > 0, self.tau_pos, self.tau_neg).to(ratio.dtype)
+        taus = torch.where(advantages > 0, torch.full_like(ratio, self.tau_pos), self.tau_neg)
         gates = torch.sigmoid(taus * (ratio - 1)) * 4 / taus
         return self._with_kl(-gates * advantages, logps, ratio, ref_token_logps)

@@ -840,7 +840,7 @@ TRL_GRPO = [
     ("sequence", "grpo", {"delta": 1.5}),
     *(("token", loss_type, {"kl_beta": 0.1}) for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")),
     ("token", "grpo", {"delta": 1.1}),
-    ("token", "sapo", {"kl_beta": 0.1, "tau_pos": 1.5, "tau_neg": 0.7}),
+    ("token", "sapo", {"kl_beta": 0.1, "tau_pos": 1.5, "tau_neg": 0.75}),
     ("token", "vespo", {"k_pos": 1.5, "lambda_pos": 2.5, "k_neg": 2.0, "lambda_neg": 0.5}),
 ]
 
