@@ -89,7 +89,9 @@ def check(command: str, arguments: list[str]) -> None:
     for flag, paths in (("data", values["data"]), ("eval_data", values.get("eval_data") or ())):
         for text in paths:
             if not is_there(named(text)):
-                raise CommandError(f"--{flag} {text}: no such file or folder")
+                may_be_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+                hint = f"; of a data set of the Hub the split is named too, as in {text}:train" if may_be_hub else ""
+                raise CommandError(f"--{flag} {text}: no such file or folder{hint}")
     if key is None:
         return
     output_dir = parser.get_default("output_dir") if values["output_dir"] is None else values["output_dir"]

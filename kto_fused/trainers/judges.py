@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from ..data.form import short
 from ..data.prompts import Text
 from ..huggingface import files
+from ..huggingface.config import max_positions
 from . import models
 from .generation import autocast
 
@@ -190,6 +191,12 @@ class RewardModel:
             for completion in of_prompt
         ]
         ids = [self._ids(*one) for one in texts]
+        longest = max_positions(self.model.config)
+        if longest is not None and (tokens := max(map(len, ids), default=0)) > longest:
+            raise JudgeError(
+                f"the judge's reward model reads at most {longest} tokens, but a prompt and its answer have {tokens}: "
+                "lower max_new_tokens or max_length, or take a judge that reads more"
+            )
         scores: list[float] = []
         with torch.no_grad(), autocast(self.args):
             for start in range(0, len(ids), self.batch_size):

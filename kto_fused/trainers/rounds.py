@@ -130,6 +130,9 @@ class Loop:
                 "rounds of generation under FSDP or DeepSpeed are not supported, because each process generates with a "
                 "whole model: start one process per GPU without them (torchrun), with lora_rank for a larger model"
             )
+        for name in ("save_only_model", "objective_weights"):
+            if getattr(config, name, None):
+                raise ValueError(f"{name} has no meaning in rounds of generation: leave it out")
         if records is None:
             records = read_prompts(settings.data, needs_answers=self.needs_answers, reading=config.reading)
         self.judge = self._judge_of(judge)
