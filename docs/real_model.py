@@ -71,7 +71,7 @@ def of_evaluations(metrics: dict) -> list[str]:
 def question(prompt: str) -> str:
     """The user's message of a prompt in the model's chat template; a prompt of a round is not rendered."""
     found = re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", prompt, re.DOTALL)
-    return found[-1] if found else prompt
+    return found[-1] if found else prompt.removeprefix("user: ")
 
 
 def cell(text: str) -> str:
