@@ -238,7 +238,8 @@ def check_scores(model: PreTrainedModel) -> None:
     with evaluating(model), made_to_run(model, input_ids.device):
         own = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
         hidden = _of_tokens(model, input_ids=input_ids, use_cache=False, return_dict=True)
-        ours = head_of(model)(hidden[:, -1])
+        # of all tokens, as the model computes it: a product of another shape rounds a score near 0 differently
+        ours = head_of(model)(hidden)[:, -1]
         shape = (1, input_ids.shape[1], own.shape[-1])
         probe = torch.linspace(-PROBED, PROBED, input_ids.numel() * own.shape[-1], device=own.device).view(shape)
         with _head_giving(model, probe):

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from kto_fused import huggingface, linear_bradley_terry_loss
 from kto_fused.huggingface import UnsupportedModelError
-from kto_fused.huggingface.inspect import check_keeps_packed_apart
+from kto_fused.huggingface.inspect import check_keeps_packed_apart, check_scores, tokens_to_check
 
 PAD = SIZES["pad_token_id"]
 
@@ -50,6 +50,19 @@ def test_scores_and_gradients_are_those_of_the_models_own_logits(name):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=parameter: n + text)
     huggingface.detach(fused)
     assert fused(**inputs).logits[:, 0].equal(scores)
+
+
+def test_a_model_whose_score_of_the_checked_tokens_is_near_zero_is_taken():
+    """The terms of its sum cancel, so the rounding of the sum is large beside the score."""
+    model = reward_model("llama")
+    tokens = tokens_to_check(model)
+    with torch.no_grad():
+        hidden = model.eval().base_model(input_ids=tokens).last_hidden_state[0, -1].double()
+        for seed in range(50):
+            weight = torch.randn(len(hidden), generator=torch.Generator().manual_seed(seed)).double()
+            weight -= hidden * (weight @ hidden) / (hidden @ hidden)
+            model.score.weight.copy_(weight)
+            check_scores(model)
 
 
 def test_a_score_that_is_more_than_its_layer_is_refused():
