@@ -502,12 +502,6 @@ def load(
         damage = model_files.damaged_file(name)  # a file that was downloaded just now may be damaged
         how = " with --load_in_4bit, by the package bitsandbytes" * (in_4bit and damage is None)
         raise CommandError(f"--{flag} {name} cannot be loaded{how}: {damage or sentence(error)}") from error
-    for path, layer in model.named_modules() if in_4bit else ():
-        if getattr(layer, "support_avx512bf16_for_cpu", False) and layer.out_features % 32:
-            raise CommandError(
-                f"--load_in_4bit: {path} of {name} has {layer.out_features} outputs, but on this CPU bitsandbytes "
-                "takes multiples of 32"
-            )
     return tokenizer, model
 
 

@@ -207,6 +207,27 @@ def check_keeps_packed_apart(model: PreTrainedModel) -> None:
 # ---- the logits ----------------------------------------------------------------------------------------------------
 
 
+def keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing a model's 4-bit layers for inference.
+
+    On CPUs with AVX512-BF16 it packs them at the first pass in evaluation mode. The packed layers have no backward
+    pass, and the gradient of everything before them would be lost.
+
+    Raises:
+        ValueError: layers are packed already, and the model has parameters to train.
+    """
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())
+    for name, layer in model.named_modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            state = getattr(getattr(layer, "weight", None), "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False) and is_trained:
+                raise ValueError(
+                    f"bitsandbytes has packed {name} for inference on this CPU, which has no backward pass: load the "
+                    "model again, and train it before it generates or evaluates"
+                )
+            layer.support_avx512bf16_for_cpu = False
+
+
 def check_logits(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are more than its head, scale and soft cap applied to its hidden states.
 
@@ -214,6 +235,7 @@ def check_logits(model: PreTrainedModel) -> None:
     small logits could hide a difference there. So a second comparison puts float32 numbers from -PROBED to PROBED in
     the place of the head's output, and looks at the logits that the model makes of them.
     """
+    keep_4bit_layers_differentiable(model)
     input_ids = tokens_to_check(model)
     with evaluating(model), made_to_run(model, input_ids.device):
         own = model(input_ids=input_ids, use_cache=False, return_dict=True).logits
@@ -231,6 +253,7 @@ def check_logits(model: PreTrainedModel) -> None:
 
 def check_scores(model: PreTrainedModel) -> None:
     """Refuse a reward model whose score is more than its ``score`` applied to the hidden state of the last token."""
+    keep_4bit_layers_differentiable(model)
     input_ids = tokens_to_check(model)
     pad_token_id = getattr(model.config.get_text_config(), "pad_token_id", None)
     if pad_token_id is not None:  # the model would take it for padding

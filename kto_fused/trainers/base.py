@@ -30,6 +30,7 @@ from ..data.records import Source
 from ..data.tokens import Prepared
 from ..functional import fused_linear_loss, fused_loss, linear_sequence_logps, sequence_logps
 from ..heads.protocol import Head, as_loss, is_registered
+from ..huggingface import inspect
 from ..huggingface.padding import without_padding_mask
 from ..metrics import LossMetrics, Totals
 from . import adapters, fingerprints, losses, models, objectives
@@ -145,6 +146,7 @@ class FusedTrainer(ResumableTrainer):
         self.model_path = model if isinstance(model, str) else None
         self.path_dtype = torch.float32 if peft_config is None else "auto"  # of weights loaded from a path
         model, ref_model = (self._load_model(each, args) for each in (model, ref_model))
+        inspect.keep_4bit_layers_differentiable(model)
         self.max_length = models.max_length(args.max_length, args.pad_to_multiple_of, model=model, ref_model=ref_model)
         self._embedded_tokens = {
             "model": models.embedded_tokens(model),

@@ -45,7 +45,7 @@ def test_estimate_takes_its_settings_as_flags(files, capsys):
 def test_the_estimate_assumes_the_dtype_that_train_loads(flags):
     settings, _ = train.parse(["--model", "m", "--data", "d", "--use_cpu", *flags])
     head = "frozen" if settings.lora_rank else "trained"
-    facts = estimate.ModelFacts("llama", 1, 2, 3, 3, 3, 1, None)
+    facts = estimate.ModelFacts("llama", 1, 2, 3, 3, 3, 1, None, False)
     shape = estimate.loss_shape(estimate.EstimateSettings("m", dtype="bf16", head=head), facts, 64)
     # auto is the dtype of the checkpoint, usually bfloat16
     assert shape.param_dtype == {"float32": torch.float32, "auto": torch.bfloat16}[settings.dtype]
