@@ -5,7 +5,7 @@
 
 With ``--run`` each command runs as the page prints it, one after another on one thread, in FOLDER, where
 ``toy_files.py`` has written its files; a method's older output there is removed. The seconds, and the numbers that the
-pictures show, go to ``results/methods.json``. The later commands need the models of ``sft`` and ``reward``. Then
+pictures show, go to ``curves/methods.json``. The later commands need the models of ``sft`` and ``reward``. Then
 ``curves/METHOD.png`` and the table of methods.md are written from the numbers.
 """
 
@@ -34,7 +34,7 @@ from kto_fused.commands import report
 from kto_fused.trainers.held_out import COMPARISONS
 
 HERE = Path(__file__).parent
-PAGE, RESULTS, CURVES = HERE / "methods.md", HERE / "results" / "methods.json", HERE / "curves"
+PAGE, RESULTS, CURVES = HERE / "methods.md", HERE / "curves" / "methods.json", HERE / "curves"
 START, END = "<!-- measured: written by method_curves.py -->\n", "<!-- end of the measurements -->"
 
 
