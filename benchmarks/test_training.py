@@ -101,7 +101,7 @@ def test_the_results_of_some_cases_join_the_others(tmp_path):
 def test_the_resident_memory_of_steps_that_train_adapters_is_measured():
     plan = report_adapters.Plan("Llama 20M", sequences=2, seq_len=64)
     assert not plan.problem(False, DEVICE).model.is_gradient_checkpointing
-    resident = report_adapters.resident_mib("kto-fused trainer", plan, checkpointing=True)
+    resident = report_adapters.in_own_process("kto-fused trainer", plan, checkpointing=True)
     assert 0 < resident < 1024
     row = report_adapters.Row("kto-fused trainer", True, 1.0, 2.0, resident)
     report = report_training.new_report(DEVICE, 1) | {"plan": vars(plan), "rows": [vars(row)]}
