@@ -76,6 +76,8 @@ def test_the_table_of_flags_is_that_of_the_configurations():
             now, then = ([flag for flag in flags if not flag.get("inherited")] for flags in (now, then))
         assert now == then
     for name in ("losses", "needs", "belongs_to", "left_out"):
+        if name in ("losses", "needs"):  # a docstring's example may have registered a loss in this process
+            made[name].pop("doc_margin", None)
         assert made[name] == table[name]
 
 
