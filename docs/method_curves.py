@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from kto_fused.commands import report
@@ -209,14 +208,7 @@ def draw(name: str, numbers: dict[str, Any]) -> None:
             report.draw_curve(axes, entries, one, label, unit=panel.unit, color=color)
         of_evaluation = panel.evaluation.removeprefix("eval_")
         report.draw_evaluations(axes, evaluations, of_evaluation, "held-out", color=report.COLORS[1])
-        axes.set_title(panel.title, fontsize=10)
-        axes.set_xlabel(panel.unit, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7.5)
+        report.label_axes(axes, panel.title, panel.unit)
     CURVES.mkdir(exist_ok=True)
     drawing = io.BytesIO()
     figure.savefig(drawing, format="png", dpi=100)

@@ -124,6 +124,12 @@ def _panel(runs: dict[str, dict[str, Any]], title: str, names: dict[str, str], u
         for before, after in itertools.pairwise(steps):
             if before.get("round") != after.get("round"):
                 axes.axvline((before["step"] + after["step"]) / 2, color="#bbb", linewidth=0.8, zorder=0)
+    label_axes(axes, title, unit)
+    return _svg(figure)
+
+
+def label_axes(axes: Any, title: str, unit: str) -> None:
+    """Give a finished panel its title, its axis of steps or rounds, and a legend where a line has a name."""
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(unit, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -132,7 +138,6 @@ def _panel(runs: dict[str, dict[str, Any]], title: str, names: dict[str, str], u
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7.5)
-    return _svg(figure)
 
 
 def _svg(figure: Figure) -> str:
