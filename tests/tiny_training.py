@@ -26,6 +26,7 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma3Config,
@@ -262,29 +263,40 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def run_on_two(script: str, folder: Path, **environment: str) -> dict[str, Any]:
+def run_on_two(script: str, tmp_path_factory: pytest.TempPathFactory, **environment: str) -> dict[str, Any]:
     """Start a script of ``trainers/`` on two CPU processes with torchrun, and return what it wrote.
 
-    The script writes its results into ``folder / "results.json"``.
+    The script writes its results into ``results.json`` of the folder that it is given. Where several workers of
+    pytest-xdist ask for the same script, the first one runs it and the others wait for its results.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch = subprocess.run(
-        [sys.executable, *launcher, Path(__file__).with_name("trainers") / script, folder],
-        cwd=folder,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent),  # for the helper modules, this file among them
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_DATASETS_CACHE": str(folder / "datasets"),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert launch.returncode == 0, launch.stderr[-4000:]
-    return json.loads((folder / "results.json").read_text())
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / f"two-{Path(script).stem}"
+    results = folder / "results.json"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            with (folder / "log").open("w") as log:
+                launch = subprocess.run(
+                    [sys.executable, *launcher, Path(__file__).with_name("trainers") / script, folder],
+                    cwd=folder,
+                    env={
+                        **os.environ,
+                        "OMP_NUM_THREADS": "1",
+                        "PYTHONPATH": str(Path(__file__).parent),  # for the helper modules, this file among them
+                        "CUDA_VISIBLE_DEVICES": "",
+                        "HF_DATASETS_CACHE": str(folder / "datasets"),
+                        **environment,
+                    },
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    timeout=500,
+                )
+            if launch.returncode:
+                results.unlink(missing_ok=True)
+    assert results.exists(), (folder / "log").read_text()[-8000:]
+    return json.loads(results.read_text())
 
 
 def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
@@ -302,6 +314,8 @@ def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
             results[name] = case(folder / name)
         except Exception:
             results[name] = {"error": traceback.format_exc()}
+            # into the log: the other process may wait for this one forever, and then no results are written
+            print(f"{name}: {results[name]['error']}", file=sys.stderr)
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
     gc.collect()  # trainers hold the process group, whose threads should end before the interpreter does

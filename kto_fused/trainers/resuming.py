@@ -141,7 +141,7 @@ class ResumableTrainer(Trainer):
         policy = self.accelerator.unwrap_model(self.model)
         with adapters.saving_all_but(policy, copies) if copies else nullcontext():
             super()._save(output_dir, state_dict)
-        if models.has_adapters(policy):
+        if self.args.should_save and models.has_adapters(policy):  # every rank comes here, and one writes
             cards.write(self, Path(output_dir or self.args.output_dir))  # in place of PEFT's, which says nothing
 
     def create_model_card(self, *arguments: Any, model_name: str | None = None, **options: Any) -> None:

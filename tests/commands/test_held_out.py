@@ -16,6 +16,7 @@ import numpy as np
 from command_runs import command, read_metrics
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
+from tiny_training import make_trainer
 
 from kto_fused.commands import cli, report, results
 from kto_fused.metrics import auc, label_accuracy
@@ -170,6 +171,14 @@ def test_an_uploaded_card_is_the_runs_own(files, module_cache, monkeypatch):
     assert 'AutoPeftModelForCausalLM.from_pretrained("someone/mine")' in card.text
     assert "| train | dpo.jsonl | 16 | 0 | 0 |" in card.text
     assert str(files) not in card.content
+
+
+def test_a_rank_that_saves_nothing_writes_no_card(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    trainer = make_trainer("dpo", tmp_path / "run", peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda self: False))
+    trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_change_of_the_judges_score_has_an_interval_over_prompts():

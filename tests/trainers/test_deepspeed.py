@@ -20,7 +20,7 @@ of_each_kind = pytest.mark.parametrize("kind", KINDS)
 def on_two(tmp_path_factory):
     """Return a function from a case to its result on two processes; one launch runs all cases."""
     ninja = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # to build its operator
-    results = run_on_two("train_deepspeed.py", tmp_path_factory.mktemp("two"), DS_ACCELERATOR="cpu", PATH=ninja)
+    results = run_on_two("train_deepspeed.py", tmp_path_factory, DS_ACCELERATOR="cpu", PATH=ninja)
 
     def result(case):
         assert not isinstance(results[case], dict) or "error" not in results[case], results[case]["error"]

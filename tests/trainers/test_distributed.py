@@ -21,7 +21,7 @@ on_every_recipe = pytest.mark.parametrize("name", EVERYWHERE + ALONE)
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     """Return a function from a case to its result on two processes; one launch runs all cases."""
-    results = run_on_two("train_distributed.py", tmp_path_factory.mktemp("two"))
+    results = run_on_two("train_distributed.py", tmp_path_factory)
 
     def result(case):
         result = results[case]

@@ -15,7 +15,7 @@ CASES = cases()  # for the fixture on_one
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    return run_on_two("train_rounds.py", tmp_path_factory.mktemp("two"))
+    return run_on_two("train_rounds.py", tmp_path_factory)
 
 
 @pytest.mark.parametrize("kind", list(OPTIONS))
