@@ -340,6 +340,19 @@ def longest_sequences_on_a_cpu() -> list[str]:
     return by_method("longest, tokens", cells)
 
 
+def adapters_on_a_cpu() -> list[str]:
+    lines = ["| ms / allocated / resident, MiB | without gradient checkpointing | with it |"]
+    rows = results("cpu-adapters.json")["rows"]
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        without, checkpointed = (
+            f"{row['ms']:.0f} / {row['peak_mib']:.0f} / {row['resident_mib']:.0f}"
+            for row in sorted(rows, key=lambda row: row["checkpointing"])
+            if row["contender"] == contender
+        )
+        lines.append(f"| {contender} | {without} | {checkpointed} |")
+    return lines
+
+
 def from_logits_on_a_gpu() -> list[str]:
     """A line per vocabulary. The page leaves out `reference`, and in place, which is as fast as out of place."""
     rows = results("nvidia-h200.json")["rows"]
@@ -450,6 +463,7 @@ TABLES = [
     long_sequences_on_a_cpu,
     training_steps_on_a_cpu,
     longest_sequences_on_a_cpu,
+    adapters_on_a_cpu,
     from_logits_on_a_gpu,
     from_hidden_states_in_turns_on_a_gpu,
     from_hidden_states_on_a_gpu,
