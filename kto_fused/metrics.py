@@ -50,8 +50,9 @@ class LossMetrics:
         """Return the batch's means under the names that TRL logs, as scalar tensors on the device.
 
         Rewards and log-probabilities are means over sequences; ``logits/*`` and ``entropy`` are means over completion
-        tokens. Pairs alone have ``mean_token_accuracy``, over the chosen sequences' completion tokens. The mean of a
-        class that the batch does not hold is NaN.
+        tokens. Pairs alone have ``mean_token_accuracy``, over the chosen sequences' completion tokens, and
+        ``rewards/accuracies``, the share whose chosen reward is the higher one. A tie counts one half, where TRL counts
+        it as 0. The mean of a class that the batch does not hold is NaN.
 
         >>> import torch, kto_fused
         >>> _, metrics = kto_fused.kto_loss_from_logps(
@@ -79,8 +80,8 @@ class LossMetrics:
                 totals[f"logits{side}"] = weighted_total(self.mean_logits, members * self.token_counts)
         if is_paired:
             chosen_rewards, rejected_rewards = self.rewards.chunk(2)
-            is_accurate = chosen_rewards > rejected_rewards
-            totals["rewards/accuracies"] = weighted_total(is_accurate, torch.ones_like(chosen_rewards))
+            is_right = pair_accuracy(chosen_rewards, rejected_rewards)
+            totals["rewards/accuracies"] = weighted_total(is_right, torch.ones_like(is_right))
             if self.token_accuracy is not None:
                 totals["mean_token_accuracy"] = weighted_total(self.token_accuracy, chosen * self.token_counts)
         if self.reference_point is not None:
@@ -179,6 +180,11 @@ def weighted_total(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.T
     """Return the weighted sum and the sum of the weights. A value of weight 0 adds nothing, even if it is NaN."""
     weights = weights.double()
     return torch.where(weights > 0, values.double() * weights, 0.0).sum(), weights.sum()
+
+
+def pair_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return 1 for each pair [b] whose chosen reward is higher than its rejected one, 1/2 for a tie, else 0."""
+    return (chosen > rejected).double() + (chosen == rejected).double() / 2
 
 
 def label_accuracy(rewards: torch.Tensor, desirable: torch.Tensor) -> torch.Tensor:

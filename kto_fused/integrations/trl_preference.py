@@ -20,7 +20,7 @@ from ..functional import fused_linear_kto_loss, fused_linear_loss, linear_sequen
 from ..huggingface.forward import FusedCall
 from ..huggingface.padding import without_padding_mask
 from ..huggingface.running import keeping_trainable
-from ..metrics import LossMetrics, with_margins
+from ..metrics import LossMetrics, weighted_total, with_margins
 from ..token_weights import ld_token_weights
 
 SHARED_KTO_LOSSES = ("kto", "apo_zero_unpaired")
@@ -230,6 +230,9 @@ def _log(trainer: Trainer, batch: dict[str, Any], metrics: LossMetrics, aux_loss
     accelerator = trainer.accelerator
     is_kto = metrics.desirable is not None
     totals = metrics.totals()
+    if not is_kto:  # TRL counts a tie as 0, and its log stays as it is without this package
+        chosen, rejected = metrics.rewards.chunk(2)
+        totals["rewards/accuracies"] = weighted_total(chosen > rejected, torch.ones_like(chosen))
     one = torch.ones_like(totals["entropy"][1])
     totals["num_tokens"] = batch["attention_mask"].sum().to(one), one
     if trainer.aux_loss_enabled:

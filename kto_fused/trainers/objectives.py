@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from ..data.form import WEIGHT, DataError
 from ..functional import loss_from_logps
 from ..heads.protocol import Head
-from ..metrics import LossMetrics, weighted_total
+from ..metrics import LossMetrics, pair_accuracy, weighted_total
 from .configs import FusedPreferenceConfig
 from .losses import AnyLoss, depends_on_batch_tokens, describe, required
 
@@ -154,7 +154,9 @@ def totals(
         if chosen is None:
             chosen_rewards, rejected_rewards = metrics.rewards.chunk(2)
             sides = (chosen_rewards, members), (rejected_rewards, members)
-            found[f"{name}/rewards/accuracies"] = weighted_total(chosen_rewards > rejected_rewards, members)
+            found[f"{name}/rewards/accuracies"] = weighted_total(
+                pair_accuracy(chosen_rewards, rejected_rewards), members
+            )
         else:
             sides = (metrics.rewards, members & chosen), (metrics.rewards, members & ~chosen)
         for side, (rewards, counted) in zip(("chosen", "rejected"), sides, strict=True):

@@ -22,7 +22,7 @@ from ..heads.reward import linear_bradley_terry_loss
 from ..huggingface.inspect import head_layers
 from ..huggingface.padding import without_padding_mask
 from ..huggingface.wrappers import is_scorer
-from ..metrics import LossMetrics, weighted_total
+from ..metrics import LossMetrics, pair_accuracy, weighted_total
 from . import losses, models
 from .base import FusedTrainer
 from .configs import BradleyTerry, FusedRewardConfig
@@ -175,7 +175,7 @@ class ScoreMetrics(LossMetrics):
         return {
             "rewards/chosen": weighted_total(chosen, ones),
             "rewards/rejected": weighted_total(rejected, ones),
-            "rewards/accuracies": weighted_total(chosen > rejected, ones),
+            "rewards/accuracies": weighted_total(pair_accuracy(chosen, rejected), ones),
         }
 
 

@@ -280,7 +280,7 @@ def test_a_summary_equals_means_taken_by_hand():
     metrics = kto_fused.LossMetrics(
         logps=torch.tensor([-1.0, -2.0, -6.0, -4.0]),
         ref_logps=torch.zeros(4),
-        rewards=torch.tensor([1.0, -1.0, 0.0, 2.0]),
+        rewards=torch.tensor([1.0, -1.0, 1.0, 2.0]),
         token_counts=torch.tensor([1, 3, 2, 0]),
         entropy=torch.tensor([2.0, 1.0, 0.5, torch.nan]),
         mean_logits=torch.tensor([4.0, 0.0, 3.0, torch.nan]),
@@ -289,9 +289,9 @@ def test_a_summary_equals_means_taken_by_hand():
     summary = {name: value.item() for name, value in metrics.summary().items()}
     assert summary == {
         "rewards/chosen": 0.0,
-        "rewards/rejected": 1.0,
-        "rewards/margins": -1.0,
-        "rewards/accuracies": 0.5,
+        "rewards/rejected": 1.5,
+        "rewards/margins": -1.5,
+        "rewards/accuracies": 0.25,  # a tie counts one half
         "logps/chosen": -1.5,
         "logps/rejected": -5.0,
         "logits/chosen": 1.0,  # over tokens: (1 * 4 + 3 * 0) / 4
