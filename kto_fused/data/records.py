@@ -128,20 +128,42 @@ def split_by_prompt(records: Dataset, fraction: float, seed: int) -> Split:
     without a prompt, the text or the messages before the first answer count as the prompt.
 
     Raises:
-        DataError: all records have one prompt.
+        DataError: all records have one prompt, or a label that the data have is missing on the training side.
     """
     keys = prompt_keys(records, seed)
     prompts = np.unique(keys)
     if len(prompts) < 2:
-        raise DataError("the data have one prompt, which cannot be split between training and evaluation")
+        raise DataError(
+            f"--eval_fraction {fraction:g} splits the data by prompt, and they have one prompt: give the records to "
+            "evaluate on as --eval_data"
+        )
     number = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
     is_eval = keys < prompts[number]
+    if "label" in records.column_names:
+        kept = f"--eval_fraction {fraction:g} keeps {number} of {len(prompts)} prompts for evaluation"
+        _check_labels(np.array(records["label"][:]), is_eval, kept)
     train, held_out = (records.select(np.flatnonzero(side)) for side in (~is_eval, is_eval))
     logger.info(
         f"{number} of {len(prompts)} prompts are kept for evaluation: {len(train)} records train, {len(held_out)} "
         "evaluate."
     )
     return Split(Checked(train), Checked(held_out))
+
+
+def _check_labels(labels: np.ndarray, is_eval: np.ndarray, kept: str) -> None:
+    """Refuse a split that leaves a label of the data without a record to train on; warn if none evaluates."""
+    cure = "draw other prompts with --data_seed, or give the records to evaluate on as --eval_data"
+    for label, kind in ((True, "desirable"), (False, "undesirable")):
+        of_kind = labels == label
+        if not of_kind.any():
+            continue
+        if not of_kind[~is_eval].any():
+            raise DataError(f"{kept} and leaves no {kind} example to train on: lower --eval_fraction, {cure}")
+        if not of_kind[is_eval].any():
+            logger.warning(
+                f"{kept}, and none of their examples is {kind}: evaluations cannot compare liked answers with disliked "
+                f"ones. Raise --eval_fraction, {cure}."
+            )
 
 
 def prompt_keys(records: Dataset, seed: int) -> np.ndarray:

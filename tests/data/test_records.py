@@ -911,5 +911,25 @@ def test_no_prompt_is_on_both_sides_of_a_split(form):
     assert len(train) + len(held_out) == 100
     assert held_out.to_list() == load(records.split_by_prompt(loaded, 0.1, seed=3).eval).to_list()
     assert held_out.to_list() != load(records.split_by_prompt(loaded, 0.1, seed=4).eval).to_list()
-    with pytest.raises(DataError, match="the data have one prompt"):
+    with pytest.raises(DataError, match=r"--eval_fraction 0\.5 splits the data by prompt, and they have one prompt"):
         records.split_by_prompt(loaded.select([0]), 0.5, seed=0)
+
+
+def test_a_split_that_loses_a_label_names_the_fraction(caplog):
+    rows = [{"prompt": f"p{n % 5}", "completion": str(n), "label": n % 5 > 0} for n in range(20)]  # p0 is disliked
+    loaded = load(Dataset.from_list(rows))
+    kept, refused = "--eval_fraction 0.2 keeps 1 of 5 prompts for evaluation", []
+    for seed in range(10):
+        try:
+            records.split_by_prompt(loaded, 0.2, seed)
+        except DataError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 10
+    assert {text.partition(", draw")[0] for text in refused} == {
+        f"{kept} and leaves no undesirable example to train on: lower --eval_fraction"
+    }
+    warned = [text for text in caplog.messages if "none of their examples is undesirable" in text]
+    assert len(warned) == 10 - len(refused)
+    assert all(text.startswith(kept) and "Raise --eval_fraction" in text for text in warned)
+    liked = loaded.filter(lambda row: row["label"])
+    assert len(records.split_by_prompt(liked, 0.2, 0).eval.records) == 4  # the data are at fault, not the fraction
