@@ -120,7 +120,9 @@ class HeldOut(TrainerCallback):
 
     def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         rewards = self.trainer.evaluated
-        found = None if rewards is None else held_out.compared(rewards, args.seed)
+        if rewards is None:
+            return
+        found = held_out.compared(rewards, args.seed, self.trainer.data_counts["eval"]["prompts"])
         if found is not None:
             state.log_history[-1][held_out.COMPARISONS] = found
 

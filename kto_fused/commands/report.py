@@ -198,8 +198,9 @@ def _data(data: dict[str, dict[str, Any]]) -> str:
     for name, count in data.items():
         reasons = ", ".join(f"{reason} {number}" for reason, number in count.get("dropped_for", {}).items())
         found = ", ".join(f"{finding} {number}" for finding, number in count.get("found", {}).items())
-        rows.append((name, count["examples"], count["truncated"], count["dropped"], reasons, found))
-    head = ("", "examples", "cut to max_length", "dropped", "dropped for", "warned about")
+        counts = (count.get(one, "") for one in ("examples", "prompts", "truncated", "dropped"))
+        rows.append((name, *counts, reasons, found))
+    head = ("", "examples", "different prompts", "cut to max_length", "dropped", "dropped for", "warned about")
     return table(rows, head)
 
 

@@ -49,6 +49,7 @@ class Prepared(NamedTuple):
         found: the kept examples that a warning was given of, by finding: "merged", "double_bos", "double_end",
             "no_end", "unknown", "changed", "added", "masked", "template_tokens", "system_lost", "ends_masked",
             "both_labels".
+        prompts: how many different prompts the kept examples have.
 
     Reasons and findings without an example are missing.
     """
@@ -58,6 +59,7 @@ class Prepared(NamedTuple):
     dropped: int
     dropped_for: dict[str, int]
     found: dict[str, int]
+    prompts: int
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -129,7 +131,10 @@ def prepare_unpaired(
     tokens = tokens.remove_columns([*KEYS])
     for label, kind in ((True, "desirable"), (False, "undesirable")):
         if needs_both_labels and label not in labels:
-            raise DataError(f"{name} data: expected desirable and undesirable examples, got no {kind} one")
+            raise DataError(
+                f"{name} data: expected desirable and undesirable examples, got no {kind} one: KTO learns from both; "
+                "liked answers alone are for supervised fine-tuning (--loss sft)"
+            )
     found = dict(prepared.found)
     disputed = np.isin(keys, np.intersect1d(keys[labels], keys[~labels]))
     if disputed.any():
@@ -335,7 +340,8 @@ def _reported(tokens: Dataset, tokenizer, is_text: bool, max_length: int | None,
         logger.warning(f"{name} data: in {count} of {len(kept)} examples (first: row {first}) {text}.")
     if dropped_for:
         tokens = tokens.select(kept)
-    return Prepared(tokens, truncated, sum(dropped_for.values()), dropped_for, found)
+    prompts = len(np.unique(column_of(tokens, "prompt_key")))
+    return Prepared(tokens, truncated, sum(dropped_for.values()), dropped_for, found, prompts)
 
 
 def with_partners(

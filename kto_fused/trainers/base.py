@@ -171,7 +171,7 @@ class FusedTrainer(ResumableTrainer):
         if args.disable_dropout:
             models.disable_dropout(model)
         models.warn_of_lost_updates(model, args.learning_rate)
-        # of each dataset: examples, truncated, dropped, and by reason the examples dropped and those warned of
+        # of each dataset: examples, prompts, truncated, dropped, and by reason the examples dropped and those warned of
         self.data_counts: dict[str, dict[str, int | dict[str, int]]] = {}
         self.facts = {}
         with args.main_process_first(desc="preparing the data"):
@@ -218,7 +218,12 @@ class FusedTrainer(ResumableTrainer):
     @staticmethod
     def _given_loss(loss: Any) -> losses.AnyLoss:
         """Return the loss of the argument ``loss``: a head, a function, or a registered loss by its name."""
-        return loss if isinstance(loss, Head) else as_loss(loss)
+        if isinstance(loss, Head):
+            return loss
+        found = as_loss(loss)
+        if not isinstance(found, Head):
+            losses.try_function(found)
+        return found
 
     @property
     def needs_reference(self) -> bool:
@@ -295,6 +300,7 @@ class FusedTrainer(ResumableTrainer):
         prepared = self._checked_tokens(source, args, name)
         self.data_counts[name] = {
             "examples": len(prepared.dataset),
+            "prompts": prepared.prompts,
             "truncated": prepared.truncated,
             "dropped": prepared.dropped,
             "dropped_for": prepared.dropped_for,

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 COMPARISONS = "eval_comparisons"  # in an evaluation's log entry: the share, and the ends of its interval
 INTERVAL = (2.5, 97.5)  # percentiles
+FEWEST_PROMPTS = 20  # resamples of fewer say little about other prompts
 REPLICATES, COMPARED = 1000, 10**7  # bootstrap samples, fewer where they would hold more than COMPARED rewards
 
 
-def compared(found: "Rewards", seed: int) -> list[float] | None:
+def compared(found: "Rewards", seed: int, prompts: int) -> list[float | None] | None:
     """Return [share, low, high]: the share of comparisons that the better answer wins, and its bootstrap interval.
+
+    The ends are None where the rewards are those of fewer ``prompts`` than ``FEWEST_PROMPTS``, or the resamples agree.
 
     With labels, each desirable sequence is compared with each undesirable one (the AUC), and the sequences of each
     label are drawn anew. Of pairs, the chosen one is compared with the rejected one, and the pairs are drawn anew. A
@@ -39,7 +42,19 @@ def compared(found: "Rewards", seed: int) -> list[float] | None:
         share = auc(rewards, desirable).item()
         liked, disliked = rewards[desirable].numpy(), np.sort(rewards[~desirable].numpy())
         shares = np.array([_drawn_share(liked, disliked, draw) for _ in range(replicates)])
-    return [float(share), *map(float, np.percentile(shares, INTERVAL))]
+    return [float(share), *_interval(shares, prompts)]
+
+
+def _interval(resampled: np.ndarray, prompts: int) -> tuple[float | None, float | None]:
+    low, high = map(float, np.percentile(resampled, INTERVAL))
+    return (None, None) if prompts < FEWEST_PROMPTS or low == high else (low, high)
+
+
+def _no_interval(prompts: int | None) -> str:
+    """Return why ``_interval`` gives none."""
+    if prompts is not None and prompts < FEWEST_PROMPTS:
+        return f"over {prompts} prompt{'s' * (prompts != 1)}: too few for an interval"
+    return f"all resamples {'' if prompts is None else f'of {prompts} prompts '}agree, which gives no interval"
 
 
 def _drawn_share(liked: np.ndarray, disliked: np.ndarray, draw: np.random.Generator) -> float:
@@ -56,10 +71,11 @@ class Judged(NamedTuple):
     rounds: int
     first: float  # mean score of the round's samples
     last: float
-    change: list[float]  # last - first, and the ends of its bootstrap interval
+    change: list[float | None]  # last - first, and the ends of its bootstrap interval, None as in ``compared``
     wins: float | None  # share of comparisons of a prompt's samples that the last round wins; None: no common prompt
     best_round: int
     best: float
+    prompts: int | None = None  # the fewer of the two rounds'; a metrics.json of an earlier version has none
 
 
 def judged(rounds: list[dict[int, list[float]]], seed: int) -> Judged | None:
@@ -82,18 +98,22 @@ def judged(rounds: list[dict[int, list[float]]], seed: int) -> Judged | None:
     signs = [np.sign(np.subtract.outer(last[number], first[number])) for number in first.keys() & last.keys()]
     wins = float((1 + np.concatenate([sign.ravel() for sign in signs]).mean()) / 2) if signs else None
     best = int(np.argmax(means))
-    change = [means[-1] - means[0], *map(float, np.percentile(changes, INTERVAL))]
-    return Judged(len(rounds), means[0], means[-1], change, wins, best + 1, means[best])
+    prompts = min(len(first), len(last))
+    change = [means[-1] - means[0], *_interval(changes, prompts)]
+    return Judged(len(rounds), means[0], means[-1], change, wins, best + 1, means[best], prompts)
 
 
 def _sentence_of_rounds(found: Judged) -> str:
     change, low, high = found.change
     text = f"the samples of round {found.rounds} have a mean score of {found.last:.3g} by the judge, those of round 1, "
-    text += f"before training, {found.first:.3g}: {change:+.3g} (95 % interval {low:+.3g} to {high:+.3g})"
+    has_interval = low is not None and low != high
+    interval = f"95 % interval {low:+.3g} to {high:+.3g}" if has_interval else _no_interval(found.prompts)
+    text += f"before training, {found.first:.3g}: {change:+.3g} ({interval})"
     if found.wins is not None:
         text += f"; they win {100 * found.wins:.0f} % of comparisons with samples of round 1 on the same prompt"
     text += f"; the best round is {found.best_round} ({found.best:.3g})"
-    return text + ("; the interval holds 0, so these rounds show no difference" if low <= 0 <= high else "")
+    is_zero_in_it = has_interval and low <= 0 <= high
+    return text + "; the interval holds 0, so these rounds show no difference" * is_zero_in_it
 
 
 def sentence(metrics: dict[str, Any]) -> str | None:
@@ -121,11 +141,13 @@ def sentence(metrics: dict[str, Any]) -> str | None:
             else "the chosen answer scores above the rejected one"
         )
         text = f"held-out{at}: {text} in {100 * share:.0f} % of {'comparisons' if is_labelled else 'pairs'}"
-        text += f" (95 % interval {100 * low:.0f} % to {100 * high:.0f} %)"
+        has_interval = low is not None and low != high  # equal ones are those of an earlier version
+        prompts = metrics.get("data", {}).get("eval", {}).get("prompts")
+        text += f" ({_percents(low, high) if has_interval else _no_interval(prompts)})"
         if COMPARISONS in before:
             was = before[COMPARISONS][0]
             text += f", {100 * was:.0f} % before training"
-            if low <= was <= high:
+            if has_interval and low <= was <= high:
                 text += "; the interval holds the value before, so these data show no difference"
         return text
     if "eval_mean_token_accuracy" in now and not any(name.startswith("eval_rewards") for name in now):
@@ -135,6 +157,11 @@ def sentence(metrics: dict[str, Any]) -> str | None:
         text += f"; the most likely token is right for {100 * now['eval_mean_token_accuracy']:.0f} % of tokens"
         return text + (f", {100 * before['eval_mean_token_accuracy']:.0f} % before" if before else "")
     return None
+
+
+def _percents(low: float, high: float) -> str:
+    digits = 0 if round(100 * low) != round(100 * high) else 1  # an interval of no width would look exact
+    return f"95 % interval {100 * low:.{digits}f} % to {100 * high:.{digits}f} %"
 
 
 # ---- the saved model ----------------------------------------------------------------------------------------------

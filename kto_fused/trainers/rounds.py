@@ -487,7 +487,7 @@ class TakesTokens:
     """A trainer whose data are token ids already, as the loop makes them of samples."""
 
     def _tokenize(self, source: Dataset, args: FusedPreferenceConfig, name: str) -> Prepared:
-        return Prepared(source, 0, 0, {}, {})
+        return Prepared(source, 0, 0, {}, {}, 0)
 
     def _say_what_the_reference_is(self) -> None:
         pass  # the loop says it once, for all rounds

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from tiny_training import make_trainer
 
-from kto_fused.commands import cli, report, results
+from kto_fused.commands import cli, early, report, results
 from kto_fused.metrics import auc, label_accuracy
 from kto_fused.trainers import FusedTrainer, held_out
 from kto_fused.trainers.base import Rewards
@@ -42,18 +42,20 @@ def test_the_auc_is_the_share_of_comparisons_won_with_ties_as_halves():
 def test_the_interval_is_that_of_the_normal_approximation_and_repeatable():
     generator = torch.Generator().manual_seed(1)
     pairs = Rewards(torch.randn(2, 400, generator=generator) + torch.tensor([[0.5], [0.0]]), None)
-    share, low, high = held_out.compared(pairs, seed=3)
+    share, low, high = held_out.compared(pairs, seed=3, prompts=400)
     assert share == pytest.approx((pairs.rewards[0] > pairs.rewards[1]).double().mean().item())
     error = 1.96 * (share * (1 - share) / 400) ** 0.5
     assert (low, high) == (pytest.approx(share - error, abs=0.01), pytest.approx(share + error, abs=0.01))
-    assert held_out.compared(pairs, seed=3) == [share, low, high]
+    assert held_out.compared(pairs, seed=3, prompts=400) == [share, low, high]
+    assert held_out.compared(pairs, seed=3, prompts=held_out.FEWEST_PROMPTS - 1) == [share, None, None]
     labels = torch.arange(400) % 2 == 0
     labelled = Rewards(pairs.rewards[0] + labels, labels)
-    share, low, high = held_out.compared(labelled, seed=3)
+    share, low, high = held_out.compared(labelled, seed=3, prompts=400)
     assert low < share < high
     assert share == pytest.approx(auc(*labelled).item())
-    assert held_out.compared(Rewards(labelled.rewards, labels | True), seed=0) is None  # one label
-    assert held_out.compared(Rewards(torch.tensor([[torch.nan], [1.0]]), None), seed=0) is None
+    assert held_out.compared(Rewards(labels.double(), labels), seed=3, prompts=400) == [1.0, None, None]  # no loss
+    assert held_out.compared(Rewards(labelled.rewards, labels | True), seed=0, prompts=400) is None  # one label
+    assert held_out.compared(Rewards(torch.tensor([[torch.nan], [1.0]]), None), seed=0, prompts=1) is None
 
 
 @pytest.mark.parametrize("loss", ["kto", "reward"])
@@ -124,6 +126,11 @@ def test_the_card_holds_the_runs_figures_and_its_lines_load_the_model(
     told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("held-out: "))
     assert ("nats per token" in told) == (loss == "sft" and "dft" not in flags)
     card, metrics = ModelCard.load(f"runs/{loss}/README.md"), read_metrics(f"runs/{loss}")
+    if loss != "sft":
+        few = f"(over {metrics['data']['eval']['prompts']} prompts: too few for an interval)"
+        assert few in told
+        assert few in Path(f"runs/{loss}/report.html").read_text()
+        assert all(entry["eval_comparisons"][1:] == [None, None] for entry in metrics["evaluations"])
     assert card.data.library_name == library
     assert card.data.pipeline_tag == ("text-classification" if loss == "reward" else "text-generation")
     assert {"kto-fused", metrics["config"]["loss_type"]} <= {*card.data.tags}
@@ -161,6 +168,7 @@ def test_an_uploaded_card_is_the_runs_own(files, module_cache, monkeypatch):
         with pytest.raises(TypeError, match="got \\['dataset'\\]"):
             trainer.create_model_card(dataset="mine")
 
+    monkeypatch.setattr(early, "check_upload", lambda *_: None)
     monkeypatch.setattr(FusedTrainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "someone/mine"))
     monkeypatch.setattr(FusedTrainer, "push_to_hub", upload)
     flags = ["--push_to_hub", "--lora_rank", "2", "--max_steps", "1", "--save_strategy", "no"]
@@ -204,6 +212,9 @@ def test_the_change_of_the_judges_score_has_an_interval_over_prompts():
     assert wide_low < 0 < wide_high
     assert held_out.judged([first, others], seed=1).wins is None
     assert held_out.judged([first], seed=1) is None
+    few = held_out.judged([{number: of[number] for number in range(9)} for of in (first, last)], seed=1)
+    assert few.change[1:] == [None, None]
+    assert "(over 9 prompts: too few for an interval)" in held_out.sentence({"judged": few._asdict()})
     told = held_out.sentence({"judged": found._asdict()})
     assert told.startswith(f"the samples of round 3 have a mean score of {found.last:.3g} by the judge")
     assert told.endswith("the best round is 2 (9)")
@@ -227,6 +238,17 @@ def test_the_sentence_compares_the_saved_model_with_the_start():
     told = held_out.sentence(metrics)
     assert "the chosen answer scores above the rejected one in 55 % of pairs" in told
     assert told.endswith("the interval holds the value before, so these data show no difference")
+    assert "95 % interval 45 % to 65 %" in told
+    for ends, prompts, said in (
+        ([None, None], 6, "over 6 prompts: too few for an interval"),
+        ([None, None], 1, "over 1 prompt: too few for an interval"),
+        ([None, None], 40, "all resamples of 40 prompts agree, which gives no interval"),
+        ([1.0, 1.0], None, "all resamples agree, which gives no interval"),  # of an earlier version
+        ([0.996, 1.0], 400, "95 % interval 99.6 % to 100.0 %"),
+    ):
+        metrics["evaluations"][1][held_out.COMPARISONS] = [1.0, *ends]
+        metrics["data"] = {"eval": {} if prompts is None else {"prompts": prompts}}
+        assert held_out.sentence(metrics).endswith(f" in 100 % of pairs ({said}), 50 % before training")
     entry = {"step": 2, "eval_loss": 1.25, "eval_mean_token_accuracy": 0.5}
     metrics = {"evaluations": [entry | {"step": 0}, entry], "model": {"step": 2}, "config": {"loss_type": "nll"}}
     assert "the loss is 1.250 nats per token, 1.250 before training" in held_out.sentence(metrics)
