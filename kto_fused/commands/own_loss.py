@@ -137,6 +137,9 @@ def find(text: str) -> OwnLoss:
         )
     if is_head and isinstance(found, type) and not dataclasses.is_dataclass(found):
         raise CommandError(f"--loss {text} is no dataclass: decorate it with @dataclass(frozen=True)")
+    if not is_head:
+        with user_errors(TypeError, ValueError, prefix=f"--loss {text}: "):
+            losses.try_function(found)
     if getattr(found, "level", "sequence") == "token":
         return OwnLoss(text, found, "sft")
     return OwnLoss(text, found, "dpo" if losses.reads_pairs(found) else "kto")

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from .. import heads
 from ..heads.protocol import Head, Mix, class_of, level_of
 
@@ -70,6 +72,50 @@ def trains_completions(kind: type[Head]) -> bool:
 def trains_tokens(kind: type[Head]) -> bool:
     """Whether a class is one of ``FusedSFTTrainer``: it needs nothing but a token's log-probability."""
     return kind.level == "token" and not kind.required_tensors()
+
+
+def try_function(function: Callable[..., Any]) -> None:
+    """Try a loss that is a function, with log-probabilities of 4 sequences, the first 2 of which may be chosen.
+
+    A function that needs other tensors than the recipes have is not called; the recipe refuses it by their names.
+
+    Raises:
+        TypeError: it does not take the arguments of a loss.
+        ValueError: it fails, or returns no differentiable loss of one dimension or none.
+    """
+    name = describe(function)
+    expected = "expected a function f(logps, counts, ref_logps, **tensors) of tensors that returns the losses"
+    try:
+        inspect.signature(function).bind(None, None, None, **dict.fromkeys(required(function)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} does not take the arguments of a loss ({error}): {expected}") from error
+    group, needed = getattr(function, "group", None), required(function)
+    if group not in (None, 1, 2):
+        raise ValueError(f"{name}.group must be 1, 2 or None (the whole batch), got {group!r}")
+    if not {*needed} <= {*OF_COMPLETIONS}:
+        return
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        logps = torch.tensor([-5.0, -9.0, -7.0, -14.0], dtype=torch.float64, requires_grad=True)
+        counts, ref_logps = torch.tensor([2, 4, 3, 5]), logps.detach() + 0.5
+        made_up = {
+            "desirable": torch.tensor([True, False, True, False]),
+            "weights": torch.ones(2 if reads_pairs(function) else 4, dtype=torch.float64),
+            **dict.fromkeys(("z0", "delta"), torch.tensor(0.5, dtype=torch.float64)),
+        }
+        try:
+            tensors = {tensor: made_up[tensor] for tensor in needed}
+            losses = function(logps * 1, counts, ref_logps if needs_reference(function) else None, **tensors)
+        except Exception as error:  # the user's code may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"{name} fails when it is tried on 4 sequences on the CPU ({reason}): {expected}"
+            ) from error
+    came = f"a tensor of shape {list(losses.shape)}" if isinstance(losses, torch.Tensor) else type(losses).__name__
+    if not isinstance(losses, torch.Tensor) or losses.ndim > 1 or (group and losses.shape != (4 // group,)):
+        of_group = f", {4 // group} of them with group = {group}" if group else ""
+        raise ValueError(f"{name} returns {came} for 4 sequences: {expected}{of_group}")
+    if not losses.requires_grad:
+        raise ValueError(f"{name} is not differentiable by logps: it must use PyTorch operations on them")
 
 
 # ---- fields as options ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
 MODULE = """
 from __future__ import annotations
 from dataclasses import dataclass
+from math import sqrt
 import torch
 from kto_fused import heads
 
@@ -57,6 +58,16 @@ number = 3
 def liked(logps, counts, ref_logps, *, desirable):
     return torch.where(desirable, -logps, logps) / counts
 liked.group = 1
+
+def misspelt(logps, counts, ref_logps):
+    return (logps - ref_logps).men()
+
+def whole(logps, counts, ref_logps):
+    return logps.mean()
+whole.group = 2
+
+def rounded(logps, counts, ref_logps):
+    return logps.detach()
 """
 
 
@@ -109,6 +120,10 @@ def test_a_file_sets_the_fields_of_ones_own_loss(my_losses):
         ("Other", [], "my_losses.py has no Other"),
         ("number", [], "--loss my_losses:number is 3: expected a class derived from kto_fused.heads.Head"),
         ("Plain", [], "--loss my_losses:Plain is no dataclass: decorate it with @dataclass(frozen=True)"),
+        ("sqrt", [], "--loss my_losses:sqrt: math.sqrt does not take the arguments of a loss (too many positional"),
+        ("misspelt", [], "my_losses.misspelt fails when it is tried on 4 sequences on the CPU (AttributeError: "),
+        ("whole", [], "my_losses.whole returns a tensor of shape [] for 4 sequences: expected a function f(logps, "),
+        ("rounded", [], "my_losses.rounded is not differentiable by logps: it must use PyTorch operations"),
     ],
 )
 def test_a_loss_that_cannot_be_used_is_refused_in_one_sentence(my_losses, loss, flags, message):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import re
 from dataclasses import dataclass
 
@@ -356,6 +357,7 @@ class NeedsMore(heads.Head):
         ("dpo", {"loss": NeedsMore()}, "NeedsMore() needs the tensors ['scores'], and FusedDPOTrainer has none of"),
         ("dpo", {"loss": Margin(), "beta": 0.2}, "is given, and beta=0.2 too: set the numbers of a loss on the loss"),
         ("dpo", {"loss": "squared"}, "no loss is registered as 'squared'"),
+        ("dpo", {"loss": math.sqrt}, "math.sqrt does not take the arguments of a loss (too many positional arguments)"),
         (
             "dpo",
             {"loss_type": "aot", "gradient_accumulation_steps": 2},
