@@ -9,9 +9,11 @@ import difflib
 import functools
 import json
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from .errors import CommandError
@@ -217,6 +219,20 @@ def _own_name(name: str, given: dict[str, str], prefix: str) -> str:
     if other != name:
         raise CommandError(f"{prefix}{other} and {prefix}{name} are two names of one setting: give one of them")
     return own
+
+
+def objective_and_file(text: str) -> tuple[str | None, str]:
+    """Return the objective and the file of ``NAME=FILE``; None and the text where it names no objective.
+
+    A file that exists is no name, even if its own name or its folder's has a = in it.
+    """
+    name, _, path = text.partition("=")
+    return (name, path) if path and re.fullmatch(r"\w+", name) and not Path(text).exists() else (None, text)
+
+
+def folder_of(loss: str) -> str:
+    """Return the output folder of a run with ``--loss`` that is given no other one."""
+    return f"runs/{loss.replace(':', '.')}"
 
 
 # ---- the losses that --loss names ---------------------------------------------------------------------------------

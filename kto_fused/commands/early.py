@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import flag_table, overview
-from .arguments import FirstLook, first_look, recipe_of, trained_elsewhere
+from .arguments import FirstLook, first_look, folder_of, objective_and_file, recipe_of, trained_elsewhere
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable
 
@@ -25,7 +25,8 @@ REPORTS = {
     "azure_ml": ("azureml",),
 }
 FIRST_RECORDS = 100  # of each file
-PATHS = ("model", "data", "eval_data", "ref_model", "report_to")  # flags that every recipe has
+# flags that every recipe has
+OF_ALL = ("model", "data", "eval_data", "ref_model", "report_to", "output_dir", "push_to_hub", "hub_token")
 
 
 class Look(NamedTuple):
@@ -69,8 +70,12 @@ def check(command: str, arguments: list[str]) -> None:
         CommandError: a flag, a setting, a path or one of the first records is wrong, or a package is missing.
     """
     first, key = look_at(command, arguments)
-    parser = flag_table.TableParser(key or "kto", command, PATHS if key is None else None)
-    written = {name: value for name, value in first.settings.items() if key is not None or name in PATHS}
+    parser = flag_table.TableParser(key or "kto", command, OF_ALL if key is None else None)
+    if command in (*RECIPES, "train"):
+        parser.set_defaults(output_dir=folder_of(first.loss or (command if command in RECIPES else "kto")))
+    elif key is None:
+        parser.set_defaults(output_dir=f"runs/{command}")
+    written = {name: value for name, value in first.settings.items() if key is not None or name in OF_ALL}
     values = parser.values([*parser.arguments_from(written, first.path), *first.arguments], strict=key is not None)
     check_reports(values.get("report_to"))
     if values.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
@@ -85,19 +90,21 @@ def check(command: str, arguments: list[str]) -> None:
             check_model(flag, values[flag])
     if command == "demo":
         return
-    files = [named(text) for text in values["data"]] + (values.get("eval_data") or [])
+    files = [objective_and_file(text)[1] for text in values["data"]] + (values.get("eval_data") or [])
     for flag, paths in (("data", values["data"]), ("eval_data", values.get("eval_data") or ())):
         for text in paths:
-            if not is_there(named(text)):
+            if not is_there(objective_and_file(text)[1]):
                 may_be_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
                 hint = f"; of a data set of the Hub the split is named too, as in {text}:train" if may_be_hub else ""
                 raise CommandError(f"--{flag} {text}: no such file or folder{hint}")
-    if key is None:
-        return
     output_dir = parser.get_default("output_dir") if values["output_dir"] is None else values["output_dir"]
     check_names(output_dir, values["model"], *files)
     check_writable(output_dir)
-    if command in (*RECIPES, "train"):
+    if command not in (*RECIPES, "train"):
+        return
+    if values["push_to_hub"]:
+        check_upload(values["hub_token"], output_dir)
+    if key is not None:
         check_records(files, values, key)
 
 
@@ -125,10 +132,23 @@ def check_model(flag: str, name: str) -> None:
         raise CommandError(f"--{flag} {name} cannot be loaded: there is no such folder, and it is no id of the Hub")
 
 
-def named(text: str) -> str:
-    """Return the path of a file that ``--data`` may give with the name of an objective, as NAME=FILE."""
-    name, equals, path = text.partition("=")
-    return path if equals and re.fullmatch(r"\w+", name) and not Path(text).exists() else text
+def check_upload(token: str | None, folder: str) -> None:
+    """Check that ``--push_to_hub`` may ask the Hub, and has a token."""
+    from huggingface_hub import constants, get_token  # here, because few runs upload
+
+    later = f"or leave --push_to_hub out and upload {folder} after the run with hf upload"
+    if constants.HF_HUB_OFFLINE:
+        raise CommandError(
+            f"--push_to_hub needs the Hub, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids it: unset them, {later}"
+        )
+    try:
+        token = token or get_token()
+    except Exception as error:  # a token that another service must give first
+        raise CommandError(f"--push_to_hub finds no token of the Hub: {sentence(error)}") from error
+    if token is None:
+        raise CommandError(
+            f"--push_to_hub finds no token of the Hub: run hf auth login, set HF_TOKEN or give --hub_token, {later}"
+        )
 
 
 def is_there(name: str) -> bool:

@@ -21,8 +21,8 @@ from .arguments import NULL, FlagValues, boolean, json_mapping, list_or, null_or
 FILE = Path(__file__).with_name("flags.json")
 TYPES = {"int": int, "float": float, "bool": boolean, "mapping": json_mapping, "str": str}
 NAMES = {"boolean": "bool", "JSON mapping": "mapping"}  # of types, in the table
-# fields of ``TrainingArguments`` whose defaults this package sets and whose values ``early`` reads, in any version
-KEPT = ("output_dir", "report_to")
+# fields of ``TrainingArguments`` whose values ``early`` reads, in any version
+KEPT = ("output_dir", "report_to", "push_to_hub", "hub_token")
 
 
 class TableParser(FlagValues, argparse.ArgumentParser):

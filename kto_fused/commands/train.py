@@ -39,6 +39,7 @@ from ..trainers import (
     FusedRewardTrainer,
     FusedSFTTrainer,
     FusedTrainer,
+    cards,
     checkpoints,
     folder_lock,
     held_out,
@@ -54,7 +55,7 @@ from ..trainers.configs import (
 from ..trainers.reward import ScoreMetrics
 from ..trainers.supervised import TokenLossMetrics
 from . import own_loss, progress, results, resuming, samples
-from .arguments import ALIASES, first_look, trained_elsewhere
+from .arguments import ALIASES, first_look, folder_of, objective_and_file, trained_elsewhere
 from .cli import INSTALL
 from .errors import CommandError, check_names, sentence
 from .failures import check_writable, setup_errors, user_errors
@@ -256,8 +257,13 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
         results.print_summary(metrics)
         print(f"\nWrote the model, README.md, metrics.json, curves.png and report.html into {config.output_dir}")
     if config.push_to_hub:
-        with user_errors(Exception, prefix=f"{config.output_dir} holds all results, but the upload failed: "):
+        try:
             trainer.push_to_hub()
+        except Exception as error:  # of the network, the token or the Hub, of many kinds
+            raise CommandError(
+                f"--push_to_hub: the upload failed ({sentence(error)}); {config.output_dir} holds the trained model "
+                f"and all results; to upload them later: {cards.upload_by_hand(trainer)}"
+            ) from error
     trainer.accelerator.end_training()
     return 0
 
@@ -281,7 +287,7 @@ def parse(arguments: list[str], recipe: str | None = None) -> tuple[TrainSetting
     command, (recipe, _, own) = recipe or "train", choice
     taken = taken_names(recipe)
     parser = flags_of(recipe, own, command)
-    parser.set_defaults(output_dir=f"runs/{loss.replace(':', '.')}", loss=loss)
+    parser.set_defaults(output_dir=folder_of(loss), loss=loss)
     values = parser.values([*parser.arguments_from(look.settings, look.path), *look.arguments])
     choice.settle(values, loss)
     if own is not None:
@@ -435,22 +441,15 @@ def training_data(data: list[str], weights: dict[str, float] | None) -> list[str
     Raises:
         CommandError: a file has no name of an objective, or has one and there are no objectives.
     """
-    named = [text.partition("=") for text in data]
-    # a file that exists is no name, even if its folder's name has a = in it
-    is_named = [
-        bool(re.fullmatch(r"\w+", name) and path and not Path(text).exists())
-        for text, (name, _, path) in zip(data, named, strict=True)
-    ]
+    named = [objective_and_file(text) for text in data]
     if weights is None:
-        if True in is_named:
-            first = is_named.index(True)
-            raise CommandError(
-                f"--data {data[first]} names an objective: add --objective_weights, such as {named[first][0]}=1"
-            )
+        for text, (name, _) in zip(data, named, strict=True):
+            if name is not None:
+                raise CommandError(f"--data {text} names an objective: add --objective_weights, such as {name}=1")
         return data
     files: dict[str, list[str]] = {}
-    for text, (name, _, path), has_name in zip(data, named, is_named, strict=True):
-        if not has_name or name not in weights:
+    for text, (name, path) in zip(data, named, strict=True):
+        if name not in weights:
             raise CommandError(
                 f"--data {text} must begin with the name of an objective of --objective_weights and =: expected one of "
                 f"{', '.join(weights)}"

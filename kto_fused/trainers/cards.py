@@ -4,6 +4,7 @@ A card names files and folders without the folders around them, and shows no rec
 """
 
 import os
+import shlex
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,6 +101,14 @@ def card(
     rows = [(name, found) for name in PACKAGES if (found := _version(name)) is not None]
     parts += ["## Versions\n", *_table(("package", "version"), rows)]
     return str(ModelCard("\n".join(parts), ignore_metadata_errors=True))
+
+
+def upload_by_hand(trainer: "FusedTrainer") -> str:
+    """Return the command that uploads the output folder as ``push_to_hub`` does, without checkpoints."""
+    args = trainer.args
+    name = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).resolve().name
+    words = ["hf", "upload", name, args.output_dir, ".", "--exclude", "checkpoint-*"]
+    return shlex.join(words + ["--private"] * bool(args.hub_private_repo))
 
 
 def options_of(args: TrainingArguments) -> dict[str, Any]:

@@ -144,6 +144,17 @@ class ResumableTrainer(Trainer):
         if self.args.should_save and models.has_adapters(policy):  # every rank comes here, and one writes
             cards.write(self, Path(output_dir or self.args.output_dir))  # in place of PEFT's, which says nothing
 
+    def init_hf_repo(self, *arguments: Any, **options: Any) -> None:
+        """Make the repository of ``push_to_hub``, as ``Trainer`` does. An error says how to do without it."""
+        try:
+            super().init_hf_repo(*arguments, **options)
+        except Exception as error:  # of the network, the token or the Hub, of many kinds
+            raise RuntimeError(
+                f"push_to_hub: the repository cannot be made ({' '.join(str(error).split())}): check the network, "
+                "hub_model_id and the token (hf auth login, HF_TOKEN or hub_token), or leave push_to_hub out and "
+                f"upload the model after the run: {cards.upload_by_hand(self)}"
+            ) from error
+
     def create_model_card(self, *arguments: Any, model_name: str | None = None, **options: Any) -> None:
         """Write ``README.md`` into ``args.output_dir`` with the run's settings and figures, in place of ``Trainer``'s.
 

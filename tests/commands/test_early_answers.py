@@ -15,6 +15,7 @@ import pytest
 for package in ("datasets", "accelerate", "matplotlib"):
     pytest.importorskip(package, reason=f"kto-fused train needs {package}")
 
+import huggingface_hub
 from command_runs import command, refusal
 
 from kto_fused.commands import cli, early, environment, flag_table, overview, process, train
@@ -137,6 +138,50 @@ def test_an_early_error_says_what_to_do(files, capsys, flags, message):
     Path("broken.jsonl").write_text("{")
     Path("words.csv").write_text("prompt,completion,label\na,b,up\na,b,down\n")
     assert message in refusal(capsys, command(files, "kto", *flags))
+
+
+@pytest.mark.parametrize(
+    ("is_offline", "token", "message"),
+    [
+        (
+            True,
+            "given",
+            "--push_to_hub needs the Hub, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids it: unset the",
+        ),
+        (
+            False,
+            None,
+            "--push_to_hub finds no token of the Hub: run hf auth login, set HF_TOKEN or give --hub_token, or",
+        ),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused_before_the_run(files, capsys, monkeypatch, is_offline, token, message):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    said = refusal(capsys, command(files, "kto", "--push_to_hub"))
+    assert message in said
+    assert said.endswith("leave --push_to_hub out and upload runs/kto after the run with hf upload")
+    if not is_offline:
+        early.check("train", command(files, "kto", "--push_to_hub", "--hub_token", "given")[1:])
+
+
+def test_the_output_folder_that_is_checked_early_is_that_of_the_run(files):
+    Path("file").write_text("")
+    Path("run.yaml").write_text("output_dir: file/out\n")
+    Path("runs").mkdir()
+    Path("runs/dpo").write_text("")
+    given = command(files, "dpo")[1:]
+    for loss, flags, folder in (
+        ("dpo", ["--config", "run.yaml"], "file/out"),
+        ("simpo", ["--output_dir", "file/out"], "file/out"),
+        ("no_such:Loss", ["--config", "run.yaml"], "file/out"),
+        ("dpo", [], "runs/dpo"),
+    ):
+        with pytest.raises(CommandError, match=f"^{folder} cannot be written: Not a directory"):
+            early.check("train", [*given, "--loss", loss, *flags])
+    for loss in ("simpo", "no_such:Loss"):
+        early.check("train", [*given, "--loss", loss])
+    early.check("train", [*given, "--config", "run.yaml", "--output_dir", "out"])
 
 
 def test_4_bits_without_bitsandbytes_name_the_package_and_its_extra(files, capsys, monkeypatch):

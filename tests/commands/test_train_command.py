@@ -17,7 +17,7 @@ import tiny_training
 from command_runs import command, losses, read_metrics, training
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from kto_fused.commands import cli, progress, results, train
+from kto_fused.commands import cli, early, progress, results, train
 from kto_fused.trainers import FusedTrainer
 
 pytestmark = pytest.mark.usefixtures("module_cache", "in_a_new_folder")
@@ -31,8 +31,9 @@ def test_kto_leaves_a_trained_model_curves_and_metrics(files, capsys):
     assert Path("runs/kto/curves.png").read_bytes().startswith(b"\x89PNG")
     metrics = read_metrics("runs/kto")
     assert [step["step"] for step in metrics["steps"]] == [1, 3, 6, 8]  # the first and the last step are always logged
+    records = [json.loads(line) for line in (files / "kto.jsonl").read_text().splitlines()]
     counts = {"examples": 16, "truncated": 0, "dropped": 0, "dropped_for": {}, "found": {}}
-    assert metrics["data"] == {"train": counts}
+    assert metrics["data"] == {"train": counts | {"prompts": len({record["prompt"] for record in records})}}
     assert metrics["settings"]["model"] == str(files / "model")
     assert metrics["config"]["learning_rate"] == 0.01
 
@@ -186,14 +187,29 @@ def test_a_failed_upload_loses_no_results(files, monkeypatch, capsys):
     def no_network(self, *_, **__):
         raise ConnectionRefusedError("nobody listens")
 
+    monkeypatch.setattr(early, "check_upload", lambda *_: None)
+    flags = ["--push_to_hub", "--max_steps", "1", "--save_strategy", "no"]
+    by_hand = "hf upload kto runs/kto . --exclude 'checkpoint-*'"
+    assert cli.main(command(files, "kto", *flags)) == 2
+    message = capsys.readouterr().err
+    assert "push_to_hub: the repository cannot be made (Cannot reach " in message  # the tests are offline
+    assert message.endswith(f"upload the model after the run: {by_hand}\n")
     monkeypatch.setattr(FusedTrainer, "init_hf_repo", lambda self, **_: None)
     monkeypatch.setattr(FusedTrainer, "push_to_hub", no_network)
-    flags = ["--push_to_hub", "--max_steps", "1", "--save_strategy", "no"]
     assert cli.main(command(files, "kto", *flags)) == 2
-    message = "runs/kto holds all results, but the upload failed: nobody listens"
-    assert message in capsys.readouterr().err
+    message = "--push_to_hub: the upload failed (nobody listens); runs/kto holds the trained model and all results; "
+    assert f"{message}to upload them later: {by_hand}\n" in capsys.readouterr().err
     assert read_metrics("runs/kto")["steps"]
     assert Path("runs/kto/model.safetensors").exists()
+
+
+def test_a_run_writes_events_for_tensorboard(files):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    assert (
+        cli.main(command(files, "dpo", "--report_to", "tensorboard", "--max_steps", "2", "--logging_steps", "1")) == 0
+    )
+    (events,) = Path("runs/dpo").glob("runs/*/events.out.tfevents.*")
+    assert b"train/rewards/margins" in events.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["all-linear", ".*[qv]_proj", "self_attn.q_proj"])
