@@ -132,8 +132,8 @@ def prepare_unpaired(
     for label, kind in ((True, "desirable"), (False, "undesirable")):
         if needs_both_labels and label not in labels:
             raise DataError(
-                f"{name} data: expected desirable and undesirable examples, got no {kind} one: KTO learns from both; "
-                "liked answers alone are for supervised fine-tuning (--loss sft)"
+                f"{name} data: expected desirable and undesirable examples, got no {kind} one: losses of labels learn "
+                "from both, liked answers alone are for supervised fine-tuning (--loss sft)"
             )
     found = dict(prepared.found)
     disputed = np.isin(keys, np.intersect1d(keys[labels], keys[~labels]))
