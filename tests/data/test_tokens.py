@@ -542,7 +542,7 @@ def test_pairs_that_a_cut_makes_equal_are_dropped_and_counted(caplog):
     tokenizer = ByT5Tokenizer()
     prepared = prepare_paired(Dataset.from_list(pairs), tokenizer, max_length=32)
     assert [bytes(token - 3 for token in row["chosen_ids"][:-1]) for row in prepared.dataset] == [b"yes"]
-    assert prepared[1:] == (0, 1, {"same_after_cut": 1}, {})
+    assert prepared[1:] == (0, 1, {"same_after_cut": 1}, {}, 1)
     assert "1 of 2 examples (first: row 1) are dropped, because chosen and rejected have the same tokens" in caplog.text
     as_feedback = prepare_unpaired(Dataset.from_list(pairs), tokenizer, max_length=32)
     assert [row["label"] for row in as_feedback.dataset] == [True, False]
