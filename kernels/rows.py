@@ -40,6 +40,7 @@ def move_rows_kernel(
 
     Reads and writes each element of its row once. Source row b * seq_len + t starts at element
     b * batch_stride + t * row_stride. Without GATHER or SCATTER the row is i; without SCALE the values are only cast.
+    A factor of 0 makes the row 0, even if it holds a NaN.
     """
     i = tl.program_id(0).to(tl.int64)
     source_row = tl.load(source_rows_ptr + i) if GATHER else i
@@ -53,7 +54,8 @@ def move_rows_kernel(
         offsets = start + tl.arange(0, BLOCK)
         values = tl.load(source_ptr + source_offset + offsets, mask=offsets < COLUMNS, other=0.0)
         if SCALE:
-            values = values.to(factors_ptr.dtype.element_ty) * tl.load(factors_ptr + i)
+            factor = tl.load(factors_ptr + i)
+            values = tl.where(factor == 0, 0.0, values.to(factors_ptr.dtype.element_ty) * factor)
         values = values.to(target_ptr.dtype.element_ty)
         tl.store(target_ptr + target_offset + offsets, values, mask=offsets < COLUMNS)
 
@@ -66,7 +68,7 @@ def move_rows(
     target_rows: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
 ) -> None:
-    """Write target[target_rows] = (source[source_rows] * factors[:, None]).to(target.dtype).
+    """Write target[target_rows] = (source[source_rows] * factors[:, None]).to(target.dtype); 0 where a factor is 0.
 
     ``source`` is [rows, columns] or [B, T, columns] with a contiguous last dimension; row b * T + t of the latter is
     position t of sequence b. ``target`` is [rows, columns]. Without ``source_rows`` or ``target_rows``, rows are taken

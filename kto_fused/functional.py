@@ -731,13 +731,15 @@ def fused_loss(
             the policy and for ``ref_logits``. Shaped as ``labels`` and aligned with them: entry t belongs to the token
             ``labels[:, t]``. ``ref_logps`` must have been summed with the same weights, also with those of a head's
             ``ld_alpha`` < 1 (``ld_token_weights``). Token counts stay the numbers of completion tokens. A token of
-            weight 0 has a gradient of exactly 0. Token-level losses take ``weights`` instead.
+            weight 0 takes no part: its gradient is exactly 0, even where its row holds NaN or infinities, which only
+            the metrics then show. Token-level losses take ``weights`` instead.
         reduction: ``mean`` over the losses, ``sum``, or ``none``: one loss per sequence or pair.
         tensors: the loss's own tensors by the names in its ``losses``: ``desirable`` [B], ``z0``, ``delta``, or any
             name that your class declares; each [B], one per pair [B/2], or a scalar. Those that the class names in
             ``summed_tensors``, and all of a token-level loss, may have the shape of ``labels`` instead, aligned with
             them. None of them gets a gradient. ``weights`` >= 0, one per loss, multiplies the losses of any head; a
-            mean still divides by their number.
+            mean still divides by their number. What has weight 0 takes no part, even where its rows hold NaN or
+            infinities, unless one loss reads the whole batch. With ``num_items=0`` loss and gradient are 0.
 
     All other arguments, the return value and the errors are those of ``fused_kto_loss``. ``metrics.reported`` holds
     what the head's ``report`` returns beside the rewards.
@@ -820,7 +822,8 @@ def fused_linear_loss(
             name that your class declares; each [B], one per pair [B/2], or a scalar. Those that the class names in
             ``summed_tensors``, and all of a token-level loss, may have the shape of ``labels`` instead, aligned with
             them. None of them gets a gradient. ``weights`` >= 0, one per loss, multiplies the losses of any head; a
-            mean still divides by their number.
+            mean still divides by their number. What has weight 0 takes no part, even where its rows hold NaN or
+            infinities, unless one loss reads the whole batch. With ``num_items=0`` loss and gradient are 0.
         return_tokens: for a token-level head: return (loss, log-probabilities, ``TokenMetrics``), the last two of each
             position as ``linear_token_logps`` returns them, detached. They need no further visit to the logits.
 

@@ -381,8 +381,11 @@ class WholeRows:
         row_max, log_sum, _ = self.statistics
         self.targets, self.statistics = self.targets[rows], RowStatistics(row_max[rows], log_sum[rows], None)
 
+    def clear(self, rows: torch.Tensor) -> None:
+        """Let these rows [m], whose gradient by ``logps`` is 0, add nothing to GEMMs: ``backward`` makes them 0."""
+
     def backward(self, token_grads: torch.Tensor) -> None:
-        """Compute d loss / d logits [n, V] from ``token_grads`` = d loss / d logps [n]."""
+        """Compute d loss / d logits [n, V] from ``token_grads`` = d loss / d logps [n]; 0 where that is 0."""
         row_max, log_sum, _ = self.statistics
         logits, self.current = self.logits[: len(token_grads)], self.grads[: len(token_grads)]
         arguments = logits, self.current, self.targets, token_grads, row_max, log_sum
@@ -656,12 +659,16 @@ class FoldedRows:
         self.current, self.targets = self.current[: len(rows)], self.targets[rows]
         self.statistics = RowStatistics(*[None if x is None else x[rows].contiguous() for x in self.statistics])
 
+    def clear(self, rows: torch.Tensor) -> None:
+        """See ``WholeRows.clear``. For ``keeps="all"``, after ``finish``."""
+        self.current.index_fill_(0, rows, 0)
+
     def backward(self, token_grads: torch.Tensor) -> None:
-        """Compute ``row_scale`` from ``token_grads`` = d loss / d logps [n]."""
+        """Compute ``row_scale`` from ``token_grads`` = d loss / d logps [n]; 0 where that is 0."""
         factor = self.spec.transform["factor"]
         if self.spec.transform["softcap"] is not None:
             factor *= self.spec.transform["scale"]
-        row_scale = token_grads * -factor / self.statistics.normalizer
+        row_scale = torch.where(token_grads == 0, 0.0, token_grads * -factor / self.statistics.normalizer)
         self.row_scale = torch.where(self.targets == INVALID, torch.nan, row_scale)
 
     def hidden_gradient(self, lm_head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -710,7 +717,7 @@ def move_rows(
     target_rows: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
 ) -> None:
-    """Write target[target_rows] = source[source_rows] * factors[:, None], rounded once.
+    """Write target[target_rows] = source[source_rows] * factors[:, None], rounded once; 0 where a factor is 0.
 
     ``source`` is [rows, columns] or [B, T, columns], whose rows count through B T; ``target`` is [rows, columns].
     Without ``source_rows`` or ``target_rows``, rows are taken in order.
@@ -725,7 +732,7 @@ def move_rows(
         seq_len = source.shape[1]
         source = source[source_rows // seq_len, source_rows % seq_len]
     if factors is not None:
-        source = source * factors[:, None]
+        source = (source * factors[:, None]).masked_fill_((factors == 0)[:, None], 0)
     if target_rows is None:
         target.copy_(source)
     else:

@@ -96,7 +96,7 @@ class Engine:
 
     def forward(self, start: int, stop: int, *, keep: bool = False) -> None:
         """Find the log-probabilities of tokens start..stop. With ``keep`` the chunk keeps what their gradient needs."""
-        self._gather(start, stop)
+        self._gather(self.tokens.rows[start:stop])
         # clone, here and below: a slice's alignment would compile another variant of the kernels
         targets = self.tokens.targets[start:stop].clone()
         self.chunk.fold(self.chunk_hidden, self.lm_head, targets, keep)
@@ -115,8 +115,7 @@ class Engine:
         num_positions = self.hidden.shape[:-1].numel()
         self.statistics = self.hidden.new_zeros(NUM_STATISTICS, num_positions, dtype=self.options.compute_dtype)
 
-    def _gather(self, start: int, stop: int) -> None:
-        rows = self.tokens.rows[start:stop]
+    def _gather(self, rows: torch.Tensor) -> None:
         self.chunk_hidden = None  # frees the last chunk's hidden states before this chunk's are allocated
         self.chunk_hidden = self.hidden.new_empty(len(rows), self.hidden.shape[-1], dtype=self.options.dtype)
         move_rows(self.hidden, self.chunk_hidden, self.options.logits.backend, source_rows=rows)
@@ -127,10 +126,14 @@ class Engine:
         Those by the LM head go ``into`` sums that hold a value already; by default into the engine's, which the first
         chunk overwrites.
         """
-        self.chunk.backward(token_grads[start:stop])
-        self._write_hidden_gradient(self.tokens.rows[start:stop])
+        self._add_gradients(self.tokens.rows[start:stop], token_grads[start:stop], start > 0, into)
+
+    def _add_gradients(self, rows: torch.Tensor, token_grads: torch.Tensor, add: bool, into: "HeadSums | None") -> None:
+        """Add the gradients of the chunk's tokens, which stand at ``rows`` [n] of the batch."""
+        self.chunk.backward(token_grads)
+        self._write_hidden_gradient(rows)
         if into is None:
-            self._add_head_gradients(slice(None), add=start > 0)
+            self._add_head_gradients(slice(None), add=add)
             return
         if into.weight is not None:
             self.chunk.add_weight_gradient(into.weight, self.chunk_hidden, add=True)
@@ -155,37 +158,52 @@ class Engine:
         rows = self.tokens.rows[start:stop]
         move_rows(*grads, backend, source_rows=rows, target_rows=rows, factors=token_grads[start:stop])
 
-    def backward_of_some(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
+    def backward_of_some(
+        self, start: int, stop: int, token_grads: torch.Tensor, into: "HeadSums | None" = None
+    ) -> None:
         """``backward`` that leaves tokens whose gradient is exactly 0 out of its GEMMs. The host waits for the device.
 
         Tokens are left out where they are at least a tenth of the chunk, since moving the others' rows together costs
-        a pass over them.
+        a pass over them. Fewer ones pass through the GEMMs as rows of 0: what they hold, even a NaN, adds nothing.
         """
-        grads = token_grads[start:stop]
+        rows, grads = self.tokens.rows[start:stop], token_grads[start:stop]
         if self.chunk.spec.keeps != "all" and not isinstance(self.chunk, WholeRows):
-            self.backward(start, stop, token_grads)  # the GEMM by hidden states is done already, without these factors
+            self.backward(start, stop, token_grads, into)  # the GEMM is done already; a factor of 0 makes a row 0
             return
         alive = (grads != 0).nonzero().flatten()
         if len(alive) > MOST_ALIVE * len(grads):
-            self.backward(start, stop, token_grads)
+            if len(alive) < len(grads):
+                zeros = (grads == 0).nonzero().flatten()
+                self.chunk.clear(zeros)
+                self.chunk_hidden.index_fill_(0, zeros, 0)
+            self.backward(start, stop, token_grads, into)
         elif len(alive):
             self.chunk.select(alive)
             self.chunk_hidden = self.chunk_hidden[alive]
-            self.chunk.backward(grads[alive])
-            self._write_hidden_gradient(self.tokens.rows[start:stop][alive])
-            self._add_head_gradients(slice(None), add=start > 0)
-        elif start == 0 and self.weight_sum is not None:
+            self._add_gradients(rows[alive], grads[alive], start > 0, into)
+        elif start == 0 and into is None and self.weight_sum is not None:
             self.weight_sum.zero_()  # which the first chunk would have written
 
-    def visit_again(self, start: int, stop: int, token_grads: torch.Tensor) -> None:
-        """Compute the logits of tokens start..stop again, and add gradients by the first visit's ``statistics``."""
-        self._gather(start, stop)
-        targets = self.tokens.targets[start:stop].clone()
-        statistics = self.statistics[:, start:stop].contiguous()
-        grads = token_grads[start:stop]
-        for panel in self.chunk.again(self.chunk_hidden, self.lm_head, targets, statistics, grads):
-            self._add_head_gradients(panel, add=start > 0)
-        self._write_hidden_gradient(self.tokens.rows[start:stop])
+    def visit_again(
+        self,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        statistics: torch.Tensor,
+        token_grads: torch.Tensor,
+        *,
+        add: bool,
+    ) -> None:
+        """Compute the logits of tokens once more, and add gradients by the first visit's ``statistics``.
+
+        The tokens stand at ``rows`` [n] of the batch. With ``add`` the gradients by the LM head are added to those of
+        earlier chunks.
+        """
+        self._gather(rows)
+        # clone: a slice's alignment would compile another variant of the kernels
+        targets, statistics = targets.clone(), statistics.contiguous()
+        for panel in self.chunk.again(self.chunk_hidden, self.lm_head, targets, statistics, token_grads):
+            self._add_head_gradients(panel, add=add)
+        self._write_hidden_gradient(rows)
 
     def _write_hidden_gradient(self, rows: torch.Tensor) -> None:
         if self.grad_hidden is not None:
@@ -303,6 +321,10 @@ class HeadCall:
 
     def _counts(self, values: SequenceValues) -> torch.Tensor:
         return values.token_counts if self.counts is None else self.counts
+
+    def may_be_zero(self, tokens: CompletionTokens) -> bool:
+        """Whether gradients of exactly 0 are worth a wait for the device, see ``heads.base``."""
+        return tokens.weights is not None or getattr(self.head, "may_be_zero", False)
 
     def on_batch(self, values: SequenceValues) -> HeadResult:
         """Call the head on the whole batch."""
@@ -475,6 +497,7 @@ def _visit_whole_groups(
     yet. With the last chunk all are known, so that this call gives the loss and the reported values of the whole batch.
     """
     group = call.head.group if len(plan.ranges) > 1 else 1  # a head that reads the whole batch gets one chunk
+    backward = engine.backward_of_some if call.may_be_zero(engine.tokens) else engine.backward
     losses = []
     for (start, stop), (first, last) in zip(
         plan.ranges, group_ranges(engine.tokens.counts, plan.ranges, group), strict=True
@@ -491,10 +514,7 @@ def _visit_whole_groups(
             loss, of_tokens = token_call(TokenValues(*engine.per_token[:, start:stop]), start, stop)
             losses.append(loss)
             token_grads[start:stop] += of_tokens
-        if engine.tokens.weights is None:
-            engine.backward(start, stop, token_grads)
-        else:  # weights of 0
-            engine.backward_of_some(start, stop, token_grads)
+        backward(start, stop, token_grads)
     return values, result if token_call is None else result.plus(token_call.head, sum(losses))
 
 
@@ -510,6 +530,8 @@ def _visit_split_groups(engine: Engine, call: HeadCall, plan: Plan) -> tuple[Seq
     group_ends = ends[group - 1 :: group]
     weights = engine.tokens.weights
     weights = engine.per_token.new_ones(len(engine.tokens.rows)) if weights is None else weights
+    may_be_zero = call.may_be_zero(engine.tokens)
+    backward = engine.backward_of_some if may_be_zero else engine.backward
     accumulators: dict[int, HeadSums] = {}  # of the present group's sequences
     total = engine.zeroed_sums()
     for start, stop in plan.ranges:
@@ -520,14 +542,15 @@ def _visit_split_groups(engine: Engine, call: HeadCall, plan: Plan) -> tuple[Seq
             sums = accumulators.get(sequence)
             if sums is None:
                 accumulators[sequence] = sums = engine.zeroed_sums()
-            engine.backward(start, stop, weights, into=sums)
+            backward(start, stop, weights, into=sums)
             continue
         last = bisect.bisect_right(group_ends, stop)
         factors = engine.unweighted_grads(call.grads_of_groups(engine.values(), first, last))
-        engine.backward(start, stop, weighted_grads(factors, engine.tokens.weights), into=total)
+        backward(start, stop, weighted_grads(factors, engine.tokens.weights), into=total)
         for sequence, sums in accumulators.items():
             begin, end = ends[sequence] - counts[sequence], min(ends[sequence], start)
-            total.add(sums, factors[begin])  # one factor for all tokens of a sequence
+            if not may_be_zero or factors[begin] != 0:  # a sequence of weight 0 may hold NaN
+                total.add(sums, factors[begin])  # one factor for all tokens of a sequence
             engine.scale_rows(begin, end, factors)
         accumulators.clear()
     engine.weight_sum, engine.bias_sum = total
@@ -546,11 +569,17 @@ def _visit_before_loss(
     is_direction = plan.spec.keeps == "panels"  # chunks leave d log-probability / d hidden
     if mode is GradientMode.IN_BACKWARD or engine.options.is_head_trained:
         engine.start_statistics()
-    ones = engine.per_token.new_ones(len(engine.tokens.rows))
+    weights = engine.tokens.weights
+    ones = (
+        engine.per_token.new_ones(len(engine.tokens.rows))
+        if weights is None
+        else (weights != 0).to(engine.per_token.dtype)
+    )
+    backward = engine.backward if weights is None or token_call is not None else engine.backward_of_some
     for start, stop in plan.ranges:
         engine.forward(start, stop, keep=is_direction)
         if is_direction:
-            engine.backward(start, stop, ones)
+            backward(start, stop, ones)
     values = engine.values()
     result, of_tokens = call.on_batch(values), None
     if token_call is not None:
@@ -566,7 +595,7 @@ def _visit_before_loss(
         if is_direction:
             engine.scale_hidden_gradient(token_grads, plan.ranges)
         else:
-            _visit_again(engine, weight, token_grads)
+            _visit_again(engine, weight, token_grads, may_be_zero=call.may_be_zero(engine.tokens))
     return values, result
 
 
@@ -628,14 +657,26 @@ def _takes_fewer(spec: ChunkSpec, ref_weight: torch.Tensor, num_tokens: int, pla
     return is_fewer and spec.size(own) <= spec.num_bytes
 
 
-def _visit_again(engine: Engine, weight: torch.Tensor, token_grads: torch.Tensor) -> None:
-    """Compute all logits again, and all gradients."""
+def _visit_again(engine: Engine, weight: torch.Tensor, token_grads: torch.Tensor, *, may_be_zero: bool) -> None:
+    """Compute the logits again, and all gradients.
+
+    With ``may_be_zero`` tokens whose gradient is exactly 0 are not visited, and the host waits for their number.
+    """
     engine.chunk = None  # frees the first visit's chunk before the second's is allocated
-    plan = plan_second_visit(len(engine.tokens.rows), weight, engine.options)
+    rows, targets, statistics = engine.tokens.rows, engine.tokens.targets, engine.statistics
+    if may_be_zero:
+        alive = (token_grads != 0).nonzero().flatten()
+        if len(alive) < len(rows):
+            rows, targets, token_grads = rows[alive], targets[alive], token_grads[alive]
+            statistics = statistics[:, alive]
+    plan = plan_second_visit(len(rows), weight, engine.options)
     engine.chunk = make_chunk(plan)
     engine.start_sums(empty_weight_sum(plan, weight, engine.options))
     for start, stop in plan.ranges:
-        engine.visit_again(start, stop, token_grads)
+        of_chunk = slice(start, stop)
+        engine.visit_again(
+            rows[of_chunk], targets[of_chunk], statistics[:, of_chunk], token_grads[of_chunk], add=start > 0
+        )
 
 
 def backward(
@@ -658,5 +699,5 @@ def backward(
     tokens = find_tokens(weight, labels, cu_seqlens, token_weights, options, group=1)
     engine = Engine(hidden, weight.to(options.dtype), bias, tokens, None, options, weight.dtype)
     engine.statistics = statistics
-    _visit_again(engine, weight, engine.token_grads(logp_grads))
+    _visit_again(engine, weight, engine.token_grads(logp_grads), may_be_zero=True)
     return engine.gradients()

@@ -12,6 +12,8 @@ tensors come with each call: an engine calls ``head(logps, token_counts, ref_log
   a group is only called on the whole batch, and without these two
 - ``statistics``: the names of what it wants to know of the sequences' rows, fields of ``engines.results``; where there
   are any, each call has the keyword ``statistics`` with their tensors
+- ``may_be_zero``: whether some sequences' gradients are likely to be exactly 0; False where there is no such attribute.
+  An engine then waits for the device to leave their tokens out
 - ``reduction`` and ``loss_dtype``: fields that every head has. Its other fields are strings, floats and bools, because
   an operator of ``torch.compile`` takes no object: ``flatten`` turns a head into plain values, ``rebuild`` inverts that
 - ``outputs(logps, ..., reduction, num_losses, loss_dtype)``: empty tensors shaped like the results of a call

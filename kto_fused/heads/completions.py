@@ -182,7 +182,7 @@ class _SequenceRatio(Head):
         if self.normalizer == "constant":
             return counts.double() / self.max_tokens
         total = batch_counts.sum().clamp(min=1) if num_items is None else num_items
-        return counts.double() * len(batch_counts) / total
+        return torch.where(total == 0, 0.0, counts.double() * len(batch_counts) / total)
 
 
 @register("gspo")

@@ -92,6 +92,11 @@ class FormulaHead(PreparedLoss):
 
     reads_batch_counts: ClassVar[bool] = True
 
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether gradients of exactly 0 are worth looking for: weights and advantages of 0, clipped ratios."""
+        return not {"weights", "advantages"}.isdisjoint(self.tensor_names.split(","))
+
     @classmethod
     def prepare(
         cls,

@@ -501,13 +501,16 @@ def odds_ratio_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tenso
     """Return -log sigma(o_w - o_l) with o = a - log(1 - exp a) of average log-probabilities a <= 0. [B/2]
 
     Where the chosen answer is the likelier one, this is log(1 + odds_l / odds_w), which has finite derivatives even if
-    that answer has probability 1, where o_w is infinite.
+    that answer has probability 1, where o_w is infinite. Where both have probability 1, as empty answers do, the odds
+    count as equal.
     """
     is_ahead = chosen > rejected
     # each branch sees only values it is exact for, so that neither puts a NaN into the other's gradient
     a_w, a_l = torch.where(is_ahead, chosen, -1.0), torch.where(is_ahead, rejected, -2.0)
     ahead = torch.log1p(torch.exp(a_l - a_w) * torch.expm1(a_w) / torch.expm1(a_l))
     a_w, a_l = torch.where(is_ahead, -2.0, chosen), torch.where(is_ahead, -1.0, rejected)
+    is_certain = (chosen == 0) & (rejected == 0)
+    a_w, a_l = a_w.masked_fill(is_certain, -1.0), a_l.masked_fill(is_certain, -1.0)
     behind = -F.logsigmoid((a_w - a_l) - (log1mexp(a_w) - log1mexp(a_l)))
     return torch.where(is_ahead, ahead, behind)
 

@@ -243,6 +243,10 @@ class KTOHead:
     def group(self) -> int | None:
         return None if self.reference == "batch_mean" else 1
 
+    @property
+    def may_be_zero(self) -> bool:
+        return 0 in (self.desirable_weight, self.undesirable_weight)
+
     @classmethod
     def prepare(
         cls,
@@ -414,6 +418,10 @@ class DPOHead:
     @property
     def needs_reference(self) -> bool:
         return self.loss_type not in REFERENCE_FREE
+
+    @property
+    def may_be_zero(self) -> bool:
+        return self.loss_type == "hinge"
 
     @classmethod
     def prepare(

@@ -145,7 +145,8 @@ def _factors(head: Head, counts: torch.Tensor, reduction: str, num_items: torch.
     elif normalizer == "constant":
         factors = torch.full_like(counts, 1 / (num_sequences * head.max_tokens))
     else:
-        factors = (1 / num_items.double()).expand_as(counts)
+        items = num_items.double()
+        factors = torch.where(items == 0, 0.0, 1 / items).expand_as(counts)
     return factors if takes_part is None else torch.where(takes_part, factors, 0.0)
 
 

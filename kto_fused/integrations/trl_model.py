@@ -181,8 +181,8 @@ def _token_logps(
     gradient_path, outcome = _call(model, call, *args, **kwargs)
     values = TokenValues(*outcome.results(gradient_path))
     label_mask = (targets if is_shifted else targets[:, 1:]) != -100
-    num_items = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    loss = -values.log_probs.sum() / num_items
+    num_items = label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    loss = -values.log_probs.sum() / num_items.clamp(min=1)
     if outcome.aux_loss is not None:
         loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * outcome.aux_loss
     return ExactOutput(

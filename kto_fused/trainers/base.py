@@ -485,13 +485,16 @@ class FusedTrainer(ResumableTrainer):
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Count what an optimizer step's mean loss divides by, over all ranks. None: the one batch's mean serves."""
+        """Count what an optimizer step's mean loss divides by, over all ranks. None: the one batch's mean serves.
+
+        At least 1, so that a step without a token to train has a loss of 0.
+        """
         if self.args.world_size == 1 and len(batch_samples) == 1:
             return None
         count = sum(self._num_items(batch) for batch in batch_samples)
-        if self.args.world_size == 1:
-            return count
-        return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
+        return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
     def _num_items(self, batch: dict[str, torch.Tensor]) -> int | torch.Tensor:
         """Return the number by which a batch's mean loss divides: its sequences, or pairs."""
