@@ -1,4 +1,4 @@
-"""Rows whose gradient is exactly 0: they cost no row in the gradient's GEMMs, and those of weight 0 may hold anything."""
+"""Rows whose gradient is exactly 0 cost no row in the gradient's GEMMs, and those of weight 0 may hold anything."""
 
 import math
 
@@ -70,9 +70,7 @@ def test_rows_of_weight_0_may_hold_anything(engine, loss, dtype, monkeypatch):
                         x = hidden.masked_fill(is_out[..., None], filler).requires_grad_()
                         w = weight.clone().requires_grad_(is_trained)
                         with chunks_of(chunk):
-                            value, _ = fused_linear_loss(
-                                head, x, w, labels, reduction=reduction, **weights, **options
-                            )
+                            value, _ = fused_linear_loss(head, x, w, labels, reduction=reduction, **weights, **options)
                             grads = torch.autograd.grad(value.sum(), [x, w] if is_trained else [x])
                         results.append((value.detach(), *grads))
                     where = f"{chunk} tokens a chunk, {is_trained=}, {reduction=}, {is_few=}"

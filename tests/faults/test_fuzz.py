@@ -71,6 +71,7 @@ class Fuzz:
     is_tame = False  # whether log-probabilities and their differences stay moderate
     ignore_indices: tuple[int, ...] = (-100, -100, -100, -1, 0)
     shifts: tuple[bool, ...] = (True, True, False)
+    empty_share = 0.05  # of batches in which no label counts
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
@@ -81,7 +82,7 @@ class Fuzz:
         self.is_dpo, self.is_loss = "dpo" in self.function, "loss" in self.function
         self.batch = self.random.choice([2, 2, 4, 6]) if self.is_dpo else self.random.randint(1, 5)
         self.options: dict[str, Any] = {"backend": self.backend}
-        self.worst, self.is_too_large = 0.0, False
+        self.worst, self.is_left_out, self.is_compared = 0.0, False, False
         self.mismatches: list[str] = []
 
     def pick(self, *choices: Any) -> Any:
@@ -119,7 +120,7 @@ class Fuzz:
         ignore_index = self.pick(*self.ignore_indices)
         self.shift, self.average = self.pick(*self.shifts), self.pick(False, False, True)
         labels = torch.randint(self.vocab, (self.batch, seq_len), generator=self.generator)
-        nothing = self.random.random() < 0.05
+        nothing = self.random.random() < self.empty_share
         for row in labels:
             start, stop = sorted(self.random.randint(0, seq_len) for _ in range(2))
             row[:start], row[stop:] = ignore_index, ignore_index
@@ -526,6 +527,12 @@ class AnyLoss(Fuzz):
         self.z0_kind = self.pick("batch_mean", "batch_mean", "tensor", 0.3)
         self.on_policy = self.random.random() < 0.2
         parts = [(self.pick(0.3, 1.0, 2.0, 0.0) if len(names) > 1 else 1.0, name, self.fields(name)) for name in names]
+        self.needs_mask = any(fields.get("nll_on") == "all" for _, _, fields in parts)
+        if self.needs_mask:  # a loss that reads row statistics is refused beside a completion mask
+            parts = [
+                (factor, name, {**fields, **({"use_weighting": False} if "use_weighting" in fields else {})})
+                for factor, name, fields in parts
+            ]
         sequence_parts = [fields for _, name, fields in parts if name not in oracle.TOKEN_LOSSES]
         reads_ld = [name in (*oracle.WEIGHTED, *oracle.SORTED) for name in names]
         may_ld = all(
@@ -564,9 +571,6 @@ class AnyLoss(Fuzz):
             leaf.name in oracle.SORTED or leaf.fields.get("reference_point") == "batch_mean" for leaf in leaves
         )
         self.is_weighted = is_weighted
-        self.needs_mask = any(leaf.name == "nll" for leaf in leaves) and any(
-            name == "orpo" and fields.get("nll_on") == "all" for _, name, fields in parts
-        )
         self.is_tame = not self.names.isdisjoint(EXPONENTIAL) or any(
             leaf.fields.get("f_divergence_type", "reverse_kl") != "reverse_kl" for leaf in leaves
         )
@@ -636,6 +640,8 @@ class AnyLoss(Fuzz):
         n, sequences = len(self.tokens.rows), self.tokens.sequences
         # as many packed positions as sequences: one number per sequence would be read as one per position
         is_ambiguous = self.offsets is not None and self.labels.numel() == self.batch
+        # which nobody can tell apart where the advantages are those of sequences
+        self.is_left_out = is_ambiguous and bool(self.of_tokens) and not self.names.isdisjoint(oracle.SEQUENCE_RATIO)
         self.tensors: dict[str, Any] = {}
         self.seen_by_sequences: dict[str, Any] = {}
         self.seen_by_tokens: dict[str, np.ndarray] = {}
@@ -807,6 +813,8 @@ class AnyLoss(Fuzz):
         self.make_labels()
         self.options["reduction"], self.average = self.reduction, False
         self.make_tensors()
+        if self.is_left_out:
+            return
         from_hidden = self.function == "fused_linear_loss"
         policy = self.make_hidden(self.dtype) if from_hidden else self.make_logits(self.dtype)
         needed, arguments = list(policy.tensors), list(policy.tensors.values())[: 1 + from_hidden]
@@ -855,6 +863,8 @@ class AnyLoss(Fuzz):
             self.labels, self.shift, self.unread = torch.zeros(self.batch), False, torch.zeros(self.batch).bool()
         self.average, self.options["reduction"] = False, self.reduction
         self.make_tensors()
+        if self.is_left_out:
+            return
         n = len(self.tokens.rows)
         scale = self.pick(1.0, 3.0) if self.is_tame else self.pick(1.0, 30.0, 1000.0)
         logps = to_numpy((-self.randn(n).abs() * scale).to(self.dtype))
@@ -924,8 +934,8 @@ class AnyLoss(Fuzz):
             grad_off = np.maximum(grad_off, 3 * np.abs(near.grads - want.grads))
         largest = np.abs([*want.losses.flatten(), *want.grads]).max(initial=0.0)
         if not largest < (1e3 if self.dtype == torch.float16 else 1e30):
-            self.is_too_large = True
             return None
+        self.is_compared = True
         eps = EPS[loss.dtype]
         rounded = (STORED * eps + 64 * EPS[torch.float64]) * want.losses_size
         self.compare("loss", loss, want.losses, loss_off + rounded + SMALLEST[loss.dtype])
@@ -937,6 +947,12 @@ class AnyLoss(Fuzz):
     def __str__(self) -> str:
         twin = "twin of " * self.is_twin
         return f"{twin}{self.head!r} {super().__str__()} {sorted(self.tensors)}"
+
+
+class NothingTrained(AnyLoss):
+    """A batch without completion tokens."""
+
+    empty_share = 1.0
 
 
 @contextmanager
@@ -952,6 +968,16 @@ def splitting_groups_of(num_tokens: int) -> Iterator[None]:
 def test_the_formulas_are_those_of_every_registered_loss():
     ours = {name for name in heads.names() if class_of(name).__module__.startswith("kto_fused.")}
     assert ours == set(HEADS)
+
+
+def test_a_batch_without_tokens_has_the_loss_of_empty_completions_and_no_gradient():
+    """It is finite for every loss: 0 of tokens, and what the formula gives for L = 0 of sequences."""
+    for seed in range(len(HEADS)):
+        case = NothingTrained(seed)
+        case.has_tokens, case.function = True, case.pick("fused_loss", "fused_linear_loss")
+        case.run()
+        assert not case.mismatches, f"seed {seed}: {case.mismatches}: {case}"
+        assert case.is_compared or case.is_left_out, f"seed {seed}: the loss is not finite: {case}"
 
 
 def make(seed: int) -> Fuzz:

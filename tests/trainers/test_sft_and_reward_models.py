@@ -90,6 +90,23 @@ def test_a_step_is_trls(tmp_path, kind, ours, theirs):
         torch.testing.assert_close(weights(trainer)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_step_without_a_token_to_train_changes_nothing(tmp_path, steps):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": steps, "max_steps": 1}
+    trainer = make_trainer("sft", tmp_path, train=4, logging_steps=1, **settings)
+    collate, before = trainer.data_collator, {name: x.clone() for name, x in weights(trainer).items()}
+
+    def without_labels(examples):
+        batch = collate(examples)
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
+
+    trainer.data_collator = without_labels
+    trainer.train()
+    assert history(trainer)[0]["grad_norm"] == 0
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor, before[name]), name
+
+
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 
