@@ -2,9 +2,9 @@
 
 A twin takes the arguments of its fused function, refuses the same calls with the same messages, and returns the same
 results. It builds the whole log-softmax, several times the memory of the logits, and leaves the backward to autograd.
-float64 inputs compute in float64 throughout. A row that has weight 0 and holds NaN has a gradient of 0 from a fused
-function, and NaN from a twin, because autograd multiplies by 0. ``inplace_backward``, ``chunk_bytes`` and ``backend`` say how a result is
-computed, not what it is: a twin checks them and does nothing else with them.
+float64 inputs compute in float64 throughout. ``inplace_backward``, ``chunk_bytes`` and ``backend`` say how a result is
+computed, not what it is: a twin checks them and does nothing else with them. A row that has weight 0 and holds NaN has
+a gradient of 0 from a fused function, and NaN from a twin, because autograd multiplies the NaN by 0.
 
 The definition reads from top to bottom: ``_logits`` from hidden states, ``_tokens``, ``_sequences``, ``_loss``. The
 formulas of the losses are in ``heads.preference``. ``gae`` and ``linear_bradley_terry_loss`` have definitions of their

@@ -16,6 +16,9 @@ from .base import REDUCTIONS, loss_shape, register, value_and_grads, weighted
 from .preference import check_desirable, check_token_counts
 from .protocol import Head, check_group, check_tensor_names, from_text, report_of, to_text, try_once
 
+# tensors of this package's losses that are numbers, also where they come as [1] and a batch has one sequence or pair
+SCALARS = ("z0", "delta", "num_items")
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedLoss:
@@ -238,7 +241,8 @@ def check_tensors(
         if value is None:
             continue
         value = checked_tensor(name, value, policy)
-        value = as_scalar(value, *[(length,) for length in (num_sequences, *lengths)])
+        values_per = () if name in SCALARS else (num_sequences, *lengths)
+        value = as_scalar(value, *[(length,) for length in values_per])
         if name == "desirable":
             check_desirable(value, num_sequences, policy)
         elif value.ndim > 1 or (value.ndim == 1 and len(value) not in (num_sequences, *lengths)):

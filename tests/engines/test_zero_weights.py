@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kto_fused import fused_linear_loss, fused_loss, heads, linear_token_logps, loss_from_logps, reference
 from kto_fused.engines import plan
 
-B, T, V, H = 4, 9, 130, 32
+B, T, V, H = 4, 5, 70, 16
 N, PAIR = B * (T - 1), 2 * (T - 1)  # completion tokens of the batch and of a pair
 MIX = heads.Mix((1.0, heads.make("nll")), (0.5, heads.make("simpo")))
 # loss -> what its zeros are weights of
@@ -21,6 +21,21 @@ LOSSES = {
     "sigmoid": ("sigmoid", "pairs"),
     "mix": (MIX, "pairs"),
 }
+# tokens of a chunk; from how many tokens on a group is split with accumulators, not visited again; whether the LM head is
+# trained; whether few rows have the weight 0
+SETTINGS = {
+    "one chunk, few": (None, 1, True, True),
+    "one chunk, half": (None, 1, True, False),
+    "one chunk, few, frozen": (None, 1, False, True),
+    "one chunk, half, frozen": (None, 1, False, False),
+    "chunks of pairs": (PAIR, 1, True, False),
+    "split pairs": (3, 1, True, False),
+    "split pairs, few": (3, 1, True, True),
+    "a second visit": (3, plan.SPLIT_TOKENS, True, False),
+    "split pairs, frozen": (3, plan.SPLIT_TOKENS, False, False),
+}
+# Triton's interpreter takes a second for each setting
+INTERPRETED = {"nll": ["one chunk, few"], "sigmoid": ["split pairs", "a second visit", "split pairs, frozen"]}
 
 
 def make(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,50 +55,49 @@ def weights_of(kind: str, is_few: bool, device: str) -> tuple[dict[str, torch.Te
     else:
         is_out = torch.zeros(B, T, dtype=torch.bool)
         is_out[:, 3 if is_few else slice(0, T // 2)] = True
-        is_out[1:] &= not is_few  # one token in 32
+        is_out[1:] &= not is_few  # one token in 16
         weights[:, 1:][is_out[:, :-1]] = 0  # the weight of the token that a position predicts
         name = "weights" if kind == "tokens' losses" else "token_weights"
     return {name: weights.to(device)}, is_out.to(device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_rows_of_weight_0_may_hold_anything(engine, loss, dtype, monkeypatch):
+def test_rows_of_weight_0_may_hold_anything(engine, loss, monkeypatch):
     """Loss and gradients are the same to the bit whether such rows hold numbers, NaN or infinities."""
     backend, device = engine
+    settings, dtype = list(SETTINGS), torch.float32
+    if engine == ("triton", "cpu"):
+        settings, dtype = INTERPRETED.get(loss, []), torch.bfloat16
     head, kind = LOSSES[loss]
     hidden, weight, labels = make(dtype, device)
     options = {"backend": backend}
     if loss in ("aot", "sigmoid"):
         options["ref_logps"] = torch.linspace(-40, -30, B, device=device)
     # one chunk, a pair in each, pairs in several chunks with accumulators or a second visit
-    chunks = [(None, 1), (PAIR, 1), (5, 1), (5, plan.SPLIT_TOKENS)]
-    reductions = ["mean", "none"] if loss == "sigmoid" else ["mean"]
-    for is_few in (True, False)[kind == "pairs" :]:
+    runs = [(name, reduction) for name in settings for reduction in ("mean", *["none"] * (loss == "sigmoid"))]
+    for name, reduction in runs:
+        chunk, split_tokens, is_trained, is_few = SETTINGS[name]
+        monkeypatch.setattr(plan, "SPLIT_TOKENS", split_tokens)
         weights, is_out = weights_of(kind, is_few, device)
-        for number, (chunk, split_tokens) in enumerate(chunks):
-            monkeypatch.setattr(plan, "SPLIT_TOKENS", split_tokens)
-            for is_trained in (True, False):
-                for reduction in reductions:
-                    results = []
-                    for filler in (1.0, math.nan if number % 2 else math.inf):
-                        x = hidden.masked_fill(is_out[..., None], filler).requires_grad_()
-                        w = weight.clone().requires_grad_(is_trained)
-                        with chunks_of(chunk):
-                            value, _ = fused_linear_loss(head, x, w, labels, reduction=reduction, **weights, **options)
-                            grads = torch.autograd.grad(value.sum(), [x, w] if is_trained else [x])
-                        results.append((value.detach(), *grads))
-                    where = f"{chunk} tokens a chunk, {is_trained=}, {reduction=}, {is_few=}"
-                    assert all(map(torch.equal, *results)), where
-                    assert not results[0][1][is_out].any(), where
-                    assert results[0][0].isfinite().all(), where
-        logits = (hidden.float() @ weight.float().T).to(dtype)
         results = []
-        for filler in (1.0, math.nan):
-            x = logits.masked_fill(is_out[..., None], filler).requires_grad_()
-            value, _ = fused_loss(head, x, labels, **weights, **options)
-            results.append((value.detach(), *torch.autograd.grad(value, x)))
-        assert all(map(torch.equal, *results)), "from logits"
+        for filler in (1.0, math.nan if is_trained else math.inf):
+            x = hidden.masked_fill(is_out[..., None], filler).requires_grad_()
+            w = weight.clone().requires_grad_(is_trained)
+            with chunks_of(chunk):
+                value, _ = fused_linear_loss(head, x, w, labels, reduction=reduction, **weights, **options)
+                grads = torch.autograd.grad(value.sum(), [x, w] if is_trained else [x])
+            results.append((value.detach(), *grads))
+        assert all(map(torch.equal, *results)), f"{name}, {reduction}"
+        assert not results[0][1][is_out].any(), f"{name}, {reduction}"
+        assert results[0][0].isfinite().all(), f"{name}, {reduction}"
+    weights, is_out = weights_of(kind, False, device)
+    logits = (hidden.float() @ weight.float().T).to(dtype)
+    results = []
+    for filler in (1.0, math.nan):
+        x = logits.masked_fill(is_out[..., None], filler).requires_grad_()
+        value, _ = fused_loss(head, x, labels, **weights, **options)
+        results.append((value.detach(), *torch.autograd.grad(value, x)))
+    assert all(map(torch.equal, *results)), "from logits"
 
 
 # ---- GEMMs ----------------------------------------------------------------------------------------------------------
@@ -95,7 +109,7 @@ def gemms(call, *inputs: torch.Tensor) -> float:
     return counter.get_total_flops() / (2 * N * H * V)
 
 
-@pytest.mark.parametrize("chunk", [None, 5], ids=["one chunk", "several"])
+@pytest.mark.parametrize("chunk", [None, 3], ids=["one chunk", "several"])
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
 def test_sequences_and_tokens_of_weight_0_cost_no_gradient_gemms(engine, is_trained, chunk):
     """Half of the tokens have the weight 0: all take the first GEMM, and half of them the gradient's. With a frozen
@@ -105,8 +119,9 @@ def test_sequences_and_tokens_of_weight_0_cost_no_gradient_gemms(engine, is_trai
     hidden, weight, labels = make(torch.float32, device)
     hidden.requires_grad_()
     weight.requires_grad_(is_trained)
+    losses = ["nll", "sigmoid"] if engine == ("triton", "cpu") else LOSSES  # the interpreter is slow
     visits = 3 if chunk is not None else 2  # GEMMs after the first: a second visit computes the logits again
-    for loss in ("nll", "simpo", "aot", "sigmoid", "mix"):
+    for loss in losses:
         head, kind = LOSSES[loss]
         weights, _ = weights_of(kind, False, device)
         options = {"ref_logps": torch.zeros(B, device=device)} if loss in ("aot", "sigmoid") else {}
@@ -130,7 +145,7 @@ def test_a_backward_visits_only_tokens_with_a_gradient(engine):
     hidden.requires_grad_()
     weight.requires_grad_()
     takes_part = torch.zeros(B, T, device=device)
-    takes_part[:, :2] = 1
+    takes_part[:, 0] = 1
     results = []
     for function, options in ((linear_token_logps, {"backend": backend}), (reference.linear_token_logps, {})):
         incoming = torch.linspace(1, 2, B * T, device=device).view(B, T) * takes_part
@@ -153,7 +168,8 @@ def test_of_no_items_loss_and_gradients_are_0(num_items, is_empty):
     """``num_items`` may be a share of one item, as that of a rank, but of none nothing is trained."""
     hidden, weight, labels = make(torch.float64, "cpu")
     labels = labels.fill_(-100) if is_empty else labels
-    tensors = {"old_logps": torch.full((B, T), -5.0), "advantages": torch.ones(B), "num_items": num_items}
+    logps = reference.linear_token_logps(hidden, weight, labels)
+    tensors = {"old_logps": logps.roll(1, -1), "advantages": torch.ones(B), "num_items": num_items}
     of_items = {"normalizer": "items"}
     losses = [heads.make(name, **of_items) for name in ("nll", "ppo", "cispo", "sapo", "gspo", "vespo")]
     losses.append(heads.Mix((1.0, losses[0]), (1.0, losses[-2])))
@@ -164,7 +180,6 @@ def test_of_no_items_loss_and_gradients_are_0(num_items, is_empty):
             x, w = (value.clone().requires_grad_() for value in (hidden, weight))
             value, _ = function(head, x, w, labels, **given)
             results.append((value.detach(), *torch.autograd.grad(value, (x, w))))
-        logps = reference.linear_token_logps(hidden, weight, labels)
         if head.level == "token":
             results.append((loss_from_logps(head, logps, labels=labels, **given)[0],))
         for value, *grads in results:

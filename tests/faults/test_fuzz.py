@@ -170,7 +170,7 @@ class Fuzz:
             where = torch.rand(values.shape, generator=self.generator) < 0.3
             where[self.tokens.rows, self.tokens.targets] = False
             values[where] = -math.inf
-        seen = to_numpy(values.to(dtype))
+        seen = to_numpy(values.to(dtype)).copy()  # of float64 it is the same memory
         values[self.unread] = math.nan
         logits = self.strided(values.view(*self.rows_shape, self.vocab), last_too=False, dtype=dtype)
         return Source({"logits": logits}, seen, np.zeros(num_rows))
@@ -679,7 +679,7 @@ class AnyLoss(Fuzz):
         elif self.random.random() < 0.4 and not self.of_sequences:
             if is_ambiguous or self.pick(True, False):
                 self.weights_of_tokens = self.weights_like(n)
-                self.tensors["weights"] = self.as_labels(self.weights_of_tokens)
+                self.tensors["weights"] = self.as_labels(self.weights_of_tokens, other=7.0)
             else:
                 weights = self.weights_like(self.batch)
                 self.weights_of_tokens = weights[sequences]
@@ -885,8 +885,9 @@ class AnyLoss(Fuzz):
             self.options["ref_logps"] = torch.from_numpy(ref_logps).to(self.device)
         loss, metrics = call(self.head, given, **self.options, **self.tensors)
         nowhere = np.where(self.takes_part, 0.0, math.nan)
-        self.check_sequences(metrics, self.sums(logps + nowhere), np.zeros(self.batch))
-        checked = self.check_any(loss, logps, np.zeros(n), ref_logps, np.zeros(self.batch), squares)
+        errors = EPS[compute_dtype(self.dtype)] * np.abs(logps)  # of their products with token weights
+        self.check_sequences(metrics, self.sums(logps + nowhere), self.sums(errors))
+        checked = self.check_any(loss, logps, errors, ref_logps, np.zeros(self.batch), squares)
         if checked is None:
             return
         (grad,) = torch.autograd.grad(loss, given, self.incoming)
@@ -925,13 +926,13 @@ class AnyLoss(Fuzz):
         signs = [first, -first, half, -half, *rng.choice([-1.0, 1.0], (6, self.batch))]
         for sign in signs:
             near = self.outcome(
-                logps + sign[self.tokens.sequences] * apart,
+                np.minimum(logps + sign[self.tokens.sequences] * apart, 0.0),
                 None if ref_logps is None else ref_logps + rng.choice([-1.0, 1.0], self.batch) * ref_apart,
                 squares + rng.choice([-1.0, 1.0]) * 4 * errors,
                 of_losses,
             )
-            loss_off = np.maximum(loss_off, 3 * np.abs(near.losses - want.losses))
-            grad_off = np.maximum(grad_off, 3 * np.abs(near.grads - want.grads))
+            moved = [3 * np.abs(near.losses - want.losses), 3 * np.abs(near.grads - want.grads)]
+            loss_off, grad_off = map(np.fmax, (loss_off, grad_off), [np.where(np.isnan(x), np.inf, x) for x in moved])
         largest = np.abs([*want.losses.flatten(), *want.grads]).max(initial=0.0)
         if not largest < (1e3 if self.dtype == torch.float16 else 1e30):
             return None
