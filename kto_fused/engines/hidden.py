@@ -569,13 +569,9 @@ def _visit_before_loss(
     is_direction = plan.spec.keeps == "panels"  # chunks leave d log-probability / d hidden
     if mode is GradientMode.IN_BACKWARD or engine.options.is_head_trained:
         engine.start_statistics()
-    weights = engine.tokens.weights
-    ones = (
-        engine.per_token.new_ones(len(engine.tokens.rows))
-        if weights is None
-        else (weights != 0).to(engine.per_token.dtype)
-    )
-    backward = engine.backward if weights is None or token_call is not None else engine.backward_of_some
+    ones, backward, weights = engine.per_token.new_ones(len(engine.tokens.rows)), engine.backward, engine.tokens.weights
+    if weights is not None and token_call is None:  # a token's loss beside the sequences' does not read these weights
+        ones, backward = (weights != 0).to(ones.dtype), engine.backward_of_some
     for start, stop in plan.ranges:
         engine.forward(start, stop, keep=is_direction)
         if is_direction:

@@ -236,6 +236,7 @@ class Fuzz:
         """Note a mismatch if `got` differs from `want` by more than `tolerance`."""
         got = to_numpy(got) if isinstance(got, torch.Tensor) else np.asarray(got)
         want, tolerance = np.asarray(want), np.broadcast_to(np.asarray(tolerance, dtype=float), np.shape(want))
+        tolerance = np.where(np.isnan(tolerance), np.inf, tolerance)  # 0 times an infinite one
         if got.shape != want.shape:
             self.mismatches.append(f"{name} has shape {got.shape}, expected {want.shape}")
             return
