@@ -308,6 +308,11 @@ def without_arithmetic(monkeypatch):
     for module, name in ((chunk_module, "_multiply"), (chunk_module, "move_rows"), (hidden, "move_rows")):
         monkeypatch.setattr(module, name, nothing)
 
+    def ones(engine: hidden.Engine, logp_grads: torch.Tensor) -> torch.Tensor:
+        return engine.per_token.new_ones(len(engine.tokens.rows))
+
+    monkeypatch.setattr(hidden.Engine, "token_grads", ones)  # a second visit leaves out tokens whose gradient is 0
+
 
 def untouched_case(hidden_size: int, vocab: int, seq_len: int, batch: int = 4) -> HiddenCase:
     """Return a case whose sequences are half prompt. Only the labels' memory is ever touched."""
