@@ -4,6 +4,7 @@ words, feedback of random words, and helpers that compare runs.
 A test module that imports this one is skipped where the trainers' libraries are missing.
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -58,6 +59,7 @@ LOGGED = {  # the names that each trainer logs beside those of ``Trainer``
 WORDS = [f"w{number}" for number in range(61)]
 TRAINERS = {"kto": FusedKTOTrainer, "dpo": FusedDPOTrainer, "sft": FusedSFTTrainer, "reward": FusedRewardTrainer}
 CONFIGS = {"kto": FusedKTOConfig, "dpo": FusedDPOConfig, "sft": FusedSFTConfig, "reward": FusedRewardConfig}
+LONGEST = 450  # seconds that the cases of one launch may take
 CLOCK = ("runtime", "per_second", "total_flos", "preparation_time")
 
 
@@ -302,20 +304,26 @@ def run_on_two(script: str, tmp_path_factory: pytest.TempPathFactory, **environm
 def run_cases(cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
     """Run each case in a folder of its own and write its result or its traceback.
 
-    Called in the processes that ``run_on_two`` starts.
+    Called in the processes that ``run_on_two`` starts. A case that fails in one of them alone has failed.
     """
+    faulthandler.dump_traceback_later(LONGEST, exit=True)  # ends processes that wait for one another forever
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     gc.freeze()  # every train() collects garbage, which takes time for each object that is not frozen
     results = {}
     for name, case in cases.items():
+        error = None
         try:
             results[name] = case(folder / name)
         except Exception:
-            results[name] = {"error": traceback.format_exc()}
+            error = traceback.format_exc()
             # into the log: the other process may wait for this one forever, and then no results are written
-            print(f"{name}: {results[name]['error']}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
+        errors = [None] * int(os.environ["WORLD_SIZE"])
+        torch.distributed.all_gather_object(errors, error)
+        if any(errors):
+            results[name] = {"error": next(error for error in errors if error)}
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
     gc.collect()  # trainers hold the process group, whose threads should end before the interpreter does

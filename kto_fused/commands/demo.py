@@ -5,6 +5,7 @@ With ``--real`` it downloads a real one, and is ``kto-fused train`` with a LoRA 
 """
 
 import math
+import os
 import shlex
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
@@ -198,6 +199,11 @@ def check(settings: Settings) -> torch.device:
         raise CommandError(f"--beta must be a finite number > 0, got {settings.beta}")
     if not 0 <= settings.seed < 2**32:
         raise CommandError(f"--seed must lie in [0, 2^32), got {settings.seed}")
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise CommandError(
+            f"the demo runs in one process, and {processes} were started: start it without torchrun, or train on "
+            "several with kto-fused train"
+        )
     with user_errors(ValueError, prefix="--"):
         samples.check(settings)
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")

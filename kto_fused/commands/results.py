@@ -7,14 +7,14 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..trainers import FusedTrainer, cards, held_out
+from ..trainers import FusedTrainer, cards, held_out, ranks
 from . import report, samples
 from .progress import COLUMNS, REWARDS
 
@@ -100,19 +100,26 @@ def saved_model_note(trainer: FusedTrainer) -> str:
 
 
 def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
-    """Write the model, its tokenizer and card, and the files of ``write``: all of them or none. All ranks call it."""
-    folder, everyone = Path(trainer.args.output_dir), trainer.accelerator.wait_for_everyone
-    if not trainer.is_world_process_zero():
-        everyone()
-        trainer.save_model(str(folder / DRAFT), _internal_call=True)
-        everyone()
-        return
-    with draft_of(folder) as draft:
-        everyone()
+    """Write the model, its tokenizer and card, and the files of ``write``: all of them or none.
+
+    All processes call it, because all take part in saving a sharded model. An error of one is raised on all.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    draft = folder / DRAFT
+
+    def save() -> list:
         trainer.save_model(str(draft), _internal_call=True)  # no upload yet: one that fails must not lose the results
-        everyone()
+        return []
+
+    def finish() -> None:
         write_files(draft, metrics, folder.name)
         cards.write(trainer, draft)
+        drafts.close()
+
+    with ExitStack() as drafts:  # the first process alone enters one
+        ranks.on_first(args, lambda: drafts.enter_context(draft_of(folder)))
+        ranks.shared(args, save)
+        ranks.on_first(args, finish)
 
 
 def write_again(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ from ..trainers import (
     checkpoints,
     folder_lock,
     held_out,
+    ranks,
 )
 from ..trainers.configs import (
     FIXED,
@@ -251,8 +252,7 @@ def run_alone(settings: TrainSettings, config: FusedPreferenceConfig) -> int:
     if sampler is not None:
         with user_errors(Exception, prefix=f"{config.output_dir} holds all results, but the model gives no answers: "):
             metrics["samples"] = sampler.compared(before)
-            if trainer.is_world_process_zero():
-                results.write_again(trainer, metrics)
+            ranks.on_first(config, lambda: results.write_again(trainer, metrics))
     if trainer.is_world_process_zero():
         results.print_summary(metrics)
         print(f"\nWrote the model, README.md, metrics.json, curves.png and report.html into {config.output_dir}")

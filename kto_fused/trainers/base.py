@@ -33,7 +33,7 @@ from ..heads.protocol import Head, as_loss, is_registered
 from ..huggingface import inspect
 from ..huggingface.padding import without_padding_mask
 from ..metrics import LossMetrics, Totals
-from . import adapters, fingerprints, losses, models, objectives
+from . import adapters, fingerprints, losses, models, objectives, ranks
 from .configs import FusedPreferenceConfig
 from .reference import make_reference, precompute
 from .resuming import ResumableTrainer
@@ -174,9 +174,16 @@ class FusedTrainer(ResumableTrainer):
         # of each dataset: examples, prompts, truncated, dropped, and by reason the examples dropped and those warned of
         self.data_counts: dict[str, dict[str, int | dict[str, int]]] = {}
         self.facts = {}
-        with args.main_process_first(desc="preparing the data"):
-            train_dataset = self._prepare_data(train_dataset, args, "train")
-            eval_dataset = self._prepare_data(eval_dataset, args, "eval")
+        prepared: list[Any] = []
+
+        def prepare() -> list:
+            with args.main_process_first(desc="preparing the data"):  # the others find the result in the cache
+                prepared.append(self._prepare_data(train_dataset, args, "train"))
+                prepared.append(self._prepare_data(eval_dataset, args, "eval"))
+            return []
+
+        ranks.shared(args, prepare)
+        train_dataset, eval_dataset = prepared
         super().__init__(
             model=model,
             args=args,

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
-from accelerate.utils import gather_object
 from safetensors import safe_open
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import fingerprints
+from . import fingerprints, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -334,19 +333,27 @@ def agreed(args: TrainingArguments, work: Callable[[], Any]) -> Any:
     """
     if args.world_size == 1:
         return work()
-    result = error = None
-    if args.should_save:
-        try:
-            result = work()
-        except Exception as raised:
-            error = raised
-    outcomes = gather_object([(args.should_save, result, error)])
-    for _, _, error in outcomes:
-        if error is not None:
-            raise error
-    results = [result for is_saving, result, _ in outcomes if is_saving]
+    results = ranks.shared(args, lambda: [work()] if args.should_save else [])
     if any(other != results[0] for other in results):
         raise CheckpointError(
             f"the nodes found different checkpoints to resume from: {results}; name one that all of them have"
         )
     return results[0]
+
+
+def check_all_see(args: TrainingArguments, checkpoint: str) -> None:
+    """Check that every process can read the checkpoint from which all of them resume.
+
+    Raises:
+        CheckpointError: one cannot, as on a node that has another disk; raised on all processes.
+    """
+
+    def look() -> list:
+        if not (Path(checkpoint) / STATE).is_file():
+            raise CheckpointError(
+                f"process {args.process_index} does not find {checkpoint} on its disk: put output_dir on a disk that "
+                "all nodes share, or copy the checkpoint's folder to the same place on each node"
+            )
+        return []
+
+    ranks.shared(args, look)

@@ -26,10 +26,11 @@ def shared(args: TrainingArguments, work: Callable[[], list]) -> list:
     """
     if args.world_size == 1:
         return work()
-    outcomes = gather_object([_outcome(work)])
-    for _, error in outcomes:
+    own = _outcome(work)
+    outcomes = gather_object([own])
+    for process, (_, error) in enumerate(outcomes):
         if error is not None:
-            raise error
+            raise own[1] if process == args.process_index else error  # the own one has its traceback and its causes
     return [one for result, _ in outcomes for one in result]
 
 
@@ -41,5 +42,7 @@ def _outcome(work: Callable[[], Any]) -> list[Any]:
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # an error whose constructor takes other arguments than its message
-            error = RuntimeError(f"{type(error).__name__}: {error}")
+            named = RuntimeError(f"{type(error).__name__}: {error}")
+            named.__cause__ = error
+            return [None, named]
         return [None, error]

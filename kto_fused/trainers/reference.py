@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from .. import huggingface
 from ..huggingface.inspect import evaluating
 from ..huggingface.running import checked_logits, is_reproduced, keeping_trainable
-from . import adapters, fingerprints, models, reference_cache
+from . import adapters, fingerprints, models, ranks, reference_cache
 from .configs import BASE
 
 if TYPE_CHECKING:
@@ -288,15 +289,11 @@ def precompute(trainer: "FusedTrainer", reference: Reference) -> None:
         for inputs in progress:
             yield accelerator.gather_for_metrics(trainer._ref_logps_of(model, inputs))
 
-    def on_every_rank(is_found: bool) -> bool:
-        found = accelerator.reduce(torch.tensor(int(is_found), device=args.device))
-        return found.item() == accelerator.num_processes
-
     def with_ref_logps(dataset: Dataset | None) -> Dataset | None:
         if dataset is None:
             return None
         return reference_cache.add_ref_logps(
-            dataset, trainer.ref_columns, batches, args.ref_cache_dir, depends_on, on_every_rank
+            dataset, trainer.ref_columns, batches, args.ref_cache_dir, depends_on, partial(ranks.shared, args)
         )
 
     if reference.fingerprint is None:

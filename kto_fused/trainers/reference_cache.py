@@ -43,7 +43,7 @@ def add_ref_logps(
     batches: Callable[[Dataset], Iterator[tuple[torch.Tensor, ...]]],
     folder: str | None,
     depends_on: tuple[str, ...],
-    on_every_rank: Callable[[bool], bool],
+    shared: Callable[[Callable[[], list]], list],
 ) -> Dataset:
     """Return ``dataset`` with the float64 columns ``columns``, read from disk or computed by ``batches``.
 
@@ -57,7 +57,8 @@ def add_ref_logps(
             largest batch, which needs the most memory, comes first.
         folder: the folder of the files; None: ``kto_fused/`` in the Hugging Face cache.
         depends_on: texts that describe what the values depend on beside the dataset and the columns.
-        on_every_rank: says whether a flag is true on all processes, which compute together or not at all.
+        shared: ``shared(work)`` does ``work`` on each process and returns the results of all in one list, or raises the
+            error of one on all (``ranks.shared``). The processes compute together or not at all.
 
     Raises:
         OSError: ``folder`` is given and cannot be created; raised before anything is computed.
@@ -67,8 +68,8 @@ def add_ref_logps(
     fingerprint = xxhash.xxh3_128_hexdigest("\n".join([tokens, *columns, *depends_on]).encode())
     path = Path(folder or Path(huggingface_hub.constants.HF_HOME) / "kto_fused")
     values = _read(path, fingerprint, columns, len(dataset))
-    if not on_every_rank(values is not None):
-        can_be_kept = _prepare_folder(path, is_given=folder is not None)
+    if not all(shared(lambda: [values is not None])):
+        can_be_kept = all(shared(lambda: [_prepare_folder(path, is_given=folder is not None)]))
         order = np.argsort(-np.asarray(dataset["length"]), kind="stable")
         found = [torch.cat(parts).double().cpu() for parts in zip(*batches(dataset.select(order)), strict=True)]
         values = {}

@@ -4,7 +4,9 @@ A run that is resumed goes on as if it had not been stopped: same weights, same 
 files; this module puts it into the places where ``Trainer`` saves and loads.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..huggingface.running import keeping_trainable
 from ..metrics import Totals
-from . import adapters, cards, checkpoints, fingerprints, folder_lock, models, runs
+from . import adapters, cards, checkpoints, fingerprints, folder_lock, models, ranks, runs
 from .reference import Reference
 
 
@@ -31,6 +33,7 @@ class ResumableTrainer(Trainer):
     _reference: Reference
     _train_totals: Totals  # the metrics since the last log
     _num_tokens: torch.Tensor  # trained on so far
+    _saves_together = False  # whether all processes write a checkpoint now, and share an error
     facts: dict[str, Any]  # of the run, under the names of metrics.json; a command adds them to the model card
 
     def unwrapped(self, model: nn.Module) -> nn.Module:
@@ -58,6 +61,7 @@ class ResumableTrainer(Trainer):
                 checkpoint = checkpoints.agreed(
                     args, lambda: checkpoints.choose(wanted, args.output_dir, args.resume_anyway)
                 )
+                checkpoints.check_all_see(args, checkpoint)
             self._run = runs.describe_run(
                 args,
                 model=self.unwrapped(self.model),
@@ -67,6 +71,7 @@ class ResumableTrainer(Trainer):
                 eval_dataset=self.eval_dataset,
                 columns=[*self.columns, *self.optional_columns],
             )
+            runs.check_same_data(self._run, args)
             if checkpoint is not None:
                 checkpoints.agreed(args, lambda: runs.check_same_run(checkpoint, self._run, args))
             return super().train(checkpoint, *arguments, **options)
@@ -98,32 +103,35 @@ class ResumableTrainer(Trainer):
     # ---- saving ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint with a manifest as its last file, then upload it and remove older ones."""
-        args = self.args
+        """Save a checkpoint with a manifest as its last file, then upload it and remove older ones.
+
+        Where a process fails, all raise its error. FSDP and DeepSpeed wait for one another while they write: there the
+        process that fails in a write raises its error alone, and the launcher ends the others.
+        """
+        args, save = self.args, functools.partial(super()._save_checkpoint, model, trial)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         afterwards = {name: getattr(args, name) for name in ("save_total_limit", "push_to_hub")}
         try:
-            if args.should_save:
-                checkpoints.begin(folder)
-            self.accelerator.wait_for_everyone()
+            checkpoints.agreed(args, lambda: checkpoints.begin(folder))
             args.save_total_limit, args.push_to_hub = None, False
+            self._saves_together = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
             try:
-                super()._save_checkpoint(model, trial)
+                self._together(save)
             finally:
+                self._saves_together = False
                 for name, value in afterwards.items():
                     setattr(args, name, value)
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                if (folder / TRAINING_ARGS_NAME).exists():
-                    torch.save(args, folder / TRAINING_ARGS_NAME)  # with the two options that were changed above
-                checkpoints.end(folder, self._run)
+            self.accelerator.wait_for_everyone()  # the manifest lists the files of all processes
+            # agreed, because ``Trainer`` looks for the best checkpoint on each process's own disk
+            self.state.best_model_checkpoint = checkpoints.agreed(args, lambda: self._completed(folder))
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
             if args.should_save:
                 checkpoints.abandon(folder)
             way_out = "start again, because there is no earlier checkpoint"
-            if checkpoints.found_in(folder.parent):
+            found = checkpoints.found_in(folder.parent)  # another process may be removing the part that was written
+            if any(one.folder != folder or checkpoints.is_complete(folder) for one in found):
                 way_out = "resume from the newest checkpoint (resume_from_checkpoint); earlier ones are unchanged"
             raise checkpoints.CheckpointError(
                 f"{folder} could not be saved ({checkpoints.reason_of(error)}): free space or repair the disk, then "
@@ -131,8 +139,38 @@ class ResumableTrainer(Trainer):
             ) from error
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-        if args.should_save:
-            checkpoints.rotate(folder.parent, args.save_total_limit, folder, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        checkpoints.agreed(args, lambda: checkpoints.rotate(folder.parent, args.save_total_limit, folder, best))
+
+    def _completed(self, folder: Path) -> str | None:
+        """Make the checkpoint complete, and return the best one."""
+        if (folder / TRAINING_ARGS_NAME).exists():
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the two options that were changed meanwhile
+        checkpoints.end(folder, self._run)
+        return self.state.best_model_checkpoint
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as ``Trainer`` does. ``Trainer`` waits for all processes between the parts of a checkpoint, so
+        they share an error of this part.
+        """
+        self._together(functools.partial(super().save_model, output_dir, _internal_call))
+
+    def _together(self, save: Callable[[], None]) -> None:
+        """Call ``save``; in a checkpoint that each process writes at its own pace, raise its error on all of them."""
+        if not self._saves_together:
+            return save()
+
+        def shared() -> list:
+            try:
+                save()
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                # the reason may stand in the error's causes, which do not reach other processes
+                raise RuntimeError(checkpoints.reason_of(error)) from error
+            return []
+
+        ranks.shared(self.args, shared)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the model without the copies of adapters that are the reference, and adapters with a model card."""

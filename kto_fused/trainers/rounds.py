@@ -203,10 +203,11 @@ class Loop:
             checkpoints.FolderInUseError: another run writes into it.
         """
         with folder_lock.only_run_in(self.config):
-            self.state["rounds"] = rounds = self._resumed_rounds()
+            self.state["rounds"] = rounds = ranks.on_first(self.config, self._resumed_rounds)
             if self.config.should_log and (text := self.reference_text()):
                 logger.info(f"The reference is {text}.")
             self._save_state()
+            ranks.shared(self.config, self._check_disk)
             for number in range(1, self.settings.rounds + 1):
                 if number > len(rounds):
                     rounds.append({"round": number})
@@ -237,7 +238,9 @@ class Loop:
         trainer = self.make_trainer(
             number, policy, args=config, train_dataset=dataset, processing_class=self.tokenizer, callbacks=callbacks
         )
-        is_begun = any(checkpoints.is_complete(found.folder) for found in checkpoints.found_in(folder))
+        is_begun = ranks.on_first(
+            self.config, lambda: any(checkpoints.is_complete(found.folder) for found in checkpoints.found_in(folder))
+        )
         if self.keeps_optimizer and before is not None and not is_begun:
             _continue_optimizer(trainer, before)
         with self.during_training(trainer):
@@ -249,7 +252,7 @@ class Loop:
             self._diverged(
                 number, f"it moved the policy by a KL divergence of {kl:.4g} nats, max_kl is {self.settings.max_kl:g}"
             )
-        result = max(checkpoints.found_in(folder))
+        result = ranks.on_first(self.config, lambda: max(checkpoints.found_in(folder)))
         entry |= {
             "kl": kl,
             "log": [step for step in trainer.state.log_history if "loss" in step],
@@ -443,6 +446,15 @@ class Loop:
             os.replace(draft, self.output / STATE)
 
         ranks.on_first(self.config, save)
+
+    def _check_disk(self) -> list:
+        """Refuse a process that does not see the first one's files, as all read its samples and checkpoints."""
+        if not (self.output / STATE).is_file():
+            raise ValueError(
+                f"process {self.config.process_index} does not find {self.output / STATE}, which process 0 has "
+                "written: put output_dir on a disk that all nodes share"
+            )
+        return []
 
     def _write(self, folder: Path, samples: list[Scored], dataset: Dataset) -> None:
         """Write the samples and the training data of a round; what a killed run left there goes."""

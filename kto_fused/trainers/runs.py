@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from . import fingerprints
+from . import fingerprints, ranks
 from .checkpoints import MANIFEST, CheckpointError, read_manifest
 from .configs import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END
 
@@ -161,6 +161,24 @@ def check_same_run(checkpoint: str, run: dict[str, Any], args: TrainingArguments
             "run, or go on regardless with resume_anyway=True (--resume_anyway)"
         )
     logger.warning(f"{checkpoint} belongs to another run, and resume_anyway goes on with it: {differences}")
+
+
+def check_same_data(run: dict[str, Any], args: TrainingArguments) -> None:
+    """Refuse processes that hold other data or another tokenizer than the first one.
+
+    Their batches would be no parts of one batch, and after the shorter data's last batch the others would wait forever.
+
+    Raises:
+        ValueError: a process holds something else; raised on all processes.
+    """
+    held = ranks.shared(args, lambda: [{name: run[name] for name in ("train_data", "tokenizer")}])
+    for process, other in enumerate(held):
+        for name, value in other.items():
+            if value != held[0][name]:
+                raise ValueError(
+                    f"process {process} holds other data than process 0 ({name}: {_shortened(value)} and "
+                    f"{_shortened(held[0][name])}): give all processes the same files and the same tokenizer"
+                )
 
 
 def _shortened(value: Any) -> str:

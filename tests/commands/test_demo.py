@@ -87,6 +87,11 @@ def test_stretched_positions_are_used(tmp_path):
     assert demo.make_trainer(settings, torch.device("cpu")).args.max_length == 256
 
 
+def test_a_demo_in_several_processes_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "the demo runs in one process, and 2 were started" in fails(capsys, tmp_path)
+
+
 def test_the_bundled_feedback():
     records = load(BUNDLED)
     assert len(records) >= 200

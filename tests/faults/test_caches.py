@@ -45,9 +45,9 @@ def add(folder, reference: Reference, **changes) -> dict[str, list[float]]:
     """Add the reference's columns to a small dataset; returns the added columns."""
     lengths = changes.pop("lengths", LENGTHS)
     dataset = Dataset.from_dict({"row": list(range(len(lengths))), "length": lengths})
-    settings = {"depends_on": ("weights", "bf16"), **changes}
+    settings = {"depends_on": ("weights", "bf16"), "shared": lambda work: work(), **changes}
     added = reference_cache.add_ref_logps(
-        dataset, COLUMNS, reference.batches, None if folder is None else str(folder), on_every_rank=bool, **settings
+        dataset, COLUMNS, reference.batches, None if folder is None else str(folder), **settings
     )
     return {column: added[column][:] for column in COLUMNS}
 

@@ -8,7 +8,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 import transformers
 from tiny_training import assert_near, assert_same_run, run_on_two
-from train_distributed import KINDS, WITHOUT_REFERENCE, WRAPPERS, cases
+from train_distributed import FAILURES, KINDS, WITHOUT_REFERENCE, WRAPPERS, cases
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 CASES = cases()  # for the fixture on_one
@@ -147,6 +147,34 @@ def test_all_processes_are_refused_a_folder_that_another_run_has_locked(on_two):
     first, second = on_two("ddp-locked")
     assert first == second
     assert "another run writes into" in first
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_where_one_process_fails_to_write_all_end_with_its_error(on_two, where):
+    """Without its error the others would wait for it: until the launcher ends them, or on other nodes for half an hour.
+
+    The failures: while a checkpoint is made, as data are prepared, as a cache is made, as the results are written.
+    """
+    first, second = on_two("ddp-failures")[where]
+    assert first == second
+    assert "No space left on device" in first
+    is_checkpoint = where in ("begin", "model", "state", "end")
+    assert first.startswith("CheckpointError" if is_checkpoint else "OSError")
+    assert ("start again, because there is no earlier checkpoint" in first) == is_checkpoint
+
+
+def test_processes_that_hold_other_data_are_refused(on_two):
+    first, second = on_two("ddp-other data")
+    assert first == second
+    assert "process 1 holds other data than process 0 (train_data: 20 examples, " in first
+
+
+def test_processes_with_disks_of_their_own_agree_on_the_best_checkpoint_and_resume_from_none_of_them(on_two):
+    found = on_two("ddp-own disks")
+    assert found["best"] == ["run/checkpoint-1", "run/checkpoint-1"]
+    first, second = found["resumed"]
+    assert first == second
+    assert "process 1 does not find run/checkpoint-1 on its disk: put output_dir on a disk" in first
 
 
 @on_every_recipe

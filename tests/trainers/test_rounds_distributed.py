@@ -34,4 +34,6 @@ def test_where_one_process_fails_both_end_with_its_sentence(on_two):
         "JudgeError: the judge failed: ZeroDivisionError: no time",
         "GenerationError: --generator http://127.0.0.1:9/v1/models cannot be reached: [Errno 111] Connection refused",
         "MemoryError: no room",
+        "ValueError: process 1 does not find another disk/run.json, which process 0 has written: put output_dir on a "
+        "disk that all nodes share",
     ]

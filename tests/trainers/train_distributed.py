@@ -4,14 +4,16 @@ The test imports them for one process. ``torchrun --nproc_per_node 2 train_distr
 writes each case's result into ``FOLDER/results.json``. Global batches are the same for one process and for two.
 """
 
-import faulthandler
+import contextlib
 import functools
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -36,13 +38,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kto_fused.commands import results
 from kto_fused.commands.samples import Sampler
-from kto_fused.trainers import FusedTrainer
+from kto_fused.trainers import FusedDPOTrainer, FusedTrainer, checkpoints, reference_cache
 from kto_fused.trainers.checkpoints import CheckpointError, FolderInUseError
 from kto_fused.trainers.folder_lock import LOCK
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-LONGEST = 450  # seconds
+PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 KINDS = ("kto", "dpo")
 WITHOUT_REFERENCE = ("sft", "reward")
 WRAPPERS = ("ddp", "fsdp")
@@ -140,13 +142,20 @@ def resume(folder: Path, kind: str, wrapper: str, lora: bool = False):
 
 
 def damage(folder: Path, wrapper: str):
-    """Remove the second process's file from the newest checkpoint and resume.
+    """Remove the second process's file, which it is slow to write, from the newest checkpoint and resume.
 
     Returns each process's error for that checkpoint, the outcome of resuming from the one before it, and the outcome of
     a run that was not stopped.
     """
     train_again = functools.partial(make, "kto", wrapper, save_strategy="steps", save_steps=2, optim="adamw_torch")
-    train_again(folder / "stopped", num_train_epochs=1).train()
+    save_rng_state = FusedTrainer._save_rng_state
+
+    def slowly(trainer: FusedTrainer, checkpoint: str) -> None:
+        time.sleep(0.2)
+        save_rng_state(trainer, checkpoint)
+
+    with mock.patch.object(FusedTrainer, "_save_rng_state", slowly) if RANK == 1 else contextlib.nullcontext():
+        train_again(folder / "stopped", num_train_epochs=1).train()
     newest = folder / "stopped" / "checkpoint-4"
     trainer = train_again(folder / "stopped", num_train_epochs=2)
     if PROCESSES > 1:
@@ -175,6 +184,68 @@ def lock(folder: Path):
         trainer.train()
     except FolderInUseError as error:
         return gather_object([str(error)])
+
+
+def of_all(work: Callable[[], Any]) -> list[str]:
+    """Return each process's error, in which ``work`` ends."""
+    try:
+        work()
+    except Exception as error:
+        return gather_object([f"{type(error).__name__}: {error}"])
+    return gather_object(["nothing"])
+
+
+# where one process alone fails: in which one, what is replaced by a failure, and the options of a run that comes there
+BEST = {"evaluation": 4, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+FAILURES: dict[str, tuple[int, Any, str, dict[str, Any]]] = {
+    "begin": (0, checkpoints, "begin", {"save_strategy": "epoch"}),
+    "model": (0, FusedTrainer, "_save", BEST),  # before a barrier of transformers
+    "state": (1, FusedTrainer, "_save_rng_state", {"save_strategy": "epoch"}),
+    "end": (0, checkpoints, "end", {"save_strategy": "epoch"}),
+    "data": (1, FusedDPOTrainer, "_tokenize", {}),
+    "cache": (1, reference_cache, "_prepare_folder", {"precompute_ref_log_probs": True}),
+    "results": (0, results, "draft_of", {}),
+    "weights": (0, FusedTrainer, "_save", {}),
+    "curves": (0, results, "plot", {}),
+}
+
+
+def failures(folder: Path) -> dict[str, list[str]]:
+    """Return each process's error where one of them finds a full disk, which takes no space from the other."""
+    said = {}
+    for name, (rank, where, what, options) in FAILURES.items():
+        if "precompute_ref_log_probs" in options:
+            options = {**options, "ref_model": model(seed=1), "ref_cache_dir": str(folder / "cache")}
+
+        def run(name: str = name, options: dict[str, Any] = options) -> None:
+            trainer = make("dpo", "ddp", folder / name, train=4, **options)
+            trainer.train()
+            entries = {"steps": trainer.state.log_history[:1], "evaluations": [], "data": {}, "seconds": 1.0}
+            results.write_all(trainer, entries)
+
+        error = OSError(28, "No space left on device")
+        with mock.patch.object(where, what, side_effect=error) if rank == RANK else contextlib.nullcontext():
+            said[name] = of_all(run)
+    return said
+
+
+def other_data(folder: Path) -> list[str]:
+    return of_all(make("dpo", "ddp", folder, train=data("dpo", 16 + 4 * RANK)).train)
+
+
+def own_disks(folder: Path) -> dict[str, list]:
+    """Return the best checkpoint that each process knows, where only the first one's disk holds any, and each
+    process's error as the run is to resume.
+    """
+    disk = folder / f"disk_of_{RANK}"
+    disk.mkdir(parents=True)
+    with contextlib.chdir(disk):
+        settings = {**BEST, "save_only_model": True}
+        trainer = make("dpo", "ddp", Path("run"), train=4, **settings)
+        trainer.train()
+        best = gather_object([trainer.state.best_model_checkpoint])
+        trainer.accelerator.wait_for_everyone()
+        return {"best": best, "resumed": of_all(functools.partial(trainer.train, resume_from_checkpoint=True))}
 
 
 def evaluate(folder: Path, kind: str, wrapper: str):
@@ -214,10 +285,10 @@ def precompute(folder: Path, kind: str, wrapper: str):
 
 def precompute_on_two_disks(folder: Path):
     """Return the reference passes of three runs; before the third, the second process loses its cache."""
-    rank, passes = int(os.environ.get("RANK", 0)), []
+    passes = []
     for is_lost in (False, False, True):
-        cache = folder / f"cache_of_rank_{rank}"
-        if is_lost and rank == 1:
+        cache = folder / f"cache_of_rank_{RANK}"
+        if is_lost and RANK == 1:
             shutil.rmtree(cache)
         passes.append(precompute_once("dpo", "ddp", folder, cache)["passes"])
     return passes
@@ -300,6 +371,7 @@ def cases() -> dict[str, Callable[[Path], Any]]:
         train, kind="sft", wrapper="ddp", packing=True, max_length=16, train=24, train_sampling_strategy="sequential"
     )
     found["ddp-locked"] = lock
+    found |= {"ddp-failures": failures, "ddp-other data": other_data, "ddp-own disks": own_disks}
     for kind in KINDS:
         found[f"ddp-{kind}-vision"] = functools.partial(train_on_text, kind=kind)
         found[f"ddp-{kind}-dropout"] = functools.partial(precompute_with_dropout, kind=kind)
@@ -327,7 +399,6 @@ def cases() -> dict[str, Callable[[Path], Any]]:
 
 
 def main(folder: Path) -> None:
-    faulthandler.dump_traceback_later(LONGEST, exit=True)  # ends processes that wait for one another forever
     shard_on_cpus()
     run_cases(cases(), folder)
 

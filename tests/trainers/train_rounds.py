@@ -63,11 +63,14 @@ def failures(folder: Path) -> list[list[str]]:
         ("judge", {"judged": broken_judge}),
         ("server", {"generator": "http://127.0.0.1:9"}),
         ("samples", {}),
+        ("disk", {}),
     ):
         with PartialState(cpu=True).main_process_first():
             loop = make_loop("dpo", folder / kind, ddp_backend="gloo" if PROCESSES > 1 else None, **options)
         if kind == "samples":
             drawn, loop.generate._batch = loop.generate._batch, broken_batch
+        if kind == "disk" and PartialState().process_index:
+            loop.output = Path("another disk")
         try:
             loop.run()
             said.append("nothing")
