@@ -2,8 +2,9 @@
 
 For each number of records it writes a file of JSON lines with about 300 tokens a record and no prompt twice, and calls
 ``prepare_unpaired`` on it in a new process, once without and once with the cache that the first call wrote. A table
-shows the seconds of CPU time of all processes, the wall time, the peak memory of the largest process beyond its imports
-and the files' sizes. Texts come from the feedback that the package brings, and so does the tokenizer; nothing is
+shows the CPU time of all processes in seconds, the wall time, the peak memory of the process that prepares, and the
+files' sizes. That memory is counted from the moment when the imports are done; workers of ``--num_proc`` are left out.
+Texts come from the feedback that the package brings, and so does the tokenizer; nothing is
 downloaded. ``--chat`` makes conversations of the records, which a chat template renders.
 """
 
@@ -64,18 +65,18 @@ def write_records(file: Path, count: int, tokenizer: Any, is_chat: bool) -> None
 
 
 class Cost(NamedTuple):
-    """What one preparation took; bytes are those of the largest process beyond its imports."""
+    """What one preparation took. Bytes are the process's peak minus what it held once its imports were done."""
 
     examples: int
     tokens_per_example: float
     cpu_seconds: float
     seconds: float
-    peak_bytes: int  # resident, with the pages of mapped files that the system keeps as long as memory is free
-    own_peak_bytes: int  # of these, memory of the process itself
+    peak_bytes: int  # in RAM, with pages of the files that it reads; the system drops them where memory is short
+    own_peak_bytes: int  # of these, what the process allocated itself
 
 
 def resident() -> tuple[int, int]:
-    """Return the bytes of this process in memory, and those of them that no file backs."""
+    """Return the bytes that this process has in RAM, and those of them that it allocated: no copy of a file's bytes."""
     found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(found[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
 

@@ -1,8 +1,9 @@
 """The report on KTO steps that train LoRA adapters of SmolLM2-135M, the model of `kto-fused demo --real`.
 
-The weights are random, which changes neither time nor memory. It measures time, allocated memory, and on Linux's CPUs
-the resident memory of a process that trains with one contender alone. Each trainer runs with gradient checkpointing and
-without: TRL's configurations turn it on by default, this package's and transformers' do not.
+The weights are random, which changes neither time nor memory. It measures the time of a step, the memory that the step
+allocates, and on a CPU under Linux the resident memory: what the system keeps in RAM for a process in which one
+contender alone trains. Resident memory is larger, because the C library keeps freed blocks. Each trainer runs with
+gradient checkpointing and without: TRL's configurations turn it on by default, this package's and transformers' do not.
 """
 
 import gc
@@ -17,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from report_training import TrainingTurn
 from side_by_side import free, how_timed, left_out_line, machine_line, new_report, path_of, settled, take_turns, write
 
-STEPS = 2  # of the process whose resident memory is measured: the first one allocates the optimizer's state
+STEPS = 2  # in the process whose resident memory is measured; the first one allocates the optimizer's state
 STATUS = Path("/proc/self/status")
 
 
@@ -45,7 +46,7 @@ PLANS = {"cpu": Plan(), "cuda": Plan(sequences=8, seq_len=2048, settling=1.0)}
 
 @dataclass
 class Row:
-    """One trainer: the median time of a step, what it allocates, and what its own process holds beside the model."""
+    """One trainer: the median time of a step, the peak of what it allocates, and that of its own process's RAM."""
 
     contender: str
     checkpointing: bool
@@ -55,7 +56,10 @@ class Row:
 
 
 def resident_mib(contender: str, plan: Plan, checkpointing: bool) -> float:
-    """Return the MiB by which steps raise the resident memory of a process that has built the trainer and its model."""
+    """Return the peak of this process's resident memory during steps, less that before them, in MiB.
+
+    The trainer and its model are built before the first step, so they do not count.
+    """
     training = CONTENDERS[contender](plan.problem(checkpointing, torch.device("cpu")))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
@@ -86,9 +90,10 @@ def tables(report: dict) -> str:
         f"{plan.lora_rank} on all linear layers but the LM head, {plan.sequences} sequences of {plan.seq_len} tokens, "
         "half of them prompt, AdamW. A step is all that a trainer does for one batch. Times are medians of "
         f"{plan.rounds} rounds in which the contenders took turns{settled(plan.settling)}. "
-        f"{how_timed(report['device'])} *Allocated* is the peak of what a step allocates beside weights, optimizer and "
-        "batch. *Resident* is the peak by which the steps raise the resident memory of a process of the contender's "
-        "own, memory that the C library keeps for later included.",
+        f"{how_timed(report['device'])} *Allocated* is the most that a step holds at one time beyond weights, "
+        "optimizer state and batch, which are there before it. *Resident* is measured in a process of the contender's "
+        f"own: the most RAM that it has during {STEPS} steps, less what it has before them. That includes the "
+        "optimizer's state, and blocks that the C library keeps after they were freed.",
     ]
     for checkpointing in (False, True):
         title = case(checkpointing)

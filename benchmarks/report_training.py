@@ -55,7 +55,7 @@ class Plan:
     # GPU: with gradient checkpointing, attention takes too long there before memory ends
     search: Size | None = None
     longest: int = 0
-    budget: int = 0  # bytes that a step may allocate beside weights, optimizer and batch
+    budget: int = 0  # bytes that a step may hold at one time beyond weights, optimizer state and batch
     cases: tuple[str, ...] = CASES
 
     def of_cases(self, cases: list[str]) -> "Plan":
@@ -77,7 +77,7 @@ PLANS = {
 
 @dataclass
 class Row:
-    """One trainer on one batch: the median time and the peak memory of a step, its gradients included."""
+    """One trainer on one batch: a step's median time, and the most that it allocates at one time, with gradients."""
 
     loss: str
     size: str
@@ -182,8 +182,9 @@ def tables(report: dict) -> str:
         "backward pass, the optimizer. GRPO and online DPO get their samples, and GRPO the samples' old "
         "log-probabilities: generating and scoring them takes no part. Half of each sequence is prompt. Times are "
         f"medians of {report['rounds']} rounds in which the contenders took turns{settled(report['settling'])}. "
-        f"{how_timed(report['device'])} Peak memory is what a step allocates beside weights, optimizer and batch, the "
-        "gradients included. `fuse` does not take TRL's trainers for SFT, reward models and online DPO.",
+        f"{how_timed(report['device'])} Peak memory is the most that a step holds at one time beyond weights, "
+        "optimizer state and batch, which are there before it; gradients count. `fuse` does not take TRL's trainers "
+        "for SFT, reward models and online DPO.",
     ]
     for size in dict.fromkeys(row["size"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["size"] == size]
