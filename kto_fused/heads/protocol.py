@@ -144,6 +144,8 @@ class Head:
     ) -> dict[str, torch.Tensor]:
         """Return what to log beside the loss, by name: ``rewards`` [B], and any tensor of one dimension or none.
 
+        The names are the same for every batch, because several processes add up the values in their order.
+
         The default reward is ``beta`` (1 where the head has no such field) times the log-ratio, or the log-probability
         without a reference.
         """

@@ -349,7 +349,7 @@ def check_all_see(args: TrainingArguments, checkpoint: str) -> None:
     """
 
     def look() -> list:
-        if not (Path(checkpoint) / STATE).is_file():
+        if args.world_size > 1 and not (Path(checkpoint) / STATE).is_file():
             raise CheckpointError(
                 f"process {args.process_index} does not find {checkpoint} on its disk: put output_dir on a disk that "
                 "all nodes share, or copy the checkpoint's folder to the same place on each node"

@@ -34,7 +34,13 @@ def only_run_in(args: TrainingArguments) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def acquire() -> None:
-        lock = _acquire(folder)
+        try:
+            lock = _acquire(folder)
+        except FolderInUseError as error:
+            if not args.save_on_each_node:
+                raise
+            shared = "if this is the same run on another node, the nodes share this disk: leave save_on_each_node out"
+            raise FolderInUseError(f"{error}; {shared}") from error
         if lock is not None:
             held.append(lock)
 

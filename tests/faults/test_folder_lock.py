@@ -34,6 +34,8 @@ def test_a_second_run_is_refused_with_the_first_ones_process_and_a_killed_one_bl
         other = rf"another run writes into .* \(process {first.pid} on .*, started 2"
         with pytest.raises(FolderInUseError, match=other):
             make_trainer("kto", tmp_path, max_steps=1).train()
+        with pytest.raises(FolderInUseError, match="the nodes share this disk: leave save_on_each_node out"):
+            make_trainer("kto", tmp_path, max_steps=1, save_on_each_node=True).train()
     finally:
         first.kill()
         first.join()
