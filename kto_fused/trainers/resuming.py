@@ -71,7 +71,7 @@ class ResumableTrainer(Trainer):
                 eval_dataset=self.eval_dataset,
                 columns=[*self.columns, *self.optional_columns],
             )
-            runs.check_same_data(self._run, args)
+            runs.check_same_everywhere(self._run, args)
             if checkpoint is not None:
                 checkpoints.agreed(args, lambda: runs.check_same_run(checkpoint, self._run, args))
             return super().train(checkpoint, *arguments, **options)

@@ -203,6 +203,7 @@ class Loop:
             checkpoints.FolderInUseError: another run writes into it.
         """
         with folder_lock.only_run_in(self.config):
+            runs.check_same_everywhere(self.state["settings"], self.config)
             self.state["rounds"] = rounds = ranks.on_first(self.config, self._resumed_rounds)
             if self.config.should_log and (text := self.reference_text()):
                 logger.info(f"The reference is {text}.")

@@ -24,6 +24,7 @@ from .configs import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference_weights"  # the entry of a run's description that identifies its reference
+FROZEN = "model.frozen_weights"
 SHOWN = 60  # characters that a message shows of a value
 # The options that do not change the training curve. All others do: an option that a later version adds counts until it
 # is listed here.
@@ -110,7 +111,7 @@ def describe_run(
     if hasattr(config, "to_diff_dict"):
         entries |= {f"model.{name}": value for name, value in _without_neutral(config.to_diff_dict()).items()}
     entries["model.dtypes"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
-    entries["model.frozen_weights"] = fingerprints.hash_weights(model, lambda name, tensor: not tensor.requires_grad)
+    entries[FROZEN] = fingerprints.hash_weights(model, lambda name, tensor: not tensor.requires_grad)
     for adapter, peft_config in getattr(model, "peft_config", {}).items():
         for option in fields(peft_config):
             value = getattr(peft_config, option.name)
@@ -163,21 +164,27 @@ def check_same_run(checkpoint: str, run: dict[str, Any], args: TrainingArguments
     logger.warning(f"{checkpoint} belongs to another run, and resume_anyway goes on with it: {differences}")
 
 
-def check_same_data(run: dict[str, Any], args: TrainingArguments) -> None:
-    """Refuse processes that hold other data or another tokenizer than the first one.
+def check_same_everywhere(run: dict[str, Any], args: TrainingArguments) -> None:
+    """Refuse processes that have other data, another tokenizer or other options than the first one.
 
     Their batches would be no parts of one batch, and after the shorter data's last batch the others would wait forever.
+    Weights are not compared: with some wrappers the first process alone loads them.
+
+    Args:
+        run: as ``describe_run`` returns it, or another description by name.
+        args: the trainer's options.
 
     Raises:
-        ValueError: a process holds something else; raised on all processes.
+        ValueError: a process has something else; raised on all processes.
     """
-    held = ranks.shared(args, lambda: [{name: run[name] for name in ("train_data", "tokenizer")}])
-    for process, other in enumerate(held):
-        for name, value in other.items():
-            if value != held[0][name]:
+    first, *others = ranks.shared(args, lambda: [run])
+    for process, other in enumerate(others, 1):
+        for name in sorted((first.keys() | other.keys()) - {REFERENCE, FROZEN}):
+            values = [_shortened(each.get(name, "none or the default")) for each in (other, first)]
+            if first.get(name) != other.get(name):
                 raise ValueError(
-                    f"process {process} holds other data than process 0 ({name}: {_shortened(value)} and "
-                    f"{_shortened(held[0][name])}): give all processes the same files and the same tokenizer"
+                    f"process {process} does not train what process 0 trains ({name}: {values[0]} there, {values[1]} "
+                    "in process 0): start all processes with the same options, files and tokenizer"
                 )
 
 

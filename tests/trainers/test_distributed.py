@@ -163,10 +163,12 @@ def test_where_one_process_fails_to_write_all_end_with_its_error(on_two, where):
     assert ("start again, because there is no earlier checkpoint" in first) == is_checkpoint
 
 
-def test_processes_that_hold_other_data_are_refused(on_two):
-    first, second = on_two("ddp-other data")
-    assert first == second
-    assert "process 1 holds other data than process 0 (train_data: 20 examples, " in first
+def test_processes_that_train_something_else_than_the_first_one_are_refused(on_two):
+    for (first, second), differs in zip(
+        on_two("ddp-others"), ("train_data: 20 examples", "learning_rate: 1.5"), strict=True
+    ):
+        assert first == second
+        assert f"process 1 does not train what process 0 trains ({differs}" in first
 
 
 def test_processes_with_disks_of_their_own_agree_on_the_best_checkpoint_and_resume_from_none_of_them(on_two):

@@ -30,6 +30,7 @@ def test_two_processes_sample_and_train_as_one(on_one, on_two, kind):
 def test_where_one_process_fails_both_end_with_its_sentence(on_two):
     first, second = on_two["failures"]
     assert first == second
+    assert "process 1 does not train what process 0 trains (data: other records there" in first.pop()
     assert first == [
         "JudgeError: the judge failed: ZeroDivisionError: no time",
         "GenerationError: --generator http://127.0.0.1:9/v1/models cannot be reached: [Errno 111] Connection refused",

@@ -229,8 +229,10 @@ def failures(folder: Path) -> dict[str, list[str]]:
     return said
 
 
-def other_data(folder: Path) -> list[str]:
-    return of_all(make("dpo", "ddp", folder, train=data("dpo", 16 + 4 * RANK)).train)
+def others(folder: Path) -> list[list[str]]:
+    """Return each process's errors, where the second one has more data, and where it has another learning rate."""
+    changes = {"train": data("dpo", 16 + 4 * RANK)}, {"learning_rate": 0.5 + RANK}
+    return [of_all(make("dpo", "ddp", folder / str(number), **each).train) for number, each in enumerate(changes)]
 
 
 def own_disks(folder: Path) -> dict[str, list]:
@@ -371,7 +373,7 @@ def cases() -> dict[str, Callable[[Path], Any]]:
         train, kind="sft", wrapper="ddp", packing=True, max_length=16, train=24, train_sampling_strategy="sequential"
     )
     found["ddp-locked"] = lock
-    found |= {"ddp-failures": failures, "ddp-other data": other_data, "ddp-own disks": own_disks}
+    found |= {"ddp-failures": failures, "ddp-others": others, "ddp-own disks": own_disks}
     for kind in KINDS:
         found[f"ddp-{kind}-vision"] = functools.partial(train_on_text, kind=kind)
         found[f"ddp-{kind}-dropout"] = functools.partial(precompute_with_dropout, kind=kind)

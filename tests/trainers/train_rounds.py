@@ -64,11 +64,14 @@ def failures(folder: Path) -> list[list[str]]:
         ("server", {"generator": "http://127.0.0.1:9"}),
         ("samples", {}),
         ("disk", {}),
+        ("prompts", {}),
     ):
         with PartialState(cpu=True).main_process_first():
             loop = make_loop("dpo", folder / kind, ddp_backend="gloo" if PROCESSES > 1 else None, **options)
         if kind == "samples":
             drawn, loop.generate._batch = loop.generate._batch, broken_batch
+        if kind == "prompts" and PartialState().process_index:
+            loop.state["settings"]["data"] = "other records"
         if kind == "disk" and PartialState().process_index:
             loop.output = Path("another disk")
         try:
