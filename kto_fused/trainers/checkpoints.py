@@ -288,7 +288,7 @@ def reason_of(error: Exception) -> str:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
-    if "unexpected pos" in str(error):
+    if any(text in str(error) for text in ("unexpected pos", "iostream error")):
         return "a file could not be written to its end"
     return " ".join(str(error).split()) or type(error).__name__
 
