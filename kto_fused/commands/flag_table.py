@@ -69,15 +69,22 @@ class TableParser(FlagValues, argparse.ArgumentParser):
 
 def flags_of(key: str) -> list[dict[str, Any]]:
     """Return the flags of a command, as the installed version of transformers has them."""
-    flags = [table()["flags"][number] for number in table()["commands"][key]]
-    if importlib.metadata.version("transformers") == table()["transformers"]:
+    flags = listed(key)
+    has_inherited = any(flag.get("inherited") for flag in flags)
+    if not has_inherited or importlib.metadata.version("transformers") == table()["transformers"]:
         return flags
-    inherited = _fields_of_training_arguments() - {*table()["left_out"], *KEPT}
-    return [
-        *(flag for flag in flags if not flag.get("inherited") or flag["name"] in KEPT),
-        *({"name": name, "flags": _spellings(name), "type": "str", "nargs": "*"} for name in inherited),
-        *({"name": name, "flags": _spellings(f"no_{name}")} for name in inherited),
-    ]
+    inherited = sorted(_fields_of_training_arguments() - {*table()["left_out"], *KEPT})
+    found = [flag for flag in flags if not flag.get("inherited") or flag["name"] in KEPT]
+    for name in inherited:
+        flag = {"name": name, "inherited": True}
+        found.append(flag | {"flags": _spellings(name), "type": "str", "nargs": "*"})
+        found.append(flag | {"flags": _spellings(f"no_{name}")})
+    return found
+
+
+def listed(key: str) -> list[dict[str, Any]]:
+    """Return the flags of a command as the table has them, which was made with one version of transformers."""
+    return [table()["flags"][number] for number in table()["commands"][key]]
 
 
 @functools.cache

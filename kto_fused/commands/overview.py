@@ -72,7 +72,9 @@ def text(key: str, command: str, description: str) -> str:
 
 def _page(key: str, command: str, description: str, length: int) -> str:
     flags = [flag for flag in flag_table.flags_of(key) if "type" in flag]
-    by_name = {flag["name"]: flag for flag in flags}
+    # the table knows more of a flag than the source text of another version of transformers
+    of_table = {flag["name"]: flag for flag in flag_table.listed(key) if "type" in flag}
+    by_name = {flag["name"]: of_table.get(flag["name"], flag) for flag in flags}
     width = min(WIDTH, shutil.get_terminal_size().columns)
     required = " ".join(f"--{flag['name']} {_value(flag)}" for flag in flags if flag.get("required"))
     lines = [f"usage: kto-fused {command} {required} [FLAGS]".replace("  ", " "), ""]

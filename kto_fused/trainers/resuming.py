@@ -249,6 +249,10 @@ class ResumableTrainer(Trainer):
         active = policy.base_model.active_adapter
         with keeping_trainable(policy):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if len(policy.peft_config) > 1 and Path(resume_from_checkpoint, "adapter_config.json").is_file():
+                # PEFT saves the adapter "default" in the folder itself, where transformers 5.17 finds it only if alone
+                is_active = "default" in ([active] if isinstance(active, str) else active)
+                policy.load_adapter(resume_from_checkpoint, "default", is_trainable=is_active)
             if policy.base_model.active_adapter != active:
                 policy.base_model.set_adapter(active)
 

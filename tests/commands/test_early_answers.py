@@ -31,7 +31,7 @@ AT_ONCE = [
         ["dpo", "--model", "m", "--data", "missing.jsonl"],
         ["dpo", "--model", "m", "--data", "d.jsonl", "--lerning", "1"],
     ),
-    *(["sft", "--model", "m", "--data", "d.jsonl", "--max_steps", "ten"], ["reward", "--config", "missing.yaml"]),
+    *(["sft", "--model", "m", "--data", "d.jsonl", "--chunk_bytes", "ten"], ["reward", "--config", "missing.yaml"]),
     *(["train", "--config", "wrong.yaml"], ["train", "--loss", "grpo"], ["online", "--loss", "fly"], ["spin"]),
     *(
         ["kto", "--model", "m", "--data", "d.jsonl", "--report_to", "neptune"],
@@ -110,7 +110,7 @@ def test_help_all_lists_every_flag(capsys):
             assert action.option_strings[0] in printed
 
 
-def test_with_another_version_of_transformers_its_flags_are_read_from_its_source(monkeypatch):
+def test_with_another_version_of_transformers_its_flags_are_read_from_its_source(monkeypatch, capsys):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "transformers" else version(name))
     given = ["--model", "m", "--data", "d", "--max_steps", "ten", "--no_bf16", "--lr_scheduler_kwargs", "{}"]
@@ -120,6 +120,11 @@ def test_with_another_version_of_transformers_its_flags_are_read_from_its_source
     for wrong in (["--lerning_rate", "1"], ["--do_train"], ["--beta", "much"]):
         with pytest.raises(CommandError):
             flag_table.TableParser("kto", "kto").values([*given, *wrong])
+    page = overview.text("kto", "kto", "")
+    assert page.count("\n") <= 120
+    assert "  --learning_rate X            or --lr: initial learning rate" in page
+    assert cli.main(["demo", "--steps", "0"]) == 2
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
