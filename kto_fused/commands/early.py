@@ -5,6 +5,7 @@ found here. The command checks all of it again, and more, once they are imported
 """
 
 import importlib.util
+import os
 import re
 from glob import has_magic
 from pathlib import Path
@@ -102,7 +103,7 @@ def check(command: str, arguments: list[str]) -> None:
     check_writable(output_dir)
     if command not in (*RECIPES, "train"):
         return
-    if values["push_to_hub"]:
+    if values["push_to_hub"] and os.environ.get("RANK", "0") == "0":  # the process that uploads
         check_upload(values["hub_token"], output_dir)
     if key is not None:
         check_records(files, values, key)

@@ -102,7 +102,8 @@ def saved_model_note(trainer: FusedTrainer) -> str:
 def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
     """Write the model, its tokenizer and card, and the files of ``write``: all of them or none.
 
-    All processes call it, because all take part in saving a sharded model. An error of one is raised on all.
+    All processes call it, because all take part in saving a sharded model. An error of one is raised on all; under
+    DeepSpeed, whose processes wait for one another while they save, one that fails there ends alone.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     draft = folder / DRAFT
@@ -118,7 +119,10 @@ def write_all(trainer: FusedTrainer, metrics: dict[str, Any]) -> None:
 
     with ExitStack() as drafts:  # the first process alone enters one
         ranks.on_first(args, lambda: drafts.enter_context(draft_of(folder)))
-        ranks.shared(args, save)
+        if trainer.is_deepspeed_enabled:
+            save()
+        else:
+            ranks.shared(args, save)
         ranks.on_first(args, finish)
 
 

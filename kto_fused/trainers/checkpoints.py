@@ -336,7 +336,7 @@ def agreed(args: TrainingArguments, work: Callable[[], Any]) -> Any:
     results = ranks.shared(args, lambda: [work()] if args.should_save else [])
     if any(other != results[0] for other in results):
         raise CheckpointError(
-            f"the nodes found different checkpoints to resume from: {results}; name one that all of them have"
+            f"the nodes found different checkpoints: {results}; name one that all of them have, in the same folder"
         )
     return results[0]
 
@@ -345,7 +345,7 @@ def check_all_see(args: TrainingArguments, checkpoint: str) -> None:
     """Check that every process can read the checkpoint from which all of them resume.
 
     Raises:
-        CheckpointError: one cannot, as on a node that has another disk; raised on all processes.
+        CheckpointError: one cannot, for example on a node with a disk of its own; raised on all processes.
     """
 
     def look() -> list:

@@ -30,7 +30,7 @@ def shared(args: TrainingArguments, work: Callable[[], list]) -> list:
     outcomes = gather_object([own])
     for process, (_, error) in enumerate(outcomes):
         if error is not None:
-            raise own[1] if process == args.process_index else error  # the own one has its traceback and its causes
+            raise own[1] if process == args.process_index else error  # this process's keeps its traceback and causes
     return [one for result, _ in outcomes for one in result]
 
 

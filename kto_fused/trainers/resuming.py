@@ -114,7 +114,8 @@ class ResumableTrainer(Trainer):
         try:
             checkpoints.agreed(args, lambda: checkpoints.begin(folder))
             args.save_total_limit, args.push_to_hub = None, False
-            self._saves_together = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+            is_split = getattr(self, "is_distributed_loading_by_transformers", False)  # transformers 5.17 has no such
+            self._saves_together = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_split)
             try:
                 self._together(save)
             finally:
@@ -150,8 +151,9 @@ class ResumableTrainer(Trainer):
         return self.state.best_model_checkpoint
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as ``Trainer`` does. ``Trainer`` waits for all processes between the parts of a checkpoint, so
-        they share an error of this part.
+        """Save the model as ``Trainer`` does.
+
+        In a checkpoint an error of one process is raised on all, because ``Trainer`` waits for all of them afterwards.
         """
         self._together(functools.partial(super().save_model, output_dir, _internal_call))
 

@@ -44,6 +44,7 @@ from .token_values import Row, TokenValues, token_values
 logger = logging.getLogger(__name__)
 
 STATE, SAMPLES, DATA = "run.json", "samples.jsonl", "data"
+DISK_SECONDS = 60  # after which a file is seen from other nodes: a network disk may keep its absence for half a minute
 KEPT_ROUNDS = 2  # whose checkpoints stay: the last one's, and the one before it that it began with
 
 
@@ -450,6 +451,9 @@ class Loop:
 
     def _check_disk(self) -> list:
         """Refuse a process that does not see the first one's files, as all read its samples and checkpoints."""
+        end = time.monotonic() + DISK_SECONDS
+        while not (self.output / STATE).is_file() and time.monotonic() < end:
+            time.sleep(0.5)
         if not (self.output / STATE).is_file():
             raise ValueError(
                 f"process {self.config.process_index} does not find {self.output / STATE}, which process 0 has "

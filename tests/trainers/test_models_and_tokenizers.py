@@ -255,6 +255,6 @@ def test_deepspeed_without_its_processes_is_refused(tmp_path, monkeypatch):
 
 
 def test_publishing_a_model_is_left_to_the_trainer_of_transformers():
-    published = ("push_to_hub", "_push_from_checkpoint", "save_model")
+    published = ("push_to_hub", "_push_from_checkpoint")
     for trainer in (FusedKTOTrainer, FusedDPOTrainer):
         assert all(getattr(trainer, name) is getattr(Trainer, name) for name in published)

@@ -11,6 +11,7 @@ from loop_cases import make_loop, outcome
 from safetensors.torch import load_file
 from tiny_training import run_cases
 
+from kto_fused.trainers import rounds as loops
 from kto_fused.trainers.rounds import read_samples
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -73,7 +74,7 @@ def failures(folder: Path) -> list[list[str]]:
         if kind == "prompts" and PartialState().process_index:
             loop.state["settings"]["data"] = "other records"
         if kind == "disk" and PartialState().process_index:
-            loop.output = Path("another disk")
+            loop.output, loops.DISK_SECONDS = Path("another disk"), 0.1
         try:
             loop.run()
             said.append("nothing")
