@@ -1068,7 +1068,11 @@ def test_a_batch_in_chunks_takes_three_gemms_unless_a_loss_reads_all_of_it(poiso
     with FlopCounterMode(display=False) as counter, chunks_of(18):
         fused_linear_loss(head, hidden, weight, labels, **options)[0].backward()
     gemms = counter.get_total_flops() / (2 * 32 * weight.numel())
-    assert gemms == pytest.approx(4 if head.group is None else 3, rel=0.02)
+    expected = 4 if head.group is None else 3
+    if name == "gspo":  # the tokens of a clipped ratio have no gradient
+        expected = 1 + 2 * (hidden.grad[:, :-1] != 0).any(-1).double().mean().item()
+        assert expected < 3
+    assert gemms == pytest.approx(expected, rel=0.02)
 
 
 # ---- extremes -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import kto_fused
 from kto_fused import heads
 from kto_fused.engines import backends
 from kto_fused.engines import chunks as chunk_module
+from kto_fused.engines import hidden as hidden_module
 from kto_fused.engines import logits as from_logits
 from kto_fused.heads.base import REDUCTIONS
 from kto_fused.heads.preference import DPO_LOSS_TYPES, KTO_LOSS_TYPES, LENGTH_AVERAGED, REFERENCE_FREE
@@ -73,6 +74,12 @@ def prepare(target: GPUTarget) -> None:
     # an H200 has 132 multiprocessors; with so many, a batch of few rows is split
     from_logits.multiprocessors = chunk_module.multiprocessors = lambda device: 132
     chunk_module._is_hopper = lambda device: target.arch == 90
+    token_grads = hidden_module.Engine.token_grads
+
+    def launch_and_return_ones(engine: hidden_module.Engine, logp_grads: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(token_grads(engine, logp_grads))  # a second visit leaves out tokens whose gradient is 0
+
+    hidden_module.Engine.token_grads = launch_and_return_ones
 
 
 def launch(dtype: torch.dtype, batch: int, seq_len: int, vocab: int, packed: bool = False, **options: object) -> None:
