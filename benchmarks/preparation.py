@@ -76,7 +76,7 @@ class Cost(NamedTuple):
 
 
 def resident() -> tuple[int, int]:
-    """Return the bytes that this process has in RAM, and those of them that it allocated: no copy of a file's bytes."""
+    """Return the bytes that this process has in RAM, and how many of them it allocated, without mapped files."""
     found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(found[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
 

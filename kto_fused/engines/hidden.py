@@ -195,8 +195,8 @@ class Engine:
     ) -> None:
         """Compute the logits of tokens once more, and add gradients by the first visit's ``statistics``.
 
-        The tokens stand at ``rows`` [n] of the batch. With ``add`` the gradients by the LM head are added to those of
-        earlier chunks.
+        ``rows`` [n] are the tokens' places in the batch. With ``add``, gradients by the LM head are added to those of
+        earlier chunks; without it they overwrite them.
         """
         self._gather(rows)
         # clone: a slice's alignment would compile another variant of the kernels

@@ -22,7 +22,7 @@ REPLICATES, COMPARED = 1000, 10**7  # bootstrap samples, fewer where they would 
 def compared(found: "Rewards", seed: int, prompts: int) -> list[float | None] | None:
     """Return [share, low, high]: the share of comparisons that the better answer wins, and its bootstrap interval.
 
-    The ends are None where the rewards are those of fewer ``prompts`` than ``FEWEST_PROMPTS``, or the resamples agree.
+    The interval's ends are None if there are fewer ``prompts`` than ``FEWEST_PROMPTS``, or if all resamples agree.
 
     With labels, each desirable sequence is compared with each undesirable one (the AUC), and the sequences of each
     label are drawn anew. Of pairs, the chosen one is compared with the rejected one, and the pairs are drawn anew. A
@@ -48,6 +48,11 @@ def compared(found: "Rewards", seed: int, prompts: int) -> list[float | None] | 
 def _interval(resampled: np.ndarray, prompts: int) -> tuple[float | None, float | None]:
     low, high = map(float, np.percentile(resampled, INTERVAL))
     return (None, None) if prompts < FEWEST_PROMPTS or low == high else (low, high)
+
+
+def _has_interval(low: float | None, high: float | None) -> bool:
+    """Whether the ends are known and differ. A ``metrics.json`` of an earlier version may hold equal ends."""
+    return low is not None and low != high
 
 
 def _no_interval(prompts: int | None) -> str:
@@ -106,7 +111,7 @@ def judged(rounds: list[dict[int, list[float]]], seed: int) -> Judged | None:
 def _sentence_of_rounds(found: Judged) -> str:
     change, low, high = found.change
     text = f"the samples of round {found.rounds} have a mean score of {found.last:.3g} by the judge, those of round 1, "
-    has_interval = low is not None and low != high
+    has_interval = _has_interval(low, high)
     interval = f"95 % interval {low:+.3g} to {high:+.3g}" if has_interval else _no_interval(found.prompts)
     text += f"before training, {found.first:.3g}: {change:+.3g} ({interval})"
     if found.wins is not None:
@@ -141,7 +146,7 @@ def sentence(metrics: dict[str, Any]) -> str | None:
             else "the chosen answer scores above the rejected one"
         )
         text = f"held-out{at}: {text} in {100 * share:.0f} % of {'comparisons' if is_labelled else 'pairs'}"
-        has_interval = low is not None and low != high  # equal ones are those of an earlier version
+        has_interval = _has_interval(low, high)
         prompts = metrics.get("data", {}).get("eval", {}).get("prompts")
         text += f" ({_percents(low, high) if has_interval else _no_interval(prompts)})"
         if COMPARISONS in before:

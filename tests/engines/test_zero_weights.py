@@ -1,4 +1,4 @@
-"""Rows whose gradient is exactly 0 cost no row in the gradient's GEMMs, and those of weight 0 may hold anything."""
+"""Tokens whose gradient is exactly 0 are left out of the gradient's GEMMs. Tokens of weight 0 may hold NaN."""
 
 import math
 
